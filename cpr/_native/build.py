@@ -1,0 +1,46 @@
+"""Builds cpr._native._cpr with cffi in API mode.
+
+Kernel constants and structs come from the system's headers through `cdef.h`.  Each C file has a
+header of the same name that holds declarations only; the header is both what C includes and what
+cffi parses, so that the two cannot differ.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+HEADERS = sorted(path.name for path in HERE.glob("*.h") if path.name != "cdef.h")
+SOURCES = sorted(path.name for path in HERE.glob("*.c") if path.name != "_cpr.c")
+
+PRELUDE = """
+#include <errno.h>
+#include <fcntl.h>
+#include <stdint.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <linux/kvm.h>
+"""
+
+
+def declarations(name: str) -> str:
+    """The text of a header without its preprocessor lines, which cffi does not parse."""
+    lines = (HERE / name).read_text().splitlines()
+    if name == "cdef.h":
+        return "\n".join(lines)
+    return "\n".join(line for line in lines if not line.startswith("#"))
+
+
+ffibuilder = FFI()
+ffibuilder.cdef("\n".join(declarations(name) for name in ["cdef.h", *HEADERS]))
+ffibuilder.set_source(
+    "cpr._native._cpr",
+    PRELUDE + "".join(f'#include "{name}"\n' for name in HEADERS),
+    sources=[f"cpr/_native/{name}" for name in SOURCES],
+    include_dirs=["cpr/_native"],
+    depends=[f"cpr/_native/{name}" for name in ["cdef.h", *HEADERS]],
+    extra_compile_args=["-O2", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror"],
+    libraries=["dl", "pthread"],
+)

@@ -1,0 +1,1 @@
+"""Accelerators: what runs the guest's instructions."""

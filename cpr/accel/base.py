@@ -1,0 +1,122 @@
+"""The interface of an accelerator: what the machine asks of KVM or of TCG.
+
+An accelerator owns its VM and vCPU resources; guest RAM stays the RAMBlocks', devices stay the
+machine's.  vCPU state crosses this interface as one dict with the fields of `x86.VMSTATE_CPU`,
+the same for every accelerator.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Bus(Protocol):
+        """Where a vCPU's port and memory-mapped accesses go; it does its own locking.
+
+        Sizes are 1, 2, 4 or 8 bytes; values are unsigned and little-endian.
+        """
+
+        def io_read(self, port: int, size: int) -> int: ...
+        def io_write(self, port: int, size: int, value: int) -> None: ...
+        def mmio_read(self, address: int, size: int) -> int: ...
+        def mmio_write(self, address: int, size: int, value: int) -> None: ...
+
+    class InterruptSource(Protocol):
+        """What a vCPU without an in-kernel irqchip asks for external interrupts.
+
+        Called on the vCPU's own thread.
+        """
+
+        def pending(self) -> bool: ...
+        def acknowledge(self) -> int:
+            """Returns the vector (0..255) and takes the interrupt, or -1 if it has gone."""
+            ...
+
+
+# Why VCpu.run came back.
+KICKED = "kicked"  # somebody called kick(); state may be read now
+SHUTDOWN = "shutdown"  # triple fault
+RESET = "reset"  # the guest asked for a reset by way of the CPU
+
+
+class VCpu:
+    """One virtual CPU.  All but `kick` is for the thread that runs it, or while none does."""
+
+    index: int
+
+    def run(self, bus: Bus) -> str:
+        """Runs guest code until kicked or shut down; I/O goes to `bus`.  GIL released in between.
+
+        Returns KICKED, SHUTDOWN or RESET.  After it returned, no access is half done: get_state
+        is complete.  Raises KernelError where the accelerator cannot go on.
+        """
+        raise NotImplementedError
+
+    def kick(self) -> None:
+        """Makes `run` return KICKED soon, also if it starts only later; from any thread."""
+        raise NotImplementedError
+
+    def interrupt(self) -> None:
+        """Tells a vCPU without in-kernel irqchip that its InterruptSource may have one now.
+
+        From any thread; a kernel irqchip needs no telling.
+        """
+
+    def get_state(self) -> dict:
+        """The state by `x86.VMSTATE_CPU`."""
+        raise NotImplementedError
+
+    def set_state(self, state: dict) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class Accelerator:
+    """One VM.  Construct, map RAM, create the irqchip, create the vCPUs: in that order."""
+
+    name: str
+    kernel_irqchip: bool
+    """True: PIC, IOAPIC, PIT and local APICs are the accelerator's; False: the machine emulates."""
+
+    def map_ram(self, address: int, size: int, host_address: int, readonly: bool = False) -> None:
+        """Makes `size` bytes at `host_address` the guest's RAM at guest-physical `address`."""
+        raise NotImplementedError
+
+    def unmap_ram(self, address: int, size: int) -> None:
+        """The inverse of `map_ram`, with the same range."""
+        raise NotImplementedError
+
+    def create_irqchip(self) -> None:
+        """Creates the in-kernel irqchip and PIT, if it has them."""
+
+    def create_vcpu(self, index: int) -> VCpu:
+        raise NotImplementedError
+
+    def set_irq(self, gsi: int, level: bool) -> None:
+        """Sets an input of the in-kernel irqchip."""
+        raise NotImplementedError
+
+    def get_irqchip(self, chip: str) -> dict:
+        """State of 'i8259-0', 'i8259-1', 'ioapic', 'i8254' or 'kvmclock', by the device's vmstate.
+
+        Only where `kernel_irqchip` is true.
+        """
+        raise NotImplementedError
+
+    def set_irqchip(self, chip: str, state: dict) -> None:
+        """The inverse of `get_irqchip`."""
+        raise NotImplementedError
+
+    def get_apic(self, vcpu: VCpu) -> bytes:
+        """The 1024 bytes of registers of an in-kernel local APIC (layout: the xAPIC page)."""
+        raise NotImplementedError
+
+    def set_apic(self, vcpu: VCpu, registers: bytes) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Frees the VM; the vCPUs are closed before."""
+        raise NotImplementedError

@@ -1,0 +1,203 @@
+"""What a machine starts with: the first sector of a drive, or the -kernel image.
+
+A boot sector starts at 0:7c00 in real mode, as a BIOS leaves it.  A flat -kernel image is loaded
+at 0x10000 and entered there in real mode (segment 0x1000, offset 0).  An ELF image is loaded by
+its program headers and entered at e_entry: ELF32 in flat protected mode without paging, ELF64 in
+long mode with the first 4 GiB identity-mapped; its page tables and GDT are at 0x1000 to 0x7000.
+"""
+
+from __future__ import annotations
+
+from cpr.accel import x86
+from cpr.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cpr.config import Config, DriveConfig
+    from cpr.ram import GuestMemory
+
+SECTOR = 512
+BOOT_ADDRESS = 0x7C00
+BOOT_SIGNATURE = b"\x55\xaa"
+BIOS_DRIVE_NUMBERS = {"floppy": 0x00, "ide": 0x80, "none": 0x80}
+
+FLAT_ADDRESS = 0x10000
+FLAT_SEGMENT = 0x1000
+FLAT_STACK = 0xFFFE
+
+GDT_ADDRESS = 0x1000
+PAGE_TABLES = 0x2000  # PML4, PDPT, then four page directories of 2 MiB pages
+LONG_MODE_STACK = 0x1F00  # above the GDT, below the page tables
+CODE_SELECTOR, DATA_SELECTOR, TSS_SELECTOR = 0x10, 0x18, 0x20
+
+PAGE_PRESENT_WRITABLE = 0x3
+PAGE_HUGE = 0x80
+
+
+class BootImage:
+    """Bytes to load, by guest-physical address, and the state in which vCPU 0 starts."""
+
+    __slots__ = ("loads", "registers")
+
+    def __init__(self, loads: list[tuple[int, bytes]], registers: dict) -> None:
+        self.loads = loads
+        self.registers = registers
+
+    def load(self, memory: GuestMemory) -> dict:
+        """Writes the image into guest RAM; returns the state for vCPU 0.
+
+        Raises ConfigError where an address has no RAM.
+        """
+        for address, data in self.loads:
+            end = memory.find(address + max(len(data), 1) - 1)
+            if memory.find(address) is None or end is None:
+                raise ConfigError(
+                    f"the boot image needs RAM at {address:#x} to {address + len(data):#x}: "
+                    "give the guest more with -m"
+                )
+            memory.write(address, data)
+        return self.registers
+
+
+def create(config: Config) -> BootImage:
+    """Reads the boot image that the configuration names.
+
+    Raises ConfigError where it cannot be read or cannot boot.
+    """
+    if config.kernel:
+        return _kernel(config.kernel)
+    for drive in sorted(config.drives, key=lambda drive: drive.interface != "floppy"):
+        if drive.file:
+            return _boot_sector(drive)
+    raise ConfigError(
+        "nothing to boot: give -drive file=IMAGE,format=raw,if=floppy or -kernel FILE"
+    )
+
+
+def _boot_sector(drive: DriveConfig) -> BootImage:
+    assert drive.file is not None
+    try:
+        with open(drive.file, "rb") as file:
+            sector = file.read(SECTOR)
+    except OSError as error:
+        raise ConfigError(f"Could not open '{drive.file}': {error.strerror}") from None
+    if len(sector) < SECTOR or sector[510:512] != BOOT_SIGNATURE:
+        raise ConfigError(
+            f"'{drive.file}' is not bootable: its first sector does not end in 55 aa"
+        )
+    state = x86.reset_state(0)
+    _enter_real_mode(state, 0, BOOT_ADDRESS, 0, BOOT_ADDRESS)
+    state["env.regs"][x86.RDX] = BIOS_DRIVE_NUMBERS.get(drive.interface, 0x80)
+    return BootImage([(BOOT_ADDRESS, sector)], state)
+
+
+def _kernel(path: str) -> BootImage:
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise ConfigError(f"could not open kernel file '{path}': {error.strerror}") from None
+    if not data:
+        raise ConfigError(f"kernel file '{path}' is empty")
+    if data[:4] == b"\x7fELF":
+        return _elf(path, data)
+    state = x86.reset_state(0)
+    _enter_real_mode(state, FLAT_SEGMENT, 0, FLAT_SEGMENT, FLAT_STACK)
+    return BootImage([(FLAT_ADDRESS, data)], state)
+
+
+def _enter_real_mode(state: dict, code: int, ip: int, data: int, stack: int) -> None:
+    state["env.segs"] = [x86.real_mode_segment(data) for _ in range(6)]
+    state["env.segs"][x86.CS] = x86.real_mode_segment(code)
+    state["env.segs"][x86.CS]["flags"] |= 8 << x86.FLAG_TYPE_SHIFT  # code
+    state["env.eip"] = ip
+    state["env.regs"][x86.RSP] = stack
+    state["env.idt"] = x86.segment(limit=0x3FF)
+
+
+class _Elf:
+    """The header and the loadable segments of an x86 ELF image (System V ABI, chapter 4 and 5)."""
+
+    def __init__(self, path: str, data: bytes) -> None:
+        self._path = path
+        self._data = data
+        self.is_64 = self._number(4, 1) == 2
+        machine = self._number(18, 2)
+        if self._number(5, 1) != 1 or machine != (62 if self.is_64 else 3):
+            raise ConfigError(f"kernel '{path}' is an ELF image, but not for x86 (machine {machine})")
+        self.entry = self._number(24, 8 if self.is_64 else 4)
+        self.loads = self._segments()
+        if not self.loads:
+            raise ConfigError(f"kernel '{path}' has no loadable segment")
+
+    def _number(self, offset: int, size: int) -> int:
+        if offset + size > len(self._data):
+            raise ConfigError(f"kernel '{self._path}' is cut short: no ELF header at {offset:#x}")
+        return int.from_bytes(self._data[offset : offset + size], "little")
+
+    def _segments(self) -> list[tuple[int, bytes]]:
+        if self.is_64:
+            table, entry_size, count = self._number(32, 8), self._number(54, 2), self._number(56, 2)
+            offset_at, address_at, file_size_at, size_at, width = 8, 24, 32, 40, 8
+        else:
+            table, entry_size, count = self._number(28, 4), self._number(42, 2), self._number(44, 2)
+            offset_at, address_at, file_size_at, size_at, width = 4, 12, 16, 20, 4
+        loads = []
+        for header in range(table, table + entry_size * count, entry_size or 1):
+            if self._number(header, 4) != 1:  # PT_LOAD
+                continue
+            offset = self._number(header + offset_at, width)
+            address = self._number(header + address_at, width)
+            file_size = self._number(header + file_size_at, width)
+            size = self._number(header + size_at, width)
+            if offset + file_size > len(self._data) or size < file_size or size > 1 << 32:
+                raise ConfigError(f"kernel '{self._path}' is cut short: a segment is not all there")
+            if size:
+                content = self._data[offset : offset + file_size]
+                loads.append((address, content + bytes(size - file_size)))
+        return loads
+
+
+def _elf(path: str, data: bytes) -> BootImage:
+    elf = _Elf(path, data)
+    state = x86.reset_state(0)
+    state["env.regs"] = [0] * 16
+    state["env.eip"] = elf.entry
+    state["env.gdt"] = x86.segment(base=GDT_ADDRESS, limit=0x2F)
+    state["env.regs"][x86.RSP] = LONG_MODE_STACK
+    data_flags = x86.FLAG_P | x86.FLAG_S | 3 << x86.FLAG_TYPE_SHIFT | x86.FLAG_DB | x86.FLAG_G
+    code_flags = x86.FLAG_P | x86.FLAG_S | 0xB << x86.FLAG_TYPE_SHIFT | x86.FLAG_G
+    code_flags |= x86.FLAG_L if elf.is_64 else x86.FLAG_DB
+    segments = [x86.segment(DATA_SELECTOR, 0, 0xFFFFFFFF, data_flags) for _ in range(6)]
+    segments[x86.CS] = x86.segment(CODE_SELECTOR, 0, 0xFFFFFFFF, code_flags)
+    state["env.segs"] = segments
+    tss_flags = x86.FLAG_P | 0xB << x86.FLAG_TYPE_SHIFT
+    state["env.tr"] = x86.segment(TSS_SELECTOR, 0, 0x67, tss_flags)
+    loads = [(GDT_ADDRESS, _gdt([code_flags, data_flags], tss_flags)), *elf.loads]
+    cr0 = x86.CR0_PE | x86.CR0_ET
+    if elf.is_64:
+        loads.append((PAGE_TABLES, _identity_map()))
+        state["env.cr"] = [cr0 | x86.CR0_PG, 0, 0, PAGE_TABLES, x86.CR4_PAE]
+        state["env.efer"] = x86.EFER_LME | x86.EFER_LMA
+    else:
+        state["env.cr"] = [cr0, 0, 0, 0, 0]
+    return BootImage(loads, state)
+
+
+def _gdt(flat: list[int], tss: int) -> bytes:
+    """Two null descriptors, the flat segments at 0x10 and 0x18, and a 16-byte TSS at 0x20."""
+    table = bytes(16)
+    for flags in flat:
+        table += (flags << 32 | 0xF << 48 | 0xFFFF).to_bytes(8, "little")
+    return table + (tss << 32 | 0x67).to_bytes(16, "little")
+
+
+def _identity_map() -> bytes:
+    """Page tables that map the first 4 GiB onto themselves with 2 MiB pages."""
+    pdpt = PAGE_TABLES + 0x1000
+    directories = PAGE_TABLES + 0x2000
+    pml4_page = (pdpt | PAGE_PRESENT_WRITABLE).to_bytes(8, "little").ljust(0x1000, b"\0")
+    entries = [directories + 0x1000 * i | PAGE_PRESENT_WRITABLE for i in range(4)]
+    pdpt_page = b"".join(entry.to_bytes(8, "little") for entry in entries).ljust(0x1000, b"\0")
+    pages = [i << 21 | PAGE_HUGE | PAGE_PRESENT_WRITABLE for i in range(4 * 512)]
+    return pml4_page + pdpt_page + b"".join(page.to_bytes(8, "little") for page in pages)

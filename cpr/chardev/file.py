@@ -1,0 +1,33 @@
+"""The file chardev: output into a file, as with -chardev file,path=…; there is no input."""
+
+from __future__ import annotations
+
+import os
+
+from cpr.chardev.stream import FdChardev
+from cpr.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cpr.mainloop import MainLoop
+
+
+class FileChardev(FdChardev):
+    """Truncates the file unless `append`.
+
+    Raises ConfigError where the file cannot be opened.
+    """
+
+    backend = "file"
+
+    def __init__(self, label: str, loop: MainLoop, path: str, append: bool) -> None:
+        super().__init__(label, loop)
+        if not path:
+            raise ConfigError("chardev: file: no filename given")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
+        try:
+            fd = os.open(path, flags, 0o666)
+        except OSError as error:
+            raise ConfigError(f"Could not open '{path}': {error.strerror}") from None
+        os.set_blocking(fd, False)
+        self.attach_fds(-1, fd)

@@ -1,0 +1,142 @@
+"""The stdio chardev: standard input and output; a terminal is put into character mode.
+
+The terminal's settings are given back by `close`, and at exit.  An exec leaves them alone: the
+new image finds a terminal in character mode already and gives back, in the end, what a terminal
+usually has (QEMU would leave it in character mode).
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import stat
+import termios
+
+from cpr.chardev.base import CLOSED
+from cpr.chardev.stream import FdChardev
+from cpr.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from cpr.mainloop import MainLoop
+
+STDIN, STDOUT = 0, 1
+IFLAG, OFLAG, CFLAG, LFLAG, CC = 0, 1, 2, 3, 6  # indices in termios.tcgetattr's list
+
+# What character mode takes away; COOKED_* is what a terminal usually has of it.
+RAW_IFLAG = (
+    termios.IGNBRK
+    | termios.BRKINT
+    | termios.PARMRK
+    | termios.ISTRIP
+    | termios.INLCR
+    | termios.IGNCR
+    | termios.ICRNL
+    | termios.IXON
+)
+RAW_LFLAG = termios.ECHO | termios.ECHONL | termios.ICANON | termios.IEXTEN
+COOKED_IFLAG = termios.ICRNL | termios.IXON
+COOKED_LFLAG = termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG
+
+
+class StdioChardev(FdChardev):
+    """Only one can be open.  `signals`: whether Ctrl-C and the like stay signals.
+
+    The descriptors 0 and 1 stay open and stay blocking; what is read and written are
+    non-blocking twins of them, opened anew.  Where that cannot be (sockets), 0 and 1 themselves
+    are made non-blocking until `close`.
+    """
+
+    backend = "stdio"
+    _in_use = False
+
+    def __init__(self, label: str, loop: MainLoop, signals: bool, after_exec: bool) -> None:
+        super().__init__(label, loop)
+        if StdioChardev._in_use:
+            raise ConfigError("cannot use stdio by multiple character devices")
+        StdioChardev._in_use = True
+        self._made_nonblocking: list[int] = []
+        self._signals = signals
+        self._original: list[Any] | None = None
+        if os.isatty(STDIN):
+            found = termios.tcgetattr(STDIN)
+            self._original = cooked(found) if after_exec else found
+            self._set_character_mode()
+            loop.call_soon(self._watch_continue)
+        atexit.register(self._restore)
+        self.attach_fds(self._twin(STDIN, os.O_RDONLY), self._twin(STDOUT, os.O_WRONLY))
+
+    def hang_up(self) -> None:
+        """Standard input has ended; output goes on."""
+        with self._lock:
+            fd, self.in_fd = self.in_fd, -1
+            if self._watched.pop(fd, None) is not None:
+                self.loop.unwatch(fd)
+        os.close(fd)
+        self.event(CLOSED)
+
+    def close(self) -> None:
+        super().close()
+        self._restore()
+        atexit.unregister(self._restore)
+        StdioChardev._in_use = False
+
+    def _twin(self, fd: int, access: int) -> int:
+        """A close-on-exec descriptor for the same file as `fd`, non-blocking unless regular."""
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            flags = access | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            try:
+                return os.open(f"/proc/self/fd/{fd}", flags)
+            except OSError:
+                if os.get_blocking(fd):
+                    os.set_blocking(fd, False)
+                    self._made_nonblocking.append(fd)
+        return os.dup(fd)
+
+    def _set_character_mode(self) -> None:
+        assert self._original is not None
+        settings = list(self._original)
+        settings[IFLAG] &= ~RAW_IFLAG
+        settings[OFLAG] |= termios.OPOST
+        settings[CFLAG] = settings[CFLAG] & ~(termios.CSIZE | termios.PARENB) | termios.CS8
+        settings[LFLAG] &= ~RAW_LFLAG
+        if not self._signals:
+            settings[LFLAG] &= ~termios.ISIG
+        settings[CC] = list(settings[CC])
+        settings[CC][termios.VMIN], settings[CC][termios.VTIME] = 1, 0
+        termios.tcsetattr(STDIN, termios.TCSANOW, settings)
+
+    def _watch_continue(self) -> None:
+        """After a stop (Ctrl-Z) and SIGCONT the shell has changed the settings: set them again."""
+        import signal
+
+        def on_continue(number: int, frame: object) -> None:
+            if StdioChardev._in_use and self._original is not None:
+                self._set_character_mode()
+
+        try:
+            signal.signal(signal.SIGCONT, on_continue)
+        except ValueError:
+            pass  # the loop does not run on the main thread, which alone may set handlers
+
+    def _restore(self) -> None:
+        for fd in self._made_nonblocking:
+            os.set_blocking(fd, True)
+        self._made_nonblocking = []
+        original, self._original = self._original, None
+        if original is not None:
+            try:
+                termios.tcsetattr(STDIN, termios.TCSANOW, original)
+            except termios.error:
+                pass  # the terminal has gone
+
+
+def cooked(settings: list[Any]) -> list[Any]:
+    """`settings`, with what character mode took away put back if it is in character mode."""
+    result = list(settings)
+    if not settings[LFLAG] & termios.ICANON:
+        result[IFLAG] |= COOKED_IFLAG
+        result[LFLAG] |= COOKED_LFLAG
+    return result

@@ -1,0 +1,199 @@
+"""FdChardev: buffered output and flow-controlled input over descriptors, on the main loop."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from _thread import RLock
+
+from cpr.chardev.base import CLOSED, OPENED, Chardev
+from cpr.mainloop import READ, WRITE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cpr.mainloop import MainLoop
+
+READ_SIZE = 65536
+READS_PER_ROUND = 4096  # then the loop's other descriptors get their turn
+HANGUP = select.EPOLLRDHUP
+
+
+class FdChardev(Chardev):
+    """A chardev over `in_fd` and `out_fd`, which may be the same one; -1 is none.
+
+    Subclasses open the descriptors, non-blocking where that means something, and hand them over
+    with `attach_fds`; `detach_fds` closes them again.  Descriptors that epoll refuses (regular
+    files, /dev/null) are always ready.
+    """
+
+    def __init__(self, label: str, loop: MainLoop) -> None:
+        super().__init__(label, loop)
+        self.in_fd = -1
+        self.out_fd = -1
+        self._pending = bytearray()
+        self._watched: dict[int, int] = {}
+        self._lock = RLock()
+        self._update_queued = False
+        self._read_queued = False
+        self._hung_up = False
+
+    def attach_fds(self, in_fd: int, out_fd: int) -> None:
+        """Owns the descriptors from now on and tells the frontend that a peer is there."""
+        with self._lock:
+            self.in_fd, self.out_fd = in_fd, out_fd
+            self._pending.clear()
+            self._hung_up = False
+            self.connected = True
+        self.event(OPENED)
+        self._queue_update()
+
+    def detach_fds(self) -> None:
+        """Closes the descriptors; what had not gone out is lost with them.  On the loop."""
+        with self._lock:
+            for fd in self._watched:
+                self.loop.unwatch(fd)
+            self._watched.clear()
+            fds = {self.in_fd, self.out_fd} - {-1}
+            self.in_fd = self.out_fd = -1
+            self._pending.clear()
+            was_connected, self.connected = self.connected, False
+        for fd in fds:
+            os.close(fd)
+        if was_connected:
+            self.event(CLOSED)
+
+    def write(self, data: bytes) -> None:
+        with self._lock:
+            if self.out_fd < 0:
+                return
+            if not self._pending:
+                data = data[self._send(data) :]
+            if data:
+                self._pending += data
+                self._queue_update()
+
+    def flush(self, timeout_ns: int) -> None:
+        deadline = time.monotonic_ns() + timeout_ns
+        while (left := deadline - time.monotonic_ns()) > 0:
+            with self._lock:
+                self._drain()
+                fd = self.out_fd
+                if fd < 0 or not self._pending:
+                    return
+            poll = select.poll()
+            poll.register(fd, select.POLLOUT)
+            poll.poll(left / 1e6)
+
+    def accept_input(self) -> None:
+        if self.in_fd >= 0 and not self._watched.get(self.in_fd, 0) & READ:
+            self._queue_update()
+
+    def close(self) -> None:
+        super().close()
+        self._drain()
+        self.detach_fds()
+
+    def read_some(self, size: int) -> bytes:
+        """At most `size` bytes; b"" at the end.  Raises BlockingIOError or another OSError."""
+        return os.read(self.in_fd, size)
+
+    def unread(self) -> bool:
+        """Whether a peer that hung up has left bytes to read."""
+        return True
+
+    def hang_up(self) -> None:
+        """The peer has gone; by default for good."""
+        self.detach_fds()
+
+    def _send(self, data: bytes | memoryview) -> int:
+        """How many bytes went out.  A peer that has gone swallows all of them."""
+        view = memoryview(data)
+        sent = 0
+        try:
+            while sent < len(view):
+                sent += os.write(self.out_fd, view[sent:])
+        except BlockingIOError:
+            return sent
+        except OSError:
+            return len(view)  # the reading side finds out that the peer has gone
+        return sent
+
+    def _drain(self) -> None:
+        with self._lock:
+            if self._pending and self.out_fd >= 0:
+                with memoryview(self._pending) as view:
+                    sent = self._send(view)
+                del self._pending[:sent]
+
+    def _queue_update(self) -> None:
+        if not self._update_queued:
+            self._update_queued = True
+            self.loop.call_soon(self._update)
+
+    def _update(self) -> None:
+        """Watches for what is wanted now: input if there is room, and output that waits."""
+        self._update_queued = False
+        room = self.can_receive() if self.in_fd >= 0 else 0
+        with self._lock:
+            wanted: dict[int, int] = {}
+            if self.in_fd >= 0 and (room > 0 or not self._hung_up):
+                wanted[self.in_fd] = READ if room > 0 else HANGUP
+            if self.out_fd >= 0 and self._pending:
+                wanted[self.out_fd] = wanted.get(self.out_fd, 0) | WRITE
+            for fd in [fd for fd in self._watched if fd not in wanted]:
+                self.loop.unwatch(fd)
+                del self._watched[fd]
+            for fd, events in wanted.items():
+                if self._watched.get(fd) != events:
+                    self._watch(fd, events)
+
+    def _watch(self, fd: int, events: int) -> None:
+        try:
+            self.loop.watch(fd, events, lambda ready: self._on_ready(fd, ready))
+            self._watched[fd] = events
+        except PermissionError:
+            if events & READ and not self._read_queued:
+                self._read_queued = True
+                self.loop.call_soon(lambda: self._on_always_ready(fd))
+
+    def _on_always_ready(self, fd: int) -> None:
+        self._read_queued = False
+        self._on_ready(fd, READ)
+
+    def _on_ready(self, fd: int, ready: int) -> None:
+        if fd == self.out_fd and ready & ~READ:
+            self._drain()
+        if fd == self.in_fd and ready & ~WRITE and not self._read_round():
+            self._on_hangup(ready)
+        if fd in (self.in_fd, self.out_fd):
+            self._update()
+
+    def _on_hangup(self, ready: int) -> None:
+        """The peer may have gone while the frontend has no room: what it sent is kept."""
+        if ready & (HANGUP | select.EPOLLHUP | select.EPOLLERR):
+            if self.unread():
+                self._hung_up = True
+            else:
+                self.hang_up()
+
+    def _read_round(self) -> bool:
+        """Gives the frontend what it has room for.  False: it has none."""
+        fd = self.in_fd
+        for _ in range(READS_PER_ROUND):
+            room = self.can_receive()
+            if room <= 0:
+                return False
+            try:
+                data = self.read_some(min(room, READ_SIZE))
+            except BlockingIOError:
+                return True
+            except OSError:
+                data = b""
+            if not data:
+                self.hang_up()
+                return True
+            self.receive(data)
+            if self.in_fd != fd:
+                return True
+        return True

@@ -1,0 +1,110 @@
+"""What every device is to the machine, and what the machine is to a device.
+
+A device is made with its configuration, realized once (it registers its ports, memory regions and
+interrupt lines), reset, and from then on saved and restored as one section of the migration
+stream.  The machine calls nothing but this interface.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Protocol
+
+    from cpr.accel.base import Accelerator, VCpu
+    from cpr.clock import VirtualClock
+    from cpr.events import EventBus
+    from cpr.mainloop import MainLoop
+    from cpr.state.vmstate import VMStateDescription
+
+    class Platform(Protocol):
+        """The machine, as a device sees it.  Device code runs with `lock` (the BQL) held."""
+
+        lock: Any
+        loop: MainLoop
+        clock: VirtualClock
+        events: EventBus
+        accel: Accelerator
+        vcpus: list[VCpu]
+
+        def register_io(
+            self,
+            base: int,
+            length: int,
+            read: Callable[[int, int], int],
+            write: Callable[[int, int, int], None],
+            name: str,
+            access_size: int = 1,
+        ) -> None:
+            """Gives ports [base, base+length) to read(offset, size) and write(offset, size, value).
+
+            Accesses of more than `access_size` bytes reach the device in pieces.
+            Raises ValueError if one of the ports is taken.
+            """
+
+        def register_mmio(
+            self,
+            base: int,
+            length: int,
+            read: Callable[[int, int], int],
+            write: Callable[[int, int, int], None],
+            name: str,
+            access_size: int = 4,
+        ) -> None:
+            """The same for guest-physical addresses."""
+
+        def unregister_io(self, base: int, length: int) -> None: ...
+        def unregister_mmio(self, base: int, length: int) -> None: ...
+
+        def set_irq(self, gsi: int, level: bool) -> None:
+            """Sets global system interrupt `gsi` (0..23; 0..15 are the ISA IRQs)."""
+
+        def current_vcpu(self) -> int:
+            """The index of the vCPU whose thread is calling, or -1."""
+
+        def request_shutdown(self, guest: bool, reason: str) -> None: ...
+        def request_reset(self, guest: bool, reason: str) -> None: ...
+        def request_exit(self, status: int) -> None:
+            """Ends the whole VMM with `status`, as isa-debug-exit does."""
+
+
+class Device:
+    """A device without state of its own; subclasses say what they have.
+
+    `idstr` and `instance_id` name its section in the stream; `vmstate` is None where there is
+    nothing to save.
+    """
+
+    idstr = ""
+    instance_id = 0
+    vmstate: VMStateDescription | None = None
+
+    def realize(self, platform: Platform) -> None:
+        """Registers the device with the machine; its resources are freed by `unrealize`."""
+
+    def unrealize(self) -> None:
+        """The inverse of `realize`."""
+
+    def reset(self) -> None:
+        """Puts the state to what it is at power-on."""
+
+    def save(self) -> dict:
+        """The state by `vmstate`; called while the VM is stopped."""
+        return {}
+
+    def restore(self, state: dict) -> None:
+        """Takes over a whole state made by `save`; called while the VM is stopped."""
+
+    def on_run(self) -> None:
+        """The VM starts to run; called with the lock held, before the vCPUs run."""
+
+    def on_stop(self) -> None:
+        """The VM has stopped; called with the lock held, after the vCPUs stopped."""
+
+    def on_powerdown(self) -> None:
+        """Somebody pressed the power button."""
+
+    def cpr_blocker(self) -> str | None:
+        """Why this device would not survive an update, or None."""
+        return None

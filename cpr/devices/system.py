@@ -1,0 +1,80 @@
+"""The parts of a machine that are no chip but have state: the timers' clock, kvmclock, the vCPUs.
+
+Each is a Device, so that the machine saves and restores everything in one way.
+"""
+
+from __future__ import annotations
+
+from cpr.accel import x86
+from cpr.devices.base import Device
+from cpr.state.vmstate import VMStateDescription, i64, u64, unused
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cpr.accel.base import VCpu
+    from cpr.devices.base import Platform
+
+
+class Timers(Device):
+    """The virtual clock."""
+
+    idstr = "timer"
+    vmstate = VMStateDescription(
+        "timer", 2, 1, (i64("cpu_ticks_offset"), unused(8), i64("cpu_clock_offset"))
+    )
+
+    def realize(self, platform: Platform) -> None:
+        self._clock = platform.clock
+
+    def save(self) -> dict:
+        return {"cpu_ticks_offset": 0, "cpu_clock_offset": self._clock.now()}
+
+    def restore(self, state: dict) -> None:
+        self._clock.set(state["cpu_clock_offset"])
+
+
+class KvmClock(Device):
+    """The clock that KVM shows its guests; it stands still while the VM is stopped."""
+
+    idstr = "kvmclock"
+    vmstate = VMStateDescription("kvmclock", 1, 1, (u64("clock"),))
+
+    def __init__(self) -> None:
+        self._stopped_at: dict | None = None
+
+    def realize(self, platform: Platform) -> None:
+        self._accel = platform.accel
+
+    def on_stop(self) -> None:
+        self._stopped_at = self._accel.get_irqchip("kvmclock")
+
+    def on_run(self) -> None:
+        if self._stopped_at is not None:
+            self._accel.set_irqchip("kvmclock", self._stopped_at)
+            self._stopped_at = None
+
+    def save(self) -> dict:
+        return self._stopped_at or self._accel.get_irqchip("kvmclock")
+
+    def restore(self, state: dict) -> None:
+        self._stopped_at = state
+
+
+class VCpuState(Device):
+    """One vCPU's registers, as the section `cpu`."""
+
+    idstr = "cpu"
+    vmstate = x86.VMSTATE_CPU
+
+    def __init__(self, vcpu: VCpu) -> None:
+        self.instance_id = vcpu.index
+        self._vcpu = vcpu
+
+    def reset(self) -> None:
+        self._vcpu.set_state(x86.reset_state(self._vcpu.index))
+
+    def save(self) -> dict:
+        return self._vcpu.get_state()
+
+    def restore(self, state: dict) -> None:
+        self._vcpu.set_state(state)

@@ -1,0 +1,37 @@
+"""QMP events, from whoever raises them to every monitor that listens."""
+
+from __future__ import annotations
+
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class EventBus:
+    """Delivers events to its subscribers, in the order in which they are emitted.
+
+    A subscriber is called in the emitting thread with the whole event,
+    {"timestamp": {"seconds", "microseconds"}, "event": NAME[, "data": {…}]}, and must not block.
+    """
+
+    def __init__(self) -> None:
+        self._subscribers: list[Callable[[dict], None]] = []
+
+    def subscribe(self, subscriber: Callable[[dict], None]) -> None:
+        self._subscribers.append(subscriber)
+
+    def unsubscribe(self, subscriber: Callable[[dict], None]) -> None:
+        self._subscribers.remove(subscriber)
+
+    def emit(self, name: str, data: dict | None = None) -> None:
+        now_us = time.time_ns() // 1000
+        event: dict = {
+            "timestamp": {"seconds": now_us // 1_000_000, "microseconds": now_us % 1_000_000},
+            "event": name,
+        }
+        if data is not None:
+            event["data"] = data
+        for subscriber in list(self._subscribers):
+            subscriber(event)

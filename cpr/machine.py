@@ -1,0 +1,304 @@
+"""The machine: runs, stops, resets and is saved; `pc.build` makes one from a Config.
+
+The machine does not know whether it comes from an exec.
+"""
+
+from __future__ import annotations
+
+import sys
+from _thread import RLock
+
+from cpr import runstate
+from cpr.bus import IOBus, Region
+from cpr.clock import VirtualClock
+from cpr.errors import CommandError, CprError
+from cpr.ram import GuestMemory
+from cpr.runstate import RunState
+from cpr.vcpus import VCpuThread
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cpr.accel.base import Accelerator, VCpu
+    from cpr.boot import BootImage
+    from cpr.config import Config
+    from cpr.devices.base import Device
+    from cpr.events import EventBus
+    from cpr.mainloop import MainLoop
+    from cpr.ram import RAMBlock
+
+
+class Machine:
+    """One VM: its RAM, accelerator, vCPUs and devices.  Owns all of them.
+
+    `stop`, `cont`, `reset` and `close` are for the main loop or the migration thread, never for
+    a vCPU's own thread and never with `lock` held.  What ends or resets the VM is reported by
+    `on_exit(status)`, set by whoever owns the process.
+    """
+
+    def __init__(
+        self, config: Config, accel: Accelerator, memory: GuestMemory, loop: MainLoop, events: EventBus
+    ) -> None:
+        self.config = config
+        self.accel = accel
+        self.memory = memory
+        self.loop = loop
+        self.events = events
+        self.lock = RLock()
+        self.clock = VirtualClock()
+        self.runstate = RunState(runstate.PRELAUNCH)
+        self.bus = IOBus(self.lock)
+        self.devices: list[Device] = []
+        self.vcpus: list[VCpu] = []
+        self.threads: list[VCpuThread] = []
+        self.on_exit: Callable[[int], None] = lambda status: None
+        self.irq_handlers: list[Callable[[int, bool], None]] = []
+        self.boot_image: Callable[[], BootImage] | None = None
+        self._reset_requested = False
+        self._shutdown_requested = False
+        self._state_lock = RLock()
+
+    @property
+    def blocks(self) -> list[RAMBlock]:
+        return self.memory.blocks
+
+    # What devices see (devices.base.Platform).
+
+    def register_io(
+        self,
+        base: int,
+        length: int,
+        read: Callable[[int, int], int],
+        write: Callable[[int, int, int], None],
+        name: str,
+        access_size: int = 1,
+    ) -> None:
+        self.bus.io.add(Region(base, length, read, write, name, access_size))
+
+    def unregister_io(self, base: int, length: int) -> None:
+        self.bus.io.remove(base, length)
+
+    def register_mmio(
+        self,
+        base: int,
+        length: int,
+        read: Callable[[int, int], int],
+        write: Callable[[int, int, int], None],
+        name: str,
+        access_size: int = 4,
+    ) -> None:
+        self.bus.memory.add(Region(base, length, read, write, name, access_size))
+
+    def unregister_mmio(self, base: int, length: int) -> None:
+        self.bus.memory.remove(base, length)
+
+    def set_irq(self, gsi: int, level: bool) -> None:
+        for handler in self.irq_handlers:
+            handler(gsi, level)
+
+    def current_vcpu(self) -> int:
+        """The index of the vCPU whose thread is calling, or -1."""
+        for thread in self.threads:
+            if thread.is_current:
+                return thread.vcpu.index
+        return -1
+
+    def request_shutdown(self, guest: bool, reason: str) -> None:
+        """Ends the VM soon; from any thread, also a vCPU's."""
+        if not self._shutdown_requested:
+            self._shutdown_requested = True
+            self.loop.call_soon(lambda: self._shutdown(guest, reason))
+
+    def request_reset(self, guest: bool, reason: str) -> None:
+        """Resets the VM soon; from any thread.  With -no-reboot it ends the VM instead."""
+        if self.config.no_reboot and guest:
+            self.request_shutdown(guest, reason)
+        elif not self._reset_requested:
+            self._reset_requested = True
+            self.loop.call_soon(lambda: self._reset(guest, reason))
+
+    def request_exit(self, status: int) -> None:
+        self.loop.call_soon(lambda: self.on_exit(status))
+
+    # Running and stopping.
+
+    def add_device(self, device: Device) -> None:
+        """Realizes `device`; `remove_device` is the inverse."""
+        device.realize(self)
+        self.devices.append(device)
+
+    def remove_device(self, device: Device) -> None:
+        self.devices.remove(device)
+        device.unrealize()
+
+    def create_threads(self) -> None:
+        self.threads = [
+            VCpuThread(
+                vcpu,
+                self.bus,
+                lambda: self.request_reset(True, "guest-reset"),
+                self._on_vcpu_error,
+            )
+            for vcpu in self.vcpus
+        ]
+
+    def load_boot_image(self) -> None:
+        """Power-on: the boot image into RAM, vCPUs and devices to their initial state.
+
+        Raises ConfigError where the image cannot be had.
+        """
+        assert self.boot_image is not None
+        registers = self.boot_image().load(self.memory)
+        with self.lock:
+            for device in self.devices:
+                device.reset()
+        self.vcpus[0].set_state(registers)
+
+    def resume_vcpus(self) -> None:
+        """Lets the clock and the vCPUs go; `pause_vcpus` is the inverse.  No event is sent."""
+        with self.lock:
+            self.clock.enable()
+            for device in self.devices:
+                device.on_run()
+        for thread in self.threads:
+            thread.resume()
+
+    def pause_vcpus(self) -> None:
+        for thread in self.threads:
+            thread.request_pause()
+        for thread in self.threads:
+            thread.pause()
+        with self.lock:
+            self.clock.disable()
+            for device in self.devices:
+                device.on_stop()
+
+    def stop(self, new_state: str = runstate.PAUSED) -> None:
+        """vm_stop: pauses a running VM into `new_state`, with a STOP event if it was running."""
+        with self._state_lock:
+            was_running = self.runstate.current in runstate.LIVE
+            if was_running:
+                self.pause_vcpus()
+            elif new_state == runstate.PAUSED:
+                return
+            self.runstate.set(new_state)
+            if was_running:
+                self.events.emit("STOP")
+
+    def cont(self) -> None:
+        """vm_start: lets a stopped VM run, with a RESUME event."""
+        with self._state_lock:
+            if self.runstate.current in runstate.LIVE:
+                return
+            if self.runstate.current == runstate.SHUTDOWN:
+                raise CommandError("Resetting the Virtual Machine is required")
+            self.runstate.set(runstate.RUNNING)
+            self.events.emit("RESUME")
+            self.resume_vcpus()
+
+    def reset(self) -> None:
+        """system_reset: asked for by the host, never turned into a shutdown."""
+        self.request_reset(False, "host-qmp-system-reset")
+
+    def powerdown(self) -> None:
+        """system_powerdown: presses the ACPI power button."""
+        self.events.emit("POWERDOWN")
+        with self.lock:
+            for device in self.devices:
+                device.on_powerdown()
+
+    def _reset(self, guest: bool, reason: str) -> None:
+        with self._state_lock:
+            self._reset_requested = False
+            running = self.runstate.current in runstate.LIVE
+            if running:
+                self.pause_vcpus()
+            elif self.runstate.current in (runstate.SHUTDOWN, runstate.INTERNAL_ERROR):
+                self.runstate.set(runstate.PAUSED)
+            try:
+                self.load_boot_image()
+            except CprError as error:
+                print(f"cpr-vmm: reset failed: {error}", file=sys.stderr)
+                if running:
+                    self.runstate.set(runstate.INTERNAL_ERROR)
+                    self.events.emit("STOP")
+                return
+            self.events.emit("RESET", {"guest": guest, "reason": reason})
+            if running:
+                self.resume_vcpus()
+
+    def _shutdown(self, guest: bool, reason: str) -> None:
+        self.events.emit("SHUTDOWN", {"guest": guest, "reason": reason})
+        self._shutdown_requested = False
+        if guest and self.config.no_shutdown:
+            self.stop(runstate.SHUTDOWN)
+        else:
+            self.on_exit(0)
+
+    def _on_vcpu_error(self, error: CprError) -> None:
+        print(f"cpr-vmm: {error}", file=sys.stderr)
+        self.loop.call_soon(lambda: self.stop(runstate.INTERNAL_ERROR))
+
+    # Looking in from outside.
+
+    def vcpu_state(self, index: int) -> dict:
+        """The state of vCPU `index`; a running one is interrupted for a moment."""
+        state: dict = self.threads[index].run_on(lambda vcpu: vcpu.get_state())
+        return state
+
+    def vcpu_thread_ids(self) -> list[int]:
+        return [thread.thread_id for thread in self.threads]
+
+    def read_physical(self, address: int, size: int) -> bytes:
+        """Reads guest-physical memory.  Raises CommandError where there is no RAM."""
+        end = address + size
+        if self.memory.find(address) is None or self.memory.find(end - 1) is None:
+            raise CommandError(f"Invalid addr 0x{address:016x}/size {size} specified")
+        return self.memory.read(address, size)
+
+    def read_virtual(self, index: int, address: int, size: int) -> bytes:
+        """Reads through the page tables of vCPU `index`.
+
+        Raises CommandError naming the first address that is not mapped.
+        """
+        from cpr.accel.paging import translate
+
+        state = self.vcpu_state(index)
+        data = b""
+        while len(data) < size:
+            virtual = address + len(data)
+            physical = translate(state, self.memory.read, virtual)
+            if physical is None:
+                raise CommandError(f"Invalid addr 0x{virtual:016x}/size {size} specified")
+            piece = min(size - len(data), 4096 - virtual % 4096)
+            data += self.memory.read(physical, piece)
+        return data
+
+    def regions(self) -> list[tuple[int, int, str, str, int]]:
+        """(first, last, name, kind, priority) of the guest-physical map and the port space.
+
+        Kind is "ram", "rom", "i/o" or "port".
+        """
+        rows = [
+            (s.start, s.start + s.size - 1, s.name, "rom" if s.readonly else "ram", 0)
+            for s in self.memory.sections
+        ]
+        rows += [(r.base, r.end - 1, r.name, "i/o", 0) for r in self.bus.memory.regions]
+        rows += [(r.base, r.end - 1, r.name, "port", 0) for r in self.bus.io.regions]
+        return rows
+
+    def sections(self) -> list[Device]:
+        """The devices with state, in the order in which they are saved and restored."""
+        return [device for device in self.devices if device.vmstate is not None]
+
+    def close(self) -> None:
+        """Frees everything; the VM must not be running."""
+        for thread in self.threads:
+            thread.end()
+        for device in reversed(self.devices):
+            device.unrealize()
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self.accel.close()
+        self.memory.close()

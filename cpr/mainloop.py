@@ -1,0 +1,137 @@
+"""The main loop: descriptors, timers and calls from other threads, on one thread.
+
+Monitors, chardevs and timers run here; vCPUs and the migration have threads of their own and
+reach the loop with `call_soon`.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from _thread import allocate_lock, get_ident
+from heapq import heappop, heappush
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+READ = select.EPOLLIN
+WRITE = select.EPOLLOUT
+HANGUP = select.EPOLLHUP
+
+
+class Timer:
+    """A one-shot timer; `cancel` is its inverse and may be called at any time."""
+
+    __slots__ = ("callback", "deadline_ns")
+
+    def __init__(self, deadline_ns: int, callback: Callable[[], None]) -> None:
+        self.deadline_ns = deadline_ns
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class MainLoop:
+    """An epoll loop.  All its descriptors are close-on-exec; it never owns the watched ones."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wakeup, select.EPOLLIN)
+        self._watched: dict[int, Callable[[int], None]] = {}
+        self._calls: list[Callable[[], None]] = []
+        self._timers: list[tuple[int, int, Timer]] = []
+        self._sequence = 0
+        self._lock = allocate_lock()
+        self._stopped = False
+        self._thread = 0
+
+    def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        """Calls `callback(events)` on the loop while any of `events` holds for `fd`.
+
+        A second call for the same fd replaces the first; the fd stays the caller's.
+        """
+        if fd in self._watched:
+            self._epoll.modify(fd, events)
+        else:
+            self._epoll.register(fd, events)
+        self._watched[fd] = callback
+
+    def unwatch(self, fd: int) -> None:
+        """The inverse of `watch`; call it before closing the fd.  Unknown fds are ignored."""
+        if self._watched.pop(fd, None) is not None:
+            try:
+                self._epoll.unregister(fd)
+            except (OSError, ValueError):
+                pass
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Runs `callback` once on the loop; from any thread."""
+        with self._lock:
+            self._calls.append(callback)
+        os.eventfd_write(self._wakeup, 1)
+
+    def call_at(self, deadline_ns: int, callback: Callable[[], None]) -> Timer:
+        """Runs `callback` when time.monotonic_ns() has reached `deadline_ns`; from any thread."""
+        timer = Timer(deadline_ns, callback)
+        with self._lock:
+            self._sequence += 1
+            heappush(self._timers, (deadline_ns, self._sequence, timer))
+        if get_ident() != self._thread:
+            os.eventfd_write(self._wakeup, 1)
+        return timer
+
+    def call_later(self, delay_ns: int, callback: Callable[[], None]) -> Timer:
+        return self.call_at(time.monotonic_ns() + delay_ns, callback)
+
+    def stop(self) -> None:
+        """Makes `run` return; from any thread."""
+        self._stopped = True
+        os.eventfd_write(self._wakeup, 1)
+
+    def run(self) -> None:
+        """Runs until `stop`."""
+        self._thread = get_ident()
+        while not self._stopped:
+            self.iterate(None)
+        self._stopped = False
+
+    def iterate(self, timeout_ns: int | None) -> None:
+        """One round: waits at most `timeout_ns` (None: for ever), then runs all that is due."""
+        with self._lock:
+            while self._timers and self._timers[0][2].callback is None:
+                heappop(self._timers)
+            if self._calls:
+                timeout_ns = 0
+            elif self._timers:
+                due = max(0, self._timers[0][0] - time.monotonic_ns())
+                timeout_ns = due if timeout_ns is None else min(due, timeout_ns)
+        ready = self._epoll.poll(None if timeout_ns is None else timeout_ns / 1e9)
+        with self._lock:
+            calls, self._calls = self._calls, []
+        for fd, events in ready:
+            if fd == self._wakeup:
+                os.eventfd_read(self._wakeup)
+            elif callback := self._watched.get(fd):
+                callback(events)
+        for call in calls:
+            call()
+        self._run_timers()
+
+    def _run_timers(self) -> None:
+        now = time.monotonic_ns()
+        while True:
+            with self._lock:
+                if not self._timers or self._timers[0][0] > now:
+                    return
+                timer = heappop(self._timers)[2]
+            if timer.callback is not None:
+                callback, timer.callback = timer.callback, None
+                callback()
+
+    def close(self) -> None:
+        self._epoll.close()
+        os.close(self._wakeup)

@@ -1,0 +1,1 @@
+"""Migration: the state machine, its channels, and the CPR modes."""

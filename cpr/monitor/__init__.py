@@ -1,0 +1,1 @@
+"""The HMP and QMP monitors and their one table of commands."""

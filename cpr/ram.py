@@ -1,0 +1,413 @@
+"""Guest RAM: memory backends, RAMBlocks, and the guest-physical address map.
+
+A RAMBlock owns its mapping and its descriptor.  Shared blocks are kept across an exec: their
+descriptor is found in the PreservedFds by the block's idstr instead of made anew, and is saved
+there for the next exec.  Descriptors are close-on-exec; only cpr-exec clears that.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+from cpr._native._cpr import ffi, lib
+from cpr.errors import ConfigError, CprError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from cpr.config import ObjectConfig
+    from cpr.state.fds import PreservedFds
+
+PAGE_SIZE = 4096
+HUGE_ALIGNMENT = 2 << 20  # so that the kernel can use transparent huge pages
+OFFSET_ALIGNMENT = 64 * PAGE_SIZE  # ram_addr_t granularity of QEMU's ram_list (golden dumps)
+DEFAULT_HUGEPAGE = 2 << 20
+
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+BACKENDS = frozenset(
+    {"memory-backend-memfd", "memory-backend-shm", "memory-backend-file", "memory-backend-ram"}
+)
+
+
+class RAMBlock:
+    """One contiguous block of guest RAM.
+
+    `size` is the used length and `max_length` the mapped one, in bytes; `host` is the address of
+    the mapping; `fd` is -1 for anonymous memory.  `preserved` says that the descriptor goes over
+    an exec, `reopened` that the new VMM opens the same file again by its path; a block that is
+    neither loses its content in an exec, unless it is `regenerated` (a ROM that the machine
+    makes).
+    """
+
+    __slots__ = (
+        "backend",
+        "fd",
+        "host",
+        "idstr",
+        "max_length",
+        "offset",
+        "page_size",
+        "populate",
+        "preserved",
+        "readonly",
+        "regenerated",
+        "reopened",
+        "shared",
+        "size",
+    )
+
+    def __init__(self, idstr: str, size: int, backend: str) -> None:
+        self.idstr = idstr
+        self.size = size
+        self.max_length = size
+        self.backend = backend
+        self.page_size = PAGE_SIZE
+        self.fd = -1
+        self.host = 0
+        self.offset = 0
+        self.shared = False
+        self.readonly = False
+        self.populate = False
+        self.preserved = False
+        self.reopened = False
+        self.regenerated = False
+
+    def buffer(self, offset: int, size: int) -> Any:
+        """A writable view of [offset, offset+size) of the block; valid until `close`."""
+        if offset < 0 or offset + size > self.max_length:
+            raise ValueError(f"{self.idstr}: no {size} bytes at offset {offset:#x}")
+        return ffi.buffer(ffi.cast("char *", self.host + offset), size)
+
+    def cpr_blocker(self) -> str | None:
+        """Why an exec would lose this block's content, in QEMU's words, or None."""
+        if self.preserved or self.reopened or self.regenerated:
+            return None
+        return (
+            f"Memory region {self.idstr} is not compatible with CPR. share=on is required for "
+            "memory-backend objects, and aux-ram-share=on is required."
+        )
+
+    def close(self) -> None:
+        """Unmaps the block and closes its descriptor."""
+        if self.host:
+            lib.munmap(ffi.cast("void *", self.host), self.max_length)
+            self.host = 0
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def create_backend_block(config: ObjectConfig, fds: PreservedFds) -> RAMBlock:
+    """Makes the RAMBlock of a memory-backend object; the caller owns it.
+
+    Raises ConfigError where the backend cannot be had; then nothing is left open, but a
+    descriptor that was found in `fds` stays there.
+    """
+    properties = config.properties
+    size = int(properties.get("size", 0))
+    if size <= 0:
+        raise ConfigError(f"property 'size' of {config.qom_type} doesn't take value '{size}'")
+    block = RAMBlock(config.id, size, config.qom_type)
+    default_share = config.qom_type in ("memory-backend-memfd", "memory-backend-shm")
+    block.shared = bool(properties.get("share", default_share))
+    block.populate = bool(properties.get("prealloc", False))
+    if config.qom_type == "memory-backend-memfd" and properties.get("hugetlb"):
+        block.page_size = int(properties.get("hugetlbsize", 0)) or DEFAULT_HUGEPAGE
+        if block.page_size & (block.page_size - 1):
+            raise ConfigError("Hugepage size must be a power of 2")
+    if config.qom_type == "memory-backend-shm" and not block.shared:
+        raise ConfigError("can't create shm backend with `share=off`")
+    if size % block.page_size:
+        raise ConfigError(
+            f"memory size {size:#x} must be a multiple of page size {block.page_size:#x}"
+        )
+    _attach_descriptor(block, properties, fds)
+    _map(block, int(properties.get("align", 0)))
+    _advise(block, properties)
+    return block
+
+
+def create_aux_block(idstr: str, size: int, share: bool, fds: PreservedFds) -> RAMBlock:
+    """Makes a block of the machine's own (a ROM): in a memfd where `share` (aux-ram-share=on)."""
+    block = RAMBlock(idstr, size, "aux")
+    block.regenerated = True
+    block.shared = share
+    found = fds.find(idstr, 0)
+    if found is not None:
+        _check_size(block, found)
+        block.fd = found
+    elif share:
+        block.fd = os.memfd_create(idstr)
+        os.ftruncate(block.fd, size)
+        fds.save(idstr, 0, block.fd)
+    block.preserved = share
+    _map(block, 0)
+    return block
+
+
+def create_default_block(idstr: str, size: int) -> RAMBlock:
+    """Makes the machine's default RAM, private and anonymous, as QEMU does without a backend."""
+    block = RAMBlock(idstr, size, "memory-backend-ram")
+    _map(block, 0)
+    return block
+
+
+def _attach_descriptor(block: RAMBlock, properties: dict[str, Any], fds: PreservedFds) -> None:
+    if block.backend == "memory-backend-file":
+        block.fd = _open_file(block, properties)
+        block.reopened = block.shared
+        return
+    found = fds.find(block.idstr, 0)
+    if found is not None:
+        _check_size(block, found)
+        block.fd = found
+        block.preserved = block.shared
+        return
+    if block.backend == "memory-backend-memfd":
+        block.fd = _create_memfd(block, bool(properties.get("seal", True)))
+    elif block.backend == "memory-backend-shm":
+        block.fd = _create_shm(block)
+    elif block.shared:
+        block.fd = os.memfd_create(block.idstr)
+        os.ftruncate(block.fd, block.size)
+    if block.fd >= 0 and block.shared:
+        fds.save(block.idstr, 0, block.fd)
+        block.preserved = True
+
+
+def _create_memfd(block: RAMBlock, seal: bool) -> int:
+    flags = os.MFD_CLOEXEC | (os.MFD_ALLOW_SEALING if seal else 0)
+    if block.page_size != PAGE_SIZE:
+        flags |= os.MFD_HUGETLB
+        flags |= (block.page_size.bit_length() - 1) << os.MFD_HUGE_SHIFT
+    try:
+        fd = os.memfd_create("memory-backend-memfd", flags)
+    except OSError as error:
+        raise ConfigError(
+            f"failed to create memfd of page size {block.page_size:#x} for '{block.idstr}': "
+            f"{error.strerror}"
+        ) from None
+    try:
+        os.ftruncate(fd, block.size)
+        if seal:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+    except OSError as error:
+        os.close(fd)
+        raise _no_memory(block, error) from None
+    return fd
+
+
+def _create_shm(block: RAMBlock) -> int:
+    """A POSIX shared memory object, nameless from the start as QEMU's is."""
+    for number in range(1000):
+        path = f"/dev/shm/qemu-{os.getpid()}-shm-{number}"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"failed to create POSIX shared memory: {error}") from None
+        os.unlink(path)
+        os.ftruncate(fd, block.size)
+        return fd
+    raise ConfigError("failed to create POSIX shared memory: no free name in /dev/shm")
+
+
+def _open_file(block: RAMBlock, properties: dict[str, Any]) -> int:
+    path = str(properties.get("mem-path", ""))
+    if os.path.isdir(path):
+        path = os.path.join(path, f"qemu_back_mem.{block.idstr}.{os.getpid()}")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ConfigError(
+            f"can't open backing store {path} for guest RAM: {error.strerror}"
+        ) from None
+    statistics = os.fstatvfs(fd)
+    block.page_size = statistics.f_bsize if _is_hugetlbfs(fd) else PAGE_SIZE
+    align = int(properties.get("align", 0))
+    if align % block.page_size:
+        os.close(fd)
+        raise ConfigError(
+            f"alignment {align:#x} must be multiples of page size {block.page_size:#x}"
+        )
+    current = os.fstat(fd).st_size
+    if current == 0:
+        os.ftruncate(fd, block.size)
+    elif current < block.size:
+        os.close(fd)
+        raise _too_small(block, current)
+    return fd
+
+
+def _is_hugetlbfs(fd: int) -> bool:
+    return os.fstatvfs(fd).f_bsize >= HUGE_ALIGNMENT
+
+
+def _check_size(block: RAMBlock, fd: int) -> None:
+    current = os.fstat(fd).st_size
+    if current < block.size:
+        raise _too_small(block, current)
+
+
+def _too_small(block: RAMBlock, current: int) -> ConfigError:
+    return ConfigError(
+        f"{block.idstr} backing store size {current:#x} is too small for 'size' option "
+        f"{block.size:#x} plus 'offset' option 0x0"
+    )
+
+
+def _map(block: RAMBlock, align: int) -> None:
+    """Maps the block at an address of its page size, 2 MiB or `align`, whichever is largest."""
+    alignment = max(align, block.page_size, HUGE_ALIGNMENT if block.size >= HUGE_ALIGNMENT else 0)
+    flags = lib.MAP_SHARED if block.shared else lib.MAP_PRIVATE
+    if block.fd < 0:
+        flags = lib.MAP_PRIVATE | lib.MAP_ANONYMOUS | lib.MAP_NORESERVE
+    reserve_flags = lib.MAP_PRIVATE | lib.MAP_ANONYMOUS | lib.MAP_NORESERVE
+    span = block.max_length + alignment
+    base = _mmap(block, 0, span, lib.PROT_NONE, reserve_flags, -1)
+    start = (base + alignment - 1) // alignment * alignment
+    try:
+        _mmap(
+            block,
+            start,
+            block.max_length,
+            lib.PROT_READ | lib.PROT_WRITE,
+            flags | lib.MAP_FIXED,
+            block.fd,
+        )
+    except CprError:
+        lib.munmap(ffi.cast("void *", base), span)
+        raise
+    end = start + block.max_length
+    if start > base:
+        lib.munmap(ffi.cast("void *", base), start - base)
+    if base + span > end:
+        lib.munmap(ffi.cast("void *", end), base + span - end)
+    block.host = start
+
+
+def _mmap(block: RAMBlock, address: int, size: int, prot: int, flags: int, fd: int) -> int:
+    result = lib.mmap(ffi.cast("void *", address), size, prot, flags, fd, 0)
+    if result == ffi.cast("void *", -1):
+        error = OSError(ffi.errno, os.strerror(ffi.errno))
+        raise _no_memory(block, error)
+    return int(ffi.cast("uintptr_t", result))
+
+
+def _no_memory(block: RAMBlock, error: OSError) -> ConfigError:
+    if block.page_size == PAGE_SIZE:
+        return ConfigError(f"cannot set up guest memory '{block.idstr}': {error.strerror}")
+    kib = block.page_size >> 10
+    pool = f"/sys/kernel/mm/hugepages/hugepages-{kib}kB"
+    need = block.size // block.page_size
+    return ConfigError(
+        f"unable to map backing store for guest RAM: {error.strerror}; '{block.idstr}' needs "
+        f"{need} pages of {kib} KiB and {_read_number(pool + '/free_hugepages')} are free: "
+        f"echo {need} > {pool}/nr_hugepages"
+    )
+
+
+def _read_number(path: str) -> int:
+    try:
+        with open(path) as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0
+
+
+def _advise(block: RAMBlock, properties: dict[str, Any]) -> None:
+    """Applies merge= and dump=, which are hints: a kernel without them is no error."""
+    address = ffi.cast("void *", block.host)
+    if properties.get("merge"):
+        lib.madvise(address, block.max_length, lib.MADV_MERGEABLE)
+    if not properties.get("dump", True):
+        lib.madvise(address, block.max_length, lib.MADV_DONTDUMP)
+
+
+def populate(block: RAMBlock, offset: int, size: int) -> None:
+    """Populates [offset, offset+size) writable, as prealloc=on asks for.
+
+    Raises ConfigError where the host has not enough memory.
+    """
+    address = ffi.cast("void *", block.host + offset)
+    if lib.madvise(address, size, lib.MADV_POPULATE_WRITE) < 0:
+        raise _no_memory(block, OSError(ffi.errno, os.strerror(ffi.errno)))
+
+
+class Section:
+    """[start, start+size) of guest-physical space is `block` from `offset` on."""
+
+    __slots__ = ("block", "name", "offset", "readonly", "size", "start")
+
+    def __init__(
+        self, start: int, size: int, block: RAMBlock, offset: int, readonly: bool, name: str
+    ) -> None:
+        self.start = start
+        self.size = size
+        self.block = block
+        self.offset = offset
+        self.readonly = readonly
+        self.name = name
+
+
+class GuestMemory:
+    """The guest-physical address map of RAM and ROM."""
+
+    def __init__(self) -> None:
+        self.blocks: list[RAMBlock] = []
+        self.sections: list[Section] = []
+        self._next_offset = 0
+
+    def add_block(self, block: RAMBlock) -> RAMBlock:
+        """Takes over `block` and gives it its ram_addr offset."""
+        block.offset = self._next_offset
+        end = block.offset + block.max_length
+        self._next_offset = (end + OFFSET_ALIGNMENT - 1) // OFFSET_ALIGNMENT * OFFSET_ALIGNMENT
+        self.blocks.append(block)
+        return block
+
+    def add_section(
+        self, start: int, size: int, block: RAMBlock, offset: int, readonly: bool, name: str
+    ) -> Section:
+        section = Section(start, size, block, offset, readonly, name)
+        self.sections.append(section)
+        return section
+
+    def find(self, address: int) -> Section | None:
+        """The section that holds guest-physical `address`."""
+        for section in self.sections:
+            if section.start <= address < section.start + section.size:
+                return section
+        return None
+
+    def read(self, address: int, size: int) -> bytes:
+        """Reads guest-physical memory; where there is none, ones, as an open bus reads."""
+        data = bytearray(b"\xff" * size)
+        for position, view in self._spans(address, size):
+            data[position : position + len(view)] = view[:]
+        return bytes(data)
+
+    def write(self, address: int, data: bytes) -> None:
+        """Writes guest-physical memory, ROM included; where there is none, nothing happens."""
+        for position, view in self._spans(address, len(data)):
+            view[:] = data[position : position + len(view)]
+
+    def _spans(self, address: int, size: int) -> list[tuple[int, Any]]:
+        spans = []
+        for section in self.sections:
+            start = max(address, section.start)
+            end = min(address + size, section.start + section.size)
+            if start < end:
+                offset = section.offset + start - section.start
+                spans.append((start - address, section.block.buffer(offset, end - start)))
+        return spans
+
+    def close(self) -> None:
+        for block in self.blocks:
+            block.close()
+        self.blocks = []
+        self.sections = []

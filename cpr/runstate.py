@@ -1,0 +1,72 @@
+"""RunState: what the whole VM is doing, as QEMU's query-status names it.
+
+The table below is literal: a transition that is not in it is a bug in the caller and raises.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PRELAUNCH = "prelaunch"
+INMIGRATE = "inmigrate"
+RUNNING = "running"
+PAUSED = "paused"
+SUSPENDED = "suspended"
+FINISH_MIGRATE = "finish-migrate"
+POSTMIGRATE = "postmigrate"
+RESTORE_VM = "restore-vm"
+SHUTDOWN = "shutdown"
+INTERNAL_ERROR = "internal-error"
+
+TRANSITIONS: dict[str, frozenset[str]] = {
+    PRELAUNCH: frozenset({INMIGRATE, RUNNING, PAUSED, SUSPENDED, FINISH_MIGRATE, SHUTDOWN}),
+    INMIGRATE: frozenset(
+        {RUNNING, PAUSED, PRELAUNCH, SUSPENDED, POSTMIGRATE, SHUTDOWN, INTERNAL_ERROR}
+    ),
+    RUNNING: frozenset(
+        {PAUSED, SUSPENDED, FINISH_MIGRATE, POSTMIGRATE, SHUTDOWN, INTERNAL_ERROR}
+    ),
+    PAUSED: frozenset({RUNNING, SUSPENDED, FINISH_MIGRATE, POSTMIGRATE, PRELAUNCH, SHUTDOWN}),
+    SUSPENDED: frozenset({RUNNING, PAUSED, FINISH_MIGRATE, POSTMIGRATE, PRELAUNCH, SHUTDOWN}),
+    FINISH_MIGRATE: frozenset({RUNNING, PAUSED, POSTMIGRATE, PRELAUNCH, SUSPENDED, SHUTDOWN}),
+    POSTMIGRATE: frozenset({RUNNING, FINISH_MIGRATE, PAUSED, PRELAUNCH, SHUTDOWN}),
+    SHUTDOWN: frozenset({PAUSED, FINISH_MIGRATE, PRELAUNCH, POSTMIGRATE}),
+    INTERNAL_ERROR: frozenset({PAUSED, FINISH_MIGRATE, PRELAUNCH, SHUTDOWN}),
+}
+
+LIVE = frozenset({RUNNING, SUSPENDED})
+"""The states in which the guest is live: `stop` takes it out of them and `cont` back."""
+
+
+class RunState:
+    """The current run state, and the handlers called with (old, new) after each change."""
+
+    def __init__(self, initial: str = PRELAUNCH) -> None:
+        self.current = initial
+        self._handlers: list[Callable[[str, str], None]] = []
+
+    def set(self, new: str) -> None:
+        """Changes to `new`; setting the current state again does nothing.
+
+        Raises ValueError for a transition that the table does not have.
+        """
+        old = self.current
+        if new == old:
+            return
+        if new not in TRANSITIONS.get(old, frozenset()):
+            raise ValueError(f"invalid runstate transition: '{old}' -> '{new}'")
+        self.current = new
+        for handler in list(self._handlers):
+            handler(old, new)
+
+    def add_change_handler(self, handler: Callable[[str, str], None]) -> None:
+        self._handlers.append(handler)
+
+    def remove_change_handler(self, handler: Callable[[str, str], None]) -> None:
+        self._handlers.remove(handler)
+
+    @property
+    def running(self) -> bool:
+        return self.current == RUNNING

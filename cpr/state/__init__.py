@@ -1,0 +1,1 @@
+"""Pure data: CPR state, vmstate fields and the migration stream."""

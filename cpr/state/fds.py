@@ -1,0 +1,177 @@
+"""The registry of preserved file descriptors, which live on in the new image after an exec.
+
+Whoever opens a descriptor that must survive saves it here under a name and an id; in the new
+image the same code finds it here instead of opening it again.  The registry never closes a
+descriptor that was saved: it stays with the object that uses it, which deletes it from here
+before closing it.  Preserved descriptors are close-on-exec, so that no other program that is
+started gets them; only between `set_cloexec(False)` and the exec are they not.
+"""
+
+from __future__ import annotations
+
+import os
+
+from cpr.errors import KernelError, StateError
+from cpr.state.cpr_state import REMEDY, STATE_NAME, CprState, VfioDevice
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, MutableMapping
+
+
+class PreservedFds:
+    """The preserved fds by (name, id), and the VFIO devices that go over with them.
+
+    `incoming` is true from a successful load on, until the machine, when it has taken over
+    everything, sets it to false.  `state_fd` is the memfd of the state while it is persisted,
+    else -1; it is the registry's own.
+    """
+
+    def __init__(self) -> None:
+        self.incoming = False
+        self.state_fd = -1
+        self.vfio_devices: list[VfioDevice] = []
+        self._fds: list[tuple[str, int, int]] = []
+
+    def save(self, name: str, id: int, fd: int) -> None:
+        """Adds `fd`, which stays the caller's.  Raises ValueError if (name, id) is there."""
+        if self.find(name, id) is not None:
+            raise ValueError(f"cpr fd '{name}' id {id} is already saved")
+        self._fds.append((name, id, fd))
+
+    def find(self, name: str, id: int) -> int | None:
+        """The fd saved under (name, id), or None.  After a load its finder becomes its owner.
+
+        Of several in a state that was loaded, it is the first.
+        """
+        for each_name, each_id, fd in self._fds:
+            if each_name == name and each_id == id:
+                return fd
+        return None
+
+    def delete(self, name: str, id: int) -> None:
+        """The inverse of `save`; the fd stays open.  An unknown (name, id) is ignored."""
+        self._fds = [entry for entry in self._fds if entry[:2] != (name, id)]
+
+    def resave(self, name: str, id: int, fd: int) -> None:
+        """Saves `fd` unless it is there.  Raises ValueError if another fd is there instead."""
+        old = self.find(name, id)
+        if old is None:
+            self.save(name, id, fd)
+        elif old != fd:
+            raise ValueError(
+                f"internal error: cpr fd '{name}' id {id} value {fd} "
+                f"already saved with a different value {old}"
+            )
+
+    def open(self, name: str, id: int, opener: Callable[[], int]) -> int:
+        """The fd saved under (name, id), or else a new one from `opener`, saved.
+
+        The caller owns it.  What `opener` raises passes through; then nothing is saved.
+        """
+        fd = self.find(name, id)
+        if fd is None:
+            fd = opener()
+            self.save(name, id, fd)
+        return fd
+
+    def entries(self) -> list[tuple[str, int, int]]:
+        """All (name, id, fd), in the order in which they were saved."""
+        return list(self._fds)
+
+    def set_cloexec(self, on: bool) -> None:
+        """Sets or clears FD_CLOEXEC on all the fds, and on the state's memfd if there is one.
+
+        Raises StateError if one is not open; then the others are as they were.
+        """
+        entries = list(self._fds)
+        if self.state_fd >= 0:
+            entries.append((STATE_NAME, 0, self.state_fd))
+        for done, (name, id, fd) in enumerate(entries):
+            try:
+                os.set_inheritable(fd, not on)
+            except OSError as error:
+                for _, _, changed in entries[:done]:
+                    os.set_inheritable(changed, on)
+                raise StateError(_not_open(name, id, fd)) from error
+
+    def persist(self, environ: MutableMapping[str, str] = os.environ) -> int:
+        """Writes the state to a memfd, names it in `environ`, and returns it.
+
+        The memfd is close-on-exec and stays the registry's; its offset is at its end.  Raises
+        KernelError; then nothing has changed.
+        """
+        if self.state_fd >= 0:
+            raise ValueError("the CPR state is persisted already")
+        data = CprState(self._fds, self.vfio_devices).encode()
+        try:
+            fd = os.memfd_create(STATE_NAME)
+        except OSError as error:
+            raise KernelError("memfd_create", error.errno or 0) from error
+        try:
+            _write_all(fd, data)
+        except OSError as error:
+            os.close(fd)
+            raise KernelError(f"write to memfd {STATE_NAME}", error.errno or 0) from error
+        environ[STATE_NAME] = str(fd)
+        self.state_fd = fd
+        return fd
+
+    def unpersist(self, environ: MutableMapping[str, str] = os.environ) -> None:
+        """The inverse of `persist`: closes the memfd and unsets the variable."""
+        environ.pop(STATE_NAME, None)
+        os.close(self.state_fd)
+        self.state_fd = -1
+
+    def load(self, fd: int) -> None:
+        """Takes over the state in `fd`, from its beginning, and makes its fds close-on-exec.
+
+        `fd` is closed, on success and on failure.  Raises StateError for a state that is not
+        valid or names a descriptor that is not open; then the registry is as it was, and no
+        other descriptor has been closed.
+        """
+        state = CprState.decode(_read_and_close(fd))
+        for name, id, preserved in state.fds:
+            try:
+                os.set_inheritable(preserved, False)
+            except OSError as error:
+                raise StateError(_not_open(name, id, preserved)) from error
+        self._fds = state.fds
+        self.vfio_devices = state.vfio_devices
+        self.incoming = True
+
+    def load_from_environment(self, environ: MutableMapping[str, str] = os.environ) -> bool:
+        """Loads the state that `environ` names and unsets the variable; False if it names none.
+
+        Raises StateError for a variable that is not a number, and as `load` does.
+        """
+        value = environ.pop(STATE_NAME, None)
+        if value is None:
+            return False
+        if not value.removeprefix("-").isdecimal() or int(value) >= 1 << 31:
+            raise StateError(f"{STATE_NAME}='{value}' is not the number of a descriptor; {REMEDY}")
+        self.load(int(value))
+        return True
+
+
+def _read_and_close(fd: int) -> bytes:
+    """The whole content of a memfd, whatever its offset; nothing where there is no such fd."""
+    try:
+        size = os.fstat(fd).st_size
+        data = os.pread(fd, size, 0)
+    except OSError:
+        data = b""
+    try:
+        os.close(fd)
+    except OSError:
+        pass
+    return data
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _not_open(name: str, id: int, fd: int) -> str:
+    return f"CPR fd '{name}' id {id}: descriptor {fd} is not open; {REMEDY}"

@@ -1,0 +1,211 @@
+"""The body of the section 'ram': the list of RAM blocks, and pages.
+
+    body    = record* END
+    record  = u64 address | flags, then by the flags
+      MEM_SIZE   the address is the total of the used lengths; for each block u8 length, idstr,
+                 u64 used length, and, with x-ignore-shared, u64 guest-physical address
+      ZERO       unless CONTINUE u8 length, idstr; then u8 0
+      PAGE       unless CONTINUE u8 length, idstr; then the page
+      EOS        the end of the body
+    CONTINUE  the page is in the same block as the one before, maybe in an earlier section
+
+The address of a page is its offset in the block.  In cpr-exec every block stays where it is: the
+START has the list, and no section has pages.
+"""
+
+from __future__ import annotations
+
+import struct
+from errno import EINVAL, EIO
+
+from cpr.state.reader import LoadError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from cpr.state.stream import StreamReader
+
+IDSTR = "ram"
+INSTANCE_ID = 0
+VERSION_ID = 4
+
+PAGE_SIZE = 4096
+FLAGS = PAGE_SIZE - 1
+
+ZERO = 0x02
+MEM_SIZE = 0x04
+PAGE = 0x08
+EOS = 0x10
+CONTINUE = 0x20
+HOOK = 0x80  # RDMA has registered memory: nothing to do
+MULTIFD_FLUSH = 0x200  # multifd channels are to be waited for: nothing to do without them
+
+END = struct.pack(">Q", EOS)
+
+
+class Block:
+    """A RAM block as this section knows it; lengths in bytes.
+
+    `max_length` is more than `used_length` where the block can be resized.  `address` is the
+    guest-physical one, or None where the stream's need not agree with it.
+    """
+
+    __slots__ = ("address", "idstr", "max_length", "used_length")
+
+    def __init__(
+        self,
+        idstr: str,
+        used_length: int,
+        max_length: int | None = None,
+        address: int | None = None,
+    ) -> None:
+        self.idstr = idstr
+        self.used_length = used_length
+        self.max_length = used_length if max_length is None else max_length
+        self.address = address
+
+
+def block_list(blocks: Iterable[Block], with_addresses: bool = False) -> bytes:
+    """The record of all the blocks; `with_addresses` iff x-ignore-shared is on."""
+    total = 0
+    pieces = []
+    for block in blocks:
+        total += block.used_length
+        pieces.append(_counted(block.idstr) + struct.pack(">Q", block.used_length))
+        if with_addresses:
+            pieces.append(struct.pack(">Q", block.address or 0))
+    return struct.pack(">Q", total | MEM_SIZE) + b"".join(pieces)
+
+
+class PageEncoder:
+    """Makes the records of pages; one encoder for all the sections of a stream."""
+
+    __slots__ = ("_block",)
+
+    def __init__(self) -> None:
+        self._block: str | None = None
+
+    def zero_page(self, idstr: str, offset: int) -> bytes:
+        return self._header(idstr, offset | ZERO) + b"\0"
+
+    def page(self, idstr: str, offset: int, data: bytes) -> bytes:
+        return self._header(idstr, offset | PAGE) + data
+
+    def _header(self, idstr: str, word: int) -> bytes:
+        if idstr == self._block:
+            return struct.pack(">Q", word | CONTINUE)
+        self._block = idstr
+        return struct.pack(">Q", word) + _counted(idstr)
+
+
+class RamDecoder:
+    """Takes the bodies of 'ram' sections; one decoder for all the sections of a stream.
+
+    `blocks` are this side's.  A block list must name only them; the used lengths of those that
+    can be resized become the stream's.
+    """
+
+    def __init__(self, blocks: Iterable[Block], with_addresses: bool = False) -> None:
+        self.blocks = {block.idstr: block for block in blocks}
+        self._with_addresses = with_addresses
+        self._block: Block | None = None
+
+    def pages(
+        self, reader: StreamReader, version_id: int
+    ) -> Iterator[tuple[str, int, bytes | None]]:
+        """Takes one body and yields its pages: idstr, offset, and the data or None for zeros.
+
+        Raises LoadError.
+        """
+        if version_id != VERSION_ID:
+            raise LoadError(EINVAL)
+        while True:
+            word = reader.integer(8)
+            if reader.failed:
+                raise LoadError(EIO, "Getting RAM address failed")
+            address, flags = word & ~FLAGS, word & FLAGS
+            if flags == MEM_SIZE:
+                self._take_block_list(reader, address)
+            elif flags & (ZERO | PAGE):
+                yield self._take_page(reader, address, flags)
+            elif flags == EOS:
+                return
+            elif not flags & (HOOK | MULTIFD_FLUSH):
+                raise LoadError(EINVAL, f"Unknown combination of migration flags: {flags:#x}")
+            if reader.failed:
+                raise LoadError(EIO)
+
+    def _take_block_list(self, reader: StreamReader, total: int) -> None:
+        while total:
+            idstr = _take_idstr(reader)
+            used_length = reader.integer(8)
+            block = self.blocks.get(idstr)
+            if block is None:
+                raise LoadError(EINVAL, f'Unknown ramblock "{idstr}", cannot accept migration')
+            _resize(block, used_length)
+            if self._with_addresses:
+                _check_address(block, reader.integer(8))
+            total = (total - used_length) % (1 << 64)
+
+    def _take_page(
+        self, reader: StreamReader, offset: int, flags: int
+    ) -> tuple[str, int, bytes | None]:
+        block = self._take_block(reader, offset, flags)
+        kind = flags & ~CONTINUE
+        if kind == PAGE:
+            data = reader.take(PAGE_SIZE)
+            if reader.failed:
+                raise LoadError(EIO)
+            return block.idstr, offset, data
+        if kind != ZERO:
+            raise LoadError(EINVAL, f"Unknown combination of migration flags: {kind:#x}")
+        fill = reader.integer(1)
+        if fill:
+            raise LoadError(EINVAL, f"Found a zero page with value {fill}")
+        if reader.failed:
+            raise LoadError(EIO)
+        return block.idstr, offset, None
+
+    def _take_block(self, reader: StreamReader, offset: int, flags: int) -> Block:
+        if flags & CONTINUE:
+            line = "Ack, bad migration stream!"
+        else:
+            idstr = _take_idstr(reader)
+            self._block = self.blocks.get(idstr)
+            line = f"Can't find block {idstr}"
+        outside = f"Illegal RAM offset {offset:x}"
+        if self._block is None:
+            raise LoadError(EINVAL, line, outside)
+        if offset >= self._block.used_length:
+            raise LoadError(EINVAL, outside)
+        return self._block
+
+
+def _resize(block: Block, used_length: int) -> None:
+    if used_length == block.used_length:
+        return
+    if block.max_length == block.used_length:
+        problem = f"Size mismatch: {block.idstr}: {used_length:#x} != {block.used_length:#x}"
+    elif used_length > block.max_length:
+        problem = f"Size too large: {block.idstr}: {used_length:#x} > {block.max_length:#x}"
+    else:
+        block.used_length = used_length
+        return
+    raise LoadError(EINVAL, f"{problem}: Invalid argument")
+
+
+def _check_address(block: Block, address: int) -> None:
+    if block.address is not None and address != block.address:
+        raise LoadError(
+            EINVAL, f"Mismatched GPAs for block {block.idstr} {address}!= {block.address}"
+        )
+
+
+def _counted(idstr: str) -> bytes:
+    name = idstr.encode()
+    return bytes([len(name)]) + name
+
+
+def _take_idstr(reader: StreamReader) -> str:
+    return reader.take(reader.integer(1)).decode(errors="replace")

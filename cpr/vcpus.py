@@ -1,0 +1,147 @@
+"""vCPU threads: started parked, let go by `resume`, parked again by `pause`.
+
+The hand-over uses plain locks as binary semaphores, because they cost nothing at start-up.
+"""
+
+from __future__ import annotations
+
+from _thread import allocate_lock, get_ident, get_native_id, start_new_thread
+
+from cpr.accel import base
+from cpr.errors import CprError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from cpr.accel.base import Bus, VCpu
+
+
+class VCpuThread:
+    """The thread that runs one vCPU.
+
+    `on_guest_reset(reason)` and `on_error(error)` are called on it when the vCPU cannot go on by
+    itself; the thread then waits to be paused.
+    """
+
+    def __init__(
+        self,
+        vcpu: VCpu,
+        bus: Bus,
+        on_guest_reset: Callable[[], None],
+        on_error: Callable[[CprError], None],
+    ) -> None:
+        self.vcpu = vcpu
+        self.thread_id = 0
+        self._bus = bus
+        self._on_guest_reset = on_guest_reset
+        self._on_error = on_error
+        self._stopping = True
+        self._ending = False
+        self._running = False
+        self._work: list[tuple[Callable[[VCpu], Any], list, Any]] = []
+        self._work_lock = allocate_lock()
+        self._go = _semaphore()
+        self._parked = _semaphore()
+        self._woken = _semaphore()
+        self._started = _semaphore()
+        self._ident = start_new_thread(self._main, ())
+        self._started.acquire()
+
+    @property
+    def is_current(self) -> bool:
+        """True on this very thread."""
+        return get_ident() == self._ident
+
+    def resume(self) -> None:
+        """Lets the vCPU run; the inverse of `pause`."""
+        if not self._running:
+            self._running = True
+            self._stopping = False
+            self._go.release()
+
+    def request_pause(self) -> None:
+        """The first half of `pause`, so that all vCPUs can be asked before any is waited for."""
+        if self._running:
+            self._stopping = True
+            self._kick()
+
+    def pause(self) -> None:
+        """Stops the vCPU and waits until it is out of guest mode and its state is readable."""
+        self.request_pause()
+        if self._running:
+            self._parked.acquire()
+            self._running = False
+
+    def run_on(self, function: Callable[[VCpu], Any]) -> Any:
+        """Calls function(vcpu) while the vCPU is out of guest mode, and returns its result."""
+        if not self._running:
+            return function(self.vcpu)
+        done = _semaphore()
+        result: list = []
+        with self._work_lock:
+            self._work.append((function, result, done))
+        self._kick()
+        done.acquire()
+        if isinstance(result[0], CprError):
+            raise result[0]
+        return result[0]
+
+    def end(self) -> None:
+        """Pauses the vCPU and ends the thread."""
+        self.pause()
+        self._ending = True
+        self._go.release()
+
+    def _kick(self) -> None:
+        self.vcpu.kick()
+        if self._woken.locked():
+            try:
+                self._woken.release()
+            except RuntimeError:  # another kick was faster
+                pass
+
+    def _main(self) -> None:
+        self.thread_id = get_native_id()
+        self._started.release()
+        while True:
+            self._go.acquire()
+            if self._ending:
+                return
+            while not self._stopping:
+                self._run_once()
+            self._do_work()
+            self._parked.release()
+
+    def _run_once(self) -> None:
+        try:
+            reason = self.vcpu.run(self._bus)
+        except CprError as error:
+            self._on_error(error)
+            reason = ""
+        self._do_work()
+        if reason in (base.SHUTDOWN, base.RESET):
+            self._on_guest_reset()
+        if reason != base.KICKED:
+            while not self._stopping:
+                self._woken.acquire()
+                self._do_work()
+
+    def _do_work(self) -> None:
+        with self._work_lock:
+            work, self._work = self._work, []
+        for function, result, done in work:
+            try:
+                result.append(function(self.vcpu))
+            except CprError as error:
+                result.append(error)
+            except Exception as error:
+                result.append(CprError(f"vCPU {self.vcpu.index}: {error}"))
+            done.release()
+
+
+def _semaphore() -> Any:
+    lock = allocate_lock()
+    lock.acquire()
+    return lock
