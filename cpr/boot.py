@@ -82,9 +82,7 @@ def _boot_sector(drive: DriveConfig) -> BootImage:
     except OSError as error:
         raise ConfigError(f"Could not open '{drive.file}': {error.strerror}") from None
     if len(sector) < SECTOR or sector[510:512] != BOOT_SIGNATURE:
-        raise ConfigError(
-            f"'{drive.file}' is not bootable: its first sector does not end in 55 aa"
-        )
+        raise ConfigError(f"'{drive.file}' is not bootable: its first sector does not end in 55 aa")
     state = x86.reset_state(0)
     _enter_real_mode(state, 0, BOOT_ADDRESS, 0, BOOT_ADDRESS)
     state["env.regs"][x86.RDX] = BIOS_DRIVE_NUMBERS.get(drive.interface, 0x80)
@@ -124,7 +122,9 @@ class _Elf:
         self.is_64 = self._number(4, 1) == 2
         machine = self._number(18, 2)
         if self._number(5, 1) != 1 or machine != (62 if self.is_64 else 3):
-            raise ConfigError(f"kernel '{path}' is an ELF image, but not for x86 (machine {machine})")
+            raise ConfigError(
+                f"kernel '{path}' is an ELF image, but not for x86 (machine {machine})"
+            )
         self.entry = self._number(24, 8 if self.is_64 else 4)
         self.loads = self._segments()
         if not self.loads:

@@ -19,14 +19,21 @@ from cpr.vcpus import VCpuThread
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
 
     from cpr.accel.base import Accelerator, VCpu
     from cpr.boot import BootImage
+    from cpr.chardev.base import Chardev
     from cpr.config import Config
     from cpr.devices.base import Device
     from cpr.events import EventBus
     from cpr.mainloop import MainLoop
     from cpr.ram import RAMBlock
+
+    class Frontend(Protocol):
+        """A device with a chardev, or None for a device that will have none."""
+
+        def attach(self, chardev: Chardev | None) -> None: ...
 
 
 class Machine:
@@ -38,7 +45,12 @@ class Machine:
     """
 
     def __init__(
-        self, config: Config, accel: Accelerator, memory: GuestMemory, loop: MainLoop, events: EventBus
+        self,
+        config: Config,
+        accel: Accelerator,
+        memory: GuestMemory,
+        loop: MainLoop,
+        events: EventBus,
     ) -> None:
         self.config = config
         self.accel = accel
@@ -53,6 +65,7 @@ class Machine:
         self.vcpus: list[VCpu] = []
         self.threads: list[VCpuThread] = []
         self.on_exit: Callable[[int], None] = lambda status: None
+        self.frontends: list[tuple[Frontend, str | None]] = []
         self.irq_handlers: list[Callable[[int, bool], None]] = []
         self.boot_image: Callable[[], BootImage] | None = None
         self._reset_requested = False

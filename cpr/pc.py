@@ -1,42 +1,46 @@
 """The `pc` machine: `build` makes its RAM, accelerator, vCPUs and devices from a Config.
 
-    0x00000000  RAM: all of it where it is below 3.5 GiB, else the first 3 GiB
-    0x000c0000  pc.rom, 128 KiB
-    0x000e0000  the last 128 KiB of pc.bios again
-    0xfec00000  I/O APIC
-    0xfee00000  local APICs
-    0xfffc0000  pc.bios, 256 KiB
-    4 GiB       the rest of RAM
+0x00000000  RAM: all of it where it is below 3.5 GiB, else the first 3 GiB
+0x000c0000  pc.rom, 128 KiB
+0x000e0000  the last 128 KiB of pc.bios again
+0xfec00000  I/O APIC
+0xfee00000  local APICs
+0xfffc0000  pc.bios, 256 KiB
+4 GiB       the rest of RAM
 """
 
 from __future__ import annotations
 
-import errno
 import sys
 
 from cpr import boot
-from cpr.devices.apic import Apic
-from cpr.devices.debug import DEBUGCON_PORT, EXIT_PORT, EXIT_SIZE, DebugCon, DebugExit
-from cpr.devices.i8254 import I8254
-from cpr.devices.i8259 import I8259Pair
-from cpr.devices.ioapic import IoApic
+from cpr.devices.debug import (
+    DEBUGCON_PORT,
+    DEBUGCON_READBACK,
+    EXIT_PORT,
+    EXIT_SIZE,
+    DebugCon,
+    DebugExit,
+)
 from cpr.devices.pckbd import I8042
 from cpr.devices.piix4_pm import Piix4Pm
 from cpr.devices.port92 import Port92
-from cpr.devices.serial import Serial
+from cpr.devices.serial import PORTS, Serial
 from cpr.devices.system import KvmClock, Timers, VCpuState
-from cpr.errors import ConfigError, CprError, KernelError
+from cpr.errors import ConfigError, CprError
 from cpr.machine import Machine
 from cpr.ram import GuestMemory, create_aux_block, create_backend_block, create_default_block
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from cpr.accel.base import Accelerator
     from cpr.config import Config, DeviceConfig
     from cpr.events import EventBus
     from cpr.mainloop import MainLoop
+    from cpr.ram import RAMBlock
     from cpr.state.fds import PreservedFds
 
 GIB = 1 << 30
@@ -48,6 +52,7 @@ ISA_BIOS_SIZE = 128 << 10
 ISA_BIOS_ADDRESS = 0xE0000
 ROM_SIZE = 128 << 10
 ROM_ADDRESS = 0xC0000
+VGA_ADDRESS = 0xA0000
 MAX_CPUS = 255
 RESET_VECTOR = BIOS_SIZE - 16
 JUMP_TO_BOOT = bytes((0xEA, 0x00, 0x7C, 0x00, 0x00))  # jmp far 0:7c00
@@ -91,23 +96,19 @@ def _check(config: Config) -> None:
 
 def _create_accel(names: list[str]) -> Accelerator:
     """The first accelerator of `names` that can be had; says on stderr when it falls back."""
-    problem: CprError | None = None
+    problems: list[str] = []
     for name in names:
         try:
             accel = _accelerator(name)
         except CprError as error:
-            if problem is None:
-                problem = error
-            if name != names[-1]:
-                print(f"cpr-vmm: -accel {name}: {error}", file=sys.stderr)
+            problems.append(f"-accel {name}: {error}")
             continue
-        if problem is not None:
+        for problem in problems:
+            print(f"cpr-vmm: {problem}", file=sys.stderr)
+        if problems:
             print(f"cpr-vmm: falling back to {name}", file=sys.stderr)
         return accel
-    assert problem is not None
-    if len(names) == 1:
-        raise type(problem)(*_context(problem, names[0]))
-    raise problem
+    raise ConfigError("\ncpr-vmm: ".join(problems))
 
 
 def _create_ram(config: Config, memory: GuestMemory, fds: PreservedFds) -> None:
@@ -122,7 +123,7 @@ def _create_ram(config: Config, memory: GuestMemory, fds: PreservedFds) -> None:
     bios = memory.add_block(create_aux_block("pc.bios", BIOS_SIZE, share, fds))
     rom = memory.add_block(create_aux_block("pc.rom", ROM_SIZE, share, fds))
     _write_bios(bios.buffer(0, BIOS_SIZE))
-    conventional = min(low, ROM_ADDRESS)
+    conventional = min(low, VGA_ADDRESS)
     memory.add_section(0, conventional, ram, 0, False, "ram-below-4g")
     memory.add_section(ROM_ADDRESS, ROM_SIZE, rom, 0, True, "pc.rom")
     isa_offset = BIOS_SIZE - ISA_BIOS_SIZE
@@ -133,3 +134,93 @@ def _create_ram(config: Config, memory: GuestMemory, fds: PreservedFds) -> None:
     memory.add_section(BIOS_ADDRESS, BIOS_SIZE, bios, 0, True, "pc.bios")
     if ram.size > low:
         memory.add_section(4 * GIB, ram.size - low, ram, low, False, "ram-above-4g")
+
+
+def _accelerator(name: str) -> Accelerator:
+    if name == "kvm":
+        from cpr.accel.kvm import KvmAccelerator
+
+        return KvmAccelerator()
+    if name == "tcg":
+        from cpr.accel.tcg import TcgAccelerator
+
+        return TcgAccelerator()
+    raise ConfigError(f"invalid accelerator {name}")
+
+
+def _create_backend(config: Config, backend_id: str, fds: PreservedFds) -> RAMBlock:
+    backend = next((o for o in config.objects if o.id == backend_id), None)
+    if backend is None:
+        raise ConfigError(f"Memory backend '{backend_id}' not found")
+    block = create_backend_block(backend, fds)
+    if block.size != config.ram_size:
+        block.close()
+        raise ConfigError("Machine memory size does not match the size of the memory backend")
+    return block
+
+
+def _write_bios(view: Any) -> None:
+    """A BIOS whose reset vector jumps to the boot sector; every other byte halts."""
+    view[:] = bytes([HLT]) * BIOS_SIZE
+    view[RESET_VECTOR : RESET_VECTOR + len(JUMP_TO_BOOT)] = JUMP_TO_BOOT
+
+
+def _create_devices(config: Config, machine: Machine) -> None:
+    machine.add_device(Timers())
+    for vcpu in machine.vcpus:
+        machine.add_device(VCpuState(vcpu))
+    _create_interrupts(machine)
+    for device in (Port92(), I8042(), Piix4Pm()):
+        machine.add_device(device)
+    for index, chardev in enumerate(config.serials):
+        if chardev is not None:
+            _add_serial(machine, index, chardev)
+    for device_config in config.devices:
+        create = DEVICES.get(device_config.driver)
+        if create is None:
+            raise ConfigError(
+                f"-device {device_config.driver}: '{device_config.driver}' is not a valid device "
+                "model name"
+            )
+        create(machine, device_config)
+
+
+def _add_serial(machine: Machine, index: int, chardev: str | None) -> None:
+    if index >= len(PORTS):
+        raise ConfigError(f"Max. supported number of ISA serial ports is {len(PORTS)}.")
+    serial = Serial(index)
+    machine.add_device(serial)
+    machine.frontends.append((serial, chardev))
+
+
+def _isa_serial(machine: Machine, config: DeviceConfig) -> None:
+    used = {device.instance_id for device in machine.devices if device.idstr == Serial.idstr}
+    free = [index for index in range(len(PORTS)) if index not in used]
+    index = int(config.properties.get("index", free[0] if free else len(PORTS)))
+    _add_serial(machine, index, config.properties.get("chardev"))
+
+
+def _isa_debugcon(machine: Machine, config: DeviceConfig) -> None:
+    properties = config.properties
+    device = DebugCon(
+        int(properties.get("iobase", DEBUGCON_PORT)),
+        int(properties.get("readback", DEBUGCON_READBACK)),
+    )
+    machine.add_device(device)
+    machine.frontends.append((device, properties.get("chardev")))
+
+
+def _isa_debug_exit(machine: Machine, config: DeviceConfig) -> None:
+    properties = config.properties
+    machine.add_device(
+        DebugExit(
+            int(properties.get("iobase", EXIT_PORT)), int(properties.get("iosize", EXIT_SIZE))
+        )
+    )
+
+
+DEVICES: dict[str, Callable[[Machine, DeviceConfig], None]] = {
+    "isa-serial": _isa_serial,
+    "isa-debugcon": _isa_debugcon,
+    "isa-debug-exit": _isa_debug_exit,
+}

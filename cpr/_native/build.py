@@ -44,3 +44,7 @@ ffibuilder.set_source(
     extra_compile_args=["-O2", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror"],
     libraries=["dl", "pthread"],
 )
+
+
+if __name__ == "__main__":
+    ffibuilder.compile(tmpdir=str(HERE.parent.parent))

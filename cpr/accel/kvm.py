@@ -17,7 +17,6 @@ from cpr.uapi.fd import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
 
     from cpr.accel.base import Bus
 

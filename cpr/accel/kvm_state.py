@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     from cpr.uapi.fd import Fd
 
 # env.regs in x86.RAX … order, by the names of struct kvm_regs.
-GPR_NAMES = (
-    ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi")
-    + tuple(f"r{number}" for number in range(8, 16))
+GPR_NAMES = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi") + tuple(
+    f"r{number}" for number in range(8, 16)
 )
 SEGMENT_NAMES = ("es", "cs", "ss", "ds", "fs", "gs")
 
@@ -67,9 +66,7 @@ def get_vcpu(fd: Fd, msr_indices: list[int]) -> dict:
     xsave = kvm.get_struct(fd, "kvm_xsave", "KVM_GET_XSAVE", lib.KVM_GET_XSAVE)
     xcrs = kvm.get_struct(fd, "kvm_xcrs", "KVM_GET_XCRS", lib.KVM_GET_XCRS)
     debug = kvm.get_struct(fd, "kvm_debugregs", "KVM_GET_DEBUGREGS", lib.KVM_GET_DEBUGREGS)
-    events = kvm.get_struct(
-        fd, "kvm_vcpu_events", "KVM_GET_VCPU_EVENTS", lib.KVM_GET_VCPU_EVENTS
-    )
+    events = kvm.get_struct(fd, "kvm_vcpu_events", "KVM_GET_VCPU_EVENTS", lib.KVM_GET_VCPU_EVENTS)
     msrs = kvm.get_msrs(fd, msr_indices)
     xcr0 = next((xcrs.xcrs[i].value for i in range(xcrs.nr_xcrs) if xcrs.xcrs[i].xcr == XCR0), 1)
     entries = [{"index": i, "data": v} for i, v in msrs.items() if i not in FIELD_MSRS]

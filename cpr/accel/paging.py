@@ -40,9 +40,7 @@ def translate(state: dict, read: Callable[[int, int], bytes], virtual: int) -> i
     return None
 
 
-def _walk_32bit(
-    read: Callable[[int, int], bytes], cr3: int, cr4: int, virtual: int
-) -> int | None:
+def _walk_32bit(read: Callable[[int, int], bytes], cr3: int, cr4: int, virtual: int) -> int | None:
     directory = int.from_bytes(read((cr3 & 0xFFFFF000) + 4 * (virtual >> 22), 4), "little")
     if not directory & PRESENT:
         return None

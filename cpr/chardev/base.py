@@ -82,7 +82,7 @@ class Chardev:
         """Says that the frontend has room again; from any thread."""
 
     def flush(self, timeout_ns: int) -> None:
-        """Waits until all that was written has gone out, or for `timeout_ns`; for before an exec."""
+        """Waits until all that was written is out, at most `timeout_ns`; call it before an exec."""
 
     def take_fd(self) -> int:
         """A descriptor that the peer passed with SCM_RIGHTS, the caller's from now on; else -1."""

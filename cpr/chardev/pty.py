@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import select
-import sys
 import termios
 
-from cpr.chardev.base import CLOSED, OPENED
+from cpr.chardev.base import CLOSED
 from cpr.chardev.stream import FdChardev
 from cpr.errors import ConfigError
 
@@ -39,11 +38,6 @@ class PtyChardev(FdChardev):
 
     def describe(self) -> str:
         return f"pty:{self.path}"
-
-    def write(self, data: bytes) -> None:
-        if not self.connected:
-            self.loop.call_soon(self._look)
-        super().write(data)
 
     def hang_up(self) -> None:
         """The slave was closed by its last user; the master waits for the next one."""
@@ -87,7 +81,5 @@ def _set_raw(fd: int) -> None:
     settings[0] = 0
     settings[1] &= ~termios.OPOST
     settings[2] = settings[2] & ~(termios.CSIZE | termios.PARENB) | termios.CS8
-    settings[3] &= ~(
-        termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN
-    )
+    settings[3] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN)
     termios.tcsetattr(fd, termios.TCSANOW, settings)

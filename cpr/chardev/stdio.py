@@ -60,13 +60,16 @@ class StdioChardev(FdChardev):
         self._made_nonblocking: list[int] = []
         self._signals = signals
         self._original: list[Any] | None = None
+        self._on_continue_before: Any = None
         if os.isatty(STDIN):
             found = termios.tcgetattr(STDIN)
             self._original = cooked(found) if after_exec else found
             self._set_character_mode()
             loop.call_soon(self._watch_continue)
         atexit.register(self._restore)
-        self.attach_fds(self._twin(STDIN, os.O_RDONLY), self._twin(STDOUT, os.O_WRONLY))
+        self.attach_fds(
+            self._twin(STDIN, os.O_RDONLY, after_exec), self._twin(STDOUT, os.O_WRONLY, after_exec)
+        )
 
     def hang_up(self) -> None:
         """Standard input has ended; output goes on."""
@@ -80,17 +83,28 @@ class StdioChardev(FdChardev):
     def close(self) -> None:
         super().close()
         self._restore()
+        if self._on_continue_before is not None:
+            import signal
+
+            signal.signal(signal.SIGCONT, self._on_continue_before)
         atexit.unregister(self._restore)
         StdioChardev._in_use = False
 
-    def _twin(self, fd: int, access: int) -> int:
-        """A close-on-exec descriptor for the same file as `fd`, non-blocking unless regular."""
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+    def _twin(self, fd: int, access: int, after_exec: bool) -> int:
+        """A close-on-exec descriptor for the same file as `fd`, non-blocking unless regular.
+
+        -1 where `fd` is not open.
+        """
+        try:
+            mode = os.fstat(fd).st_mode
+        except OSError:
+            return -1
+        if not stat.S_ISREG(mode):
             flags = access | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             try:
                 return os.open(f"/proc/self/fd/{fd}", flags)
             except OSError:
-                if os.get_blocking(fd):
+                if os.get_blocking(fd) or after_exec:
                     os.set_blocking(fd, False)
                     self._made_nonblocking.append(fd)
         return os.dup(fd)
@@ -113,13 +127,14 @@ class StdioChardev(FdChardev):
         import signal
 
         def on_continue(number: int, frame: object) -> None:
-            if StdioChardev._in_use and self._original is not None:
+            if self._original is not None:
                 self._set_character_mode()
 
-        try:
-            signal.signal(signal.SIGCONT, on_continue)
-        except ValueError:
-            pass  # the loop does not run on the main thread, which alone may set handlers
+        if self._original is not None:
+            try:
+                self._on_continue_before = signal.signal(signal.SIGCONT, on_continue)
+            except ValueError:
+                pass  # the loop does not run on the main thread, which alone may set handlers
 
     def _restore(self) -> None:
         for fd in self._made_nonblocking:

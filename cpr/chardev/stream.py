@@ -58,10 +58,13 @@ class FdChardev(Chardev):
             self.in_fd = self.out_fd = -1
             self._pending.clear()
             was_connected, self.connected = self.connected, False
-        for fd in fds:
-            os.close(fd)
+        self.close_fds(fds)
         if was_connected:
             self.event(CLOSED)
+
+    def close_fds(self, fds: set[int]) -> None:
+        for fd in fds:
+            os.close(fd)
 
     def write(self, data: bytes) -> None:
         with self._lock:

@@ -1,7 +1,7 @@
 """cpr-exec: the last step of an update, and its inverse for when execvp fails.
 
-    persist    CPR state into a memfd          unpersist  closes it
-    execute    variable set, CLOEXEC cleared, execvp; on failure both undone, MigrationError
+    persist    CPR state into a memfd that the environment names    unpersist  closes it
+    execute    CLOEXEC cleared, execvp; on failure CLOEXEC set again and MigrationError
 
 Without a command of the user's the VMM runs its own command line again, with an -incoming that
 reads the state from a private temporary directory; the new image removes that directory.
@@ -19,43 +19,43 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cpr.state.fds import PreservedFds
 
-STATE_VARIABLE = "QEMU_CPR_EXEC_STATE"
 DIRECTORY_VARIABLE = "CPR_EXEC_TEMPORARY_DIRECTORY"
 STATE_FILE = "vmstate"
+INCOMING = frozenset({"-incoming", "--incoming"})
+START_PAUSED = frozenset({"-S", "--S"})
 
 
 class Exec:
-    """One update's exec.  `directory` is a private temporary directory that it owns, or None."""
+    """One update's exec, whose new image reads its state from `uri`.
+
+    `directory` is the private temporary directory that it owns, or None.
+    """
 
     def __init__(
-        self, fds: PreservedFds, command: list[str], directory: str | None = None
+        self, fds: PreservedFds, command: list[str], uri: str = "", directory: str | None = None
     ) -> None:
         self.command = command
+        self.uri = uri
         self.directory = directory
-        self.uri = f"file:{directory}/{STATE_FILE}" if directory else ""
         self._fds = fds
-        self._state_fd = -1
 
     def persist(self) -> None:
         """Writes the CPR state to its memfd; `unpersist` is the inverse."""
-        self._state_fd = self._fds.persist()
+        self._fds.persist()
 
     def unpersist(self) -> None:
         """Closes the memfd; nothing happens where there is none."""
-        if self._state_fd >= 0:
+        if self._fds.state_fd >= 0:
             self._fds.unpersist()
-            self._state_fd = -1
 
     def execute(self) -> None:
         """Becomes the command under this PID.  Comes back only with MigrationError."""
-        os.environ[STATE_VARIABLE] = str(self._state_fd)
         if self.directory is not None:
             os.environ[DIRECTORY_VARIABLE] = self.directory
         sys.stdout.flush()
         sys.stderr.flush()
         # Not earlier: a child forked by anything else in this process must not inherit them.
         self._fds.set_cloexec(False)
-        os.set_inheritable(self._state_fd, True)
         try:
             if not self.command[0]:
                 raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -64,9 +64,7 @@ class Exec:
             text = error.strerror if isinstance(error, OSError) else str(error)
             raise MigrationError(f"execvp {self.command[0]} failed: {text}") from None
         finally:
-            os.set_inheritable(self._state_fd, False)
             self._fds.set_cloexec(True)
-            os.environ.pop(STATE_VARIABLE, None)
             os.environ.pop(DIRECTORY_VARIABLE, None)
 
     def clean_up(self) -> None:
@@ -77,30 +75,45 @@ class Exec:
 
 
 def plan(fds: PreservedFds, command: list[str] | None) -> Exec:
-    """The exec of `command`, or of this VMM's own command line, with a directory for the state.
+    """The exec of `command`, or of this VMM's own command line, with the URI for its state.
 
-    The caller calls `clean_up` if the update does not happen.  Raises MigrationError where no
-    temporary directory can be made.
+    A command that names no -incoming gets one that reads from a private temporary directory,
+    which the caller has cleaned up if the update does not happen.  Raises MigrationError for
+    -incoming defer, where nobody would say what to load, and where no directory can be made.
     """
+    words = list(command) if command else own_command()
+    uri = incoming_uri(words)
+    if uri == "defer":
+        raise MigrationError(
+            "cpr-exec cannot use a command with '-incoming defer': give it '-incoming URI' or no "
+            "-incoming, or set cpr-exec-command and use migrate"
+        )
+    if uri is not None:
+        return Exec(fds, words, uri)
     directory = _create_directory()
-    step = Exec(fds, [], directory)
-    step.command = list(command) if command else own_command(step.uri)
-    return step
+    uri = f"file:{directory}/{STATE_FILE}"
+    return Exec(fds, [*words, "-incoming", uri], uri, directory)
 
 
-def own_command(uri: str) -> list[str]:
-    """The command line of this process, with its -incoming replaced by `uri`."""
-    words = sys.orig_argv[1:]
+def own_command() -> list[str]:
+    """The command line of this process, without -incoming, and without -S: the state says it."""
     kept: list[str] = []
-    skip = False
+    words = iter(sys.orig_argv[1:])
     for word in words:
-        if skip:
-            skip = False
-        elif word in ("-incoming", "--incoming"):
-            skip = True
-        else:
+        if word in INCOMING:
+            next(words, None)
+        elif word not in START_PAUSED:
             kept.append(word)
-    return [sys.executable, *kept, "-incoming", uri]
+    return [sys.executable, *kept]
+
+
+def incoming_uri(command: list[str]) -> str | None:
+    """The URI of the last -incoming of a command line."""
+    uri = None
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        if word in INCOMING:
+            uri = following
+    return uri
 
 
 def check_command(command: list[str] | None) -> list[str]:

@@ -9,6 +9,7 @@ from _thread import start_new_thread
 from cpr import runstate
 from cpr.errors import CprError, MigrationError
 from cpr.migration import channel, savevm
+from cpr.state.reader import StreamError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Incoming:
         migration.set_incoming_status("active")
         try:
             old_state = savevm.load(migration.machine, migration.capabilities, source.read)
-        except savevm.LoadError as error:
+        except StreamError as error:
             for line in error.stderr:
                 print(f"cpr-vmm: {line}", file=sys.stderr)
             text = f"{PREFIX}{os.strerror(error.errno)}: {error}"

@@ -42,7 +42,7 @@ class _CapabilityNames(Field):
         names = state[self.name]
         if not names:
             return []
-        return [element(name, "capability", 1 + len(names[0]), array_len=len(names))]
+        return [element(name, "capability", 1 + len(names[0]), len(names))]
 
 
 VMSTATE_CAPABILITIES = VMStateDescription(

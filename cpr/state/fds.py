@@ -18,6 +18,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping
 
+MAX_SIZE = 16 << 20
+"""More than any state has, in bytes; less than the guest RAM that a wrong number may lead to."""
+
 
 class PreservedFds:
     """The preserved fds by (name, id), and the VFIO devices that go over with them.
@@ -118,10 +121,11 @@ class PreservedFds:
         return fd
 
     def unpersist(self, environ: MutableMapping[str, str] = os.environ) -> None:
-        """The inverse of `persist`: closes the memfd and unsets the variable."""
+        """The inverse of `persist`: closes the memfd and unsets the variable, if there are any."""
         environ.pop(STATE_NAME, None)
-        os.close(self.state_fd)
-        self.state_fd = -1
+        if self.state_fd >= 0:
+            os.close(self.state_fd)
+            self.state_fd = -1
 
     def load(self, fd: int) -> None:
         """Takes over the state in `fd`, from its beginning, and makes its fds close-on-exec.
@@ -148,17 +152,21 @@ class PreservedFds:
         value = environ.pop(STATE_NAME, None)
         if value is None:
             return False
-        if not value.removeprefix("-").isdecimal() or int(value) >= 1 << 31:
-            raise StateError(f"{STATE_NAME}='{value}' is not the number of a descriptor; {REMEDY}")
-        self.load(int(value))
+        try:
+            fd = int(value)
+            if not -(1 << 31) <= fd < 1 << 31:
+                raise ValueError
+        except ValueError:
+            text = f"{STATE_NAME}='{value}' is not the number of a descriptor; {REMEDY}"
+            raise StateError(text) from None
+        self.load(fd)
         return True
 
 
 def _read_and_close(fd: int) -> bytes:
-    """The whole content of a memfd, whatever its offset; nothing where there is no such fd."""
+    """The content of a memfd, whatever its offset; nothing where there is no such fd."""
     try:
-        size = os.fstat(fd).st_size
-        data = os.pread(fd, size, 0)
+        data = os.pread(fd, min(os.fstat(fd).st_size, MAX_SIZE), 0)
     except OSError:
         data = b""
     try:

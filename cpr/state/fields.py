@@ -98,7 +98,7 @@ class FixedField(Field):
     def describe(self, state: dict, name: str) -> list[dict]:
         if self.count == 0:
             return []
-        return [element(name, self.kind, self.size, array_len=self.count)]
+        return [element(name, self.kind, self.size, self.count)]
 
 
 class VariableBuffer(Field):
@@ -150,13 +150,9 @@ class StructField(Field):
 
     def describe(self, state: dict, name: str) -> list[dict]:
         elements = self._elements(state)
-        if not elements:
-            return []
-        if self.vmsd.uniform:
-            return [self._describe_one(elements[0], name, array_len=len(elements))]
-        if len(elements) == 1:
-            return [self._describe_one(elements[0], name)]
-        return [self._describe_one(each, name, index=i) for i, each in enumerate(elements)]
+        if elements and self.vmsd.uniform:
+            return [self._describe_one(elements[0], name, len(elements))]
+        return [self._describe_one(each, name) for each in elements]
 
     def _elements(self, state: dict) -> list[dict]:
         value = state[self.name]
@@ -166,9 +162,9 @@ class StructField(Field):
         _check_length(self.name, value, count)
         return value
 
-    def _describe_one(self, value: dict, name: str, **place: int) -> dict:
+    def _describe_one(self, value: dict, name: str, array_len: int | None = None) -> dict:
         size = len(self.vmsd.encode(value))
-        return element(name, "struct", size, self.vmsd.describe(value), **place)
+        return element(name, "struct", size, array_len, self.vmsd.describe(value))
 
 
 class ListField(Field):
@@ -193,23 +189,16 @@ class ListField(Field):
 
 
 def element(
-    name: str,
-    kind: str,
-    size: int,
-    struct: dict | None = None,
-    array_len: int | None = None,
-    index: int | None = None,
+    name: str, kind: str, size: int, array_len: int | None = None, struct: dict | None = None
 ) -> dict:
     """An entry of "fields", its keys in QEMU's order.
 
     `array_len` stands for that many elements alike, each of `size` bytes; QEMU leaves it out for
-    one.  Elements of different layouts have an entry each, with their `index`.
+    one.  Elements of different layouts have an entry each, all with the same name.
     """
     entry: dict = {"name": name}
     if array_len is not None and array_len > 1:
         entry["array_len"] = array_len
-    elif index is not None:
-        entry["index"] = index
     entry["type"] = kind
     if struct is not None:
         entry["struct"] = struct

@@ -47,7 +47,7 @@ END = struct.pack(">Q", EOS)
 class Block:
     """A RAM block as this section knows it; lengths in bytes.
 
-    `max_length` is more than `used_length` where the block can be resized.  `address` is the
+    The block can be resized where `max_length` is more than `used_length`.  `address` is the
     guest-physical one, or None where the stream's need not agree with it.
     """
 
@@ -125,14 +125,15 @@ class RamDecoder:
             if reader.failed:
                 raise LoadError(EIO, "Getting RAM address failed")
             address, flags = word & ~FLAGS, word & FLAGS
-            if flags == MEM_SIZE:
+            kind = flags & ~CONTINUE
+            if kind == MEM_SIZE:
                 self._take_block_list(reader, address)
-            elif flags & (ZERO | PAGE):
+            elif kind & (ZERO | PAGE):
                 yield self._take_page(reader, address, flags)
-            elif flags == EOS:
+            elif kind == EOS:
                 return
-            elif not flags & (HOOK | MULTIFD_FLUSH):
-                raise LoadError(EINVAL, f"Unknown combination of migration flags: {flags:#x}")
+            elif kind not in (HOOK, MULTIFD_FLUSH):
+                raise _unknown_flags(flags)
             if reader.failed:
                 raise LoadError(EIO)
 
@@ -159,7 +160,7 @@ class RamDecoder:
                 raise LoadError(EIO)
             return block.idstr, offset, data
         if kind != ZERO:
-            raise LoadError(EINVAL, f"Unknown combination of migration flags: {kind:#x}")
+            raise _unknown_flags(flags)
         fill = reader.integer(1)
         if fill:
             raise LoadError(EINVAL, f"Found a zero page with value {fill}")
@@ -200,6 +201,10 @@ def _check_address(block: Block, address: int) -> None:
         raise LoadError(
             EINVAL, f"Mismatched GPAs for block {block.idstr} {address}!= {block.address}"
         )
+
+
+def _unknown_flags(flags: int) -> LoadError:
+    return LoadError(EINVAL, f"Unknown combination of migration flags: 0x{flags:x}")
 
 
 def _counted(idstr: str) -> bytes:

@@ -30,7 +30,7 @@ SUBSECTION = 5  # QEMU_VM_SUBSECTION
 class VMStateDescription:
     """The fields and subsections of a section, a subsection or a struct.
 
-    The names of the subsections begin with this one's, by QEMU's convention 'name/part'.
+    The names of the subsections must begin with this one's; by convention they are 'name/part'.
     `uniform`: every state takes the same bytes, so that one description fits all the elements of
     an array.  `record` packs the whole body where it has fixed fields only, else it is None.
     """
@@ -59,8 +59,11 @@ class VMStateDescription:
         self.minimum_version_id = minimum_version_id
         self.fields = fields
         self.subsections = subsections
+        for subsection in subsections:
+            if not subsection.name.startswith(name):
+                raise ValueError(f"'{subsection.name}' is no name for a subsection of '{name}'")
         self.groups = _group(fields)
-        self.uniform = not subsections and all(field.uniform for field in fields)
+        self.uniform: bool = not subsections and all(field.uniform for field in fields)
         self.record = self.groups[0][0] if len(self.groups) == 1 and not subsections else None
 
     def encode(self, state: dict) -> bytes:
@@ -106,8 +109,8 @@ class VMStateDescription:
         """What the description at the end of a stream says of the body for `state`.
 
         {"vmsd_name", "version", "fields": [entry], "subsections": [the same again]}, the last
-        only if there are any; entry is {"name", "array_len" or "index", "type", "struct", "size"}
-        with the size of one element.  Of fields with one name each gets its number: 'unused[1]'.
+        only if there are any; entry is {"name", "array_len", "type", "struct", "size"} with the
+        size of one element.  Of fields with one name each gets its number: 'unused[1]'.
         """
         names = [field.name for field in self.fields]
         entries: list[dict] = []

@@ -1,0 +1,82 @@
+# Every target makes the set-up it needs, and makes it again only when its inputs have changed.
+#   make run    boots a guest with its monitor on the terminal; type cpr-exec there
+#   make test   runs the tests
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(wildcard cpr/_native/*.c cpr/_native/*.h) cpr/_native/build.py
+NATIVE := $(filter-out cpr/_native/_cpr.c,$(NATIVE))
+GUEST ?= examples/heartbeat.cfg
+ARGS ?=
+
+.PHONY: setup setup-dev guests run demo test lint format bench clean
+
+setup: $(VENV)/.built guests
+
+setup-dev: $(VENV)/.dev setup
+
+guests: | $(VENV)/.checked
+	@$(MAKE) --no-print-directory -s -C examples
+
+run: setup
+	@$(BIN)/python -m cpr.vmm run $(GUEST) $(ARGS)
+
+demo: setup
+	@$(BIN)/python -m benchmarks.demo $(ARGS)
+
+test: setup-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup $(VENV)/.bench
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) build cpr_vmm.egg-info cpr/_native/_cpr.c cpr/_native/*.o \
+		cpr/_native/_cpr*.so
+	$(MAKE) -C examples clean
+
+# What the build needs from the system: installed where we may, else named.
+$(VENV)/.checked:
+	@missing=""; \
+	command -v gcc >/dev/null && command -v as >/dev/null || missing="$$missing gcc"; \
+	test -n "$(PYTHON)" && $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+	test -n "$(PYTHON)" && $(PYTHON) -c 'import os, sysconfig, sys; \
+	sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2>/dev/null \
+		|| missing="$$missing python3-dev"; \
+	test -e /usr/include/linux/kvm.h || missing="$$missing linux-libc-dev"; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing$$missing"; \
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends $$missing >/dev/null; \
+	elif [ -n "$$missing" ]; then \
+		echo "missing:$$missing; install with: sudo apt-get install$$missing" >&2; exit 1; \
+	fi
+	@mkdir -p $(VENV) && touch $@
+
+$(BIN)/python: | $(VENV)/.checked
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[tcg]'
+	@touch $@ $(VENV)/.built
+
+# Installing builds the C; afterwards only the C is built again when it has changed.
+$(VENV)/.built: $(NATIVE) | $(VENV)/.installed
+	@$(BIN)/python -m cpr._native.build
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -e '.[tcg,dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -e '.[tcg,bench]'
+	@touch $@

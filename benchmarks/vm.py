@@ -1,0 +1,186 @@
+"""A VMM process under test: started, talked to over QMP, updated, and looked at through /proc."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+VMM = [sys.executable, "-m", "cpr.vmm", "run"]
+TIMEOUT = 30.0
+
+
+class QmpError(Exception):
+    """A command that was answered with an error; `error` is its dict."""
+
+    def __init__(self, error: dict) -> None:
+        super().__init__(error["desc"])
+        self.error = error
+
+
+class Qmp:
+    """A QMP connection that has left capabilities negotiation; events are kept in `events`."""
+
+    def __init__(self, path: str) -> None:
+        self.events: list[dict] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(TIMEOUT)
+        try:
+            self._socket.connect(path)
+            self._file = self._socket.makefile("r")
+            self.greeting = self._read()
+            self.command("qmp_capabilities")
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def _read(self) -> dict:
+        line = self._file.readline()
+        if not line:
+            raise ConnectionResetError("QMP connection closed")
+        message: dict = json.loads(line)
+        return message
+
+    def send(self, name: str, **arguments: Any) -> None:
+        message: dict = {"execute": name}
+        if arguments:
+            message["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}
+        self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def command(self, name: str, **arguments: Any) -> Any:
+        """Returns what the command returns; underscores in argument names become dashes."""
+        self.send(name, **arguments)
+        while True:
+            message = self._read()
+            if "event" in message:
+                self.events.append(message)
+            elif "error" in message:
+                raise QmpError(message["error"])
+            else:
+                return message["return"]
+
+    def hmp(self, line: str) -> str:
+        return str(self.command("human-monitor-command", command_line=line))
+
+    def wait_closed(self) -> None:
+        """Reads until the other end closes, keeping the events."""
+        try:
+            while True:
+                self.events.append(self._read())
+        except OSError:
+            self.close()
+
+    def close(self) -> None:
+        self._file.close()
+        self._socket.close()
+
+
+class Vm:
+    """One VMM process with a QMP socket; a context manager that ends it."""
+
+    def __init__(self, *arguments: str, command: list[str] | None = None, **popen: Any) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="cpr-vm-")
+        self.directory = Path(self._directory.name)
+        self.socket = str(self.directory / "qmp.sock")
+        qmp = ["-qmp", f"unix:{self.socket},server=on,wait=off"]
+        self.stderr_path = self.directory / "stderr"
+        popen.setdefault("stdin", subprocess.DEVNULL)
+        popen.setdefault("stdout", subprocess.DEVNULL)
+        environment = popen.pop("env", os.environ) | {"TMPDIR": str(self.directory)}
+        with open(self.stderr_path, "ab") as stderr:
+            self.process = subprocess.Popen(
+                [*(command or VMM), *arguments, *qmp],
+                cwd=popen.pop("cwd", ROOT),
+                stderr=stderr,
+                env=environment,
+                **popen,
+            )
+        self.pid = self.process.pid
+        self._ram: mmap.mmap | None = None
+        try:
+            self.qmp = self.connect()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def stderr(self) -> str:
+        return self.stderr_path.read_text()
+
+    def connect(self) -> Qmp:
+        """Connects, trying again while the VMM (or its new image) is not yet listening."""
+        deadline = time.monotonic() + TIMEOUT
+        while True:
+            try:
+                return Qmp(self.socket)
+            except (OSError, ValueError) as error:
+                status = self.process.poll()
+                if status is not None:
+                    raise RuntimeError(f"VMM ended with {status}: {self.stderr}") from error
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.002)
+
+    def reconnect(self) -> Qmp:
+        self.qmp.wait_closed()
+        self.qmp = self.connect()
+        return self.qmp
+
+    def update(self, **arguments: Any) -> None:
+        """One cpr-exec, to the new image's monitor being there."""
+        self.qmp.command("cpr-exec", **arguments)
+        self.reconnect()
+
+    def descriptors(self) -> dict[int, str]:
+        """What each descriptor of the VMM is, as /proc names it."""
+        folder = f"/proc/{self.pid}/fd"
+        found = {}
+        for name in os.listdir(folder):
+            try:
+                found[int(name)] = os.readlink(f"{folder}/{name}")
+            except FileNotFoundError:
+                pass
+        return found
+
+    def ram_path(self, name: str = "memory-backend-memfd") -> str:
+        """The /proc path of the guest's RAM memfd."""
+        for fd, target in sorted(self.descriptors().items()):
+            if target.startswith(f"/memfd:{name}"):
+                return f"/proc/{self.pid}/fd/{fd}"
+        raise RuntimeError(f"no memfd {name} in {self.descriptors()}")
+
+    @property
+    def ram(self) -> mmap.mmap:
+        """The guest's RAM, mapped here; it stays valid over updates."""
+        if self._ram is None:
+            with open(self.ram_path(), "r+b") as file:
+                self._ram = mmap.mmap(file.fileno(), 0)
+        return self._ram
+
+    def u32(self, address: int) -> int:
+        return int.from_bytes(self.ram[address : address + 4], "little")
+
+    def u64(self, address: int) -> int:
+        return int.from_bytes(self.ram[address : address + 8], "little")
+
+    def close(self) -> None:
+        if self._ram is not None:
+            self._ram.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._directory.cleanup()
+
+    def __enter__(self) -> Vm:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

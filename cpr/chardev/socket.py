@@ -1,0 +1,312 @@
+"""The socket chardev: a unix or TCP stream, as server (one client at a time) or as client.
+
+A server's listening socket is made anew after an exec, at the same address: a unix path that is
+left over is unlinked first, as QEMU does.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import socket
+import sys
+
+from cpr.chardev.base import flag
+from cpr.chardev.stream import FdChardev
+from cpr.errors import ConfigError
+from cpr.mainloop import READ, WRITE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from cpr.mainloop import MainLoop, Timer
+
+UNIX_PATH_MAX = 108  # sizeof(sockaddr_un.sun_path), unix(7)
+MAX_PASSED_FDS = 16
+
+
+class SocketOptions:
+    """The options of -chardev socket, checked.  Raises ConfigError with QEMU's texts."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.path = str(options.get("path", ""))
+        self.host = str(options.get("host", ""))
+        self.port = str(options.get("port", ""))
+        self.server = flag(options, "server", False)
+        self.wait = flag(options, "wait", self.server)
+        self.nodelay = flag(options, "nodelay", False)
+        self.reconnect_ms = int(options.get("reconnect-ms", 0))
+        if "path" in options and "host" in options:
+            raise ConfigError("None or one of 'path', 'fd' or 'host' option required.")
+        if not self.path and not self.port:
+            raise ConfigError("chardev: socket: no port given")
+        if len(os.fsencode(self.path)) >= UNIX_PATH_MAX:
+            raise ConfigError(
+                f"UNIX socket path '{self.path}' is too long\n"
+                f"Path must be less than {UNIX_PATH_MAX} bytes"
+            )
+        if self.server and self.reconnect_ms:
+            raise ConfigError(
+                "'reconnect-ms' option is incompatible with socket in server listen mode"
+            )
+        if not self.server and "wait" in options:
+            raise ConfigError("'wait' option is incompatible with socket in client connect mode")
+
+    def addresses(self) -> list[tuple[int, Any]]:
+        """(family, address) of each address to try.  Raises ConfigError if there is none."""
+        if self.path:
+            return [(socket.AF_UNIX, self.path)]
+        flags = socket.AI_PASSIVE if self.server else 0
+        try:
+            found = socket.getaddrinfo(
+                self.host or None, self.port, type=socket.SOCK_STREAM, flags=flags
+            )
+        except (socket.gaierror, UnicodeError) as error:
+            reason = error.strerror if isinstance(error, socket.gaierror) else str(error)
+            raise ConfigError(
+                f"address resolution failed for {self.host}:{self.port}: {reason}"
+            ) from None
+        return [(family, address) for family, _, _, _, address in found]
+
+    def text(self) -> str:
+        return f"unix:{self.path}" if self.path else f"tcp:{_join(self.host, self.port)}"
+
+
+class SocketChardev(FdChardev):
+    """Owns the listening socket and the connection; a server closes a client that hangs up and
+    then takes the next one, which waits in the backlog until then.
+
+    Raises ConfigError where it can neither listen nor, as a client without reconnect-ms, connect.
+    """
+
+    backend = "socket"
+
+    def __init__(self, label: str, loop: MainLoop, options: SocketOptions) -> None:
+        super().__init__(label, loop)
+        self._options = options
+        self._addresses = options.addresses()
+        self._listener: socket.socket | None = None
+        self._socket: socket.socket | None = None
+        self._connecting: socket.socket | None = None
+        self._inode = 0
+        self._timer: Timer | None = None
+        self._passed: list[int] = []
+        if options.server:
+            self._listener = self._listen()
+            if options.wait:
+                self._wait_for_client()
+            else:
+                self._watch_listener()
+        elif options.reconnect_ms:
+            self._reconnect()
+        else:
+            self._attach(self._connect())
+
+    def describe(self) -> str:
+        role = ",server=on" if self._options.server else ""
+        if self._socket is None:
+            bound = self._listener.getsockname() if self._listener else None
+            where = self._options.text() if self._options.path or bound is None else _tcp(bound)
+            return f"disconnected:{where}{role}"
+        if self._options.path:
+            return f"unix:{self._options.path}{role}"
+        peer = _tcp(self._socket.getpeername()).removeprefix("tcp:")
+        return f"{_tcp(self._socket.getsockname())}{role} <-> {peer}"
+
+    def read_some(self, size: int) -> bytes:
+        assert self._socket is not None
+        if not self._options.path:
+            return self._socket.recv(size)
+        room = socket.CMSG_SPACE(MAX_PASSED_FDS * array.array("i").itemsize)
+        data, ancillary, _, _ = self._socket.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
+        passed = array.array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                passed.frombytes(payload[: len(payload) - len(payload) % passed.itemsize])
+        if passed:
+            self._close_passed()
+            self._passed = list(passed)
+        return data
+
+    def unread(self) -> bool:
+        try:
+            return self._socket is not None and bool(self._socket.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def take_fd(self) -> int:
+        """The oldest descriptor of the last message that carried any.
+
+        Those that nobody took are closed when another message brings new ones.
+        """
+        return self._passed.pop(0) if self._passed else -1
+
+    def close_fds(self, fds: set[int]) -> None:
+        peer, self._socket = self._socket, None
+        if peer is not None:
+            peer.close()
+        self._close_passed()
+
+    def hang_up(self) -> None:
+        self.detach_fds()
+        if self._listener is not None:
+            self._watch_listener()
+        elif self._options.reconnect_ms:
+            self._reconnect_later()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._connecting is not None:
+            self.loop.unwatch(self._connecting.fileno())
+            self._connecting.close()
+            self._connecting = None
+        if self._listener is not None:
+            self.loop.unwatch(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+            self._unlink()
+        super().close()
+
+    # Server.
+
+    def _listen(self) -> socket.socket:
+        failure = ""
+        for family, address in self._addresses:
+            listener = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                self._bind(listener, family, address)
+                return listener
+            except OSError as error:
+                listener.close()
+                failure = self._bind_failure(error)
+        raise ConfigError(failure)
+
+    def _bind(self, listener: socket.socket, family: int, address: Any) -> None:
+        if family == socket.AF_UNIX:
+            try:
+                os.unlink(address)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise ConfigError(f"Failed to unlink socket {address}: {error.strerror}") from None
+        else:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1)
+        listener.setblocking(False)
+        if family == socket.AF_UNIX:
+            self._inode = os.stat(address).st_ino
+
+    def _bind_failure(self, error: OSError) -> str:
+        if self._options.path:
+            return f"Failed to bind socket to {self._options.path}: {error.strerror}"
+        where = _join(self._options.host, self._options.port)
+        if error.errno == errno.EADDRINUSE:
+            return (
+                f"Failed to find an available port: {error.strerror}; {where} is taken: stop the "
+                "process that listens there or give another port="
+            )
+        if error.errno == errno.EACCES:
+            return f"Failed to bind socket: {error.strerror}; {where} needs CAP_NET_BIND_SERVICE"
+        return f"Failed to bind socket: {error.strerror}; {where} is no address of this host"
+
+    def _wait_for_client(self) -> None:
+        """Blocks until the first client is there, as wait=on asks."""
+        assert self._listener is not None
+        print(f"info: QEMU waiting for connection on: {self.describe()}", file=sys.stderr)
+        self._listener.setblocking(True)
+        client, _ = self._listener.accept()
+        self._listener.setblocking(False)
+        self._attach(client)
+
+    def _watch_listener(self) -> None:
+        assert self._listener is not None
+        self.loop.watch(self._listener.fileno(), READ, lambda _: self._accept())
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            client, _ = self._listener.accept()
+        except OSError:
+            return  # it has gone again
+        self.loop.unwatch(self._listener.fileno())
+        self._attach(client)
+
+    def _unlink(self) -> None:
+        """Removes the path, unless another process has bound its own socket there since."""
+        try:
+            if self._inode and os.stat(self._options.path).st_ino == self._inode:
+                os.unlink(self._options.path)
+        except OSError:
+            pass
+
+    # Client.
+
+    def _connect(self) -> socket.socket:
+        reason = ""
+        for family, address in self._addresses:
+            peer = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                peer.connect(address)
+                return peer
+            except OSError as error:
+                peer.close()
+                reason = str(error.strerror)
+        where = self._options.text().partition(":")[2]
+        raise ConfigError(f"Failed to connect to '{where}': {reason}")
+
+    def _reconnect(self) -> None:
+        self._timer = None
+        family, address = self._addresses[0]
+        peer = socket.socket(family, socket.SOCK_STREAM)
+        peer.setblocking(False)
+        try:
+            peer.connect(address)
+        except BlockingIOError:
+            self._connecting = peer
+            self.loop.watch(peer.fileno(), WRITE, lambda _: self._on_connected())
+        except OSError:
+            peer.close()
+            self._reconnect_later()
+        else:
+            self._attach(peer)
+
+    def _on_connected(self) -> None:
+        peer, self._connecting = self._connecting, None
+        assert peer is not None
+        self.loop.unwatch(peer.fileno())
+        if peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            peer.close()
+            self._reconnect_later()
+        else:
+            self._attach(peer)
+
+    def _reconnect_later(self) -> None:
+        self._addresses.append(self._addresses.pop(0))
+        self._timer = self.loop.call_later(self._options.reconnect_ms * 1_000_000, self._reconnect)
+
+    # Both.
+
+    def _attach(self, peer: socket.socket) -> None:
+        peer.setblocking(False)
+        if not self._options.path and self._options.nodelay:
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = peer
+        self.attach_fds(peer.fileno(), peer.fileno())
+
+    def _close_passed(self) -> None:
+        while self._passed:
+            os.close(self._passed.pop())
+
+
+def _join(host: str, port: str | int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _tcp(address: Any) -> str:
+    return f"tcp:{_join(address[0], address[1])}"

@@ -1,0 +1,152 @@
+"""A whole machine to and from the migration stream.
+
+The sections are: ram, the devices in the machine's order, and globalstate, which says whether the
+guest was running.  Loading reads and checks the whole stream before anything is applied.
+"""
+
+from __future__ import annotations
+
+from cpr.state import ram_section, stream
+from cpr.state.configuration import CHECKED_CAPABILITIES, Configuration
+from cpr.state.reader import StreamError
+from cpr.state.stream import StreamReader, StreamWriter
+from cpr.state.vmstate import VMStateDescription, buffer, u8, u32
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cpr.machine import Machine
+    from cpr.migration.parameters import Capabilities
+
+RAM_SECTION_ID = 1
+FIRST_DEVICE_ID = 2
+RUNSTATE_SIZE = 32
+
+VMSTATE_GLOBALSTATE = VMStateDescription(
+    "globalstate",
+    1,
+    1,
+    (
+        u32("size"),
+        buffer("runstate", RUNSTATE_SIZE),
+        u8("has_vm_was_suspended"),
+        u8("vm_was_suspended"),
+        buffer("unused", 66),
+    ),
+)
+
+
+def save(
+    machine: Machine, capabilities: Capabilities, old_state: str, write: Callable[[bytes], object]
+) -> None:
+    """Writes the stream of a stopped machine that was in runstate `old_state` before."""
+    writer = StreamWriter(write)
+    writer.header()
+    writer.configuration(Configuration(machine.config.machine_type, _checked(capabilities)))
+    ignore_shared = capabilities.enabled("x-ignore-shared")
+    blocks = ram_section.block_list(_blocks(machine), ignore_shared)
+    writer.start(
+        RAM_SECTION_ID,
+        ram_section.IDSTR,
+        ram_section.INSTANCE_ID,
+        ram_section.VERSION_ID,
+        blocks + ram_section.END,
+    )
+    writer.command(stream.SWITCHOVER_START)
+    writer.end(RAM_SECTION_ID, ram_section.END)
+    with machine.lock:
+        for number, device in enumerate(machine.sections()):
+            assert device.vmstate is not None
+            writer.device(
+                FIRST_DEVICE_ID + number,
+                device.idstr,
+                device.instance_id,
+                device.vmstate,
+                device.save(),
+            )
+    last_id = FIRST_DEVICE_ID + len(machine.sections())
+    state = _globalstate(old_state)
+    writer.device(last_id, VMSTATE_GLOBALSTATE.name, 0, VMSTATE_GLOBALSTATE, state)
+    writer.eof()
+    writer.vmdescription()
+
+
+def load(machine: Machine, capabilities: Capabilities, read: Callable[[int], bytes]) -> str:
+    """Loads a stream into a stopped machine; returns the run state that the source was in.
+
+    Raises StreamError for a stream that is not this machine's; then no device has changed.
+    """
+    reader = StreamReader(read)
+    reader.header()
+    configuration = reader.configuration()
+    enabled = {entry["capability"]: entry["state"] for entry in capabilities.query()}
+    configuration.check(machine.config.machine_type, enabled, None)
+    devices = {(d.idstr, d.instance_id): d for d in machine.sections()}
+    versions = {key: d.vmstate.version_id for key, d in devices.items() if d.vmstate is not None}
+    versions[ram_section.IDSTR, ram_section.INSTANCE_ID] = ram_section.VERSION_ID
+    versions[VMSTATE_GLOBALSTATE.name, 0] = VMSTATE_GLOBALSTATE.version_id
+    states: dict[tuple[str, int], dict] = {}
+    ram = ram_section.RamDecoder(_blocks(machine), capabilities.enabled("x-ignore-shared"))
+    for section in reader.sections(versions):
+        key = (section.idstr, section.instance_id)
+        try:
+            if section.idstr == ram_section.IDSTR:
+                _load_ram(machine, ram, reader, section.version_id)
+            else:
+                vmstate = devices[key].vmstate if key in devices else VMSTATE_GLOBALSTATE
+                assert vmstate is not None
+                states[key] = vmstate.decode(reader, section.version_id)
+        except StreamError as error:
+            raise section.failure(error) from None
+    reader.vmdescription()
+    _apply(machine, states)
+    return _runstate(states.get((VMSTATE_GLOBALSTATE.name, 0)))
+
+
+def _apply(machine: Machine, states: dict[tuple[str, int], dict]) -> None:
+    with machine.lock:
+        for device in machine.sections():
+            state = states.get((device.idstr, device.instance_id))
+            if state is not None:
+                device.restore(state)
+
+
+def _load_ram(
+    machine: Machine, ram: ram_section.RamDecoder, reader: StreamReader, version_id: int
+) -> None:
+    blocks = {block.idstr: block for block in machine.blocks}
+    for idstr, offset, data in ram.pages(reader, version_id):
+        view = blocks[idstr].buffer(offset, ram_section.PAGE_SIZE)
+        view[:] = data if data is not None else bytes(ram_section.PAGE_SIZE)
+
+
+def _blocks(machine: Machine) -> list[ram_section.Block]:
+    """The blocks for the ram section, with the guest-physical address of each."""
+    addresses = {s.block.idstr: s.start for s in reversed(machine.memory.sections) if not s.offset}
+    return [
+        ram_section.Block(b.idstr, b.size, b.max_length, addresses.get(b.idstr))
+        for b in machine.blocks
+    ]
+
+
+def _checked(capabilities: Capabilities) -> tuple[str, ...]:
+    return tuple(name for name in CHECKED_CAPABILITIES if capabilities.enabled(name))
+
+
+def _globalstate(old_state: str) -> dict:
+    text = old_state.encode() + b"\0"
+    return {
+        "size": len(text),
+        "runstate": text.ljust(RUNSTATE_SIZE, b"\0"),
+        "has_vm_was_suspended": 1,
+        "vm_was_suspended": 0,
+        "unused": bytes(66),
+    }
+
+
+def _runstate(state: dict | None) -> str:
+    if state is None:
+        return "running"
+    text: str = state["runstate"].split(b"\0", 1)[0].decode(errors="replace")
+    return text

@@ -1,0 +1,46 @@
+"""`python -m cpr.vmm VERB`: the command line.  Each verb parses and delegates.
+
+run [guest.cfg] [QEMU options]    boots a guest, or takes over the one of an update
+"""
+
+from __future__ import annotations
+
+import sys
+
+from cpr.errors import CprError
+
+PROGRAM = "cpr-vmm"
+USAGE = """usage: python -m cpr.vmm run [guest.cfg] [QEMU options]
+       python -m cpr.vmm run -help
+"""
+
+
+def run(arguments: list[str]) -> int:
+    from cpr.vmm.process import run_vmm
+
+    return run_vmm(arguments)
+
+
+VERBS = {"run": run}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one verb; returns the exit status: 1 where it was refused, with the reason on stderr."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] not in VERBS:
+        if words and words[0] in ("-h", "-help", "--help"):
+            print(USAGE, end="")
+            return 0
+        if words:
+            print(f"{PROGRAM}: no such verb: '{words[0]}'", file=sys.stderr)
+        print(USAGE, end="", file=sys.stderr)
+        return 1
+    try:
+        return VERBS[words[0]](words[1:])
+    except CprError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""One VMM process: builds the machine, brings the guest up, then serves its monitors.
+
+After an exec the guest resumes first: chardevs and monitors, and all that they import, come when
+it runs again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from cpr import pc
+from cpr.config import parse_command_line
+from cpr.errors import CprError
+from cpr.events import EventBus
+from cpr.mainloop import MainLoop
+from cpr.migration import channel, cpr_exec
+from cpr.migration.migration import Migration
+from cpr.state.fds import PreservedFds
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from cpr.chardev.base import Chardev
+    from cpr.config import Config
+    from cpr.machine import Machine
+
+DEFER = "defer"
+FLUSH_NS = 200_000_000
+
+
+class Vmm:
+    """What a monitor command gets: the parts of this process, by name."""
+
+    def __init__(
+        self, config: Config, machine: Machine, migration: Migration, loop: MainLoop
+    ) -> None:
+        self.config = config
+        self.machine = machine
+        self.migration = migration
+        self.loop = loop
+        self.events = machine.events
+        self.chardevs: dict[str, Chardev] = {}
+        self.monitors: list[Any] = []
+        self.exit_status = 0
+        machine.on_exit = self._exit
+        migration.before_exec = self._before_exec
+
+    def quit(self, reason: str) -> None:
+        """Ends the process from the host's side, with a SHUTDOWN event."""
+        self.machine.request_shutdown(False, reason)
+
+    def _exit(self, status: int) -> None:
+        self.exit_status = status
+        self.loop.stop()
+
+    def _before_exec(self) -> None:
+        for chardev in self.chardevs.values():
+            chardev.flush(FLUSH_NS)
+
+    def create_frontends(self, after_exec: bool) -> None:
+        """Makes the chardevs, connects the devices to them, and starts the monitors.
+
+        Raises ConfigError where a chardev cannot be had; but after an exec, where a guest runs
+        already, that is only reported and the guest goes on without it.
+        """
+        from cpr.chardev.base import create
+
+        for config in self.config.chardevs:
+            try:
+                self.chardevs[config.id] = create(config, self.loop, after_exec)
+            except CprError as error:
+                if not after_exec:
+                    raise
+                print(f"cpr-vmm: {error}", file=sys.stderr)
+        for device, chardev_id in self.machine.frontends:
+            device.attach(self.chardevs.get(chardev_id))
+        self._create_monitors()
+
+    def _create_monitors(self) -> None:
+        from cpr.monitor.hmp import HmpMonitor
+        from cpr.monitor.qmp import QmpMonitor
+
+        for config in self.config.monitors:
+            chardev = self.chardevs.get(config.chardev)
+            if chardev is None:
+                continue
+            if config.mode == "control":
+                self.monitors.append(QmpMonitor(chardev, self, config.pretty))
+            else:
+                self.monitors.append(HmpMonitor(chardev, self))
+
+    def close(self) -> None:
+        """Stops the guest and frees everything, the terminal's settings included."""
+        self.machine.pause_vcpus()
+        for chardev in self.chardevs.values():
+            chardev.flush(FLUSH_NS)
+            chardev.close()
+        self.machine.close()
+
+
+def run_vmm(arguments: list[str]) -> int:
+    """Runs a VMM until the guest or the user ends it; returns the exit status.
+
+    Raises CprError where it cannot start.
+    """
+    config = parse_command_line(arguments)
+    if config.action is not None:
+        print(config.action_text, end="")
+        return 0
+    fds = PreservedFds()
+    after_exec = fds.load_from_environment()
+    ready = None
+    if config.daemonize and not after_exec:
+        from cpr.vmm.daemon import daemonize
+
+        ready = daemonize()
+    vmm = _create(config, fds)
+    if config.incoming and config.incoming[-1] != DEFER:
+        _load(vmm, config.incoming[-1])
+        vmm.create_frontends(after_exec)
+    else:
+        vmm.create_frontends(after_exec=False)
+        _boot(vmm)
+    fds.incoming = False
+    from cpr.vmm import daemon
+
+    daemon.watch_signals(vmm)
+    if config.pidfile:
+        daemon.write_pidfile(config.pidfile)
+    if ready is not None:
+        ready()
+    vmm.loop.run()
+    vmm.close()
+    return vmm.exit_status
+
+
+def _create(config: Config, fds: PreservedFds) -> Vmm:
+    loop = MainLoop()
+    events = EventBus()
+    machine = pc.build(config, fds, loop, events)
+    return Vmm(config, machine, Migration(machine, fds, loop, events), loop)
+
+
+def _load(vmm: Vmm, uri: str) -> None:
+    """Takes over the guest from `uri`; it may run when this returns."""
+    incoming = vmm.migration.incoming_side
+    incoming.expect(vmm.config.start_paused)
+    directory = os.environ.pop(cpr_exec.DIRECTORY_VARIABLE, None)
+    try:
+        incoming.load_now(channel.parse_uri(uri))
+    finally:
+        if directory is not None:
+            cpr_exec.remove_directory(directory)
+
+
+def _boot(vmm: Vmm) -> None:
+    """A new guest, or, with -incoming defer, one that waits for its state."""
+    if vmm.config.incoming:
+        vmm.migration.incoming_side.expect(vmm.config.start_paused)
+        return
+    vmm.machine.load_boot_image()
+    if not vmm.config.start_paused:
+        vmm.machine.cont()

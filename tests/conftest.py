@@ -1,0 +1,97 @@
+"""Fixtures of the suite: the guests, a VMM of each accelerator, and why one is skipped."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.vm import Vm  # noqa: E402
+from cpr.errors import CprError  # noqa: E402
+
+
+def missing_kvm() -> str | None:
+    """Why KVM cannot be used here, or None."""
+    from cpr.uapi import kvm
+
+    try:
+        kvm.open_device().close()
+    except CprError as error:
+        return str(error)
+    return None
+
+
+def missing_tcg() -> str | None:
+    """Why the software accelerator cannot be used here, or None."""
+    from cpr.accel.tcg import TcgAccelerator
+
+    try:
+        TcgAccelerator().close()
+    except CprError as error:
+        return str(error)
+    return None
+
+
+MISSING = {"kvm": missing_kvm, "tcg": missing_tcg}
+
+
+@pytest.fixture(scope="session")
+def guests() -> Path:
+    """The folder of the built guest images."""
+    subprocess.run(["make", "-s", "-C", str(ROOT / "examples")], check=True)
+    return ROOT / "examples" / "build"
+
+
+@pytest.fixture(scope="session")
+def usable() -> dict[str, str | None]:
+    return {}
+
+
+@pytest.fixture(params=["kvm", "tcg"])
+def accel(request: pytest.FixtureRequest, usable: dict[str, str | None]) -> str:
+    """Each accelerator that works here; the others are skipped with the reason."""
+    name: str = request.param
+    if name not in usable:
+        usable[name] = MISSING[name]()
+    reason = usable[name]
+    if reason is not None:
+        pytest.skip(reason)
+    return name
+
+
+class Starter:
+    """Starts VMMs; the fixture ends them all."""
+
+    def __init__(self) -> None:
+        self.vms: list[Vm] = []
+
+    def __call__(self, *arguments: str, **options: Any) -> Vm:
+        vm = Vm(*arguments, **options)
+        self.vms.append(vm)
+        return vm
+
+    def guest(self, name: str, accel: str, *arguments: str, **options: Any) -> Vm:
+        """The bundled guest `name` without a monitor on stdio, so that it is free for COM1."""
+        config = f"examples/{name}.cfg"
+        return self(config, "-accel", accel, "-monitor", "none", *arguments, **options)
+
+
+@pytest.fixture
+def start(guests: Path) -> Iterator[Starter]:
+    starter = Starter()
+    yield starter
+    for vm in starter.vms:
+        vm.close()
+
+
+@pytest.fixture(autouse=True)
+def no_cpr_state_in_environment() -> None:
+    assert "QEMU_CPR_EXEC_STATE" not in os.environ

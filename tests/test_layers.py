@@ -1,0 +1,125 @@
+"""The import rule: down only, and the kernel's ABI in one place."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "cpr"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# From the top down; a module imports only from its own layer or a lower one.
+LAYERS = (
+    ("cpr.vmm",),
+    ("cpr.monitor",),
+    ("cpr.migration",),
+    ("cpr.pc",),
+    ("cpr.machine", "cpr.boot", "cpr.vcpus"),
+    ("cpr.devices", "cpr.bus"),
+    ("cpr.chardev",),
+    ("cpr.accel",),
+    ("cpr.ram",),
+    ("cpr.config", "cpr.options", "cpr.readconfig"),
+    ("cpr.state",),
+    ("cpr.uapi", "cpr.runstate", "cpr.events", "cpr.mainloop", "cpr.clock", "cpr.record"),
+    ("cpr.errors", "cpr._native"),
+)
+ONLY = {
+    "cpr._native": ("cpr.uapi", "cpr.ram", "cpr.accel", "cpr._native"),
+    "cpr.uapi.kvm": ("cpr.accel",),
+    "cpr.uapi.seccomp": ("cpr.vmm",),
+    "cpr.accel.kvm": ("cpr.pc",),
+    "cpr.accel.tcg": ("cpr.pc",),
+}
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def layer(module: str) -> int:
+    for number, names in enumerate(LAYERS):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return number
+    raise AssertionError(f"{module} is in no layer")
+
+
+def run_time_imports(path: Path) -> set[str]:
+    """The cpr modules that a file imports, but not those for type checking only."""
+    found = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    names = {module_name(each) for each in MODULES} | {"cpr._native._cpr"}
+    return found & names - {"cpr"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_go_down_only(path: Path) -> None:
+    name = module_name(path)
+    if name == "cpr":
+        return
+    for imported in run_time_imports(path):
+        assert layer(name) <= layer(imported), f"{name} imports {imported}"
+        for target, allowed in ONLY.items():
+            if imported == target or imported.startswith(target + "."):
+                assert name.startswith((*allowed, target)), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_kernel_abi_is_in_one_place(path: Path) -> None:
+    text = path.read_text()
+    assert "fcntl.ioctl" not in text
+    assert not re.search(r"0x[4-9c][0-9a-f]{3}ae[0-9a-f]{2}\b", text, re.I), "an ioctl number"
+    if not module_name(path).startswith("cpr.state"):
+        assert "struct.pack" not in text
+        assert "struct.unpack" not in text
+    if module_name(path) != "cpr.ram":
+        assert "MFD_HUGETLB" not in text
+
+
+RESTORE_PATH = ["cpr.pc", "cpr.config", "cpr.migration.migration", "cpr.state.fds", "cpr.accel.kvm"]
+TOO_SLOW = {
+    "argparse",
+    "asyncio",
+    "dataclasses",
+    "enum",
+    "inspect",
+    "json",
+    "logging",
+    "pathlib",
+    "psutil",
+    "re",
+    "selectors",
+    "socket",
+    "subprocess",
+    "threading",
+    "typing",
+}
+
+
+def test_restore_path_imports_nothing_slow() -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    site = [path for path in sys.path if path.endswith("site-packages")]
+    code += f"sys.path += {site!r}\nimport {', '.join(RESTORE_PATH)}\nprint(*sys.modules)"
+    run = [sys.executable, "-I", "-S", "-c", code]
+    loaded = set(subprocess.run(run, check=True, capture_output=True, text=True).stdout.split())
+    assert not loaded & TOO_SLOW
+    assert not {name for name in loaded if name.startswith(("cpr.monitor", "cpr.chardev."))}

@@ -1,0 +1,64 @@
+"""cpr.mainloop: descriptors, timers in order, calls from other threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from cpr.mainloop import READ, MainLoop
+
+
+def test_watch_and_unwatch():
+    loop = MainLoop()
+    reader, writer = os.pipe()
+    seen: list[bytes] = []
+    loop.watch(reader, READ, lambda events: seen.append(os.read(reader, 10)))
+    os.write(writer, b"one")
+    loop.iterate(1_000_000_000)
+    loop.unwatch(reader)
+    loop.unwatch(reader)
+    os.write(writer, b"two")
+    loop.iterate(0)
+    assert seen == [b"one"]
+    os.close(reader)
+    os.close(writer)
+    loop.close()
+
+
+def test_timers_run_in_the_order_of_their_deadlines():
+    loop = MainLoop()
+    order: list[str] = []
+    loop.call_later(2_000_000, lambda: order.append("late"))
+    loop.call_later(1_000_000, lambda: order.append("early"))
+    loop.call_later(1_500_000, lambda: order.append("never")).cancel()
+    while len(order) < 2:
+        loop.iterate(None)
+    assert order == ["early", "late"]
+    loop.close()
+
+
+def test_calls_from_another_thread_run_on_the_loop():
+    loop = MainLoop()
+    idents: list[int] = []
+
+    def from_outside() -> None:
+        loop.call_soon(lambda: idents.append(threading.get_ident()))
+        loop.call_soon(loop.stop)
+
+    thread = threading.Thread(target=from_outside)
+    thread.start()
+    loop.run()
+    thread.join()
+    assert idents == [threading.get_ident()]
+    loop.close()
+
+
+def test_all_its_descriptors_are_close_on_exec():
+    before = set(os.listdir("/proc/self/fd"))
+    loop = MainLoop()
+    for name in set(os.listdir("/proc/self/fd")) - before:
+        try:
+            assert not os.get_inheritable(int(name))
+        except OSError:  # the descriptor of the listing itself
+            continue
+    loop.close()
