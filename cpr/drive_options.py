@@ -12,16 +12,18 @@ from cpr.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Container
     from typing import Any
 
     from cpr.option_values import Kind
     from cpr.options import OptionGroup
 
+    Slot = tuple[str, int, int]  # interface, bus, unit
+
 FLOPPY, IDE, NONE = "floppy", "ide", "none"
-# QEMU's other interfaces, which this machine has not.
-OTHER_INTERFACES = ("scsi", "virtio", "sd", "mtd", "pflash", "xen")
+INTERFACES = (FLOPPY, IDE, NONE, "scsi", "virtio", "sd", "mtd", "pflash", "xen")
 BUSES = {FLOPPY: 1, IDE: 2}
-UNITS = 2  # per bus
+UNITS = 2  # of one bus
 UNASSIGNED = -1
 
 KEYS: dict[str, Kind] = {
@@ -34,7 +36,6 @@ KEYS: dict[str, Kind] = {
     "unit": INT,
     "index": INT,
     "media": STRING,
-    "readonly": BOOL,
     "read-only": BOOL,
     "snapshot": BOOL,
     "cache": STRING,
@@ -42,8 +43,9 @@ KEYS: dict[str, Kind] = {
     "discard": STRING,
 }
 
-# Tuning that has no effect on what the guest sees: checked, then left aside.
+# Checked, but without effect on what the guest sees.
 ACCEPTED = {
+    "media": (("disk", "cdrom"), "'{}' invalid media"),
     "cache": (
         ("none", "off", "writeback", "writethrough", "directsync", "unsafe"),
         "invalid cache option",
@@ -51,6 +53,11 @@ ACCEPTED = {
     "aio": (("threads", "native", "io_uring"), "invalid aio option"),
     "discard": (("ignore", "off", "unmap", "on"), "Invalid discard option"),
 }
+
+# What else QEMU accepts is not possible here.
+ONLY = {"media": "disk", "snapshot": False}
+
+DEFAULT_IDS = {FLOPPY: "floppy{unit}", IDE: "ide{bus}-hd{unit}", NONE: "none{unit}"}
 
 
 class DriveConfig(Record):
@@ -92,53 +99,85 @@ class DriveConfig(Record):
 def parse_drives(groups: list[OptionGroup]) -> tuple[DriveConfig, ...]:
     """All drives, in the order given.
 
-    A drive of the command line replaces one of guest.cfg that has the same slot.  Raises
-    ConfigError.
+    A drive of the command line replaces one of guest.cfg in the same slot.  Raises ConfigError.
     """
-    taken: dict[tuple[str, int], tuple[DriveConfig, bool]] = {}
+    slots: dict[Slot, tuple[DriveConfig, bool]] = {}
     for group in groups:
-        drive = _parse_drive(group, taken)
-        slot = drive.interface, drive.index
-        if slot in taken and (group.base or not taken.pop(slot)[1]):
-            bus, unit = _bus_and_unit(*slot)
-            raise group.error(f"drive with bus={bus}, unit={unit} (index={drive.index}) exists")
-        taken[slot] = drive, group.base
-    return tuple(drive for drive, _ in taken.values())
+        group.check_id()
+        values = _values(group)
+        slot = interface, bus, unit = _slot(group, values, slots)
+        if slot in slots and (group.base or not slots.pop(slot)[1]):
+            index = _index(slot)
+            raise group.error(f"drive with bus={bus}, unit={unit} (index={index}) exists")
+        if interface != NONE and not (0 <= bus < BUSES.get(interface, 0) and 0 <= unit < UNITS):
+            raise group.error(
+                f"machine type does not support if={interface},bus={bus},unit={unit}"
+            )
+        slots[slot] = _drive(group, values, slot), group.base
+    return tuple(drive for drive, _ in slots.values())
 
 
-def _parse_drive(group: OptionGroup, taken: dict[tuple[str, int], Any]) -> DriveConfig:
-    group.check_id()
-    values = group.typed(KEYS)
+def _values(group: OptionGroup) -> dict[str, Any]:
+    if "readonly" in group.values:
+        if "read-only" in group.values:
+            raise group.error(
+                "'read-only' and its alias 'readonly' can't be used at the same time"
+            )
+        group.values["read-only"] = group.values.pop("readonly")
+    values = group.typed(KEYS, "Block format 'raw' does not support the option '{}'")
+    for name, (accepted, problem) in ACCEPTED.items():
+        if name in values and values[name] not in accepted:
+            raise group.error(problem.format(values[name]))
+    for name, only in ONLY.items():
+        if values.get(name, only) != only:
+            given = group.values[name]
+            raise group.error(f"{name}={given} is not supported; leave it out")
+    return values
+
+
+def _slot(group: OptionGroup, values: dict[str, Any], taken: Container[Slot]) -> Slot:
     interface = values.get("if", IDE)
-    if interface not in (FLOPPY, IDE, NONE, *OTHER_INTERFACES):
+    if interface not in INTERFACES:
         raise group.error(f"unsupported bus type '{interface}'")
-    index = _index(group, interface, values)
-    if index == UNASSIGNED:
-        index = 0
-        while (interface, index) in taken:
-            index += 1
-    bus, unit = _bus_and_unit(interface, index)
-    if interface != NONE and not 0 <= bus < BUSES.get(interface, 0):
-        raise group.error(f"machine type does not support if={interface},bus={bus},unit={unit}")
-    file = _medium(group, interface, values)
-    readonly = _readonly(group, interface, values)
-    identifier = values.get("id", _default_id(interface, bus, unit))
-    return DriveConfig(file, "raw", interface, index, readonly, identifier, group.location)
-
-
-def _index(group: OptionGroup, interface: str, values: dict[str, Any]) -> int:
-    index = int(values.get("index", UNASSIGNED))
-    if index != UNASSIGNED and ("bus" in values or "unit" in values):
-        if values.get("unit", UNASSIGNED) != UNASSIGNED or values.get("bus", 0):
+    index = values.get("index", UNASSIGNED)
+    bus, unit = values.get("bus", 0), values.get("unit", UNASSIGNED)
+    if index != UNASSIGNED:
+        if bus != 0 or unit != UNASSIGNED:
             raise group.error("index cannot be used with bus and unit")
-        return index
-    if "unit" in values:
-        bus, unit = int(values.get("bus", 0)), int(values["unit"])
-        if interface == IDE and unit >= UNITS:
-            raise group.error(f"unit {unit} too big (max is {UNITS - 1})")
-        return bus * UNITS + unit
-    return index
+        return (interface, *divmod(index, UNITS)) if interface == IDE else (interface, 0, index)
+    if interface == IDE and unit >= UNITS:
+        raise group.error(f"unit {unit} too big (max is {UNITS - 1})")
+    if unit == UNASSIGNED:
+        unit = 0
+        while (interface, bus, unit) in taken:
+            unit += 1
+            if interface == IDE and unit == UNITS:
+                bus, unit = bus + 1, 0
+    return interface, bus, unit
 
 
-def _bus_and_unit(interface: str, index: int) -> tuple[int, int]:
-    return divmod(index, UNITS) if interface == IDE else (0, index)
+def _index(slot: Slot) -> int:
+    interface, bus, unit = slot
+    return bus * UNITS + unit if interface == IDE else unit
+
+
+def _drive(group: OptionGroup, values: dict[str, Any], slot: Slot) -> DriveConfig:
+    interface, bus, unit = slot
+    if "driver" in values and "format" in values:
+        raise group.error("Cannot specify both 'driver' and 'format'")
+    image_format = values.get("format", values.get("driver"))
+    if image_format not in (None, "raw"):
+        raise group.error(
+            f"Unknown driver '{image_format}'\n"
+            "Only raw images can be used; qemu-img convert -O raw makes one of any other."
+        )
+    file = values.get("file") or None
+    readonly = values.get("read-only", False)
+    if file is None and image_format is not None:
+        raise group.error('A block device must be specified for "file"')
+    if interface == IDE and file is None:
+        raise ConfigError("Device needs media, but drive is empty")
+    if interface == IDE and readonly:
+        raise ConfigError("Block node is read-only")
+    identifier = values.get("id") or DEFAULT_IDS[interface].format(bus=bus, unit=unit)
+    return DriveConfig(file, "raw", interface, _index(slot), readonly, identifier, group.location)

@@ -68,14 +68,22 @@ class OptionGroup:
         if not is_identifier(identifier):
             raise self.error(f"Parameter 'id' expects an identifier\n{IDENTIFIER_HINT}")
 
-    def typed(self, kinds: dict[str, Kind]) -> dict[str, Any]:
-        """The values as `kinds` says, which has every key that is allowed."""
-        return {key: self._typed(key, value, kinds) for key, value in self.values.items()}
+    def typed(
+        self, kinds: dict[str, Kind], unknown: str = "Invalid parameter '{}'"
+    ) -> dict[str, Any]:
+        """The values as `kinds` says, which has every key that is allowed.
 
-    def _typed(self, key: str, value: str, kinds: dict[str, Kind]) -> str | bool | int:
-        kind = kinds.get(key)
-        if kind is None:
-            raise self.error(f"Invalid parameter '{key}'")
+        Raises ConfigError; `unknown` is the text for another key.
+        """
+        values = {}
+        for key, value in self.values.items():
+            kind = kinds.get(key)
+            if kind is None:
+                raise self.error(unknown.format(key))
+            values[key] = self._typed(kind, key, value)
+        return values
+
+    def _typed(self, kind: Kind, key: str, value: str) -> str | bool | int:
         try:
             if kind == INT:
                 return parse_int(value)

@@ -12,11 +12,16 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+from hypothesis import settings
+
 from cpr.state.fields import FORMATS, Field, FixedField
 from cpr.state.ram_section import Block
 from cpr.state.reader import BytesReader
 from cpr.state.stream import StreamReader
 from cpr.state.vmstate import VMStateDescription, buffer, struct_, unused
+
+settings.register_profile("patient", deadline=None)  # a busy machine is no failure
+settings.load_profile("patient")
 
 DATA = Path(__file__).parent / "data"
 STREAMS = sorted(path.stem for path in DATA.glob("*.vmstate"))

@@ -103,7 +103,7 @@ def test_golden_streams_are_parsed_to_their_last_byte(name):
     assert (reader.offset, reader.failed, reader.warnings) == (len(stream), False, [])
 
 
-@pytest.mark.parametrize("name", ["machine_none", "microvm"])
+@pytest.mark.parametrize("name", ["machine_none", "microvm", "memfd1"])
 def test_a_golden_stream_is_written_to_the_same_bytes(name):
     stream = golden(name)
     _, loaded = load(stream, name)

@@ -25,10 +25,12 @@ def translate(state: dict, read: Callable[[int, int], bytes], virtual: int) -> i
     if not cr4 & x86.CR4_PAE:
         return _walk_32bit(read, cr3, cr4, virtual & 0xFFFFFFFF)
     if state["env.efer"] & x86.EFER_LMA:
-        levels, table = (39, 30, 21, 12), cr3 & ADDRESS_MASK
+        levels: tuple[int, ...] = (39, 30, 21, 12)
+        table = cr3 & ADDRESS_MASK
     else:
         virtual &= 0xFFFFFFFF
-        levels, table = (30, 21, 12), cr3 & 0xFFFFFFE0
+        levels = (30, 21, 12)
+        table = cr3 & 0xFFFFFFE0
     for shift in levels:
         entry = int.from_bytes(read(table + 8 * (virtual >> shift & 0x1FF), 8), "little")
         if not entry & PRESENT:

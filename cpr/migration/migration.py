@@ -231,19 +231,27 @@ class Migration:
         self._started_ns = time.monotonic_ns()
         self._set_status("setup")
         if channel.connects_in_background(address):
-            self.loop.call_soon(lambda: start_new_thread(self._run, (address,)))
+            self._run_soon(address)
             return
         try:
             self._set_up(address)
         except CprError as error:
             self._fail(error)
             raise
-        # After this round of the loop: the answer to `migrate` goes out before `active`.
-        self.loop.call_soon(lambda: start_new_thread(self._run, (None,)))
+        self._run_soon(None)
+
+    def _run_soon(self, address: dict | None) -> None:
+        """Starts the thread after this round of the loop: `migrate` is answered before `active`."""
+
+        def start() -> None:
+            start_new_thread(self._run, (address,))
+
+        self.loop.call_soon(start)
 
     def _set_up(self, address: dict) -> None:
         """Writes the CPR state, opens the channel and stops the guest; on failure none of it."""
         assert self._exec is not None
+        savevm.prepare()
         self._exec.persist()
         self._channel = channel.open_outgoing(address, self.find_fd)
         self._old_state = self.machine.runstate.current

@@ -6,6 +6,8 @@ guest was running.  Loading reads and checks the whole stream before anything is
 
 from __future__ import annotations
 
+import sys
+
 from cpr.state import ram_section, stream
 from cpr.state.configuration import CHECKED_CAPABILITIES, Configuration
 from cpr.state.reader import StreamError
@@ -35,6 +37,11 @@ VMSTATE_GLOBALSTATE = VMStateDescription(
         buffer("unused", 66),
     ),
 )
+
+
+def prepare() -> None:
+    """Imports what `save` needs, so that it is not imported while the guest stands still."""
+    import json  # noqa: F401
 
 
 def save(
@@ -81,7 +88,7 @@ def load(machine: Machine, capabilities: Capabilities, read: Callable[[int], byt
     reader.header()
     configuration = reader.configuration()
     enabled = {entry["capability"]: entry["state"] for entry in capabilities.query()}
-    configuration.check(machine.config.machine_type, enabled, None)
+    warnings = configuration.check(machine.config.machine_type, enabled, None)
     devices = {(d.idstr, d.instance_id): d for d in machine.sections()}
     versions = {key: d.vmstate.version_id for key, d in devices.items() if d.vmstate is not None}
     versions[ram_section.IDSTR, ram_section.INSTANCE_ID] = ram_section.VERSION_ID
@@ -100,6 +107,8 @@ def load(machine: Machine, capabilities: Capabilities, read: Callable[[int], byt
         except StreamError as error:
             raise section.failure(error) from None
     reader.vmdescription()
+    for warning in (*warnings, *reader.warnings):
+        print(f"cpr-vmm: {warning}", file=sys.stderr)
     _apply(machine, states)
     return _runstate(states.get((VMSTATE_GLOBALSTATE.name, 0)))
 
