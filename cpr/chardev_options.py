@@ -1,16 +1,16 @@
-"""-chardev, and the short forms of -serial, -monitor and -qmp; who uses which chardev.
+"""-chardev, and the short forms of it that -serial, -monitor and the like take.
 
-    -chardev null|stdio|pty,id=ID
-    -chardev file,id=ID,path=PATH[,append=on|off]
-    -chardev socket,id=ID,path=PATH[,server=on|off][,wait=on|off][,reconnect-ms=N]
-    -chardev socket,id=ID,host=HOST,port=PORT[,nodelay=on|off][…the same]
-    -serial null|stdio|pty|file:PATH|unix:PATH[,…]|tcp:[HOST]:PORT[,…]|chardev:ID
+-chardev null|stdio|pty,id=ID
+-chardev file,id=ID,path=PATH[,append=on|off]
+-chardev socket,id=ID,path=PATH[,server=on|off][,wait=on|off][,reconnect-ms=N]
+-chardev socket,id=ID,host=HOST,port=PORT[,nodelay=on|off][…the same]
+-serial null|stdio|pty|file:PATH|unix:PATH[,…]|tcp:[HOST]:PORT[,…]
 """
 
 from __future__ import annotations
 
-from cpr.option_values import BOOL, INT, STRING, error
-from cpr.options import OPTS, OptionGroup, parse_opts
+from cpr.option_values import BOOL, INT, OPTS, STRING, error
+from cpr.options import OptionGroup, parse_opts
 from cpr.record import Record
 
 TYPE_CHECKING = False
@@ -89,9 +89,7 @@ class ChardevConfig(Record):
     options: dict[str, Any]
     location: str
 
-    def __init__(
-        self, id: str, backend: str, options: dict[str, Any], location: str = ""
-    ) -> None:
+    def __init__(self, id: str, backend: str, options: dict[str, Any], location: str = "") -> None:
         self._fill(id, backend, options, location)
 
 
@@ -107,25 +105,13 @@ def parse_chardev(group: OptionGroup) -> ChardevConfig:
     return _chardev(identifier, values["backend"], values, group.location)
 
 
-class Frontend:
-    """One use of a chardev on the command line: the argument of -serial, -monitor and the like.
+def parse_short_form(
+    text: str, label: str, location: str, refusal: str, warnings: list[str]
+) -> ChardevConfig:
+    """The chardev that `text` asks for; its id is `label`.
 
-    `label` is the id that a chardev made for it gets, `refusal` the error where QEMU has none
-    more precise.
+    Raises ConfigError, with `refusal` where QEMU says nothing more precise.
     """
-
-    __slots__ = ("label", "location", "refusal", "text")
-
-    def __init__(self, text: str, label: str, location: str, refusal: str) -> None:
-        self.text = text
-        self.label = label
-        self.location = location
-        self.refusal = refusal
-
-
-def parse_short_form(frontend: Frontend, warnings: list[str]) -> ChardevConfig:
-    """The chardev that a Frontend asks for.  Raises ConfigError."""
-    text, label, location = frontend.text, frontend.label, frontend.location
     kind, colon, rest = text.partition(":")
     if text in ("null", "pty", "stdio"):
         return _chardev(label, text, {}, location)
@@ -135,7 +121,7 @@ def parse_short_form(frontend: Frontend, warnings: list[str]) -> ChardevConfig:
         address, _, opts = rest.partition(",")
         values = _address(kind, address)
         if values is None:
-            raise error(location, frontend.refusal)
+            raise error(location, refusal)
         group = OptionGroup("chardev", parse_opts(opts, None, location, warnings), location, OPTS)
         return _chardev(label, "socket", group.typed(KEYS) | values, location)
     if kind == "mon" and colon:
@@ -156,9 +142,7 @@ def _address(kind: str, address: str) -> dict[str, Any] | None:
     return {"host": host.removeprefix("[").removesuffix("]"), "port": port}
 
 
-def _chardev(
-    identifier: str, backend: str, values: dict[str, Any], location: str
-) -> ChardevConfig:
+def _chardev(identifier: str, backend: str, values: dict[str, Any], location: str) -> ChardevConfig:
     known = BACKENDS.get(backend)
     if known is None:
         raise error(location, f"'{backend}' is not a valid char driver name")
@@ -192,59 +176,3 @@ def _check_socket(values: dict[str, Any]) -> str | None:
 
 
 CHECKS = {"file": _check_file, "socket": _check_socket}
-
-
-class ChardevTable:
-    """The chardevs of a configuration, by id, and who uses them: one user each."""
-
-    def __init__(self, daemonize: bool) -> None:
-        self._daemonize = daemonize
-        self._chardevs: dict[str, ChardevConfig] = {}
-        self._used: set[str] = set()
-
-    def add(self, chardev: ChardevConfig) -> None:
-        """Raises ConfigError where the id or the terminal is taken."""
-        if chardev.id in self._chardevs:
-            raise error(chardev.location, f"Duplicate ID '{chardev.id}' for chardev")
-        if chardev.backend == "stdio":
-            if self._daemonize:
-                raise error(chardev.location, "cannot use stdio with -daemonize")
-            if self.uses_stdio:
-                raise error(
-                    chardev.location, "cannot use stdio by multiple character devices"
-                )
-        self._chardevs[chardev.id] = chardev
-
-    @property
-    def uses_stdio(self) -> bool:
-        return any(chardev.backend == "stdio" for chardev in self._chardevs.values())
-
-    @property
-    def chardevs(self) -> tuple[ChardevConfig, ...]:
-        return tuple(self._chardevs.values())
-
-    def __contains__(self, identifier: object) -> bool:
-        return identifier in self._chardevs
-
-    def use(self, identifier: str) -> str | None:
-        """Gives the chardev its user; returns what is wrong if it has one already."""
-        if identifier in self._used:
-            return f"chardev '{identifier}' is already in use"
-        self._used.add(identifier)
-        return None
-
-    def connect(self, frontend: Frontend, warnings: list[str]) -> str:
-        """Makes the chardev that `frontend` asks for, or finds it for chardev:ID; uses it.
-
-        Returns its id.  Raises ConfigError.
-        """
-        kind, _, identifier = frontend.text.partition(":")
-        if kind != "chardev":
-            self.add(parse_short_form(frontend, warnings))
-            identifier = frontend.label
-        elif identifier not in self:
-            raise error(frontend.location, frontend.refusal)
-        problem = self.use(identifier)
-        if problem is not None:
-            raise error(frontend.location, problem)
-        return identifier

@@ -110,9 +110,7 @@ def parse_drives(groups: list[OptionGroup]) -> tuple[DriveConfig, ...]:
             index = _index(slot)
             raise group.error(f"drive with bus={bus}, unit={unit} (index={index}) exists")
         if interface != NONE and not (0 <= bus < BUSES.get(interface, 0) and 0 <= unit < UNITS):
-            raise group.error(
-                f"machine type does not support if={interface},bus={bus},unit={unit}"
-            )
+            raise group.error(f"machine type does not support if={interface},bus={bus},unit={unit}")
         slots[slot] = _drive(group, values, slot), group.base
     return tuple(drive for drive, _ in slots.values())
 
@@ -120,9 +118,7 @@ def parse_drives(groups: list[OptionGroup]) -> tuple[DriveConfig, ...]:
 def _values(group: OptionGroup) -> dict[str, Any]:
     if "readonly" in group.values:
         if "read-only" in group.values:
-            raise group.error(
-                "'read-only' and its alias 'readonly' can't be used at the same time"
-            )
+            raise group.error("'read-only' and its alias 'readonly' can't be used at the same time")
         group.values["read-only"] = group.values.pop("readonly")
     values = group.typed(KEYS, "Block format 'raw' does not support the option '{}'")
     for name, (accepted, problem) in ACCEPTED.items():

@@ -7,8 +7,7 @@ same; where both are given, the short option wins.
 from __future__ import annotations
 
 from cpr.errors import ConfigError
-from cpr.option_values import BOOL, INT, SIZE, STRING, parse_property, parse_size
-from cpr.options import KEYVAL
+from cpr.option_values import BOOL, INT, KEYVAL, SIZE, STRING, parse_property
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -145,9 +144,7 @@ def subtree(machine: dict[str, str], name: str, values: dict[str, str]) -> dict[
     return below | values
 
 
-def _parse_subtree(
-    name: str, kinds: dict[str, Kind], values: dict[str, str]
-) -> dict[str, Any]:
+def _parse_subtree(name: str, kinds: dict[str, Kind], values: dict[str, str]) -> dict[str, Any]:
     properties = {}
     for key, value in values.items():
         head = key.partition(".")[0]
@@ -200,9 +197,7 @@ def parse_smp(values: dict[str, str]) -> int:
     """The number of vCPUs; the topology is checked and then left aside.  Raises ConfigError."""
     given = _parse_subtree("smp", SMP_PROPERTIES, values)
     if 0 in given.values():
-        raise ConfigError(
-            "Invalid CPU topology: CPU topology parameters must be greater than zero"
-        )
+        raise ConfigError("Invalid CPU topology: CPU topology parameters must be greater than zero")
     for level in LEVELS:
         if level not in PC_LEVELS and given.get(level, 1) > 1:
             raise ConfigError(f"{level} > 1 not supported by this machine's CPU topology")

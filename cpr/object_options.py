@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from cpr.errors import ConfigError
-from cpr.option_values import BOOL, INT, SIZE, STRING, parse_property
-from cpr.options import OPTS
+from cpr.option_values import BOOL, INT, OPTS, SIZE, STRING, parse_property
 from cpr.record import Record
 
 TYPE_CHECKING = False

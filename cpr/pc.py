@@ -29,7 +29,13 @@ from cpr.devices.serial import PORTS, Serial
 from cpr.devices.system import KvmClock, Timers, VCpuState
 from cpr.errors import ConfigError, CprError
 from cpr.machine import Machine
-from cpr.ram import GuestMemory, create_aux_block, create_backend_block, create_default_block
+from cpr.ram import (
+    GuestMemory,
+    create_aux_block,
+    create_backend_block,
+    create_default_block,
+    populate,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -118,6 +124,8 @@ def _create_ram(config: Config, memory: GuestMemory, fds: PreservedFds) -> None:
     else:
         ram = _create_backend(config, str(backend_id), fds)
     memory.add_block(ram)
+    if ram.prealloc and not fds.incoming:  # after an exec the guest runs first
+        populate(ram)
     low = ram.size if ram.size < LOW_RAM_LIMIT else LOW_RAM_SPLIT
     share = bool(config.machine.get("aux-ram-share", False))
     bios = memory.add_block(create_aux_block("pc.bios", BIOS_SIZE, share, fds))

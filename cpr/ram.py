@@ -24,6 +24,7 @@ PAGE_SIZE = 4096
 HUGE_ALIGNMENT = 2 << 20  # so that the kernel can use transparent huge pages
 OFFSET_ALIGNMENT = 64 * PAGE_SIZE  # ram_addr_t granularity of QEMU's ram_list (golden dumps)
 DEFAULT_HUGEPAGE = 2 << 20
+POPULATE_CHUNK = 64 << 20
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -39,7 +40,7 @@ class RAMBlock:
     the mapping; `fd` is -1 for anonymous memory.  `preserved` says that the descriptor goes over
     an exec, `reopened` that the new VMM opens the same file again by its path; a block that is
     neither loses its content in an exec, unless it is `regenerated` (a ROM that the machine
-    makes).
+    makes).  `prealloc` asks for all of it to be populated, `populated` bytes of it are by now.
     """
 
     __slots__ = (
@@ -50,7 +51,8 @@ class RAMBlock:
         "max_length",
         "offset",
         "page_size",
-        "populate",
+        "populated",
+        "prealloc",
         "preserved",
         "readonly",
         "regenerated",
@@ -70,7 +72,8 @@ class RAMBlock:
         self.offset = 0
         self.shared = False
         self.readonly = False
-        self.populate = False
+        self.prealloc = False
+        self.populated = 0
         self.preserved = False
         self.reopened = False
         self.regenerated = False
@@ -113,7 +116,7 @@ def create_backend_block(config: ObjectConfig, fds: PreservedFds) -> RAMBlock:
     block = RAMBlock(config.id, size, config.qom_type)
     default_share = config.qom_type in ("memory-backend-memfd", "memory-backend-shm")
     block.shared = bool(properties.get("share", default_share))
-    block.populate = bool(properties.get("prealloc", False))
+    block.prealloc = bool(properties.get("prealloc", False))
     if config.qom_type == "memory-backend-memfd" and properties.get("hugetlb"):
         block.page_size = int(properties.get("hugetlbsize", 0)) or DEFAULT_HUGEPAGE
         if block.page_size & (block.page_size - 1):
@@ -328,14 +331,18 @@ def _advise(block: RAMBlock, properties: dict[str, Any]) -> None:
         lib.madvise(address, block.max_length, lib.MADV_DONTDUMP)
 
 
-def populate(block: RAMBlock, offset: int, size: int) -> None:
-    """Populates [offset, offset+size) writable, as prealloc=on asks for.
+def populate(block: RAMBlock) -> None:
+    """Populates the block writable, chunk by chunk, as prealloc=on asks for.
 
+    `block.populated` tells how far it is, in bytes; any thread may do this while the guest runs.
     Raises ConfigError where the host has not enough memory.
     """
-    address = ffi.cast("void *", block.host + offset)
-    if lib.madvise(address, size, lib.MADV_POPULATE_WRITE) < 0:
-        raise _no_memory(block, OSError(ffi.errno, os.strerror(ffi.errno)))
+    while block.populated < block.size:
+        size = min(POPULATE_CHUNK, block.size - block.populated)
+        address = ffi.cast("void *", block.host + block.populated)
+        if lib.madvise(address, size, lib.MADV_POPULATE_WRITE) < 0:
+            raise _no_memory(block, OSError(ffi.errno, os.strerror(ffi.errno)))
+        block.populated += size
 
 
 class Section:

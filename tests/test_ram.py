@@ -144,8 +144,9 @@ def test_mapping_is_aligned_for_huge_pages():
 
 def test_populate_maps_every_page():
     block = create("memfd", prealloc=True)
-    assert block.populate
-    ram.populate(block, 0, block.size)
+    assert block.prealloc
+    ram.populate(block)
+    assert block.populated == block.size
     assert os.fstat(block.fd).st_blocks * 512 == block.size
     block.close()
 

@@ -139,11 +139,15 @@ class SocketChardev(FdChardev):
             return False
 
     def take_fd(self) -> int:
-        """The oldest descriptor of the last message that carried any.
+        """The first descriptor of the last message that carried any; its others are closed.
 
         Those that nobody took are closed when another message brings new ones.
         """
-        return self._passed.pop(0) if self._passed else -1
+        if not self._passed:
+            return -1
+        fd = self._passed.pop(0)
+        self._close_passed()
+        return fd
 
     def close_fds(self, fds: set[int]) -> None:
         peer, self._socket = self._socket, None

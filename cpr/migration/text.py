@@ -7,8 +7,8 @@ GLib's g_shell_parse_argv; so are the error texts.
 from __future__ import annotations
 
 from cpr.errors import CommandError
+from cpr.option_values import parse_bool, parse_int, parse_size
 
-SUFFIXES = "bkmgtpe"
 U64 = 1 << 64
 I64_MAX = (1 << 63) - 1
 
@@ -16,46 +16,6 @@ SIZE_HINT = (
     "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
     "and exabytes, respectively."
 )
-
-
-def parse_size(text: str, unit: int = 1) -> int:
-    """Bytes, from a decimal number (with a fraction, if the suffix allows) and one suffix of
-    bkmgtpe, or from 0x… without either; `unit` is that of a number without suffix.
-
-    Raises ValueError for what is no size and OverflowError for one outside 0…2**64-1.
-    """
-    if text[:2].lower() == "0x":
-        value = _hexadecimal(text[2:]) * unit
-    elif text[:1] == "-" and text[1:].isdecimal():
-        raise OverflowError(text)
-    else:
-        number = text.removeprefix("+")
-        if number and number[-1].lower() in SUFFIXES:
-            unit = 1024 ** SUFFIXES.index(number[-1].lower())
-            number = number[:-1]
-        value = _decimal(number, unit)
-    if value >= U64:
-        raise OverflowError(text)
-    return value
-
-
-def _hexadecimal(digits: str) -> int:
-    if not digits.isalnum() or not digits.isascii():
-        raise ValueError(digits)
-    return int(digits, 16)
-
-
-def _decimal(number: str, unit: int) -> int:
-    whole, _, fraction = number.partition(".")
-    if not (whole + fraction).isdecimal() or not number.isascii():
-        raise ValueError(number)
-    value = int(whole or "0") * unit
-    if fraction.strip("0"):
-        if unit == 1:
-            raise ValueError(number)
-        scale = 10 ** len(fraction)
-        value += (2 * int(fraction) * unit + scale) // (2 * scale)
-    return value
 
 
 def size_parameter(name: str, text: str) -> int:
@@ -72,7 +32,10 @@ def size_parameter(name: str, text: str) -> int:
 def mib_parameter(text: str) -> int:
     """A size whose number without a suffix is in MiB."""
     try:
-        value = parse_size(text, 1 << 20)
+        if text[:2].lower() == "0x":
+            value = parse_size(text) << 20
+        else:
+            value = parse_size(text if text[-1:].isalpha() else f"{text}M")
     except (OverflowError, ValueError):
         value = U64
     if value > I64_MAX:
@@ -81,24 +44,18 @@ def mib_parameter(text: str) -> int:
 
 
 def integer_parameter(name: str, text: str) -> int:
-    """An integer as C writes them: decimal, 0x… or 0… (octal), with a sign."""
-    digits = text.lstrip("+-") if len(text) - len(text.lstrip("+-")) < 2 else ""
-    base = 16 if digits[:2].lower() == "0x" else 8 if digits[:1] == "0" else 10
+    """An integer as C writes them; a negative one wraps."""
     try:
-        value = int(digits[2:] if base == 16 else digits, base)
-    except ValueError:
-        value = U64
-    if value >= U64 or "_" in text or " " in text:
-        raise CommandError(f"Parameter '{name}' expects uint64")
-    return -value % U64 if text[:1] == "-" else value
+        return parse_int(text) % U64
+    except (OverflowError, ValueError):
+        raise CommandError(f"Parameter '{name}' expects uint64") from None
 
 
 def bool_parameter(name: str, text: str) -> bool:
-    if text in ("on", "yes", "true", "y"):
-        return True
-    if text in ("off", "no", "false", "n"):
-        return False
-    raise CommandError(f"Parameter '{name}' expects 'on' or 'off'")
+    try:
+        return parse_bool(text)
+    except ValueError:
+        raise CommandError(f"Parameter '{name}' expects 'on' or 'off'") from None
 
 
 def words(text: str) -> list[str]:

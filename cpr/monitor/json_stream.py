@@ -21,15 +21,16 @@ I64_MIN, U64_MAX = -(1 << 63), (1 << 64) - 1
 BLANKS = re.compile(rb"[ \t\r]+")
 RECOVERED = re.compile(rb"[\x00-\x08\x0a-\x1f\xfe\xff{}\[\],:]")
 WORD = re.compile(rb"[a-z]+")
-# The longest start of a number, which COMPLETE_NUMBER then finds whole or not.
-NUMBER = re.compile(
-    rb"-?(?:(?:0(?:\.[0-9]*)?|[1-9][0-9]*(?:\.[0-9]*)?)(?:(?<=[0-9])(?<!-0)(?<!^0)[eE][-+]?[0-9]*)?)?"
+# A whole number; one that goes on in a way that no number does is whole up to there.
+WHOLE_NUMBER = re.compile(
+    rb"-?(?:(?:0\.[0-9]+|[1-9][0-9]*(?:\.[0-9]+)?)(?:[eE][-+]?[0-9]+)?|0(?![0-9]))"
 )
-COMPLETE_NUMBER = re.compile(
-    rb"-?(?:0|(?:0\.[0-9]+|[1-9][0-9]*(?:\.[0-9]+)?)(?:[eE][-+]?[0-9]+)?)(?![0-9])"
+# The longest start of a number, whole or not.
+BEGUN_NUMBER = re.compile(
+    rb"-?(?:(?:0\.[0-9]+|[1-9][0-9]*(?:\.[0-9]+)?)[eE][-+]?[0-9]*|[1-9][0-9]*(?:\.[0-9]*)?|0(?:\.[0-9]*)?)?"
 )
 STRING_BODY = {
-    ord(quote): re.compile(rb"(?:[^\x00-\x1f\\\xfe\xff" + quote + rb"]|\\[^\x00-\x1f])*")
+    ord(quote): re.compile(rb"(?:[^\x00-\x1f\\\xfe\xff" + quote + rb"]|\\[^\x00-\x1f\xfe\xff])*")
     for quote in (b'"', b"'")
 }
 ESCAPE = re.compile(r"\\(u[^\\]{0,4}|.)", re.DOTALL)
@@ -122,12 +123,12 @@ class JsonStream:
         return True
 
     def _number(self) -> bool:
-        started = NUMBER.match(self._buffer)
+        started = BEGUN_NUMBER.match(self._buffer)
         assert started is not None
         end = started.end()
         if end == len(self._buffer):
             return False
-        complete = COMPLETE_NUMBER.match(self._buffer)
+        complete = WHOLE_NUMBER.match(self._buffer)
         if complete is None or complete.end() != end:
             self._stray(end + 1)
             return True

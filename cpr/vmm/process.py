@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+from _thread import start_new_thread
 
-from cpr import pc
+from cpr import pc, ram
 from cpr.config import parse_command_line
 from cpr.errors import CprError
 from cpr.events import EventBus
@@ -91,6 +92,15 @@ class Vmm:
             else:
                 self.monitors.append(HmpMonitor(chardev, self))
 
+    def populate(self) -> None:
+        """Populates RAM that prealloc=on asks for, while the guest runs already."""
+        try:
+            for block in self.machine.blocks:
+                if block.prealloc:
+                    ram.populate(block)
+        except CprError as error:
+            print(f"cpr-vmm: warning: {error}", file=sys.stderr)
+
     def close(self) -> None:
         """Stops the guest and frees everything, the terminal's settings included."""
         self.machine.pause_vcpus()
@@ -119,6 +129,7 @@ def run_vmm(arguments: list[str]) -> int:
     vmm = _create(config, fds)
     if config.incoming and config.incoming[-1] != DEFER:
         _load(vmm, config.incoming[-1])
+        start_new_thread(vmm.populate, ())
         vmm.create_frontends(after_exec)
     else:
         vmm.create_frontends(after_exec=False)

@@ -1,0 +1,96 @@
+/* The mm holder: keeps the old address space alive over an exec. */
+#include "mm_holder.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdint.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define STACK_SIZE 16384
+#define GUARD_SIZE 4096
+
+/* The child shares the parent's thread-local storage: errno and the stack protector's canary are
+   the parent's. So it makes system calls itself, and has no canary. */
+static inline long raw_call(long number, long a, long b, long c)
+{
+    long result;
+
+    __asm__ volatile("syscall"
+                     : "=a"(result)
+                     : "a"(number), "D"(a), "S"(b), "d"(c)
+                     : "rcx", "r11", "memory");
+    return result;
+}
+
+__attribute__((no_stack_protector)) static int hold(void *argument)
+{
+    long pipe_fd = (long)(intptr_t)argument;
+    char byte;
+
+    if (pipe_fd > 0) {
+        raw_call(SYS_close_range, 0, pipe_fd - 1, 0);
+    }
+    raw_call(SYS_close_range, pipe_fd + 1, UINT_MAX, 0);
+    while (raw_call(SYS_read, pipe_fd, (long)(intptr_t)&byte, 1) == -EINTR) {
+    }
+    raw_call(SYS_exit_group, 0, 0, 0);
+    __builtin_unreachable();
+}
+
+/* The child's stack: mapped once, because only one holder is there at a time. */
+static char *stack_top(void)
+{
+    static char *stack;
+
+    if (stack == NULL) {
+        char *base =
+            mmap(NULL, STACK_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+        if (base == MAP_FAILED) {
+            return NULL;
+        }
+        mprotect(base, GUARD_SIZE, PROT_NONE);
+        stack = base;
+    }
+    return stack + STACK_SIZE;
+}
+
+int cpr_mm_holder_start(int *release_fd)
+{
+    int ends[2];
+    sigset_t all, old;
+    char *top = stack_top();
+    int pid, error;
+
+    if (top == NULL || pipe2(ends, O_CLOEXEC) < 0) {
+        return -errno;
+    }
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old); /* the child inherits it and hears no signal */
+    pid = clone(hold, top, CLONE_VM, (void *)(intptr_t)ends[0]);
+    error = errno;
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    close(ends[0]);
+    if (pid < 0) {
+        close(ends[1]);
+        return -error;
+    }
+    *release_fd = ends[1];
+    return pid;
+}
+
+int cpr_mm_holder_reap(int pid)
+{
+    while (waitpid(pid, NULL, __WALL) < 0) {
+        if (errno != EINTR) {
+            return -errno;
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,128 @@
+"""-device and -global: the devices besides the board's own, and defaults for their properties."""
+
+from __future__ import annotations
+
+from cpr.option_values import BOOL, INT, JSON, KEYVAL, STRING, parse_property
+from cpr.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from cpr.frontend_options import ChardevTable
+    from cpr.option_values import Kind
+    from cpr.options import OptionGroup
+
+MIGRATION = "migration"  # the -global driver of the migration's own properties
+UINT32_LIMIT = 1 << 32
+
+GLOBAL_KEYS: dict[str, Kind] = {"driver": STRING, "property": STRING, "value": STRING}
+
+# Properties of the devices that are known here; those of others stay as they were given.
+DEVICES: dict[str, dict[str, Kind]] = {
+    "isa-debug-exit": {"iobase": INT, "iosize": INT},
+    "isa-debugcon": {"chardev": STRING, "iobase": INT, "readback": INT},
+    "isa-serial": {
+        "baudbase": INT,
+        "chardev": STRING,
+        "index": INT,
+        "iobase": INT,
+        "irq": INT,
+        "wakeup": BOOL,
+    },
+}
+
+
+class DeviceConfig(Record):
+    """One -device.  `properties` are as QEMU names them: of the devices in DEVICES int, bool or
+    str by type, of others str (or JSON's values); `id` is None where none was given; `location` is
+    what an error about it begins with.
+    """
+
+    __slots__ = ("driver", "id", "properties", "location")  # noqa: RUF023 - constructor's order
+    driver: str
+    id: str | None
+    properties: dict[str, Any]
+    location: str
+
+    def __init__(
+        self, driver: str, id: str | None, properties: dict[str, Any], location: str = ""
+    ) -> None:
+        self._fill(driver, id, properties, location)
+
+
+def split_global(argument: str) -> dict[str, str] | None:
+    """`driver.property=value` as the keys of the long form; None where it is not this form."""
+    name, equals, value = argument.partition("=")
+    driver, _, name = name.partition(".")
+    if not (equals and driver and name) or "," in driver:
+        return None
+    return {"driver": driver, "property": name, "value": value}
+
+
+def parse_global(group: OptionGroup) -> tuple[str, str, str]:
+    """(driver, property, value).  Raises ConfigError."""
+    values = group.typed(GLOBAL_KEYS)
+    if len(values) < len(GLOBAL_KEYS):
+        raise group.error("options 'driver', 'property', and 'value' are required")
+    return values["driver"], values["property"], values["value"]
+
+
+def parse_devices(
+    groups: list[OptionGroup],
+    defaults: tuple[tuple[str, str, str], ...],
+    chardevs: ChardevTable,
+    warnings: list[str],
+) -> tuple[DeviceConfig, ...]:
+    """The devices; `defaults` are the globals (driver, property, value).  Raises ConfigError."""
+    devices = tuple(_parse_device(group, defaults, chardevs) for group in groups)
+    drivers = {device.driver for device in devices}
+    for driver, name, value in defaults:
+        if driver != MIGRATION and driver not in drivers:
+            warnings.append(f"warning: global {driver}.{name}={value} not used")
+    return devices
+
+
+def _parse_device(
+    group: OptionGroup, defaults: tuple[tuple[str, str, str], ...], chardevs: ChardevTable
+) -> DeviceConfig:
+    group.check_id()
+    values = dict(group.values)
+    identifier = values.pop("id", None)
+    driver = values.pop("driver", None)
+    if driver is None:
+        raise group.error("Parameter 'driver' is missing")
+    if not isinstance(driver, str):
+        raise group.error("Invalid parameter type for 'driver', expected: string")
+    properties = {
+        name: _parse(group, driver, name, value, KEYVAL)
+        for default_driver, name, value in defaults
+        if default_driver == driver
+    }
+    dialect = JSON if group.dialect == JSON else KEYVAL
+    for name, value in values.items():
+        properties[name] = _parse(group, driver, name, value, dialect)
+    if isinstance(properties.get("chardev"), str):
+        _use_chardev(group, driver, properties["chardev"], chardevs)
+    return DeviceConfig(driver, identifier, properties, group.location)
+
+
+def _parse(group: OptionGroup, driver: str, name: str, value: Any, dialect: str) -> Any:
+    kinds = DEVICES.get(driver)
+    if kinds is None:
+        return value
+    if name not in kinds:
+        raise group.error(f"Property '{driver}.{name}' not found")
+    parsed = parse_property(kinds[name], name, value, dialect, group.location)
+    if kinds[name] == INT and not 0 <= parsed < UINT32_LIMIT:
+        raise group.error(f"Parameter '{name}' expects uint32_t")
+    return parsed
+
+
+def _use_chardev(group: OptionGroup, driver: str, identifier: str, chardevs: ChardevTable) -> None:
+    owner = "serial" if driver == "isa-serial" else driver
+    if identifier not in chardevs:
+        raise group.error(f"Property '{owner}.chardev' can't find value '{identifier}'")
+    problem = chardevs.use(identifier)
+    if problem is not None:
+        raise group.error(f"Property '{owner}.chardev' can't take value '{identifier}': {problem}")

@@ -1,0 +1,91 @@
+"""Descriptors that monitor clients handed over with SCM_RIGHTS, by name and in sets.
+
+They are close-on-exec and belong to this table until `take`, `close`, `remove` or `close_all`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from cpr.errors import CommandError, MigrationError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class PassedFds:
+    """One table for all monitors: a name that one of them got can be used by another."""
+
+    def __init__(self) -> None:
+        self._named: dict[str, int] = {}
+        self._sets: dict[int, list[tuple[int, str | None]]] = {}
+
+    def add(self, name: str, fd: int) -> None:
+        """Owns `fd` under `name`; one that had the name is closed.
+
+        Raises CommandError for a name that begins with a digit, and then has closed `fd`.
+        """
+        if name[:1].isdigit():
+            os.close(fd)
+            raise CommandError("Parameter 'fdname' expects a name not starting with a digit")
+        old = self._named.pop(name, None)
+        if old is not None:
+            os.close(old)
+        self._named[name] = fd
+
+    def take(self, name: str) -> int:
+        """Gives the descriptor and its ownership.  Raises MigrationError for an unknown name."""
+        if name not in self._named:
+            raise MigrationError(f"File descriptor named '{name}' has not been found")
+        return self._named.pop(name)
+
+    def close(self, name: str) -> None:
+        """closefd.  Raises CommandError for an unknown name."""
+        if name not in self._named:
+            raise CommandError(f"File descriptor named '{name}' not found")
+        os.close(self._named.pop(name))
+
+    def add_to_set(self, set_id: int | None, fd: int, opaque: str | None) -> int:
+        """Owns `fd` in set `set_id`, or in the first free one; returns the set's number.
+
+        Raises CommandError for a negative number, and then has closed `fd`.
+        """
+        if set_id is None:
+            set_id = next(i for i in range(len(self._sets) + 1) if i not in self._sets)
+        elif set_id < 0:
+            os.close(fd)
+            raise CommandError("Parameter 'fdset-id' expects a non-negative value")
+        self._sets.setdefault(set_id, []).append((fd, opaque))
+        return set_id
+
+    def remove(self, set_id: int, fd: int | None) -> None:
+        """remove-fd: closes one descriptor of the set, or all.  Raises CommandError."""
+        members = self._sets.get(set_id, [])
+        doomed = [member for member in members if fd is None or member[0] == fd]
+        if not doomed:
+            which = f"fdset-id:{set_id}" + ("" if fd is None else f", fd:{fd}")
+            raise CommandError(f"File descriptor named '{which}' not found")
+        for member in doomed:
+            members.remove(member)
+            os.close(member[0])
+        if not members:
+            del self._sets[set_id]
+
+    def query_sets(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "fdset-id": set_id,
+                "fds": [
+                    {"fd": fd} if opaque is None else {"fd": fd, "opaque": opaque}
+                    for fd, opaque in members
+                ],
+            }
+            for set_id, members in sorted(self._sets.items())
+        ]
+
+    def close_all(self) -> None:
+        for name in list(self._named):
+            self.close(name)
+        for set_id in list(self._sets):
+            self.remove(set_id, None)
