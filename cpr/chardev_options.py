@@ -105,13 +105,25 @@ def parse_chardev(group: OptionGroup) -> ChardevConfig:
     return _chardev(identifier, values["backend"], values, group.location)
 
 
-def parse_short_form(
-    text: str, label: str, location: str, refusal: str, warnings: list[str]
-) -> ChardevConfig:
-    """The chardev that `text` asks for; its id is `label`.
+class Frontend:
+    """One use of a chardev on the command line: the argument of -serial, -monitor and the like.
 
-    Raises ConfigError, with `refusal` where QEMU says nothing more precise.
+    `label` is the id that a chardev made for it gets, `refusal` the error where QEMU has none
+    more precise.
     """
+
+    __slots__ = ("label", "location", "refusal", "text")
+
+    def __init__(self, text: str, label: str, location: str, refusal: str) -> None:
+        self.text = text
+        self.label = label
+        self.location = location
+        self.refusal = refusal
+
+
+def parse_short_form(frontend: Frontend, warnings: list[str]) -> ChardevConfig:
+    """The chardev that a Frontend asks for.  Raises ConfigError."""
+    text, label, location = frontend.text, frontend.label, frontend.location
     kind, colon, rest = text.partition(":")
     if text in ("null", "pty", "stdio"):
         return _chardev(label, text, {}, location)
@@ -121,7 +133,7 @@ def parse_short_form(
         address, _, opts = rest.partition(",")
         values = _address(kind, address)
         if values is None:
-            raise error(location, refusal)
+            raise error(location, frontend.refusal)
         group = OptionGroup("chardev", parse_opts(opts, None, location, warnings), location, OPTS)
         return _chardev(label, "socket", group.typed(KEYS) | values, location)
     if kind == "mon" and colon:

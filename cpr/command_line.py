@@ -12,7 +12,7 @@ from cpr.drive_options import FLOPPY, IDE
 from cpr.errors import ConfigError
 from cpr.frontend_options import CONTROL, NO_DEVICE, READLINE, SHORT_FORM
 from cpr.option_values import JSON, KEYVAL, OPTS, error
-from cpr.options import OptionGroup, parse_keyval, parse_opts
+from cpr.options import OptionGroup, is_uri, parse_keyval, parse_opts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -181,11 +181,12 @@ def _monitor(mode: str, pretty: str = "off") -> Handler:
     return take
 
 
-def _collect(attribute: str) -> Handler:
-    def take(draft: Draft, argument: str, location: str) -> None:
-        getattr(draft, attribute).append((argument, location))
+def _serial(draft: Draft, argument: str, location: str) -> None:
+    draft.serials.append((argument, location))
 
-    return take
+
+def _debugcon(draft: Draft, argument: str, location: str) -> None:
+    draft.debugcons.append((argument, location))
 
 
 def _only_none(problem: str, hint: str) -> Handler:
@@ -207,19 +208,20 @@ def _global(draft: Draft, argument: str, location: str) -> None:
 
 
 def _incoming(draft: Draft, argument: str, location: str) -> None:
-    if argument != "defer" and ":" not in argument:
+    if argument != "defer" and not is_uri(argument):
         from cpr.option_json import parse_channel
 
         parse_channel(argument, location)
-    draft.incoming.append((argument, location))
+    draft.incoming.append(argument)
 
 
 def _cpu(draft: Draft, argument: str, location: str) -> None:
     if argument in HELP_WORDS:
         _inform(draft, "cpu")
-    if not argument:
+    elif argument:
+        draft.settings["cpu_model"] = argument
+    else:
         raise ConfigError("-cpu option cannot be empty")
-    draft.settings["cpu_model"] = argument
 
 
 def _uuid(draft: Draft, argument: str, location: str) -> None:
@@ -237,7 +239,7 @@ def _flag(name: str) -> Callable[[Draft], None]:
     return take
 
 
-def _single(group: str, key: str, value: str) -> Callable[[Draft], None]:
+def _key(group: str, key: str, value: str) -> Callable[[Draft], None]:
     def take(draft: Draft) -> None:
         draft.add(OptionGroup(group, {key: value}, "", KEYVAL))
 
@@ -257,7 +259,7 @@ NO_TYPE = "Parameter 'type' does not accept value '{}'"
 HANDLERS: dict[str, Handler] = {
     "append": _machine_property("append"),
     "cpu": _cpu,
-    "debugcon": _collect("debugcons"),
+    "debugcon": _debugcon,
     "display": _only_none(NO_TYPE, "There is no display: use -display none."),
     "fda": _disk(FLOPPY, 0),
     "fdb": _disk(FLOPPY, 1),
@@ -279,7 +281,7 @@ HANDLERS: dict[str, Handler] = {
     "qmp": _monitor(CONTROL),
     "qmp-pretty": _monitor(CONTROL, pretty="on"),
     "readconfig": _read_config,
-    "serial": _collect("serials"),
+    "serial": _serial,
     "uuid": _uuid,
     "vga": _only_none("unknown vga type: {}", "There is no display: use -vga none."),
 }
@@ -287,11 +289,11 @@ HANDLERS: dict[str, Handler] = {
 FLAGS: dict[str, Callable[[Draft], None]] = {
     "S": _flag("start_paused"),
     "daemonize": _flag("daemonize"),
-    "enable-kvm": _single("machine", "accel", "kvm"),
+    "enable-kvm": _key("machine", "accel", "kvm"),
     "h": _text("help"),
     "help": _text("help"),
-    "no-reboot": _single("action", "reboot", "shutdown"),
-    "no-shutdown": _single("action", "shutdown", "pause"),
+    "no-reboot": _key("action", "reboot", "shutdown"),
+    "no-shutdown": _key("action", "shutdown", "pause"),
     "no-user-config": _ignore,
     "nodefaults": _flag("nodefaults"),
     "nographic": _ignore,

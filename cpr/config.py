@@ -15,8 +15,7 @@ Without -nodefaults there is a monitor on stdio, unless one is given, something 
 
 from __future__ import annotations
 
-from cpr.accel_options import DEFAULT as DEFAULT_ACCELS
-from cpr.chardev_options import ChardevConfig, parse_chardev
+from cpr.chardev_options import ChardevConfig, Frontend, parse_chardev
 from cpr.command_line import read_command_line, strip_options
 from cpr.device_options import DeviceConfig, parse_devices, parse_global
 from cpr.draft import Draft
@@ -25,13 +24,13 @@ from cpr.errors import ConfigError
 from cpr.frontend_options import (
     SHORT_FORM,
     ChardevTable,
-    Frontend,
     MonitorConfig,
     connect_serials,
     overridden_monitors,
     parse_monitors,
 )
 from cpr.machine_options import (
+    DEFAULT_ACCELS,
     MACHINE_TYPE,
     check_backend,
     parse_boot,
@@ -197,7 +196,7 @@ def parse_command_line(argv: Sequence[str]) -> Config:
         **fields,
         argv=tuple(argv),
         drives=parse_drives(draft.groups["drive"]),
-        incoming=tuple(uri for uri, _ in draft.incoming),
+        incoming=tuple(draft.incoming),
         warnings=tuple(draft.warnings),
     )
 
@@ -255,22 +254,21 @@ def _board(draft: Draft) -> dict[str, Any]:
 
 def _frontends(draft: Draft, settings: dict[str, Any]) -> dict[str, Any]:
     """Chardevs and their users, in QEMU's order: monitors, serial ports, devices."""
-    warnings = draft.warnings
     overridden = overridden_monitors(draft.groups["mon"])
     monitor_groups = [group for group in draft.groups["mon"] if group not in overridden]
-    table = ChardevTable(settings["daemonize"])
+    table = ChardevTable(settings["daemonize"], draft.warnings)
     for group in _needed_chardevs(draft, monitor_groups, overridden):
         table.add(parse_chardev(group))
-    monitors = parse_monitors(monitor_groups, table, warnings)
-    serials = connect_serials(draft.serials, table, warnings)
-    debugcons = [_debugcon(table, argument, where, warnings) for argument, where in draft.debugcons]
-    devices = parse_devices(draft.groups["device"], settings["globals"], table, warnings)
+    monitors = parse_monitors(monitor_groups, table)
+    serials = connect_serials(draft.serials, table)
+    debugcons = [_debugcon(table, argument, where) for argument, where in draft.debugcons]
+    devices = parse_devices(draft.groups["device"], settings["globals"], table, draft.warnings)
     if not settings["nodefaults"]:
         if not serials and all(device.driver != ISA_SERIAL for device in devices):
-            serials = connect_serials([("null", "")], table, warnings)
+            serials = connect_serials([("null", "")], table)
         if not draft.groups["mon"] and not settings["daemonize"] and not table.uses_stdio:
             frontend = Frontend("stdio", "compat_monitor0", "", "")
-            monitors.append(MonitorConfig(table.connect(frontend, warnings)))
+            monitors.append(MonitorConfig(table.connect(frontend)))
     return {
         "chardevs": table.chardevs,
         "devices": (*debugcons, *devices),
@@ -297,10 +295,8 @@ def _needed_chardevs(
     ]
 
 
-def _debugcon(
-    table: ChardevTable, argument: str, location: str, warnings: list[str]
-) -> DeviceConfig:
+def _debugcon(table: ChardevTable, argument: str, location: str) -> DeviceConfig:
     refusal = f"invalid character backend '{argument}'"
-    chardev = table.connect(Frontend(argument, DEBUGCON, location, refusal), warnings)
+    chardev = table.connect(Frontend(argument, DEBUGCON, location, refusal))
     properties = {"iobase": DEBUGCON_PORT, "chardev": chardev}
     return DeviceConfig("isa-debugcon", None, properties, location)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cpr.option_values import BOOL, INT, JSON, KEYVAL, STRING, parse_property
+from cpr.option_values import BOOL, INT, JSON, KEYVAL, STRING, error, parse_property
 from cpr.record import Record
 
 TYPE_CHECKING = False
@@ -94,28 +94,30 @@ def _parse_device(
         raise group.error("Parameter 'driver' is missing")
     if not isinstance(driver, str):
         raise group.error("Invalid parameter type for 'driver', expected: string")
-    properties = {
-        name: _parse(group, driver, name, value, KEYVAL)
-        for default_driver, name, value in defaults
-        if default_driver == driver
-    }
+    properties = {}
+    for default_driver, name, value in defaults:
+        if default_driver == driver:
+            location = f"{group.location}: can't apply global {driver}.{name}={value}"
+            properties[name] = _parse(driver, name, value, KEYVAL, location)
     dialect = JSON if group.dialect == JSON else KEYVAL
     for name, value in values.items():
-        properties[name] = _parse(group, driver, name, value, dialect)
+        properties[name] = _parse(driver, name, value, dialect, group.location)
     if isinstance(properties.get("chardev"), str):
         _use_chardev(group, driver, properties["chardev"], chardevs)
+    elif driver == "isa-debugcon":
+        raise group.error("Can't create debugcon device, empty char device")
     return DeviceConfig(driver, identifier, properties, group.location)
 
 
-def _parse(group: OptionGroup, driver: str, name: str, value: Any, dialect: str) -> Any:
+def _parse(driver: str, name: str, value: Any, dialect: str, location: str) -> Any:
     kinds = DEVICES.get(driver)
     if kinds is None:
         return value
     if name not in kinds:
-        raise group.error(f"Property '{driver}.{name}' not found")
-    parsed = parse_property(kinds[name], name, value, dialect, group.location)
+        raise error(location, f"Property '{driver}.{name}' not found")
+    parsed = parse_property(kinds[name], name, value, dialect, location)
     if kinds[name] == INT and not 0 <= parsed < UINT32_LIMIT:
-        raise group.error(f"Parameter '{name}' expects uint32_t")
+        raise error(location, f"Parameter '{name}' expects uint32_t")
     return parsed
 
 

@@ -5,9 +5,8 @@ A group is what QEMU's -readconfig has in brackets; -m 1G is the key `size` of t
 
 from __future__ import annotations
 
-from cpr.accel_options import parse_accels
 from cpr.errors import ConfigError
-from cpr.machine_options import MEMORY_KEYS
+from cpr.machine_options import MEMORY_KEYS, parse_accels
 from cpr.option_values import BOOL, KEYVAL, OPTS, STRING
 
 TYPE_CHECKING = False
@@ -40,6 +39,7 @@ GROUPS: dict[str, tuple[str, str | None]] = {
 # Groups of which there may be many; of the others there is one, and what is given later wins.
 REPEATED = ("accel", "chardev", "device", "drive", "global", "mon", "object")
 IDENTIFIED = ("chardev", "device", "drive", "mon", "object")
+
 ALLOW_OR_DENY = ("allow", "deny")
 SANDBOX_WORDS = {
     "obsolete": ALLOW_OR_DENY,
@@ -70,9 +70,9 @@ class Draft:
 
     def __init__(self) -> None:
         self.groups: dict[str, list[OptionGroup]] = {name: [] for name in REPEATED}
-        self.serials: list[tuple[str, str]] = []  # (argument, location), so are the next two
+        self.serials: list[tuple[str, str]] = []  # (argument, location), as the next one
         self.debugcons: list[tuple[str, str]] = []
-        self.incoming: list[tuple[str, str]] = []
+        self.incoming: list[str] = []
         self.settings: dict[str, Any] = {}
         self.warnings: list[str] = []
         self.action: str | None = None

@@ -6,7 +6,7 @@ compat_monitor0, compat_monitor1 …, and serialN for COM N+1.
 
 from __future__ import annotations
 
-from cpr.chardev_options import parse_short_form
+from cpr.chardev_options import Frontend, parse_short_form
 from cpr.option_values import BOOL, STRING, error
 from cpr.record import Record
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from cpr.options import OptionGroup
 
 READLINE, CONTROL = "readline", "control"
-SHORT_FORM = "short form"  # the key, no option's, for the argument of -monitor and -qmp
+# The key for the argument of -monitor and -qmp; with its comma and its blanks it can be written
+# neither in an option nor in a file.
+SHORT_FORM = "short form, of -monitor"
 NO_DEVICE = "none"
 
 MON_KEYS: dict[str, Kind] = {
@@ -43,27 +45,12 @@ class MonitorConfig(Record):
         self._fill(chardev, mode, pretty)
 
 
-class Frontend:
-    """One use of a chardev on the command line: the argument of -serial, -monitor and the like.
-
-    `label` is the id that a chardev made for it gets, `refusal` the error where QEMU has none
-    more precise.
-    """
-
-    __slots__ = ("label", "location", "refusal", "text")
-
-    def __init__(self, text: str, label: str, location: str, refusal: str) -> None:
-        self.text = text
-        self.label = label
-        self.location = location
-        self.refusal = refusal
-
-
 class ChardevTable:
     """The chardevs of a configuration, by id, and who uses them: one user each."""
 
-    def __init__(self, daemonize: bool) -> None:
+    def __init__(self, daemonize: bool, warnings: list[str]) -> None:
         self._daemonize = daemonize
+        self._warnings = warnings
         self._chardevs: dict[str, ChardevConfig] = {}
         self._used: set[str] = set()
 
@@ -96,18 +83,14 @@ class ChardevTable:
         self._used.add(identifier)
         return None
 
-    def connect(self, frontend: Frontend, warnings: list[str]) -> str:
+    def connect(self, frontend: Frontend) -> str:
         """Makes the chardev that `frontend` asks for, or finds it for chardev:ID; uses it.
 
         Returns its id.  Raises ConfigError.
         """
         kind, _, identifier = frontend.text.partition(":")
         if kind != "chardev":
-            self.add(
-                parse_short_form(
-                    frontend.text, frontend.label, frontend.location, frontend.refusal, warnings
-                )
-            )
+            self.add(parse_short_form(frontend, self._warnings))
             identifier = frontend.label
         elif identifier not in self:
             raise error(frontend.location, frontend.refusal)
@@ -127,9 +110,7 @@ def overridden_monitors(groups: list[OptionGroup]) -> list[OptionGroup]:
     return [group for group in groups if group.base and monitor_mode(group) in given]
 
 
-def parse_monitors(
-    groups: list[OptionGroup], chardevs: ChardevTable, warnings: list[str]
-) -> list[MonitorConfig]:
+def parse_monitors(groups: list[OptionGroup], chardevs: ChardevTable) -> list[MonitorConfig]:
     """Raises ConfigError."""
     monitors: list[MonitorConfig] = []
     made = 0
@@ -146,7 +127,7 @@ def parse_monitors(
             if text.startswith("chardev:"):
                 refusal = f'chardev "{text.partition(":")[2]}" not found'
             frontend = Frontend(text, f"compat_monitor{made}", group.location, refusal)
-            chardev = chardevs.connect(frontend, warnings)
+            chardev = chardevs.connect(frontend)
             made += chardev == frontend.label
         mode, pretty = monitor_mode(group), values.get("pretty", False)
         if mode not in (READLINE, CONTROL):
@@ -168,9 +149,7 @@ def _named_chardev(group: OptionGroup, identifier: str | None, chardevs: Chardev
     return identifier
 
 
-def connect_serials(
-    given: list[tuple[str, str]], chardevs: ChardevTable, warnings: list[str]
-) -> tuple[str | None, ...]:
+def connect_serials(given: list[tuple[str, str]], chardevs: ChardevTable) -> tuple[str | None, ...]:
     """The chardev ids of -serial, from (argument, location) of each.  Raises ConfigError."""
     serials: list[str | None] = []
     for index, (text, location) in enumerate(given):
@@ -179,5 +158,5 @@ def connect_serials(
             continue
         refusal = f"could not connect serial device to character backend '{text}'"
         frontend = Frontend(text, f"serial{index}", location, refusal)
-        serials.append(chardevs.connect(frontend, warnings))
+        serials.append(chardevs.connect(frontend))
     return tuple(serials)

@@ -7,7 +7,7 @@ same; where both are given, the short option wins.
 from __future__ import annotations
 
 from cpr.errors import ConfigError
-from cpr.option_values import BOOL, INT, KEYVAL, SIZE, STRING, parse_property
+from cpr.option_values import BOOL, INT, KEYVAL, SIZE, STRING, error, parse_property
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
     from cpr.object_options import ObjectConfig
     from cpr.option_values import Kind
+    from cpr.options import OptionGroup
 
 MACHINE_TYPE = "pc"
 MACHINE_NAMES = ("pc", "mini", "pc-i440fx-11.1")
 QEMU_MACHINE = "pc-i440fx-11.1"  # what QEMU 11.1 calls its `pc` in messages
-ACCELERATORS = ("kvm", "tcg")
 
 DEFAULT_RAM_SIZE = 128 << 20
 RAM_ALIGNMENT = 8192
@@ -61,6 +61,19 @@ PROPERTIES: dict[str, Kind] = {
     "x-change-vmfd-on-reset": BOOL,
     "x-oem-id": STRING,
     "x-oem-table-id": STRING,
+}
+
+DEFAULT_ACCELS = ("kvm", "tcg")
+
+# Their properties, none of which has an effect here beyond being checked.
+ACCELERATORS: dict[str, dict[str, Kind]] = {
+    "kvm": {"kernel-irqchip": ("on",)},
+    "tcg": {
+        "one-insn-per-tb": BOOL,
+        "split-wx": BOOL,
+        "tb-size": INT,
+        "thread": ("single", "multi"),
+    },
 }
 
 # What QEMU's pc can do and this one cannot.
@@ -257,3 +270,50 @@ def parse_boot(values: dict[str, str]) -> str:
             if letter in order[:position]:
                 raise ConfigError(f"Boot device '{letter}' was given twice")
     return str(properties.get("once") or properties.get("order") or DEFAULT_BOOT_ORDER)
+
+
+def parse_accels(
+    machine_accel: str | None, groups: list[OptionGroup], warnings: list[str]
+) -> tuple[str, ...]:
+    """The names of the accelerators to try, in order; none where neither option is given.
+
+    Both separate several names by colons.
+
+    An unknown name is passed over with a warning where a known one is left, as QEMU falls back.
+    Raises ConfigError.
+    """
+    if machine_accel is not None and groups:
+        raise ConfigError('The -accel and "-machine accel=" options are incompatible')
+    if machine_accel == "":
+        raise ConfigError("no accelerator found")
+    named = [(name, "") for name in (machine_accel or "").split(":") if machine_accel]
+    for group in groups:
+        named += [(name, group.location) for name in group.values.get("accel", "").split(":")]
+    names: list[str] = []
+    problems = []
+    for name, location in named:
+        if name in ACCELERATORS:
+            names.append(name)
+        else:
+            problems.append(error(location, f"invalid accelerator {name}"))
+    if problems and not names:
+        raise problems[0]
+    warnings += [str(problem) for problem in problems]
+    for group in groups:
+        _check_properties(group)
+    return tuple(names)
+
+
+def _check_properties(group: OptionGroup) -> None:
+    name = group.values.get("accel", "").partition(":")[0]
+    kinds = ACCELERATORS.get(name)
+    if kinds is None:
+        return
+    for key, value in group.values.items():
+        if key in ("accel", "id"):
+            continue
+        if key not in kinds:
+            raise group.error(f"Property '{name}-accel.{key}' not found")
+        if key == "thread" and value not in kinds[key]:
+            raise group.error(f"Invalid 'thread' setting {value}")
+        parse_property(kinds[key], key, value, KEYVAL, group.location)

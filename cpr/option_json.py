@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 from cpr.option_values import error
-from cpr.options import nest, parse_keyval
+from cpr.options import is_uri, nest, parse_keyval
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,12 +32,12 @@ def parse_json(text: str, location: str) -> dict[str, Any]:
     return value
 
 
-def _json_problem(text: str, problem: Any) -> str:
+def _json_problem(text: str, problem: json.JSONDecodeError) -> str:
     if problem.msg == "Extra data":
         return "Expecting at most one JSON value"
     position, found = problem.pos, text[problem.pos :]
-    if not found:
-        reason = "premature end of input"
+    if position >= len(text.rstrip()) - 1 and not found.startswith("}"):
+        position, reason = len(text), "premature end of input"
     elif found[0].isalpha():
         word = found[: next((i for i, c in enumerate(found) if not c.isalnum()), len(found))]
         reason = f"invalid keyword '{word}'"
@@ -62,7 +62,7 @@ def parse_channel(text: str, location: str = "-incoming") -> dict[str, Any] | No
     """
     if text.startswith("{"):
         channel = parse_json(text, location)
-    elif text == "defer" or _is_uri(text):
+    elif text == "defer" or is_uri(text):
         return None
     else:
         channel = nest(parse_keyval(text, "channel-type", location))
@@ -79,8 +79,3 @@ def parse_channel(text: str, location: str = "-incoming") -> dict[str, Any] | No
         if key not in ("channel-type", "addr"):
             raise error(location, f"Parameter '{key}' is unexpected")
     return channel
-
-
-def _is_uri(text: str) -> bool:
-    scheme, colon, _ = text.partition(":")
-    return bool(colon) and all(c.isalnum() or c in "+-." for c in scheme)

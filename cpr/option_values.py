@@ -132,7 +132,10 @@ def parse_property(kind: Kind, name: str, value: Any, dialect: str, location: st
         if kind == SIZE:
             return parse_size(value)
         if kind == INT:
-            return parse_int(value)
+            number = parse_int(value)
+            if number >= 0 or dialect != OPTS:
+                return number
+            raise ValueError(value)
     except (ValueError, OverflowError):
         expected = "'on' or 'off'" if kind == BOOL else EXPECTED[dialect][str(kind)]
         raise error(location, f"Parameter '{name}' expects {expected}") from None

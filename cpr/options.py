@@ -217,3 +217,9 @@ def _with_lists(node: Any) -> Any:
 def quote(value: str) -> str:
     """`value` as it is written behind key= in the opts and keyval dialects."""
     return value.replace(",", ",,")
+
+
+def is_uri(text: str) -> bool:
+    """Whether an -incoming begins with `scheme:`, and so is not a channel."""
+    scheme, colon, _ = text.partition(":")
+    return bool(colon) and all(character.isalnum() or character in "+-." for character in scheme)

@@ -130,6 +130,7 @@ def _create_ram(config: Config, memory: GuestMemory, fds: PreservedFds) -> None:
     share = bool(config.machine.get("aux-ram-share", False))
     bios = memory.add_block(create_aux_block("pc.bios", BIOS_SIZE, share, fds))
     rom = memory.add_block(create_aux_block("pc.rom", ROM_SIZE, share, fds))
+    bios.readonly = rom.readonly = True
     _write_bios(bios.buffer(0, BIOS_SIZE))
     conventional = min(low, VGA_ADDRESS)
     memory.add_section(0, conventional, ram, 0, False, "ram-below-4g")
@@ -191,6 +192,14 @@ def _create_devices(config: Config, machine: Machine) -> None:
                 "model name"
             )
         create(machine, device_config)
+
+
+def _create_interrupts(machine: Machine) -> None:
+    """The interrupt controllers and the timer: in the kernel, or emulated here."""
+    accel = machine.accel
+    if accel.kernel_irqchip:
+        machine.add_device(KvmClock())
+        machine.irq_handlers.append(accel.set_irq)
 
 
 def _add_serial(machine: Machine, index: int, chardev: str | None) -> None:

@@ -5,9 +5,9 @@ Imported only where one of them is needed.
 
 from __future__ import annotations
 
-from cpr.accel_options import ACCELERATORS
 from cpr.chardev_options import BACKENDS
 from cpr.device_options import DEVICES
+from cpr.machine_options import ACCELERATORS
 from cpr.object_options import OBJECTS
 
 TYPE_CHECKING = False

@@ -1,9 +1,9 @@
 """The HMP's arithmetic: C's operators on 64-bit integers, $register and 'c'.
 
-    sum     = logic { (+ | -) logic }
-    logic   = product { (& | "|" | ^) product }
-    product = unary { (* | / | %) unary }
-    unary   = (+ | - | ~) unary | ( sum ) | 'c' | $register | number
+sum     = logic { (+ | -) logic }
+logic   = product { (& | "|" | ^) product }
+product = unary { (* | / | %) unary }
+unary   = (+ | - | ~) unary | ( sum ) | 'c' | $register | number
 """
 
 from __future__ import annotations

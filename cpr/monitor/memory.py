@@ -12,6 +12,7 @@ from cpr.ram import PAGE_SIZE
 
 SAVE_CHUNK = 64 * 1024
 LINE_BYTES = 16
+PHYSICAL_END = 1 << 52  # what a guest-physical address can have at most (Intel SDM vol. 3, 4.1.4)
 UNSIGNED_DIGITS = {1: 3, 2: 5, 4: 10, 8: 20}
 OCTAL_DIGITS = {1: 3, 2: 6, 4: 11, 8: 22}
 
@@ -35,7 +36,7 @@ def _dump(
     if letter == "i":
         raise CommandError("disassembly (format i) is not supported; use x or d")
     unit = 1 if letter == "c" else size
-    per_line = 8 if unit == 1 else LINE_BYTES
+    per_line = 8 if size == 1 else LINE_BYTES
     left = fmt["count"] * size
     lines = []
     while left > 0:
@@ -81,16 +82,15 @@ def _character(value: int) -> str:
 
 def print_value(vmm: Any, session: Session, fmt: dict, val: int) -> str:
     letter, _ = _remember_format(session, fmt)
-    unsigned = val % (1 << 64)
     if letter == "o":
-        return f"0{unsigned:o}\n" if unsigned else "0\n"
+        return f"0{val:o}\n" if val else "0\n"
     if letter == "x":
-        return f"{unsigned:#x}\n" if unsigned else "0\n"
+        return f"{val:#x}\n" if val else "0\n"
     if letter == "u":
-        return f"{unsigned}\n"
+        return f"{val}\n"
     if letter == "c":
         return _character(val & 0xFF) + "\n"
-    return f"{val}\n"
+    return f"{val - (1 << 64) if val >> 63 else val}\n"
 
 
 def save_virtual(
@@ -106,15 +106,15 @@ def save_virtual(
             try:
                 yield vmm.machine.read_virtual(index, at, piece)
             except CommandError:
-                raise CommandError(
-                    f"Invalid addr 0x{val % (1 << 64):016x}/size {size} specified"
-                ) from None
+                raise CommandError(f"Invalid addr 0x{val:016x}/size {size} specified") from None
 
     _save(filename, chunks())
 
 
 def save_physical(vmm: Any, val: int, size: int, filename: str) -> None:
     """pmemsave: what is no RAM is written as zeros."""
+    if val + size > PHYSICAL_END:
+        raise CommandError(f"Invalid addr 0x{val:016x}/size {size} specified")
 
     def chunks() -> Iterator[bytes]:
         for at, piece in _pieces(val, size):
@@ -208,9 +208,7 @@ def query_memory_size_summary(vmm: Any) -> dict:
 
 
 def memory_size_summary_text(result: dict) -> str:
-    return (
-        f"base memory: {result['base-memory']}\nplugged memory: {result['plugged-memory']}\n"
-    )
+    return f"base memory: {result['base-memory']}\nplugged memory: {result['plugged-memory']}\n"
 
 
 def query_memdev(vmm: Any) -> list[dict]:

@@ -91,13 +91,8 @@ class Readline:
             self._parameter = self._parameter * 10 + byte - 0x30
             return
         self._state = NORMAL
-        if byte == 0x7E:
-            action = {1: Readline._to_start, 3: Readline._delete, 4: Readline._to_end}.get(
-                self._parameter
-            )
-        else:
-            action = CSI_KEYS.get(byte)
-        if action is not None:
+        keys, key = (TILDE_KEYS, self._parameter) if byte == 0x7E else (CSI_KEYS, byte)
+        if action := keys.get(key):
             action(self)
 
     def _function_key(self, byte: int) -> None:
@@ -259,6 +254,11 @@ CSI_KEYS: dict[int, Callable[[Readline], None]] = {
     ord("E"): Readline._down,
     ord("C"): Readline._right,
     ord("D"): Readline._left,
+}
+TILDE_KEYS: dict[int, Callable[[Readline], None]] = {
+    1: Readline._to_start,
+    3: Readline._delete,
+    4: Readline._to_end,
 }
 SS3_KEYS: dict[int, Callable[[Readline], None]] = {
     ord("F"): Readline._to_end,

@@ -17,15 +17,29 @@ U64 = (1 << 64) - 1
 FCW, FSW, FTW, MXCSR, ST0, XMM0 = 0, 2, 4, 24, 32, 160
 
 FLAG_LETTERS = ((11, "O"), (10, "D"), (7, "S"), (6, "Z"), (4, "A"), (2, "P"), (0, "C"))
-SYSTEM_TYPES = {
-    False: (
-        "Reserved TSS16-avl LDT TSS16-busy CallGate16 TaskGate IntGate16 TrapGate16 "
-        "Reserved TSS32-avl Reserved TSS32-busy CallGate32 Reserved IntGate32 TrapGate32"
-    ).split(),
-    True: (
-        "<hiword> Reserved LDT Reserved Reserved Reserved Reserved Reserved "
-        "Reserved TSS64-avl Reserved TSS64-busy CallGate64 Reserved IntGate64 TrapGate64"
-    ).split(),
+# System segment types (Intel SDM vol. 3, table 3-2), outside and in long mode.
+SYSTEM_TYPES_32 = {
+    1: "TSS16-avl",
+    2: "LDT",
+    3: "TSS16-busy",
+    4: "CallGate16",
+    5: "TaskGate",
+    6: "IntGate16",
+    7: "TrapGate16",
+    9: "TSS32-avl",
+    11: "TSS32-busy",
+    12: "CallGate32",
+    14: "IntGate32",
+    15: "TrapGate32",
+}
+SYSTEM_TYPES_64 = {
+    0: "<hiword>",
+    2: "LDT",
+    9: "TSS64-avl",
+    11: "TSS64-busy",
+    12: "CallGate64",
+    14: "IntGate64",
+    15: "TrapGate64",
 }
 
 
@@ -94,7 +108,7 @@ def _segment(name: str, segment: dict, wide: bool, protected: bool, long_mode: b
     text += f" DPL={flags >> x86.FLAG_DPL_SHIFT & 3} "
     kind = flags >> x86.FLAG_TYPE_SHIFT & 15
     if not flags & x86.FLAG_S:
-        return text + SYSTEM_TYPES[long_mode][kind]
+        return text + (SYSTEM_TYPES_64 if long_mode else SYSTEM_TYPES_32).get(kind, "Reserved")
     big = bool(flags & x86.FLAG_DB)
     if kind & 8:
         size = "CS64" if flags & x86.FLAG_L else "CS32" if big else "CS16"

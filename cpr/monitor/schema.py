@@ -178,8 +178,9 @@ class Command:
     may be "".  `function(vmm, **arguments)` returns what QMP returns (None for {}), and `text`
     makes the HMP's output of it.  A function that needs the monitor it is called from has
     `in_session` set and gets that Session as its second argument.  `whole` is for QMP commands
-    whose arguments the function checks itself: it gets them as one dict, `arguments`.  `waits`:
-    the HMP prompt comes back when the migration that was started has ended.
+    whose arguments the function checks itself: it gets them as one dict, `arguments`.
+    `waits(arguments)` says whether the HMP's prompt comes back only when the migration that was
+    started has ended.
     """
 
     def __init__(
@@ -193,7 +194,7 @@ class Command:
         text: Callable[[Any], str] | None = None,
         in_session: bool = False,
         whole: bool = False,
-        waits: bool = False,
+        waits: Callable[[dict[str, Any]], bool] = lambda arguments: False,
     ) -> None:
         self.hmp = hmp
         self.qmp = qmp

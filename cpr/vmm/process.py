@@ -84,7 +84,7 @@ class Vmm:
         from cpr.monitor.qmp import QmpMonitor
 
         for config in self.config.monitors:
-            chardev = self.chardevs.get(config.chardev)
+            chardev = self.chardevs.get(config.chardev or "")
             if chardev is None:
                 continue
             if config.mode == "control":

@@ -1,0 +1,165 @@
+"""The HMP monitor: command lines for people, in QEMU's syntax and with its answers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from cpr.chardev.base import OPENED, Chardev
+from cpr.errors import CommandError, CprError
+from cpr.monitor import commands, registers
+from cpr.monitor.command_line import Line, UsageError
+from cpr.monitor.control import QEMU_VERSION
+from cpr.monitor.readline import Readline
+from cpr.monitor.schema import Command, Session
+
+PROMPT = "(qemu) "
+BANNER = "QEMU {major}.{minor}.{micro} monitor - type 'help' for more information\r\n"
+LOOK_NS = 100_000_000
+
+
+class HmpMonitor:
+    """One HMP monitor on `chardev`, which stays the caller's."""
+
+    def __init__(self, chardev: Chardev, vmm: Any) -> None:
+        self._chardev = chardev
+        self._vmm = vmm
+        self._suspended = False
+        self._readline = Readline(chardev.write, self._on_line, self._complete, PROMPT)
+        self._session = Session(chardev.take_fd)
+        self._session.history = self._history
+        chardev.set_handlers(self._can_receive, self._receive, self._on_event)
+
+    def close(self) -> None:
+        self._chardev.clear_handlers()
+
+    def _can_receive(self) -> int:
+        """One byte at a time: what is behind a command that suspends stays in the chardev."""
+        return 0 if self._suspended else 1
+
+    def _receive(self, data: bytes) -> None:
+        for byte in data:
+            self._readline.feed(byte)
+
+    def _on_event(self, event: str) -> None:
+        if event == OPENED:
+            self._chardev.write(BANNER.format(**QEMU_VERSION).encode())
+            self._readline.restart()
+            if not self._suspended:
+                self._readline.show_prompt()
+
+    def _history(self) -> list[str]:
+        return [line.decode(errors="replace") for line in self._readline.history]
+
+    def _on_line(self, line: str) -> None:
+        text, suspends = execute(self._vmm, self._session, line)
+        self._chardev.write(encode(text))
+        if suspends:
+            self._suspend()
+        else:
+            self._readline.show_prompt()
+
+    def _suspend(self) -> None:
+        """No prompt and no input until the migration has ended, or waits for migrate_continue."""
+        self._suspended = True
+        self._vmm.migration.add_finish_callback(self._resume)
+        self._vmm.loop.call_later(LOOK_NS, self._look)
+
+    def _look(self) -> None:
+        if self._vmm.migration.status == "pre-switchover":
+            self._resume()
+        elif self._suspended:
+            self._vmm.loop.call_later(LOOK_NS, self._look)
+
+    def _resume(self) -> None:
+        if self._suspended:
+            self._suspended = False
+            self._readline.show_prompt()
+            self._chardev.accept_input()
+
+    def _complete(self, text: str) -> tuple[list[str], int]:
+        try:
+            words = Line(text).words()
+        except UsageError:
+            return [], 0
+        if not words or text[-1:].isspace():
+            words.append("")
+        typed = words[-1]
+        names = sorted({name for name in self._candidates(words) if name.startswith(typed)})
+        return names, len(typed)
+
+    def _candidates(self, words: list[str]) -> list[str]:
+        """What may stand in the place of the last of `words`."""
+        info = False
+        if len(words) > 1 and words[0] in ("help", "?"):
+            words = words[1:]
+            if len(words) > 1 and words[0] != "info":
+                return []
+        if len(words) > 1 and words[0] == "info":
+            info = True
+            words = words[1:]
+        if len(words) == 1:
+            return [name for command in commands.hmp_commands(info) for name in command.names]
+        command = commands.find_hmp(words[0], info)
+        arguments = command.hmp_arguments() if command else []
+        if len(words) - 2 >= len(arguments):
+            return []
+        choices = arguments[len(words) - 2].choices
+        return list(choices(self._vmm)) if choices else []
+
+
+def execute(vmm: Any, session: Session, line: str) -> tuple[str, bool]:
+    """Runs one command line: (what to print, whether the prompt has to wait)."""
+    try:
+        command, arguments = _parse(vmm, session, line)
+        if command is None:
+            return "", False
+        result = command.call(vmm, session, arguments)
+        text = command.text(result) if command.text else result or ""
+        return text, command.waits(arguments)
+    except UsageError as error:
+        return f"{error}\n", False
+    except CprError as error:
+        return f"Error: {error}\n", False
+    except Exception as error:  # a running guest must not be lost to a bug in a command
+        sys.excepthook(type(error), error, error.__traceback__)
+        return f"Error: internal error: {error}\n", False
+
+
+def run_line(vmm: Any, session: Session, line: str, cpu_index: int | None) -> str:
+    """human-monitor-command: the output of `line` in a monitor of its own."""
+    if cpu_index is not None and not 0 <= cpu_index < len(vmm.machine.vcpus):
+        raise CommandError("Parameter 'cpu-index' expects a CPU number")
+    text, _ = execute(vmm, Session(session.take_fd, cpu_index or 0), line)
+    return text.replace("\n", "\r\n")
+
+
+def encode(text: str) -> bytes:
+    return text.replace("\n", "\r\n").encode(errors="surrogateescape")
+
+
+def _parse(vmm: Any, session: Session, text: str) -> tuple[Command | None, dict[str, Any]]:
+    """The command of `text`, None for an empty line, and its arguments by keyword."""
+    line = Line(text)
+    if line.at_end():
+        return None, {}
+    name = line.command_name()
+    command = commands.find_hmp(name, False)
+    if command is None:
+        raise UsageError(f"unknown command: '{line.taken()}'")
+    if name == "info" and not line.at_end():
+        name = line.command_name()
+        command = commands.find_hmp(name, True)
+        if command is None:
+            raise UsageError(f"unknown command: '{line.taken()}'")
+    typed = line.taken().strip()
+    arguments = line.arguments(command, typed, _register_of(vmm, session))
+    return command, arguments
+
+
+def _register_of(vmm: Any, session: Session) -> Callable[[str], int | None]:
+    def value(name: str) -> int | None:
+        return registers.value(vmm.machine.vcpu_state(session.cpu_index), name)
+
+    return value

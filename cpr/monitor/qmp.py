@@ -1,0 +1,144 @@
+"""The QMP monitor: JSON commands, answers and events, as QEMU's clients expect them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from cpr.chardev.base import OPENED, Chardev
+from cpr.errors import CommandError, CommandNotFound, CprError
+from cpr.monitor import commands
+from cpr.monitor.control import VERSION
+from cpr.monitor.json_stream import JsonStream
+from cpr.monitor.schema import Argument, Command, Enum, ListOf, Session
+
+ROOM = 4096
+CAPABILITIES = ("oob",)
+NEGOTIATE = "qmp_capabilities"
+ENABLE = Argument("enable", ListOf(Enum(*CAPABILITIES)), optional=True)
+
+
+class QmpMonitor:
+    """One QMP monitor on `chardev`, which stays the caller's.
+
+    Commands are executed in the order in which they come, each before the next is read: there is
+    none that could run out of band.  `pretty` spreads answers over lines.
+    """
+
+    def __init__(self, chardev: Chardev, vmm: Any, pretty: bool = False) -> None:
+        self._chardev = chardev
+        self._vmm = vmm
+        self._indent = 4 if pretty else None
+        self._session = Session(chardev.take_fd)
+        self._start()
+        vmm.events.subscribe(self._on_vm_event)
+        chardev.set_handlers(lambda: ROOM, self._receive, self._on_event)
+
+    def close(self) -> None:
+        self._vmm.events.unsubscribe(self._on_vm_event)
+        self._chardev.clear_handlers()
+
+    def _start(self) -> None:
+        """Before a client's negotiation."""
+        self._stream = JsonStream()
+        self._negotiated = False
+        self._oob = False
+
+    def _on_event(self, event: str) -> None:
+        self._start()
+        if event == OPENED:
+            self._send({"QMP": {"version": VERSION, "capabilities": list(CAPABILITIES)}})
+
+    def _on_vm_event(self, event: dict) -> None:
+        if self._negotiated:
+            self._send(event)
+
+    def _send(self, message: dict) -> None:
+        text = json.dumps(message, indent=self._indent)
+        self._chardev.write(text.encode() + b"\r\n")
+
+    def _receive(self, data: bytes) -> None:
+        stream = self._stream
+        for request in stream.feed(data):
+            if stream is not self._stream:
+                return  # another client has come meanwhile
+            self._send(self._answer(request))
+
+    def _answer(self, request: Any) -> dict:
+        error: CprError
+        try:
+            if isinstance(request, CprError):
+                raise request
+            result = self._dispatch(request)
+        except CprError as problem:
+            error = problem
+        except Exception as problem:  # a running guest must not be lost to a bug in a command
+            sys.excepthook(type(problem), problem, problem.__traceback__)
+            error = CommandError(f"internal error: {problem}")
+        else:
+            answer = {"return": {} if result is None else result}
+            return answer | {"id": request["id"]} if "id" in request else answer
+        identity = {"id": request["id"]} if isinstance(request, dict) and "id" in request else {}
+        return identity | {"error": {"class": error.qmp_class, "desc": str(error)}}
+
+    def _dispatch(self, request: Any) -> Any:
+        name, arguments = self._parse(request)
+        if name == NEGOTIATE:
+            return self._negotiate(arguments)
+        if not self._negotiated:
+            raise CommandNotFound(f"Expecting capabilities negotiation with '{NEGOTIATE}'")
+        command = commands.find_qmp(name)
+        if command is None:
+            raise CommandNotFound(f"The command {name} has not been found")
+        if "exec-oob" in request:
+            raise CommandError(f"The command {name} does not support OOB")
+        keywords = {"arguments": arguments} if command.whole else check(command, arguments)
+        return command.call(self._vmm, self._session, keywords)
+
+    def _parse(self, request: Any) -> tuple[str, dict]:
+        """The command's name and its arguments.  Raises CommandError for a wrong shape."""
+        if not isinstance(request, dict):
+            raise CommandError("QMP input must be a JSON object")
+        name: str | None = None
+        for member, value in request.items():
+            if member == "execute" or (member == "exec-oob" and self._oob):
+                if not isinstance(value, str):
+                    raise CommandError(f"QMP input member '{member}' must be a string")
+                if name is not None:
+                    raise CommandError("QMP input member 'execute' clashes with 'exec-oob'")
+                name = value
+            elif member == "arguments":
+                if not isinstance(value, dict):
+                    raise CommandError("QMP input member 'arguments' must be an object")
+            elif member != "id":
+                raise CommandError(f"QMP input member '{member}' is unexpected")
+        if name is None:
+            raise CommandError("QMP input lacks member 'execute'")
+        return name, request.get("arguments", {})
+
+    def _negotiate(self, arguments: Mapping[str, Any]) -> None:
+        enabled = check_arguments([ENABLE], arguments).get("enable", [])
+        if self._negotiated:
+            raise CommandNotFound("Capabilities negotiation is already complete, command ignored")
+        self._oob = "oob" in enabled
+        self._negotiated = True
+
+
+def check(command: Command, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `command` by keyword.  Raises CommandError in QEMU's words."""
+    return check_arguments(command.qmp_arguments(), values)
+
+
+def check_arguments(arguments: list[Argument], values: Mapping[str, Any]) -> dict[str, Any]:
+    result = {}
+    for argument in arguments:
+        if argument.name in values:
+            result[argument.keyword] = argument.kind.check(argument.name, values[argument.name])
+        elif not argument.optional:
+            raise CommandError(f"Parameter '{argument.name}' is missing")
+    for name in values:
+        if all(name != argument.name for argument in arguments):
+            raise CommandError(f"Parameter '{name}' is unexpected")
+    return result
