@@ -74,7 +74,9 @@ class Qmp:
         """Reads until the other end closes, keeping the events."""
         try:
             while True:
-                self.events.append(self._read())
+                message = self._read()
+                if "event" in message:
+                    self.events.append(message)
         except OSError:
             self.close()
 

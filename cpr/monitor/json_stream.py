@@ -30,7 +30,7 @@ BEGUN_NUMBER = re.compile(
     rb"-?(?:(?:0\.[0-9]+|[1-9][0-9]*(?:\.[0-9]+)?)[eE][-+]?[0-9]*|[1-9][0-9]*(?:\.[0-9]*)?|0(?:\.[0-9]*)?)?"
 )
 STRING_BODY = {
-    ord(quote): re.compile(rb"(?:[^\x00-\x1f\\\xfe\xff" + quote + rb"]|\\[^\x00-\x1f\xfe\xff])*")
+    ord(quote): re.compile(rb"(?:[^\x00-\x1f\\\xfe\xff" + quote + rb"]++|\\[^\x00-\x1f\xfe\xff])*+")
     for quote in (b'"', b"'")
 }
 ESCAPE = re.compile(r"\\(u[^\\]{0,4}|.)", re.DOTALL)
