@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 
 from cpr import boot
+from cpr.devices.apic import ApicBus, LocalApic
 from cpr.devices.debug import (
     DEBUGCON_PORT,
     DEBUGCON_READBACK,
@@ -22,6 +23,9 @@ from cpr.devices.debug import (
     DebugCon,
     DebugExit,
 )
+from cpr.devices.i8254 import I8254, PcSpeaker
+from cpr.devices.i8259 import I8259Pair
+from cpr.devices.ioapic import IOApic
 from cpr.devices.pckbd import I8042
 from cpr.devices.piix4_pm import Piix4Pm
 from cpr.devices.port92 import Port92
@@ -39,7 +43,7 @@ from cpr.ram import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from cpr.accel.base import Accelerator
@@ -100,7 +104,7 @@ def _check(config: Config) -> None:
         )
 
 
-def _create_accel(names: list[str]) -> Accelerator:
+def _create_accel(names: Sequence[str]) -> Accelerator:
     """The first accelerator of `names` that can be had; says on stderr when it falls back."""
     problems: list[str] = []
     for name in names:
@@ -197,9 +201,19 @@ def _create_devices(config: Config, machine: Machine) -> None:
 def _create_interrupts(machine: Machine) -> None:
     """The interrupt controllers and the timer: in the kernel, or emulated here."""
     accel = machine.accel
+    pic = I8259Pair()
+    bus = ApicBus(pic)
+    apics = [LocalApic(vcpu.index, bus) for vcpu in machine.vcpus]
+    ioapic, pit = IOApic(bus), I8254()
+    for device in (*apics, pic.master, pic.slave, ioapic, pit, PcSpeaker(pit)):
+        machine.add_device(device)
     if accel.kernel_irqchip:
         machine.add_device(KvmClock())
         machine.irq_handlers.append(accel.set_irq)
+        return
+    machine.irq_handlers += [pic.set_irq, ioapic.set_irq]
+    for vcpu, apic in zip(machine.vcpus, apics, strict=True):
+        vcpu.interrupt_source = apic
 
 
 def _add_serial(machine: Machine, index: int, chardev: str | None) -> None:

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpr.command_line import FLAGS, HANDLERS, OPTIONS
 from cpr.config import (
     ChardevConfig,
     Config,
@@ -23,8 +22,9 @@ from cpr.config import (
     parse_command_line,
     strip_options,
 )
+from cpr.config.command_line import FLAGS, HANDLERS, OPTIONS
+from cpr.config.usage import QEMU_ONLY, USAGE, VERSION
 from cpr.errors import ConfigError
-from cpr.usage import QEMU_ONLY, USAGE, VERSION
 
 PROJECT = Path(__file__).parent.parent
 MIB = 1 << 20
@@ -563,7 +563,7 @@ def test_imports_are_few() -> None:
     foreign = {name for name in output.split() if name.partition(".")[0] != "cpr"}
     of_os = {"_abc", "_collections_abc", "_stat", "abc", "genericpath", "os.path", "posixpath"}
     assert foreign <= {"__future__", "os", "stat", *of_os}
-    assert "cpr.usage" not in output and "cpr.readconfig" not in output
+    assert "cpr.config.usage" not in output and "cpr.config.readconfig" not in output
 
 
 WORDS = st.sampled_from(

@@ -25,9 +25,9 @@ LAYERS = (
     ("cpr.chardev",),
     ("cpr.accel",),
     ("cpr.ram",),
-    ("cpr.config", "cpr.options", "cpr.readconfig"),
+    ("cpr.config",),
     ("cpr.state",),
-    ("cpr.uapi", "cpr.runstate", "cpr.events", "cpr.mainloop", "cpr.clock", "cpr.record"),
+    ("cpr.uapi", "cpr.runstate", "cpr.events", "cpr.mainloop", "cpr.clock"),
     ("cpr.errors", "cpr._native"),
 )
 ONLY = {

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpr.errors import ConfigError
-from cpr.option_json import parse_channel, parse_json
-from cpr.option_values import (
+from cpr.config.option_json import parse_channel, parse_json
+from cpr.config.option_values import (
     BOOL,
     INT,
     KEYVAL,
@@ -21,7 +20,8 @@ from cpr.option_values import (
     parse_property,
     parse_size,
 )
-from cpr.options import OptionGroup, is_uri, nest, parse_keyval, parse_opts, quote
+from cpr.config.options import OptionGroup, is_uri, nest, parse_keyval, parse_opts, quote
+from cpr.errors import ConfigError
 
 KEYS = st.from_regex(r"[a-z][a-z0-9_-]{0,8}", fullmatch=True)
 VALUES = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=12)

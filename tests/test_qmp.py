@@ -409,7 +409,11 @@ def test_pieces_do_not_matter(pieces: list[bytes]) -> None:
             {"command-line": "info status", "cpu-index": 9},
             "Parameter 'cpu-index' expects a CPU number",
         ),
-        ("remove-fd", {"fdset-id": "x"}, "Invalid parameter type for 'fdset-id', expected: integer"),
+        (
+            "remove-fd",
+            {"fdset-id": "x"},
+            "Invalid parameter type for 'fdset-id', expected: integer",
+        ),
     ],
 )
 def test_arguments(ready: Client, name: str, arguments: dict, text: str) -> None:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpr.config import parse_command_line
-from cpr.draft import GROUPS
+from cpr.config.draft import GROUPS
+from cpr.config.readconfig import parse_config, read_config
 from cpr.errors import ConfigError
-from cpr.readconfig import parse_config, read_config
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.cfg"))
 

@@ -1,4 +1,4 @@
-"""The line editor: the bytes on the left were typed into QEMU 11.1.3, those on the right came back."""
+"""The line editor: what was typed into QEMU 11.1.3, and the bytes that came back."""
 
 from __future__ import annotations
 

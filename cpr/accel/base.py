@@ -44,6 +44,8 @@ class VCpu:
     """One virtual CPU.  All but `kick` is for the thread that runs it, or while none does."""
 
     index: int
+    interrupt_source: InterruptSource | None = None
+    """Where external interrupts come from without an in-kernel irqchip; None has none."""
 
     def run(self, bus: Bus) -> str:
         """Runs guest code until kicked or shut down; I/O goes to `bus`.  GIL released in between.

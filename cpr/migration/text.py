@@ -6,8 +6,8 @@ GLib's g_shell_parse_argv; so are the error texts.
 
 from __future__ import annotations
 
+from cpr.config.option_values import parse_bool, parse_int, parse_size
 from cpr.errors import CommandError
-from cpr.option_values import parse_bool, parse_int, parse_size
 
 U64 = 1 << 64
 I64_MAX = (1 << 63) - 1

@@ -13,7 +13,7 @@ Errors are ConfigErrors that begin with the place, as "-m foo: …" or "guest.cf
 
 from __future__ import annotations
 
-from cpr.option_values import (
+from cpr.config.option_values import (
     INT,
     SIZE,
     error,
@@ -27,8 +27,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from cpr.config.option_values import Kind
     from cpr.errors import ConfigError
-    from cpr.option_values import Kind
 
 IDENTIFIER_HINT = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
 SIZE_HINT = (

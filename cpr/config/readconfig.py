@@ -10,8 +10,8 @@ read as something else than what it looks like (a value without quotes is empty 
 
 from __future__ import annotations
 
-from cpr.option_values import KEYVAL, error
-from cpr.options import OptionGroup
+from cpr.config.option_values import KEYVAL, error
+from cpr.config.options import OptionGroup
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

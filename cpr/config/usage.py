@@ -5,10 +5,10 @@ Imported only where one of them is needed.
 
 from __future__ import annotations
 
-from cpr.chardev_options import BACKENDS
-from cpr.device_options import DEVICES
-from cpr.machine_options import ACCELERATORS
-from cpr.object_options import OBJECTS
+from cpr.config.chardev_options import BACKENDS
+from cpr.config.device_options import DEVICES
+from cpr.config.machine_options import ACCELERATORS
+from cpr.config.object_options import OBJECTS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 
-from cpr.option_values import error
-from cpr.options import is_uri, nest, parse_keyval
+from cpr.config.option_values import error
+from cpr.config.options import is_uri, nest, parse_keyval
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

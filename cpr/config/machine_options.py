@@ -6,16 +6,16 @@ same; where both are given, the short option wins.
 
 from __future__ import annotations
 
+from cpr.config.option_values import BOOL, INT, KEYVAL, SIZE, STRING, error, parse_property
 from cpr.errors import ConfigError
-from cpr.option_values import BOOL, INT, KEYVAL, SIZE, STRING, error, parse_property
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from cpr.object_options import ObjectConfig
-    from cpr.option_values import Kind
-    from cpr.options import OptionGroup
+    from cpr.config.object_options import ObjectConfig
+    from cpr.config.option_values import Kind
+    from cpr.config.options import OptionGroup
 
 MACHINE_TYPE = "pc"
 MACHINE_NAMES = ("pc", "mini", "pc-i440fx-11.1")

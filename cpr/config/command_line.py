@@ -6,13 +6,13 @@ are the others, with and without an argument.
 
 from __future__ import annotations
 
-from cpr.device_options import split_global
-from cpr.draft import GROUPS, Draft
-from cpr.drive_options import FLOPPY, IDE
+from cpr.config.device_options import split_global
+from cpr.config.draft import GROUPS, Draft
+from cpr.config.drive_options import FLOPPY, IDE
+from cpr.config.frontend_options import CONTROL, NO_DEVICE, READLINE, SHORT_FORM
+from cpr.config.option_values import JSON, KEYVAL, OPTS, error
+from cpr.config.options import OptionGroup, is_uri, parse_keyval, parse_opts
 from cpr.errors import ConfigError
-from cpr.frontend_options import CONTROL, NO_DEVICE, READLINE, SHORT_FORM
-from cpr.option_values import JSON, KEYVAL, OPTS, error
-from cpr.options import OptionGroup, is_uri, parse_keyval, parse_opts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _split_words(arguments: Sequence[str]) -> list[tuple[str, str, str]]:
 
 
 def _no_option(option: str) -> str:
-    from cpr.usage import QEMU_ONLY
+    from cpr.config.usage import QEMU_ONLY
 
     if option in QEMU_ONLY:
         return "this option of QEMU is not supported; -help lists those that are"
@@ -124,7 +124,7 @@ def _take(draft: Draft, option: str, argument: str, location: str) -> None:
 def _parse_group(draft: Draft, name: str, argument: str, location: str) -> OptionGroup:
     dialect, implied = GROUPS[name]
     if name in IN_JSON and argument.startswith("{"):
-        from cpr.option_json import parse_json
+        from cpr.config.option_json import parse_json
 
         return OptionGroup(name, parse_json(argument, location), location, JSON)
     if dialect == KEYVAL and implied is not None:
@@ -135,7 +135,7 @@ def _parse_group(draft: Draft, name: str, argument: str, location: str) -> Optio
 
 
 def _read_config(draft: Draft, path: str, location: str, base: bool = False) -> None:
-    from cpr.readconfig import read_config
+    from cpr.config.readconfig import read_config
 
     for group in read_config(path, GROUPS, location, base):
         draft.add(group)
@@ -143,7 +143,7 @@ def _read_config(draft: Draft, path: str, location: str, base: bool = False) -> 
 
 def _inform(draft: Draft, topic: str) -> None:
     """Sets the text that is to be printed instead of running a guest."""
-    from cpr.usage import TEXTS
+    from cpr.config.usage import TEXTS
 
     draft.action = "version" if topic == "version" else "help"
     draft.action_text = TEXTS[topic]()
@@ -209,7 +209,7 @@ def _global(draft: Draft, argument: str, location: str) -> None:
 
 def _incoming(draft: Draft, argument: str, location: str) -> None:
     if argument != "defer" and not is_uri(argument):
-        from cpr.option_json import parse_channel
+        from cpr.config.option_json import parse_channel
 
         parse_channel(argument, location)
     draft.incoming.append(argument)

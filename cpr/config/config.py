@@ -15,13 +15,12 @@ Without -nodefaults there is a monitor on stdio, unless one is given, something 
 
 from __future__ import annotations
 
-from cpr.chardev_options import ChardevConfig, Frontend, parse_chardev
-from cpr.command_line import read_command_line, strip_options
-from cpr.device_options import DeviceConfig, parse_devices, parse_global
-from cpr.draft import Draft
-from cpr.drive_options import DriveConfig, parse_drives
-from cpr.errors import ConfigError
-from cpr.frontend_options import (
+from cpr.config.chardev_options import ChardevConfig, Frontend, parse_chardev
+from cpr.config.command_line import read_command_line, strip_options
+from cpr.config.device_options import DeviceConfig, parse_devices, parse_global
+from cpr.config.draft import Draft
+from cpr.config.drive_options import DriveConfig, parse_drives
+from cpr.config.frontend_options import (
     SHORT_FORM,
     ChardevTable,
     MonitorConfig,
@@ -29,7 +28,7 @@ from cpr.frontend_options import (
     overridden_monitors,
     parse_monitors,
 )
-from cpr.machine_options import (
+from cpr.config.machine_options import (
     DEFAULT_ACCELS,
     MACHINE_TYPE,
     check_backend,
@@ -40,15 +39,16 @@ from cpr.machine_options import (
     subtree,
     with_megabytes,
 )
-from cpr.object_options import ObjectConfig, parse_object
-from cpr.record import Record
+from cpr.config.object_options import ObjectConfig, parse_object
+from cpr.config.record import Record
+from cpr.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from cpr.options import OptionGroup
+    from cpr.config.options import OptionGroup
 
 __all__ = [
     "ChardevConfig",

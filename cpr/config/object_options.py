@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from cpr.config.option_values import BOOL, INT, OPTS, SIZE, STRING, parse_property
+from cpr.config.record import Record
 from cpr.errors import ConfigError
-from cpr.option_values import BOOL, INT, OPTS, SIZE, STRING, parse_property
-from cpr.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from cpr.option_values import Kind
-    from cpr.options import OptionGroup
+    from cpr.config.option_values import Kind
+    from cpr.config.options import OptionGroup
 
 POLICIES = ("default", "preferred", "bind", "interleave")
 

@@ -6,15 +6,15 @@ compat_monitor0, compat_monitor1 …, and serialN for COM N+1.
 
 from __future__ import annotations
 
-from cpr.chardev_options import Frontend, parse_short_form
-from cpr.option_values import BOOL, STRING, error
-from cpr.record import Record
+from cpr.config.chardev_options import Frontend, parse_short_form
+from cpr.config.option_values import BOOL, STRING, error
+from cpr.config.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from cpr.chardev_options import ChardevConfig
-    from cpr.option_values import Kind
-    from cpr.options import OptionGroup
+    from cpr.config.chardev_options import ChardevConfig
+    from cpr.config.option_values import Kind
+    from cpr.config.options import OptionGroup
 
 READLINE, CONTROL = "readline", "control"
 # The key for the argument of -monitor and -qmp; with its comma and its blanks it can be written

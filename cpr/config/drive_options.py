@@ -6,17 +6,17 @@ and 1 of buses 0 and 1.  A drive without index=, or bus= and unit=, goes into th
 
 from __future__ import annotations
 
+from cpr.config.option_values import BOOL, INT, STRING
+from cpr.config.record import Record
 from cpr.errors import ConfigError
-from cpr.option_values import BOOL, INT, STRING
-from cpr.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Container
     from typing import Any
 
-    from cpr.option_values import Kind
-    from cpr.options import OptionGroup
+    from cpr.config.option_values import Kind
+    from cpr.config.options import OptionGroup
 
     Slot = tuple[str, int, int]  # interface, bus, unit
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from cpr.option_values import BOOL, INT, JSON, KEYVAL, STRING, error, parse_property
-from cpr.record import Record
+from cpr.config.option_values import BOOL, INT, JSON, KEYVAL, STRING, error, parse_property
+from cpr.config.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from cpr.frontend_options import ChardevTable
-    from cpr.option_values import Kind
-    from cpr.options import OptionGroup
+    from cpr.config.frontend_options import ChardevTable
+    from cpr.config.option_values import Kind
+    from cpr.config.options import OptionGroup
 
 MIGRATION = "migration"  # the -global driver of the migration's own properties
 UINT32_LIMIT = 1 << 32

@@ -5,16 +5,16 @@ A group is what QEMU's -readconfig has in brackets; -m 1G is the key `size` of t
 
 from __future__ import annotations
 
+from cpr.config.machine_options import MEMORY_KEYS, parse_accels
+from cpr.config.option_values import BOOL, KEYVAL, OPTS, STRING
 from cpr.errors import ConfigError
-from cpr.machine_options import MEMORY_KEYS, parse_accels
-from cpr.option_values import BOOL, KEYVAL, OPTS, STRING
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from cpr.option_values import Kind
-    from cpr.options import OptionGroup
+    from cpr.config.option_values import Kind
+    from cpr.config.options import OptionGroup
 
 # Group: its dialect and its implied key.
 GROUPS: dict[str, tuple[str, str | None]] = {

@@ -9,15 +9,15 @@
 
 from __future__ import annotations
 
-from cpr.option_values import BOOL, INT, OPTS, STRING, error
-from cpr.options import OptionGroup, parse_opts
-from cpr.record import Record
+from cpr.config.option_values import BOOL, INT, OPTS, STRING, error
+from cpr.config.options import OptionGroup, parse_opts
+from cpr.config.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from cpr.option_values import Kind
+    from cpr.config.option_values import Kind
 
 KEYS: dict[str, Kind] = {
     "id": STRING,

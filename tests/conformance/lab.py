@@ -1,0 +1,171 @@
+"""One row's laboratory: a folder, the VMMs that were started in it, and the row's names."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .match import Mismatch, fill
+from .process import DEADLINE, POLL, Process
+from .qmp import Closed, Qmp
+from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from .peer import Peer
+    from .target import Target
+
+HEARTBEAT = 0x8000
+STATE_VARIABLE = "QEMU_CPR_EXEC_STATE"
+NULL = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0)
+SILENT = [NULL, (os.POSIX_SPAWN_DUP2, 0, 1)]
+
+
+class Vm:
+    """A VMM process of a row, and the QMP connection to it once there is one.
+
+    `options` are those that it was started with, `prefix` the words of its command line before
+    them; `count` is the guest's counter when it was last looked at.
+    """
+
+    def __init__(self, name: str, process: Process, options: list[str], socket: str) -> None:
+        self.name = name
+        self.process = process
+        self.options = options
+        self.prefix: list[str] = []
+        self.count = 0
+        self.terminal: Terminal | None = None
+        self._socket = socket
+        self._qmp: Qmp | None = None
+
+    @property
+    def qmp(self) -> Qmp:
+        if self._qmp is None:
+            raise Mismatch(f"{self.name} has no QMP connection")
+        return self._qmp
+
+    def connect(self) -> None:
+        """Connects, again and again while the VMM lives and nobody answers."""
+        deadline = time.monotonic() + DEADLINE
+        self.disconnect()
+        while self._qmp is None:
+            try:
+                self._qmp = Qmp(self._socket)
+            except (OSError, Closed) as error:
+                status = self.process.poll()
+                if status is not None:
+                    raise Mismatch(f"{self.name} ended with status {status}") from error
+                if time.monotonic() > deadline:
+                    raise Mismatch(f"no QMP greeting from {self.name}: {error}") from error
+                time.sleep(POLL)
+
+    def disconnect(self) -> None:
+        if self._qmp is not None:
+            self._qmp.close()
+            self._qmp = None
+
+    def query(self, command: str, arguments: Any = None) -> Any:
+        """What a command returns.  Raises Mismatch for an error."""
+        reply = self.qmp.execute(command, arguments)
+        if "error" in reply:
+            raise Mismatch(f"{command}: {reply['error']}")
+        return reply["return"]
+
+    def hmp(self, line: str) -> str:
+        return str(self.query("human-monitor-command", {"command-line": line}))
+
+    def counter(self) -> int:
+        """The guest's heartbeat, as the VMM's monitor reads it."""
+        text = self.hmp(f"xp /1wx {HEARTBEAT:#x}")
+        return int(text.split(":")[1], 16)
+
+    def close(self) -> None:
+        self.disconnect()
+        self.process.kill()
+        if self.terminal is not None:
+            self.terminal.close()
+
+
+class Lab:
+    """`directory` is the row's folder; $dir is the name that the VMM knows it by.
+
+    Steps act on `vm`, the VMM that was last started or turned to.
+    """
+
+    def __init__(self, target: Target, directory: Path) -> None:
+        self.target = target
+        self.directory = directory
+        self.names = {"dir": target.inside(directory)}
+        self.vms: dict[str, Vm] = {}
+        self.peers: dict[str, Peer] = {}
+        self.fds: list[int] = []
+        self._current = ""
+
+    @property
+    def vm(self) -> Vm:
+        return self.vms[self._current]
+
+    def turn_to(self, name: str) -> None:
+        self._current = name
+
+    def fill(self, value: Any) -> Any:
+        """`value` with the names in all its texts replaced."""
+        if isinstance(value, str):
+            return fill(value, self.names)
+        if isinstance(value, dict):
+            return {key: self.fill(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.fill(each) for each in value]
+        return value
+
+    def words(self, text: str) -> list[str]:
+        """A text of options as words."""
+        return shlex.split(self.fill(text))
+
+    def path(self, name: str) -> Path:
+        """The file of ours that the VMM calls `name`."""
+        return Path(self.target.root + self.fill(name))
+
+    def start(
+        self,
+        name: str,
+        options: str,
+        environment: dict[str, str] | None = None,
+        files: list[tuple] | None = None,
+    ) -> Vm:
+        """Starts a VMM, with a QMP socket, and turns to it.
+
+        `files` are the file actions for its descriptors, stdin and stdout to /dev/null if there
+        are none.
+        """
+        self.target.make_image(self.directory / "guest.img")
+        words = [*self.words(options), "-qmp"]
+        words += self.words(f"unix:$dir/{name}.sock,server=on,wait=off")
+        ours = {key: value for key, value in os.environ.items() if key != STATE_VARIABLE}
+        ours |= {"TMPDIR": self.names["dir"], **(environment or {})}
+        process = Process(
+            [*self.target.command, *words],
+            ours,
+            self.directory / f"{name}.stderr",
+            [*SILENT, *(files or [])],
+        )
+        self.vms[name] = Vm(name, process, words, str(self.directory / f"{name}.sock"))
+        self.turn_to(name)
+        return self.vm
+
+    def boot(self, name: str, options: str, **more: Any) -> Vm:
+        """Starts a VMM and connects to it."""
+        vm = self.start(name, options, **more)
+        vm.connect()
+        vm.prefix = vm.process.words("cmdline")[: -len(vm.options)]
+        return vm
+
+    def close(self) -> None:
+        for vm in self.vms.values():
+            vm.close()
+        for peer in self.peers.values():
+            peer.close()
+        for fd in self.fds:
+            os.close(fd)
