@@ -192,10 +192,13 @@ def _create_devices(config: Config, machine: Machine) -> None:
         create = DEVICES.get(device_config.driver)
         if create is None:
             raise ConfigError(
-                f"-device {device_config.driver}: '{device_config.driver}' is not a valid device "
-                "model name"
+                f"{device_config.location}: '{device_config.driver}' is not a valid device model "
+                "name"
             )
-        create(machine, device_config)
+        try:
+            create(machine, device_config)
+        except (ConfigError, ValueError) as error:
+            raise ConfigError(f"{device_config.location}: {error}") from None
 
 
 def _create_interrupts(machine: Machine) -> None:
@@ -216,19 +219,23 @@ def _create_interrupts(machine: Machine) -> None:
         vcpu.interrupt_source = apic
 
 
-def _add_serial(machine: Machine, index: int, chardev: str | None) -> None:
+def _add_serial(
+    machine: Machine, index: int, chardev: str | None, port: int | None = None, irq: int = 0
+) -> None:
     if index >= len(PORTS):
         raise ConfigError(f"Max. supported number of ISA serial ports is {len(PORTS)}.")
-    serial = Serial(index)
+    serial = Serial(index, port, irq)
     machine.add_device(serial)
     machine.frontends.append((serial, chardev))
 
 
 def _isa_serial(machine: Machine, config: DeviceConfig) -> None:
+    properties = config.properties
     used = {device.instance_id for device in machine.devices if device.idstr == Serial.idstr}
     free = [index for index in range(len(PORTS)) if index not in used]
-    index = int(config.properties.get("index", free[0] if free else len(PORTS)))
-    _add_serial(machine, index, config.properties.get("chardev"))
+    index = properties.get("index", free[0] if free else len(PORTS))
+    chardev, port = properties.get("chardev"), properties.get("iobase")
+    _add_serial(machine, index, chardev, port, properties.get("irq", 0))
 
 
 def _isa_debugcon(machine: Machine, config: DeviceConfig) -> None:

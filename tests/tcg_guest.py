@@ -8,8 +8,11 @@ import mmap
 import threading
 from collections.abc import Callable, Iterator
 
+import pytest
+
 from cpr.accel import base, x86
 from cpr.accel.tcg import TcgAccelerator, TcgVCpu
+from cpr.errors import CprError
 
 RAM_SIZE = 4 << 20
 STOP_PORT = 0xF4  # a write here kicks the vCPU
@@ -35,6 +38,30 @@ CR0_WP = 1 << 16
 
 def code(*lines: str) -> bytes:
     return b"".join(bytes.fromhex(line) for line in lines)
+
+
+COUNTER = code(
+    "31 c0",  # xor ax, ax
+    "8e d8",  # mov ds, ax
+    "66 ff 06 00 80",  # again: inc dword ptr [0x8000]
+    "eb f9",  # jmp again
+)
+COUNTER_LONG = code(
+    "48 ff 04 25 00 80 00 00",  # again: inc qword ptr [0x8000]
+    "eb f6",  # jmp again
+)
+STOP = code(
+    "e6 f4",  # out 0xf4, al
+    "eb fe",  # jmp .
+)
+
+
+def require_tcg() -> None:
+    """Skips the module that calls it where unicorn is missing."""
+    try:
+        TcgAccelerator().close()
+    except CprError as error:
+        pytest.skip(str(error), allow_module_level=True)
 
 
 class Bus:

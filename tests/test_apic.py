@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from stepped_platform import SteppedPlatform
 
-from cpr.devices.apic import ADDRESS, ApicBus, LocalApic
+from cpr.devices.apic import ADDRESS, LocalApic
+from cpr.devices.apic_bus import ApicBus
 from cpr.devices.i8259 import I8259Pair
 from cpr.devices.ioapic import IOApic
 

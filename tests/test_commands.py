@@ -17,7 +17,7 @@ from cpr.chardev.null import NullChardev
 from cpr.monitor import hmp
 from cpr.monitor.commands import COMMANDS, find_hmp, find_qmp, hmp_commands
 from cpr.monitor.qmp import QmpMonitor
-from cpr.monitor.schema import Command, Session
+from cpr.monitor.schema import AFTER_MIGRATION, NEVER, NOW, Command, Session
 
 RAMBLOCK = """\
               Block Name    PSize              Offset               Used              Total                HVA  RO
@@ -349,6 +349,7 @@ def test_refusals_of_the_callee_are_shown(vmm: FakeVmm, session: Session) -> Non
         ("xp /4xb 0x1000000", "01000000: Cannot access memory\n"),
         ("xp /4xb -1", "ffffffffffffffff: Cannot access memory\n"),
         ("xp /xz 0", "invalid char in format: 'z'\nTry \"help xp\" for more information\n"),
+        ("xp /999999999xg 0", "Error: dumps end at 1 MiB; use memsave or pmemsave\n"),
         (
             "xp /2i 0",
             "Error: disassembly (format i) is not supported; use x or d\n",
@@ -410,6 +411,9 @@ def test_print(vmm: FakeVmm, session: Session, line: str, text: str) -> None:
         ("p '", "character constant expected"),
         ("p 1 2", "print|p: extraneous characters at the end of line"),
         ("p 0x", "print|p: extraneous characters at the end of line"),
+        ("p " + "9" * 5000, "number too large"),
+        ("p " + "-" * 5000 + "1", "expression is nested too deeply"),
+        ("p /" + "9" * 10 + " 1", "count too large: 9999999999"),
     ],
 )
 def test_expressions_that_are_wrong(vmm: FakeVmm, session: Session, line: str, text: str) -> None:
@@ -671,11 +675,18 @@ def test_cpr_exec_test_says_what_would_refuse_it(vmm: FakeVmm, session: Session)
     assert vmm.migration.calls == []
 
 
-def test_which_commands_wait() -> None:
-    migrate, cpr_exec = find_hmp("migrate", False), find_hmp("cpr-exec", False)
-    assert migrate is not None and cpr_exec is not None
-    assert migrate.waits({"detach": False}) and not migrate.waits({"detach": True})
-    assert cpr_exec.waits({"test": False}) and not cpr_exec.waits({"test": True})
+def test_which_commands_wait(vmm: FakeVmm, session: Session) -> None:
+    for line, prompt in (
+        ("migrate file:/x", AFTER_MIGRATION),
+        ("migrate -d file:/x", NOW),
+        ("cpr-exec", AFTER_MIGRATION),
+        ("cpr-exec -t", NOW),
+        ("quit", NEVER),
+        ("info status", NOW),
+    ):
+        assert hmp.execute(vmm, session, line)[1] == prompt
+    vmm.migration.refusal = "no"
+    assert hmp.execute(vmm, session, "cpr-exec")[1] == NOW
 
 
 @pytest.mark.parametrize(

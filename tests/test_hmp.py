@@ -9,10 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 from fake_vmm import FakeVmm, ScriptedChardev
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cpr import runstate
 from cpr.chardev.base import create
-from cpr.monitor.hmp import HmpMonitor
+from cpr.monitor.commands import COMMANDS
+from cpr.monitor.hmp import HmpMonitor, execute
+from cpr.monitor.schema import Session
 
 BANNER = b"QEMU 11.1.3 monitor - type 'help' for more information\r\n"
 PROMPT = b"(qemu) "
@@ -229,6 +233,12 @@ def test_migrate_waits_and_typed_ahead_lines_stay(vmm: FakeVmm, terminal: Termin
     assert terminal.chardev.typed == b""
 
 
+def test_quit_shows_no_prompt_again(vmm: FakeVmm, terminal: Terminal) -> None:
+    assert terminal.type("quit\n").endswith(b"quit\x1b[K\r\n")
+    assert vmm.quits == ["host-qmp-quit"]
+    assert terminal.type("x") == b""
+
+
 def test_migrate_that_is_refused_does_not_wait(vmm: FakeVmm, terminal: Terminal) -> None:
     vmm.migration.refusal = "There's a migration process in progress"
     assert terminal.type("migrate file:/x\n").endswith(
@@ -249,6 +259,18 @@ def test_the_prompt_comes_back_before_the_switchover(vmm: FakeVmm, terminal: Ter
     assert output == PROMPT
     vmm.migration.finish()
     assert terminal.chardev.take_output() == b""
+
+
+NAMES = sorted({name for command in COMMANDS for name in command.names} - {"memsave", "pmemsave"})
+
+
+@given(st.sampled_from(["", *NAMES]), st.sampled_from(["", " ", "/"]), st.text(max_size=30))
+def test_any_line_gets_an_answer(name: str, separator: str, rest: str) -> None:
+    vmm = FakeVmm()
+    for line in (name + separator + rest, f"info {name}{separator}{rest}"):
+        text, _ = execute(vmm, Session(lambda: -1), line)
+        assert "internal error" not in text
+    vmm.close()
 
 
 def test_close_detaches(vmm: FakeVmm, terminal: Terminal) -> None:

@@ -20,7 +20,6 @@ static const uint64_t second_ns = 1000000000;
 struct cpr_tcg {
     pthread_mutex_t lock;
     struct tcg_ram_map ram;
-    uint32_t vcpus;
 
     /* Who may run guest code.  Tickets make it fair. */
     pthread_cond_t turn_changed;
@@ -157,9 +156,7 @@ static int run_slice(struct cpr_tcg_vcpu *vcpu)
     if (end == TCG_END_ERROR) {
         return CPR_TCG_ERROR;
     }
-    /* MWAIT may wait for another vCPU's write; where there is one, it is but a pause. */
-    if (end == TCG_END_HALT &&
-        (vcpu->tcg->vcpus == 1 || tcg_engine_is_behind_hlt(&vcpu->engine))) {
+    if (end == TCG_END_HALT) {
         vcpu->mp_state = MP_HALTED;
     }
     return CONTINUE;
@@ -263,13 +260,11 @@ struct cpr_tcg_vcpu *cpr_tcg_vcpu_new(struct cpr_tcg *tcg, uint32_t index, void 
         return NULL;
     }
     pthread_cond_init(&vcpu->wake, NULL);
-    tcg->vcpus++;
     return vcpu;
 }
 
 void cpr_tcg_vcpu_free(struct cpr_tcg_vcpu *vcpu)
 {
-    vcpu->tcg->vcpus--;
     tcg_engine_close(&vcpu->engine);
     pthread_cond_destroy(&vcpu->wake);
     free(vcpu);

@@ -5,16 +5,13 @@
 
 #include "tcg.h"
 #include "tcg_interrupt.h"
-#include "tcg_memory.h"
+#include "tcg_syscall.h"
 #include "unicorn_api.h"
 
-enum { CS = 1 };
 enum { RFLAGS_IF = 1 << 9, HFLAG_INHIBIT_IRQ = 1 << 3 };
 enum { MSR_TSC_AUX = 0xc0000103u };
 enum { NO_VECTOR = -1 };
 enum { STOP = CPR_TCG_KICK | CPR_TCG_INIT | CPR_TCG_SIPI | TCG_YIELD };
-
-static const uint8_t opcode_hlt = 0xf4;
 
 uint64_t tcg_now_ns(void)
 {
@@ -108,7 +105,9 @@ static int map_memory(struct tcg_engine *engine)
     if (!error) {
         error = add_mapping(engine, end, tcg_physical_end - end, NULL);
     }
-    engine->ram_version = map->version;
+    if (!error) {
+        engine->ram_version = map->version;
+    }
     tcg_cpu_flush(&engine->cpu);
     return error;
 }
@@ -308,7 +307,7 @@ static int add_hooks(struct tcg_engine *engine)
 /* Asks the library for CPUID leaf 1 by running the instruction, and puts the APIC ID into it. */
 static int set_apic_id(struct tcg_engine *engine, uint32_t apic_id)
 {
-    const uint8_t code[] = {0x0f, 0xa2, opcode_hlt};
+    const uint8_t code[] = {0x0f, 0xa2, 0xf4}; /* cpuid; hlt */
     const uint64_t leaf = 1;
     const uint64_t *regs = engine->cpu.registers->regs;
     void *uc = engine->cpu.uc;
@@ -361,17 +360,6 @@ int tcg_engine_is_interruptible(struct tcg_engine *engine)
     tcg_cpu_load(&engine->cpu);
     return (engine->cpu.rflags & RFLAGS_IF) &&
            !(engine->cpu.registers->hflags & HFLAG_INHIBIT_IRQ);
-}
-
-int tcg_engine_is_behind_hlt(struct tcg_engine *engine)
-{
-    const struct tcg_registers *r = engine->cpu.registers;
-    struct tcg_fault fault;
-    uint8_t opcode;
-
-    tcg_cpu_load(&engine->cpu);
-    return tcg_read(&engine->cpu, r->segs[CS].base + r->rip - 1, &opcode, 1, &fault) == 0 &&
-           opcode == opcode_hlt;
 }
 
 static enum tcg_end end_of_delivery(int result)

@@ -20,7 +20,7 @@ enum {
 /* How a slice ended. */
 enum tcg_end {
     TCG_END_REQUEST,  /* asked for, or an exception that has been delivered */
-    TCG_END_HALT,     /* HLT, or MWAIT */
+    TCG_END_HALT,     /* HLT */
     TCG_END_SHUTDOWN, /* triple fault */
     TCG_END_ERROR     /* `problem` says what */
 };
@@ -54,7 +54,7 @@ struct tcg_engine {
     struct tcg_rom_write rom_writes[TCG_ROM_WRITES_MAX];
     uint32_t rom_write_count;
 
-    /* How the hooks ended the slice; none of these: HLT or MWAIT. */
+    /* How the hooks ended the slice; if it was none of them, it was HLT. */
     int stopped;
     int vector;
     int (*system_call)(struct tcg_cpu *cpu);
@@ -71,8 +71,6 @@ enum tcg_end tcg_engine_run(struct tcg_engine *engine);
 
 /* Whether an interrupt may be delivered now, by RFLAGS.IF and the interrupt shadow. */
 int tcg_engine_is_interruptible(struct tcg_engine *engine);
-/* Whether the instruction before RIP is HLT. */
-int tcg_engine_is_behind_hlt(struct tcg_engine *engine);
 
 uint32_t tcg_requests(const struct tcg_engine *engine);
 void tcg_add_requests(struct tcg_engine *engine, uint32_t requests);

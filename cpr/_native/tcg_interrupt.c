@@ -6,7 +6,7 @@
 #include "tcg_memory.h"
 
 enum { ES, CS, SS, DS, FS, GS };
-enum { RSP = 4, RCX = 1, R11 = 11 };
+enum { RSP = 4 };
 
 enum {
     EXCEPTION_DE = 0,
@@ -30,7 +30,7 @@ enum {
     RFLAGS_VM = 1 << 17,
     RFLAGS_AC = 1 << 18
 };
-enum { CR0_PE = 1 << 0, EFER_SCE = 1 << 0, EFER_LMA = 1 << 10 };
+enum { CR0_PE = 1 << 0, EFER_LMA = 1 << 10 };
 
 /* Descriptor flags, in place in the second word (3.4.5). */
 enum {
@@ -44,20 +44,10 @@ enum {
     SEGMENT_DB = 1 << 22,
     SEGMENT_G = 1 << 23
 };
-enum { FLAT_DATA = SEGMENT_S | SEGMENT_P | SEGMENT_DB | SEGMENT_G | 3 << 8 };
-enum { FLAT_CODE = SEGMENT_S | SEGMENT_P | SEGMENT_G | 0xb << 8 };
 
 enum { GATE_INTERRUPT_16 = 6, GATE_TRAP_16 = 7, GATE_INTERRUPT_32 = 14, GATE_TRAP_32 = 15 };
 enum { TSS_16 = 1 };
 enum { OPCODE_INT3 = 0xcc, OPCODE_INTO = 0xce };
-
-enum {
-    MSR_SYSENTER_CS = 0x174,
-    MSR_SYSENTER_ESP = 0x175,
-    MSR_SYSENTER_EIP = 0x176
-};
-static const uint32_t msr_star = 0xc0000081, msr_lstar = 0xc0000082, msr_cstar = 0xc0000083;
-static const uint32_t msr_fmask = 0xc0000084;
 
 struct event {
     enum tcg_event_kind kind;
@@ -447,72 +437,6 @@ int tcg_deliver(struct tcg_cpu *cpu, enum tcg_event_kind kind, uint32_t vector,
             return -1;
         }
     } while (failed);
-    tcg_cpu_derive(cpu);
-    tcg_cpu_store(cpu);
-    return 0;
-}
-
-static void set_flat_segments(struct tcg_registers *r, uint32_t selector, int is_64_bit)
-{
-    const struct cpr_segment code = {
-        selector & 0xfffc, 0, 0xffffffff, FLAT_CODE | (is_64_bit ? SEGMENT_L : SEGMENT_DB),
-    };
-    const struct cpr_segment data = {(selector & 0xfffc) + 8, 0, 0xffffffff, FLAT_DATA};
-
-    r->segs[CS] = code;
-    r->segs[SS] = data;
-}
-
-/* Delivers an exception of the two-byte instruction that RIP has already passed. */
-static int refuse_instruction(struct tcg_cpu *cpu, uint32_t vector)
-{
-    cpu->registers->rip -= 2;
-    tcg_cpu_store(cpu);
-    return tcg_deliver(cpu, TCG_EXCEPTION, vector, 0);
-}
-
-/* SDM vol. 2, SYSCALL. */
-int tcg_syscall(struct tcg_cpu *cpu)
-{
-    struct tcg_registers *r = cpu->registers;
-    const uint64_t star = tcg_cpu_read_msr(cpu, msr_star);
-
-    tcg_cpu_load(cpu);
-    if (!(r->efer & EFER_SCE)) {
-        return refuse_instruction(cpu, TCG_EXCEPTION_UD);
-    }
-    if (is_long_mode(r)) {
-        const int from_64_bit = (r->segs[CS].flags & SEGMENT_L) != 0;
-        r->regs[RCX] = r->rip;
-        r->regs[R11] = cpu->rflags & ~(uint64_t)RFLAGS_RF;
-        r->rip = tcg_cpu_read_msr(cpu, from_64_bit ? msr_lstar : msr_cstar);
-        cpu->rflags &= ~(tcg_cpu_read_msr(cpu, msr_fmask) | RFLAGS_RF);
-        set_flat_segments(r, (uint32_t)(star >> 32), 1);
-    } else {
-        r->regs[RCX] = (uint32_t)r->rip;
-        r->rip = (uint32_t)star;
-        cpu->rflags &= ~(uint64_t)(RFLAGS_VM | RFLAGS_IF | RFLAGS_RF);
-        set_flat_segments(r, (uint32_t)(star >> 32), 0);
-    }
-    tcg_cpu_derive(cpu);
-    tcg_cpu_store(cpu);
-    return 0;
-}
-
-/* SDM vol. 2, SYSENTER. */
-int tcg_sysenter(struct tcg_cpu *cpu)
-{
-    struct tcg_registers *r = cpu->registers;
-    const uint32_t selector = (uint32_t)tcg_cpu_read_msr(cpu, MSR_SYSENTER_CS);
-
-    tcg_cpu_load(cpu);
-    if (!(selector & ~3u)) {
-        return refuse_instruction(cpu, EXCEPTION_GP);
-    }
-    r->regs[RSP] = tcg_cpu_read_msr(cpu, MSR_SYSENTER_ESP);
-    r->rip = tcg_cpu_read_msr(cpu, MSR_SYSENTER_EIP);
-    cpu->rflags &= ~(uint64_t)(RFLAGS_VM | RFLAGS_IF | RFLAGS_RF);
-    set_flat_segments(r, selector, is_long_mode(r));
     tcg_cpu_derive(cpu);
     tcg_cpu_store(cpu);
     return 0;

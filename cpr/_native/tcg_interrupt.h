@@ -1,4 +1,4 @@
-/* Interrupts, exceptions and fast system calls: what unicorn leaves to its user. */
+/* Interrupts and exceptions, whose delivery unicorn leaves to its user. */
 #ifndef CPR_TCG_INTERRUPT_H
 #define CPR_TCG_INTERRUPT_H
 
@@ -8,7 +8,7 @@
 
 enum tcg_event_kind { TCG_EXTERNAL, TCG_SOFTWARE, TCG_EXCEPTION };
 
-enum { TCG_EXCEPTION_UD = 6 };
+enum { TCG_EXCEPTION_UD = 6, TCG_EXCEPTION_GP = 13 };
 
 /*
  * Enters the guest's handler of `vector`, by the interrupt vector table or the IDT; RIP in the
@@ -18,9 +18,5 @@ enum { TCG_EXCEPTION_UD = 6 };
  */
 int tcg_deliver(struct tcg_cpu *cpu, enum tcg_event_kind kind, uint32_t vector,
                 uint32_t error_code);
-
-/* Execute SYSCALL and SYSENTER, both two bytes long, with RIP behind them; as tcg_deliver. */
-int tcg_syscall(struct tcg_cpu *cpu);
-int tcg_sysenter(struct tcg_cpu *cpu);
 
 #endif

@@ -17,7 +17,6 @@ from cpr.uapi.fd import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-
     from cpr.accel.base import Bus
 
 # Three pages for KVM's own TSS and one for its identity map, below the BIOS, as on every PC VMM.

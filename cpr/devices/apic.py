@@ -1,4 +1,4 @@
-"""Local APICs (Intel SDM vol. 3, chapter 11): one for each vCPU, and the bus between them.
+"""The local APIC of a vCPU (Intel SDM vol. 3, chapter 11).
 
 With an in-kernel irqchip the devices only carry the kernel's registers; else they are emulated
 here, xAPIC mode only, with a bus clock of 1 GHz.
@@ -6,17 +6,16 @@ here, xAPIC mode only, with a bus clock of 1 GHz.
 
 from __future__ import annotations
 
+from cpr.devices.apic_bus import EXTINT, FIXED, INIT, ApicBus
 from cpr.devices.base import Device
 from cpr.devices.virtual_timer import VirtualTimer
 from cpr.state.vmstate import VMStateDescription, buffer, i64, u64
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
     from cpr.devices.base import Platform
-    from cpr.devices.i8259 import I8259Pair
 
 ADDRESS = 0xFEE00000
 SIZE = 0x1000
@@ -37,9 +36,7 @@ LVT_MASKED, LVT_PERIODIC = 1 << 16, 1 << 17
 LVT_WRITABLE = 0x000317FF
 VECTOR = 0xFF
 
-# Delivery modes, in bits 8 to 10 of the ICR and of an LVT entry.
-FIXED, LOWEST_PRIORITY, SMI, REMOTE_READ, NMI, INIT, START_UP, EXTINT = range(8)
-MODE_SHIFT, MODE = 8, 7
+MODE_SHIFT, MODE = 8, 7  # the delivery mode, in the ICR and in LVT entries
 ICR_LOGICAL, ICR_ASSERT, ICR_LEVEL = 1 << 11, 1 << 14, 1 << 15
 ICR_BUSY = 1 << 12
 SHORTHAND_SHIFT = 18
@@ -48,56 +45,6 @@ BROADCAST = 0xFF
 
 APIC_BASE_BSP, APIC_BASE_ENABLE = 1 << 8, 1 << 11
 NEVER = -1
-
-
-class ApicBus:
-    """What connects local APICs, I/O APIC and PIC.
-
-    `pic` is the pair whose INT output is on LINT0 of every local APIC, or None.  `eoi_handlers`
-    are called with the vector when a level-triggered interrupt has been ended.
-    """
-
-    def __init__(self, pic: I8259Pair | None = None) -> None:
-        self.apics: list[LocalApic] = []
-        self.eoi_handlers: list[Callable[[int], None]] = []
-        self.pic = pic
-        if pic is not None:
-            pic.on_output = self._on_pic_output
-
-    def deliver(
-        self, destination: int, is_logical: bool, mode: int, vector: int, is_level: bool
-    ) -> None:
-        """Sends a message to the local APICs that it addresses."""
-        self.send(
-            [apic for apic in self.apics if apic.is_addressed(destination, is_logical)],
-            mode,
-            vector,
-            is_level,
-        )
-
-    def send(self, apics: list[LocalApic], mode: int, vector: int, is_level: bool) -> None:
-        """Modes SMI, remote read and NMI are not there: such messages are dropped."""
-        if mode == LOWEST_PRIORITY:
-            apics = apics[:1]
-        for apic in apics:
-            if mode in (FIXED, LOWEST_PRIORITY, EXTINT):
-                apic.request(vector, is_level)
-            elif mode == INIT:
-                apic.init()
-            elif mode == START_UP:
-                apic.start_up(vector)
-
-    def acknowledge_pic(self) -> int:
-        """Takes an interrupt out of the PIC and returns its vector."""
-        return self.pic.acknowledge() if self.pic is not None else 0
-
-    def end_of_interrupt(self, vector: int) -> None:
-        for handler in self.eoi_handlers:
-            handler(vector)
-
-    def _on_pic_output(self, level: bool) -> None:
-        for apic in self.apics:
-            apic.set_lint0(level)
 
 
 class LocalApic(Device):
@@ -338,7 +285,10 @@ class LocalApic(Device):
         return max(count - ticks, 0)
 
     def _set_timer(self, now: int) -> None:
-        """Arms the timer for the first time after `now` at which the counter reaches zero."""
+        """Arms the timer for the first time after `now` at which the counter has run out.
+
+        That is one tick after zero, as QEMU counts.
+        """
         assert self._timer is not None
         count = self._registers[INITIAL_COUNT]
         lvt = self._registers[LVT_TIMER]

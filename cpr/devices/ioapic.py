@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from cpr.devices.apic_bus import EXTINT
 from cpr.devices.base import Device
 from cpr.state.vmstate import VMStateDescription, u8, u32, u64, unused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from cpr.devices.apic import ApicBus
+    from cpr.devices.apic_bus import ApicBus
     from cpr.devices.base import Platform
 
 ADDRESS = 0xFEC00000
@@ -32,7 +33,6 @@ MASKED = 1 << 16
 DESTINATION_SHIFT = 56
 READ_ONLY = DELIVERY_STATUS | REMOTE_IRR
 
-DELIVERY_EXTINT = 7
 TIMER_PIN = 2  # where a PC has ISA IRQ 0
 
 
@@ -132,7 +132,7 @@ class IOApic(Device):
             self.irr &= ~mask
         mode = entry >> DELIVERY_MODE_SHIFT & DELIVERY_MODE
         vector = entry & VECTOR
-        if mode == DELIVERY_EXTINT:
+        if mode == EXTINT:
             vector = self._apic_bus.acknowledge_pic()
         self._apic_bus.deliver(
             entry >> DESTINATION_SHIFT,

@@ -65,7 +65,9 @@ VMSTATE_SERIAL = VMStateDescription(
 
 
 class Serial(Device):
-    """COM port number `index` (0 is COM1).  The chardev is attached later and stays the caller's.
+    """COM port number `index` (0 is COM1), at its usual port and IRQ where none is given.
+
+    The chardev is attached later and stays the caller's.
 
     What the guest writes before a chardev is attached is kept for it; `attach(None)` says that
     there will be none.
@@ -74,10 +76,11 @@ class Serial(Device):
     idstr = "serial"
     vmstate = VMStateDescription("serial", 3, 3, (struct_("state", VMSTATE_SERIAL),))
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, port: int | None = None, irq: int = 0) -> None:
         self.instance_id = index
         self.index = index
-        self.irq = IRQS[index]
+        self.port = PORTS[index] if port is None else port
+        self.irq = irq or IRQS[index]
         self._platform: Platform | None = None
         self._chardev: Chardev | None = None
         self._unattached: bytearray | None = bytearray()
@@ -87,12 +90,12 @@ class Serial(Device):
 
     def realize(self, platform: Platform) -> None:
         self._platform = platform
-        platform.register_io(PORTS[self.index], 8, self._read, self._write, f"serial{self.index}")
+        platform.register_io(self.port, 8, self._read, self._write, f"serial{self.index}")
 
     def unrealize(self) -> None:
         if self._platform is not None:
             self._stop_timer()
-            self._platform.unregister_io(PORTS[self.index], 8)
+            self._platform.unregister_io(self.port, 8)
             self._platform = None
 
     def attach(self, chardev: Chardev | None) -> None:

@@ -37,7 +37,37 @@ def parse(uri: str | None, channels: list[dict] | None) -> dict:
         raise MigrationError("Channel list has more than one main entry")
     if not main:
         raise MigrationError("Channel list has no main entry: add one of channel-type 'main'")
-    address: dict = main[0]["addr"]
+    return check(main[0]["addr"])
+
+
+REQUIRED_KEYS = {
+    "file": ("filename",),
+    "exec": ("args",),
+    "unix": ("path",),
+    "inet": ("host", "port"),
+    "fd": ("str",),
+}
+
+
+def check(address: dict) -> dict:
+    """The address of a `channels` argument or of -incoming, with all the keys that it must have.
+
+    Raises MigrationError with QEMU's text.
+    """
+    transport = address.get("transport")
+    if transport is None:
+        raise MigrationError("Parameter 'transport' is missing")
+    kind = address.get("type") if transport == "socket" else transport
+    if kind is None:
+        raise MigrationError("Parameter 'type' is missing")
+    if kind not in REQUIRED_KEYS or (transport == "socket" and kind in ("file", "exec")):
+        name = "type" if transport == "socket" else "transport"
+        raise MigrationError(f"Parameter '{name}' does not accept value '{kind}'")
+    for key in REQUIRED_KEYS[kind]:
+        if key not in address:
+            raise MigrationError(f"Parameter '{key}' is missing")
+    if kind == "file":
+        return address | {"offset": int(address.get("offset", 0))}
     return address
 
 

@@ -1,5 +1,6 @@
 """cpr-exec: the last step of an update, and its inverse for when execvp fails.
 
+    hold       starts the mm holder, while the guest still runs    unhold     ends it
     persist    CPR state into a memfd that the environment names    unpersist  closes it
     execute    CLOEXEC cleared, execvp; on failure CLOEXEC set again and MigrationError
 
@@ -13,7 +14,10 @@ import errno
 import os
 import sys
 
-from cpr.errors import MigrationError
+from cpr import launcher
+from cpr.config import strip_options
+from cpr.errors import KernelError, MigrationError
+from cpr.uapi.mm_holder import MmHolder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +26,6 @@ if TYPE_CHECKING:
 DIRECTORY_VARIABLE = "CPR_EXEC_TEMPORARY_DIRECTORY"
 STATE_FILE = "vmstate"
 INCOMING = frozenset({"-incoming", "--incoming"})
-START_PAUSED = frozenset({"-S", "--S"})
 
 
 class Exec:
@@ -37,7 +40,22 @@ class Exec:
         self.command = command
         self.uri = uri
         self.directory = directory
+        self.holder_problem = ""
         self._fds = fds
+        self._holder: MmHolder | None = None
+
+    def hold(self) -> None:
+        """Starts the mm holder; without one the exec only takes longer (`holder_problem`)."""
+        try:
+            self._holder = MmHolder()
+        except KernelError as error:
+            self.holder_problem = str(error)
+
+    def unhold(self) -> None:
+        """The inverse of `hold`."""
+        if self._holder is not None:
+            self._holder.release()
+            self._holder = None
 
     def persist(self) -> None:
         """Writes the CPR state to its memfd; `unpersist` is the inverse."""
@@ -52,6 +70,8 @@ class Exec:
         """Becomes the command under this PID.  Comes back only with MigrationError."""
         if self.directory is not None:
             os.environ[DIRECTORY_VARIABLE] = self.directory
+        if self._holder is not None:
+            self._holder.announce()
         sys.stdout.flush()
         sys.stderr.flush()
         # Not earlier: a child forked by anything else in this process must not inherit them.
@@ -65,6 +85,8 @@ class Exec:
             raise MigrationError(f"execvp {self.command[0]} failed: {text}") from None
         finally:
             self._fds.set_cloexec(True)
+            if self._holder is not None:
+                self._holder.conceal()
             os.environ.pop(DIRECTORY_VARIABLE, None)
 
     def clean_up(self) -> None:
@@ -96,15 +118,15 @@ def plan(fds: PreservedFds, command: list[str] | None) -> Exec:
 
 
 def own_command() -> list[str]:
-    """The command line of this process, without -incoming, and without -S: the state says it."""
-    kept: list[str] = []
-    words = iter(sys.orig_argv[1:])
-    for word in words:
-        if word in INCOMING:
-            next(words, None)
-        elif word not in START_PAUSED:
-            kept.append(word)
-    return [sys.executable, *kept]
+    """The command line of this VMM, without -incoming, and without -S: the state says it.
+
+    Python starts without its `site` module, which takes a third of its start, where the packages
+    are found without it too.
+    """
+    arguments = sys.argv[1:2] + strip_options(sys.argv[2:], ("incoming", "S"))
+    if launcher.finds_packages():
+        return [sys.executable, "-I", "-S", launcher.SCRIPT, *arguments]
+    return [sys.executable, "-m", "cpr.vmm", *arguments]
 
 
 def incoming_uri(command: list[str]) -> str | None:

@@ -7,15 +7,51 @@ import sys
 from _thread import start_new_thread
 
 from cpr import runstate
-from cpr.errors import CprError, MigrationError
+from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.migration import channel, savevm
 from cpr.state.reader import StreamError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cpr.migration.migration import Migration
 
+DEFER = "defer"
 PREFIX = "load of migration failed: "
+
+
+def incoming_source(options: Sequence[str]) -> dict | str | None:
+    """What the -incoming options say: the main channel's address, "defer", or None for nothing.
+
+    Raises CprError naming the option.
+    """
+    source: dict | str | None = None
+    for option in options:
+        if option == DEFER:
+            source = DEFER
+        elif is_channel(option):
+            from cpr.config.option_json import parse_channel
+
+            parsed = parse_channel(option)
+            assert parsed is not None
+            if parsed["channel-type"] == "cpr":
+                raise ConfigError(
+                    f"-incoming {option}: a 'cpr' channel needs mode cpr-transfer, which is not "
+                    "supported"
+                )
+            source = channel.check(parsed["addr"])
+        else:
+            try:
+                source = channel.parse_uri(option)
+            except MigrationError as error:
+                raise ConfigError(f"-incoming {option}: {error}") from None
+    return source
+
+
+def is_channel(option: str) -> bool:
+    """True for JSON or keyval of a MigrationChannel, false for a URI."""
+    return option.startswith(("{", "main,", "cpr,", "channel-type="))
 
 
 class Incoming:

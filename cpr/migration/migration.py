@@ -14,14 +14,15 @@ import time
 from _thread import allocate_lock, start_new_thread
 
 from cpr import runstate
-from cpr.errors import CprError, MigrationError
+from cpr.config.option_values import parse_bool
+from cpr.errors import CommandError, ConfigError, CprError, MigrationError
 from cpr.migration import channel, cpr_exec, savevm
 from cpr.migration.incoming import Incoming
 from cpr.migration.parameters import Capabilities, Parameters
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from cpr.events import EventBus
     from cpr.machine import Machine
@@ -96,6 +97,26 @@ class Migration:
     @property
     def mode(self) -> str:
         return str(self.parameters.get("mode"))
+
+    def apply_globals(self, settings: Sequence[tuple[str, str, str]]) -> None:
+        """-global migration.NAME=VALUE: a parameter, or x-NAME for the capability NAME.
+
+        Raises ConfigError with QEMU's text.
+        """
+        for driver, name, value in settings:
+            if driver != "migration":
+                continue
+            capability = name.removeprefix("x-")
+            try:
+                if name in self.parameters.names():
+                    self.parameters.set_from_string(name, value)
+                elif any(entry["capability"] == capability for entry in self.capabilities.query()):
+                    on = parse_bool(value)
+                    self.capabilities.set([{"capability": capability, "state": on}])
+                else:
+                    raise CommandError(f"Property 'migration.{name}' not found")
+            except (CommandError, ValueError) as error:
+                raise ConfigError(f"can't apply global migration.{name}={value}: {error}") from None
 
     # Checks.
 
@@ -252,6 +273,8 @@ class Migration:
         """Writes the CPR state, opens the channel and stops the guest; on failure none of it."""
         assert self._exec is not None
         savevm.prepare()
+        if self.parameters.get("x-cpr-mm-holder"):
+            self._exec.hold()
         self._exec.persist()
         self._channel = channel.open_outgoing(address, self.find_fd)
         self._old_state = self.machine.runstate.current
@@ -326,6 +349,7 @@ class Migration:
             self._channel = None
         if self._exec is not None:
             self._exec.unpersist()
+            self._exec.unhold()
             self._exec.clean_up()
             self._exec = None
         self.error = error

@@ -190,7 +190,10 @@ PARAMETERS = (
 )
 
 # Parameters of cpr itself, named x-cpr-…: shown and queried only once they have been set.
-EXTENSIONS: tuple[Parameter, ...] = ()
+EXTENSIONS: tuple[Parameter, ...] = (
+    # cpr-exec leaves a child behind that frees the old memory while the guest runs again.
+    Parameter("x-cpr-mm-holder", BOOL, True),
+)
 
 # The spelling in an error text where it is not the name itself.
 SPELLINGS = {"x-rdma-chunk-size": "x_rdma_chunk_size"}

@@ -11,7 +11,9 @@ from cpr.monitor.expression import ExpressionError, Scanner
 from cpr.monitor.schema import Argument, Command, Flag
 
 ESCAPES = {"n": "\n", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
+DIGITS = tuple("0123456789")
 FORMATS = "oduxic"
+MAX_COUNT_DIGITS = 9
 SIZES = {"b": 1, "h": 2, "w": 4, "g": 8, "L": 8}
 
 Register = Callable[[str], "int | None"]
@@ -51,18 +53,58 @@ class Line:
             words.append(self._string())
         return words
 
-    def arguments(self, command: Command, typed: str, register: Register) -> dict[str, Any]:
-        """The arguments of `command` by keyword; those that were left out are missing.
+    def _string(self) -> str:
+        """A word, or what is in double quotes.  Raises UsageError."""
+        self._skip_blanks()
+        start = self._position
+        if self._peek() != '"':
+            while self._peek() and not self._peek().isspace():
+                self._position += 1
+            return self._text[start : self._position]
+        self._position += 1
+        result = ""
+        while (char := self._peek()) != '"':
+            if char == "":
+                raise UsageError("unterminated string")
+            self._position += 1
+            if char == "\\":
+                char = self._peek()
+                if char not in ESCAPES:
+                    raise UsageError(f"unsupported escape code: '\\{char}'")
+                char = ESCAPES[char]
+                self._position += 1
+            result += char
+        self._position += 1
+        return result
 
-        Raises UsageError, with a hint at the help for what was `typed` as the command.
-        """
+    def _peek(self) -> str:
+        return self._text[self._position : self._position + 1]
+
+    def _skip_blanks(self) -> None:
+        while self._peek().isspace():
+            self._position += 1
+
+
+class ArgumentReader(Line):
+    """Reads the arguments of `command` from where `line` stands; `register` gives $name."""
+
+    def __init__(self, line: Line, command: Command, register: Register) -> None:
+        super().__init__(line._text)
+        self._position = line._position
         self._command = command
         self._register = register
+
+    def read(self) -> dict[str, Any]:
+        """The arguments by keyword; those that were left out are missing.
+
+        Raises UsageError, with a hint at the help for what was typed as the command.
+        """
+        typed = self.taken().strip()
         result: dict[str, Any] = {}
         try:
-            arguments = command.hmp_arguments()
+            arguments = self._command.hmp_arguments()
             for index, argument in enumerate(arguments):
-                self._read(argument, arguments[index:], result)
+                self._read_one(argument, arguments[index:], result)
             if not self.at_end():
                 raise self._complaint("extraneous characters at the end of line")
         except (UsageError, ExpressionError) as error:
@@ -70,7 +112,7 @@ class Line:
             raise UsageError(f"{error}\n{hint}") from None
         return result
 
-    def _read(self, argument: Argument, ahead: list[Argument], result: dict[str, Any]) -> None:
+    def _read_one(self, argument: Argument, ahead: list[Argument], result: dict[str, Any]) -> None:
         kind = argument.kind
         if isinstance(kind, Flag):
             result[argument.keyword] = self._flag(kind.letter, ahead)
@@ -113,9 +155,12 @@ class Line:
             return {"count": 1, "format": "", "size": 0}
         self._position += 1
         start = self._position
-        while self._peek().isdigit():
+        while self._peek() in DIGITS:
             self._position += 1
-        count = int(self._text[start : self._position] or "1")
+        digits = self._text[start : self._position]
+        if len(digits) > MAX_COUNT_DIGITS:
+            raise UsageError(f"count too large: {digits}")
+        count = int(digits or "1")
         letter, size = "", 0
         while (char := self._peek()) and (char in FORMATS or char in SIZES):
             self._position += 1
@@ -132,8 +177,9 @@ class Line:
         scanner = Scanner(self._text, self._position, self._register)
         try:
             value = scanner.expression()
-        finally:
-            self._position = scanner.position
+        except RecursionError:
+            raise UsageError("expression is nested too deeply") from None
+        self._position = scanner.position
         if not narrow:
             return value % (1 << 64)
         if value >> 32:
@@ -145,30 +191,6 @@ class Line:
         if self.at_end():
             raise self._complaint("string expected")
         return self._string()
-
-    def _string(self) -> str:
-        """A word, or what is in double quotes.  Raises UsageError."""
-        self._skip_blanks()
-        start = self._position
-        if self._peek() != '"':
-            while self._peek() and not self._peek().isspace():
-                self._position += 1
-            return self._text[start : self._position]
-        self._position += 1
-        result = ""
-        while (char := self._peek()) != '"':
-            if char == "":
-                raise UsageError("unterminated string")
-            self._position += 1
-            if char == "\\":
-                char = self._peek()
-                if char not in ESCAPES:
-                    raise UsageError(f"unsupported escape code: '\\{char}'")
-                char = ESCAPES[char]
-                self._position += 1
-            result += char
-        self._position += 1
-        return result
 
     def _rest(self) -> str:
         if self.at_end():
@@ -188,10 +210,3 @@ class Line:
 
     def _complaint(self, text: str) -> UsageError:
         return UsageError(f"{self._command.hmp.removeprefix('info ')}: {text}")
-
-    def _peek(self) -> str:
-        return self._text[self._position : self._position + 1]
-
-    def _skip_blanks(self) -> None:
-        while self._peek().isspace():
-            self._position += 1

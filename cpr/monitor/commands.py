@@ -7,10 +7,13 @@ from typing import Any
 from cpr.migration.parameters import CAPABILITIES
 from cpr.monitor import control, memory, migrate
 from cpr.monitor.schema import (
+    AFTER_MIGRATION,
     BOOLEAN,
     FORMAT,
     INTEGER,
     LINE,
+    NEVER,
+    NOW,
     STRING,
     STRINGS,
     UNSIGNED,
@@ -136,7 +139,13 @@ COMMANDS: tuple[Command, ...] = (
     ),
     Command("stop|s", "stop", control.stop, help="stop emulation"),
     Command("cont|c", "cont", control.cont, help="resume emulation"),
-    Command("quit|q", "quit", control.quit, help="quit the emulator"),
+    Command(
+        "quit|q",
+        "quit",
+        control.quit,
+        help="quit the emulator",
+        prompt=lambda arguments: NEVER,
+    ),
     Command("system_reset", "system_reset", control.system_reset, help="reset the system"),
     Command(
         "system_powerdown",
@@ -281,7 +290,7 @@ COMMANDS: tuple[Command, ...] = (
         params="[-d] [-r] uri",
         help="migrate to URI (using -d to not wait for completion)\n"
         "\t\t\t -r to resume a paused postcopy migration",
-        waits=lambda arguments: not arguments["detach"],
+        prompt=lambda arguments: NOW if arguments["detach"] else AFTER_MIGRATION,
     ),
     Command(
         "",
@@ -379,7 +388,7 @@ COMMANDS: tuple[Command, ...] = (
         params="[-t] [command …]",
         help="update the VMM in place: exec command, or this program again, keeping the guest\n"
         "\t\t\t -t to only say what would refuse it",
-        waits=lambda arguments: not arguments["test"],
+        prompt=lambda arguments: NOW if arguments["test"] else AFTER_MIGRATION,
     ),
     Command(
         "",

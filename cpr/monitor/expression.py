@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from cpr.errors import CommandError
 
+MAX_DIGITS = 22  # of a 64-bit number, in octal
 REGISTER_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.:"
 
 
@@ -124,7 +125,8 @@ class Scanner:
             end += 1
         if end == start:
             raise ExpressionError(f"invalid char '{text[start]}' in expression")
-        value = int(text[start:end], base)
+        significant = text[start:end].lstrip("0")
+        value = int(significant or "0", base) if len(significant) <= MAX_DIGITS else 1 << 64
         if value >> 64:
             raise ExpressionError("number too large")
         self.position = end

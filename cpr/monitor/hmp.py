@@ -9,10 +9,10 @@ from typing import Any
 from cpr.chardev.base import OPENED, Chardev
 from cpr.errors import CommandError, CprError
 from cpr.monitor import commands, registers
-from cpr.monitor.command_line import Line, UsageError
+from cpr.monitor.command_line import ArgumentReader, Line, UsageError
 from cpr.monitor.control import QEMU_VERSION
 from cpr.monitor.readline import Readline
-from cpr.monitor.schema import Command, Session
+from cpr.monitor.schema import AFTER_MIGRATION, NOW, Command, Session
 
 PROMPT = "(qemu) "
 BANNER = "QEMU {major}.{minor}.{micro} monitor - type 'help' for more information\r\n"
@@ -53,20 +53,18 @@ class HmpMonitor:
         return [line.decode(errors="replace") for line in self._readline.history]
 
     def _on_line(self, line: str) -> None:
-        text, suspends = execute(self._vmm, self._session, line)
+        text, prompt = execute(self._vmm, self._session, line)
         self._chardev.write(encode(text))
-        if suspends:
-            self._suspend()
-        else:
+        if prompt == NOW:
             self._readline.show_prompt()
-
-    def _suspend(self) -> None:
-        """No prompt and no input until the migration has ended, or waits for migrate_continue."""
+            return
         self._suspended = True
-        self._vmm.migration.add_finish_callback(self._resume)
-        self._vmm.loop.call_later(LOOK_NS, self._look)
+        if prompt == AFTER_MIGRATION:
+            self._vmm.migration.add_finish_callback(self._resume)
+            self._vmm.loop.call_later(LOOK_NS, self._look)
 
     def _look(self) -> None:
+        """The prompt is needed, too, where the migration waits for migrate_continue."""
         if self._vmm.migration.status == "pre-switchover":
             self._resume()
         elif self._suspended:
@@ -109,22 +107,22 @@ class HmpMonitor:
         return list(choices(self._vmm)) if choices else []
 
 
-def execute(vmm: Any, session: Session, line: str) -> tuple[str, bool]:
-    """Runs one command line: (what to print, whether the prompt has to wait)."""
+def execute(vmm: Any, session: Session, line: str) -> tuple[str, str]:
+    """Runs one command line: (what to print, when the prompt comes back)."""
     try:
         command, arguments = _parse(vmm, session, line)
         if command is None:
-            return "", False
+            return "", NOW
         result = command.call(vmm, session, arguments)
         text = command.text(result) if command.text else result or ""
-        return text, command.waits(arguments)
+        return text, command.prompt(arguments)
     except UsageError as error:
-        return f"{error}\n", False
+        return f"{error}\n", NOW
     except CprError as error:
-        return f"Error: {error}\n", False
+        return f"Error: {error}\n", NOW
     except Exception as error:  # a running guest must not be lost to a bug in a command
         sys.excepthook(type(error), error, error.__traceback__)
-        return f"Error: internal error: {error}\n", False
+        return f"Error: internal error: {error}\n", NOW
 
 
 def run_line(vmm: Any, session: Session, line: str, cpu_index: int | None) -> str:
@@ -153,9 +151,7 @@ def _parse(vmm: Any, session: Session, text: str) -> tuple[Command | None, dict[
         command = commands.find_hmp(name, True)
         if command is None:
             raise UsageError(f"unknown command: '{line.taken()}'")
-    typed = line.taken().strip()
-    arguments = line.arguments(command, typed, _register_of(vmm, session))
-    return command, arguments
+    return command, ArgumentReader(line, command, _register_of(vmm, session)).read()
 
 
 def _register_of(vmm: Any, session: Session) -> Callable[[str], int | None]:

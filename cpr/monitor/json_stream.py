@@ -13,9 +13,10 @@ from typing import Any
 
 from cpr.errors import CommandError
 
-MAX_TOKEN_SIZE = 64 << 20  # bytes of one value's tokens; these limits are QEMU's
-MAX_TOKEN_COUNT = 2 << 20
-MAX_NESTING = 1 << 10
+MAX_TOKEN_SIZE = 64 << 20  # bytes of one value's tokens, as in QEMU
+MAX_TOKEN_COUNT = 2 << 20  # as in QEMU
+MAX_NESTING = 512  # QEMU has 1024; json.dumps could not echo such an id
+MAX_DIGITS = 20  # of an integer that fits into 64 bits
 I64_MIN, U64_MAX = -(1 << 63), (1 << 64) - 1
 
 BLANKS = re.compile(rb"[ \t\r]+")
@@ -270,8 +271,11 @@ class JsonStream:
             if text not in KEYWORDS:
                 raise CommandError(self._at(f"invalid keyword '{text.decode()}'"))
             return KEYWORDS[text]
-        if text.lstrip(b"-").isdigit() and I64_MIN <= (number := int(text)) <= U64_MAX:
-            return number
+        digits = text.removeprefix(b"-")
+        if len(digits) <= MAX_DIGITS and digits.isdigit():
+            number = int(text)
+            if I64_MIN <= number <= U64_MAX:
+                return number
         return float(text)
 
     def _unescape(self, token: bytes) -> str:

@@ -13,6 +13,9 @@ from cpr.errors import CommandError
 
 I64 = 1 << 63
 
+# When the HMP's prompt comes back.
+NOW, AFTER_MIGRATION, NEVER = "now", "after migration", "never"
+
 
 class Kind:
     """A type of argument.  This one takes any JSON value, and nothing at the HMP."""
@@ -179,8 +182,8 @@ class Command:
     makes the HMP's output of it.  A function that needs the monitor it is called from has
     `in_session` set and gets that Session as its second argument.  `whole` is for QMP commands
     whose arguments the function checks itself: it gets them as one dict, `arguments`.
-    `waits(arguments)` says whether the HMP's prompt comes back only when the migration that was
-    started has ended.
+    `prompt(arguments)` says when the HMP's prompt comes back: NOW, AFTER_MIGRATION (the one that
+    the command started), or NEVER.
     """
 
     def __init__(
@@ -194,7 +197,7 @@ class Command:
         text: Callable[[Any], str] | None = None,
         in_session: bool = False,
         whole: bool = False,
-        waits: Callable[[dict[str, Any]], bool] = lambda arguments: False,
+        prompt: Callable[[dict[str, Any]], str] = lambda arguments: NOW,
     ) -> None:
         self.hmp = hmp
         self.qmp = qmp
@@ -205,7 +208,7 @@ class Command:
         self.text = text
         self.in_session = in_session
         self.whole = whole
-        self.waits = waits
+        self.prompt = prompt
 
     @property
     def names(self) -> list[str]:

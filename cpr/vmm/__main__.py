@@ -5,7 +5,14 @@ run [guest.cfg] [QEMU options]    boots a guest, or takes over the one of an upd
 
 from __future__ import annotations
 
+import os
 import sys
+
+if sys.flags.no_site:  # nobody has said yet where packages are: this is the script of an update
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    from cpr.launcher import package_folders
+
+    sys.path += package_folders()
 
 from cpr.errors import CprError
 

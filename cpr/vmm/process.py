@@ -12,12 +12,14 @@ from _thread import start_new_thread
 
 from cpr import pc, ram
 from cpr.config import parse_command_line
-from cpr.errors import CprError
+from cpr.errors import ConfigError, CprError
 from cpr.events import EventBus
 from cpr.mainloop import MainLoop
-from cpr.migration import channel, cpr_exec
+from cpr.migration import cpr_exec
+from cpr.migration.incoming import incoming_source
 from cpr.migration.migration import Migration
 from cpr.state.fds import PreservedFds
+from cpr.uapi import mm_holder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from cpr.config import Config
     from cpr.machine import Machine
 
-DEFER = "defer"
 FLUSH_NS = 200_000_000
 
 
@@ -72,11 +73,12 @@ class Vmm:
             try:
                 self.chardevs[config.id] = create(config, self.loop, after_exec)
             except CprError as error:
+                text = f"{config.location}: {error}"
                 if not after_exec:
-                    raise
-                print(f"cpr-vmm: {error}", file=sys.stderr)
+                    raise ConfigError(text) from None
+                print(f"cpr-vmm: {text}", file=sys.stderr)
         for device, chardev_id in self.machine.frontends:
-            device.attach(self.chardevs.get(chardev_id))
+            device.attach(self.chardevs.get(chardev_id) if chardev_id else None)
         self._create_monitors()
 
     def _create_monitors(self) -> None:
@@ -84,7 +86,7 @@ class Vmm:
         from cpr.monitor.qmp import QmpMonitor
 
         for config in self.config.monitors:
-            chardev = self.chardevs.get(config.chardev or "")
+            chardev = self.chardevs.get(config.chardev)
             if chardev is None:
                 continue
             if config.mode == "control":
@@ -119,6 +121,9 @@ def run_vmm(arguments: list[str]) -> int:
     if config.action is not None:
         print(config.action_text, end="")
         return 0
+    for warning in config.warnings:
+        print(f"cpr-vmm: {warning}", file=sys.stderr)
+    source = incoming_source(config.incoming)
     fds = PreservedFds()
     after_exec = fds.load_from_environment()
     ready = None
@@ -127,9 +132,13 @@ def run_vmm(arguments: list[str]) -> int:
 
         ready = daemonize()
     vmm = _create(config, fds)
-    if config.incoming and config.incoming[-1] != DEFER:
-        _load(vmm, config.incoming[-1])
+    _confine(config)
+    if isinstance(source, dict):
+        _load(vmm, source)
         start_new_thread(vmm.populate, ())
+        holder = mm_holder.take_announced()
+        if holder:
+            start_new_thread(mm_holder.reap, (holder,))
         vmm.create_frontends(after_exec)
     else:
         vmm.create_frontends(after_exec=False)
@@ -151,16 +160,29 @@ def _create(config: Config, fds: PreservedFds) -> Vmm:
     loop = MainLoop()
     events = EventBus()
     machine = pc.build(config, fds, loop, events)
-    return Vmm(config, machine, Migration(machine, fds, loop, events), loop)
+    migration = Migration(machine, fds, loop, events)
+    migration.apply_globals(config.globals)
+    return Vmm(config, machine, migration, loop)
 
 
-def _load(vmm: Vmm, uri: str) -> None:
-    """Takes over the guest from `uri`; it may run when this returns."""
+def _confine(config: Config) -> None:
+    """-sandbox and -name process=."""
+    if config.process_name:
+        with open("/proc/self/comm", "w") as file:
+            file.write(config.process_name)
+    if config.sandbox.get("enable"):
+        from cpr.uapi import seccomp
+
+        seccomp.apply(config.sandbox)
+
+
+def _load(vmm: Vmm, source: dict) -> None:
+    """Takes over the guest from the channel at `source`; it may run when this returns."""
     incoming = vmm.migration.incoming_side
     incoming.expect(vmm.config.start_paused)
     directory = os.environ.pop(cpr_exec.DIRECTORY_VARIABLE, None)
     try:
-        incoming.load_now(channel.parse_uri(uri))
+        incoming.load_now(source)
     finally:
         if directory is not None:
             cpr_exec.remove_directory(directory)

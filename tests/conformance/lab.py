@@ -26,13 +26,16 @@ SILENT = [NULL, (os.POSIX_SPAWN_DUP2, 0, 1)]
 class Vm:
     """A VMM process of a row, and the QMP connection to it once there is one.
 
-    `options` are those that it was started with, `prefix` the words of its command line before
-    them; `count` is the guest's counter when it was last looked at.
+    It was started by `command` with `options`; `prefix` are the words of its command line before
+    the options, once it is connected to (`chroot DIR` is no longer among them).  `count` is the guest's counter when it was last looked at.
     """
 
-    def __init__(self, name: str, process: Process, options: list[str], socket: str) -> None:
+    def __init__(
+        self, name: str, process: Process, command: list[str], options: list[str], socket: str
+    ) -> None:
         self.name = name
         self.process = process
+        self.command = command
         self.options = options
         self.prefix: list[str] = []
         self.count = 0
@@ -47,7 +50,10 @@ class Vm:
         return self._qmp
 
     def connect(self) -> None:
-        """Connects, again and again while the VMM lives and nobody answers."""
+        """Connects, again and again while the VMM lives and nobody answers.
+
+        For a moment before an exec the old image still takes connections that it will not serve.
+        """
         deadline = time.monotonic() + DEADLINE
         self.disconnect()
         while self._qmp is None:
@@ -151,7 +157,8 @@ class Lab:
             self.directory / f"{name}.stderr",
             [*SILENT, *(files or [])],
         )
-        self.vms[name] = Vm(name, process, words, str(self.directory / f"{name}.sock"))
+        socket = str(self.directory / f"{name}.sock")
+        self.vms[name] = Vm(name, process, self.target.command, words, socket)
         self.turn_to(name)
         return self.vm
 

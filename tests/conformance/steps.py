@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .lab import Lab, Vm
-from .match import ANY, Mismatch, expect, has, like, matches
+from .match import ANY, Mismatch, expect, has, matches
 from .process import DEADLINE, POLL
 from .qmp import Closed, Qmp, abbreviate
 from .row import Step, Steps, flatten, step
@@ -88,7 +88,7 @@ def stderr(lab: Lab, *lines: Any) -> None:
 
 def stderr_texts(vm: Vm) -> list[str]:
     """The lines on stderr, without the name of the program that QEMU's begin with."""
-    names = {os.path.basename(word) for word in vm.prefix} | {"qemu-system-x86_64", "cpr-vmm"}
+    names = {os.path.basename(word) for word in vm.command} | {"cpr-vmm"}
     texts = []
     for line in vm.process.stderr_lines():
         program, colon, text = line.partition(": ")
@@ -335,6 +335,3 @@ def survives() -> list[Step]:
 def dies(status: int, *stderr: Any) -> list[Step]:
     """The new image ends with this; after the exec there is nothing to go back to."""
     return [exits(status, *stderr)]
-
-
-__all__ = [name for name in dir() if not name.startswith("_")] + ["like"]

@@ -1,0 +1,87 @@
+"""A place in the bytes of a file, and what is raised when they are wrong there."""
+
+from __future__ import annotations
+
+import mmap
+from typing import NamedTuple
+
+from cpr.errors import StateError
+from cpr.state.reader import EndOfStream
+
+Data = bytes | mmap.mmap
+
+
+class Flaw(NamedTuple):
+    """Something wrong in a file: the offset in bytes from its beginning, and a sentence."""
+
+    offset: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"offset {self.offset} ({self.offset:#x}): {self.text}"
+
+
+class Damage(StateError):
+    """A flaw after which the rest of the file cannot be understood."""
+
+    def __init__(self, offset: int, text: str) -> None:
+        super().__init__(text)
+        self.flaw = Flaw(offset, text)
+
+
+class Cursor:
+    """A Reader of `data` that knows its offset; `cut` says that it was asked for more than is left.
+
+    `place` and `place_offset` say what is being read and where it begins, for the text about a
+    file that is cut short there.
+    """
+
+    __slots__ = ("cut", "data", "offset", "place", "place_offset")
+
+    def __init__(self, data: Data, offset: int = 0) -> None:
+        self.data = data
+        self.offset = offset
+        self.cut = False
+        self.enter("the file")
+
+    def enter(self, place: str, offset: int | None = None) -> None:
+        """What is read from now on belongs to `place`, which begins here or at `offset`."""
+        self.place = place
+        self.place_offset = self.offset if offset is None else offset
+
+    def read(self, size: int) -> bytes:
+        """Exactly `size` bytes.  Raises EndOfStream if there are fewer."""
+        end = self.offset + size
+        if end > len(self.data):
+            self.cut = True
+            raise EndOfStream
+        piece = self.data[self.offset : end]
+        self.offset = end
+        return piece
+
+    def peek(self, size: int) -> bytes:
+        """Up to `size` bytes, without taking them; fewer only at the end of the file."""
+        return self.data[self.offset : self.offset + size]
+
+    def integer(self, size: int) -> int:
+        """A big-endian unsigned integer of `size` bytes."""
+        return int.from_bytes(self.read(size), "big")
+
+    def name(self) -> str:
+        """A u8 length and as many bytes of a name."""
+        return self.read(self.integer(1)).decode(errors="replace")
+
+    def left(self) -> int:
+        return len(self.data) - self.offset
+
+    def flaw(self, error: StateError) -> Flaw:
+        """The flaw that `error`, raised while reading from here, stands for."""
+        if isinstance(error, Damage):
+            return error.flaw
+        if self.cut:
+            return Flaw(
+                len(self.data),
+                f"the file ends here, inside {self.place} that begins at offset "
+                f"{self.place_offset} ({self.place_offset:#x})",
+            )
+        return Flaw(self.place_offset, str(error))
