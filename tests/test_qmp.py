@@ -255,6 +255,7 @@ def test_limits(ready: Client) -> None:
     size = 65 << 20
     results = stream.feed(b'{"id":"') + stream.feed(b"x" * size) + stream.feed(b'"}')
     assert str(results[0]) == "JSON token size limit exceeded"
+    assert str(JsonStream().feed(b"1" * (65 << 10))[0]) == "JSON token size limit exceeded"
     results = JsonStream().feed(b"[" + b"1," * (1 << 20))
     assert [str(result) for result in results] == ["JSON token count limit exceeded"]
 

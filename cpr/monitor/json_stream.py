@@ -16,6 +16,7 @@ from cpr.errors import CommandError
 MAX_TOKEN_SIZE = 64 << 20  # bytes of one value's tokens, as in QEMU
 MAX_TOKEN_COUNT = 2 << 20  # as in QEMU
 MAX_NESTING = 512  # QEMU has 1024; json.dumps could not echo such an id
+MAX_WORD_SIZE = 64 << 10  # bytes of a number or keyword, which is read again as it grows
 MAX_DIGITS = 20  # of an integer that fits into 64 bits
 I64_MIN, U64_MAX = -(1 << 63), (1 << 64) - 1
 
@@ -112,11 +113,8 @@ class JsonStream:
         end = body.end()
         rest = self._buffer[end : end + 2]
         if not rest or rest == b"\\":
-            if end > MAX_TOKEN_SIZE:
-                self._lexical_error(end, "JSON token size limit exceeded")
-                return True
             self._scanned = end
-            return False
+            return self._unfinished(end, MAX_TOKEN_SIZE)
         if rest[0] == quote:
             self._token(end + 1)
         else:
@@ -128,7 +126,7 @@ class JsonStream:
         assert started is not None
         end = started.end()
         if end == len(self._buffer):
-            return False
+            return self._unfinished(end, MAX_WORD_SIZE)
         complete = WHOLE_NUMBER.match(self._buffer)
         if complete is None or complete.end() != end:
             self._stray(end + 1)
@@ -138,10 +136,17 @@ class JsonStream:
     def _open_ended(self, end: int) -> bool:
         """A word or number, which only the character behind it ends."""
         if end == len(self._buffer):
-            return False
+            return self._unfinished(end, MAX_WORD_SIZE)
         self._token(end)
         self._reread = True
         return True
+
+    def _unfinished(self, size: int, limit: int) -> bool:
+        """A token that goes on behind the buffer's end; not for ever."""
+        if size > limit:
+            self._lexical_error(size, "JSON token size limit exceeded")
+            return True
+        return False
 
     def _peek(self, size: int) -> bytes:
         return bytes(self._buffer[:size])
