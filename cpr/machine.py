@@ -121,7 +121,7 @@ class Machine:
         """Ends the VM soon; from any thread, also a vCPU's."""
         if not self._shutdown_requested:
             self._shutdown_requested = True
-            self.loop.call_soon(lambda: self._shutdown(guest, reason))
+            self.loop.call_soon(lambda: self.shutdown(guest, reason))
 
     def request_reset(self, guest: bool, reason: str) -> None:
         """Resets the VM soon; from any thread.  With -no-reboot it ends the VM instead."""
@@ -241,7 +241,8 @@ class Machine:
             if running:
                 self.resume_vcpus()
 
-    def _shutdown(self, guest: bool, reason: str) -> None:
+    def shutdown(self, guest: bool, reason: str) -> None:
+        """Ends the VM now, with a SHUTDOWN event; with -no-shutdown the guest only stops."""
         self.events.emit("SHUTDOWN", {"guest": guest, "reason": reason})
         self._shutdown_requested = False
         if guest and self.config.no_shutdown:

@@ -63,8 +63,10 @@ def test_system_reset_boots_a_paused_guest_again(start, accel):
     vm = boot(start, accel, "heartbeat")
     vm.qmp.command("system_reset")
     wait_for(
-        lambda: vm.qmp.command("query-status")
-        and [event for event in vm.qmp.events if event["event"] == "RESET"],
+        lambda: (
+            vm.qmp.command("query-status")
+            and [event for event in vm.qmp.events if event["event"] == "RESET"]
+        ),
         "the reset",
     )
     vm.qmp.command("cont")

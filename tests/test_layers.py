@@ -27,7 +27,7 @@ LAYERS = (
     ("cpr.ram",),
     ("cpr.config",),
     ("cpr.state",),
-    ("cpr.uapi", "cpr.runstate", "cpr.events", "cpr.mainloop", "cpr.clock"),
+    ("cpr.uapi", "cpr.launcher", "cpr.runstate", "cpr.events", "cpr.mainloop", "cpr.clock"),
     ("cpr.errors", "cpr._native"),
 )
 ONLY = {

@@ -246,7 +246,11 @@ class TcgAccelerator(base.Accelerator):
         """Raises KernelError for a range that overlaps another or is not made of whole pages."""
         error = lib.cpr_tcg_map_ram(self._vm, address, size, host_address, readonly)
         if error:
-            raise KernelError(f"mapping {size:#x} bytes of guest RAM at {address:#x}", -error)
+            raise KernelError(
+                f"mapping {size:#x} bytes of guest RAM at {address:#x}",
+                -error,
+                "TCG guests have at most 1 TiB of addresses: give this one less RAM with -m",
+            )
 
     def unmap_ram(self, address: int, size: int) -> None:
         error = lib.cpr_tcg_unmap_ram(self._vm, address, size)

@@ -72,7 +72,7 @@ class Migration:
         self.loop = loop
         self.events = events
         self.parameters = Parameters()
-        self.capabilities = Capabilities()
+        self.capabilities = Capabilities(self.parameters, lambda: self.running)
         self.status = "none"
         self.error: str | None = None
         self.before_exec: Callable[[], None] = lambda: None

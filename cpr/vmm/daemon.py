@@ -53,14 +53,14 @@ def write_pidfile(path: str) -> Callable[[], None]:
         fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigError(
-            f"cannot create PID file: Cannot open pid file: {error.strerror}"
+            f"cannot create PID file: Could not create '{path}': {error.strerror}"
         ) from None
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(fd)
         raise ConfigError(
-            f"cannot create PID file: Cannot lock pid file: {error.strerror}"
+            f"cannot create PID file: Cannot lock '{path}': {error.strerror}: is it another VMM's?"
         ) from None
     os.ftruncate(fd, 0)
     os.write(fd, f"{os.getpid()}\n".encode())

@@ -18,6 +18,7 @@ from cpr.mainloop import MainLoop
 from cpr.migration import cpr_exec
 from cpr.migration.incoming import incoming_source
 from cpr.migration.migration import Migration
+from cpr.monitor.passed_fds import PassedFds
 from cpr.state.fds import PreservedFds
 from cpr.uapi import mm_holder
 
@@ -45,13 +46,15 @@ class Vmm:
         self.events = machine.events
         self.chardevs: dict[str, Chardev] = {}
         self.monitors: list[Any] = []
+        self.passed_fds = PassedFds()
         self.exit_status = 0
+        migration.find_fd = self.passed_fds.take
         machine.on_exit = self._exit
         migration.before_exec = self._before_exec
 
     def quit(self, reason: str) -> None:
         """Ends the process from the host's side, with a SHUTDOWN event."""
-        self.machine.request_shutdown(False, reason)
+        self.machine.shutdown(False, reason)
 
     def _exit(self, status: int) -> None:
         self.exit_status = status
@@ -109,6 +112,7 @@ class Vmm:
         for chardev in self.chardevs.values():
             chardev.flush(FLUSH_NS)
             chardev.close()
+        self.passed_fds.close_all()
         self.machine.close()
 
 
@@ -141,7 +145,7 @@ def run_vmm(arguments: list[str]) -> int:
             start_new_thread(mm_holder.reap, (holder,))
         vmm.create_frontends(after_exec)
     else:
-        vmm.create_frontends(after_exec=False)
+        vmm.create_frontends(after_exec)
         _boot(vmm)
     fds.incoming = False
     from cpr.vmm import daemon

@@ -16,6 +16,10 @@ from .stream import Stream
 STATE_FD = 400
 """The number of the memfd with the CPR state; away from those that a VMM preserves."""
 
+MARK_AT = 0x90000
+MARK = 0x5AA5C33C
+"""A word that is put into the RAM that a VMM takes over: a new boot leaves it alone."""
+
 MakeState = Callable[[list[Entry]], bytes]
 Damage = Callable[[Stream], bytes]
 
@@ -44,8 +48,8 @@ def take_over(
     lab.path("$dir/state").write_bytes(stream(capture.stream))
     files, environment = [], {}
     for number, content in capture.contents.items():
-        if number == capture.ram_fd and ram_size is not None:
-            content = content[:ram_size].ljust(ram_size, b"\0")
+        if number == capture.ram_fd:
+            content = _mark(content, ram_size or len(content))
         files.append((os.POSIX_SPAWN_DUP2, memfd(lab, content), number))
     if state is not None:
         data = state(capture.entries)
@@ -53,6 +57,11 @@ def take_over(
         environment[STATE_VARIABLE] = variable
     lab.start("vm", f"{options} {more}", environment=environment, files=files)
     lab.vm.count = capture.count
+
+
+def _mark(ram: bytes, size: int) -> bytes:
+    marked = ram[:MARK_AT] + MARK.to_bytes(4, "little") + ram[MARK_AT + 4 :]
+    return marked[:size].ljust(size, b"\0")
 
 
 @step

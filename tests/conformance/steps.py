@@ -262,9 +262,10 @@ def hmp(lab: Lab, line: str, *lines: Any) -> None:
 
 
 @step
-def counting(lab: Lab) -> None:
-    """The guest counts, and goes on from where it was last seen to count."""
+def counting(lab: Lab, afresh: bool = False) -> None:
+    """The guest counts, and goes on from where it was last seen to count, or `afresh`."""
     vm = lab.vm
+    vm.count = 0 if afresh else vm.count
     first = vm.counter()
     if not until(lambda: vm.counter() != first):
         raise Mismatch(f"the guest does not count: {first:#x}")

@@ -30,18 +30,18 @@ class Damage(StateError):
 
 
 class Cursor:
-    """A Reader of `data` that knows its offset; `cut` says that it was asked for more than is left.
+    """A Reader of `data` that knows its offset, and how many bytes it was `missing` at the end.
 
     `place` and `place_offset` say what is being read and where it begins, for the text about a
     file that is cut short there.
     """
 
-    __slots__ = ("cut", "data", "offset", "place", "place_offset")
+    __slots__ = ("data", "missing", "offset", "place", "place_offset")
 
     def __init__(self, data: Data, offset: int = 0) -> None:
         self.data = data
         self.offset = offset
-        self.cut = False
+        self.missing = 0
         self.enter("the file")
 
     def enter(self, place: str, offset: int | None = None) -> None:
@@ -51,13 +51,17 @@ class Cursor:
 
     def read(self, size: int) -> bytes:
         """Exactly `size` bytes.  Raises EndOfStream if there are fewer."""
-        end = self.offset + size
-        if end > len(self.data):
-            self.cut = True
+        begin = self.offset
+        self.skip(size)
+        return self.data[begin : self.offset]
+
+    def skip(self, size: int) -> None:
+        """Leaves `size` bytes out.  Raises EndOfStream if there are fewer."""
+        missing = size - self.left()
+        if missing > 0:
+            self.missing = missing
             raise EndOfStream
-        piece = self.data[self.offset : end]
-        self.offset = end
-        return piece
+        self.offset += size
 
     def peek(self, size: int) -> bytes:
         """Up to `size` bytes, without taking them; fewer only at the end of the file."""
@@ -78,10 +82,10 @@ class Cursor:
         """The flaw that `error`, raised while reading from here, stands for."""
         if isinstance(error, Damage):
             return error.flaw
-        if self.cut:
+        if self.missing:
             return Flaw(
                 len(self.data),
-                f"the file ends here, inside {self.place} that begins at offset "
-                f"{self.place_offset} ({self.place_offset:#x})",
+                f"the file ends {self.missing} or more bytes too early, inside {self.place} "
+                f"that begins at offset {self.place_offset} ({self.place_offset:#x})",
             )
         return Flaw(self.place_offset, str(error))

@@ -134,9 +134,7 @@ class RamWalker:
         cursor.offset = bitmap_offset
         bitmap = int.from_bytes(cursor.read(bitmap_size), "little")
         cursor.offset = pages_offset
-        if block.used_length > cursor.left():
-            cursor.read(block.used_length)
-        cursor.offset += block.used_length
+        cursor.skip(block.used_length)
         count = block.used_length // page_size
         block.normal = bitmap.bit_count()
         block.zero = count - block.normal
@@ -151,7 +149,7 @@ class RamWalker:
             raise Damage(begin, f"Illegal RAM offset {offset:x}")
         place = cursor.offset
         if flags & PAGE:
-            cursor.read(PAGE_SIZE)
+            cursor.skip(PAGE_SIZE)
             block.normal += 1
         elif flags & ZERO:
             fill = cursor.integer(1)
@@ -160,8 +158,8 @@ class RamWalker:
             place = ZERO_PAGE
             block.zero += 1
         else:
-            cursor.read(1)
-            cursor.read(cursor.integer(2))
+            cursor.skip(1)
+            cursor.skip(cursor.integer(2))
             place = NO_PLACE
             block.xbzrle += 1
         if self._keep_places:

@@ -79,8 +79,9 @@ def _decode_entry(cursor: Cursor, entry: dict) -> list[Value]:
     if "fields" in struct:
         names = [name] if count is None else [f"{name}[{i}]" for i in range(count)]
         return [_decode_struct(cursor, each, kind, size, struct) for each in names]
-    if kind != "capability" and size * (1 if count is None else count) > cursor.left():
-        cursor.read(cursor.left() + 1)
+    if kind != "capability" and size * (count or 1) > cursor.left():
+        total = size * (count or 1)
+        raise Damage(begin, f"field '{name}' is described as {total} bytes, more than are left")
     if count is None:
         value: Content = _decode_scalar(cursor, kind, size)
     else:

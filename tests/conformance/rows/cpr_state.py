@@ -6,7 +6,7 @@ import signal
 from functools import partial
 
 from ..cpr_state import Entry, encode, encode_entry
-from ..incoming_steps import STATE_FD, take_over
+from ..incoming_steps import MARK, MARK_AT, take_over
 from ..match import like
 from ..row import Row, Steps
 from ..steps import DEFER, comes_to, connect, counting, exits, hmp, migration, qmp, status, survives
@@ -39,8 +39,9 @@ def _with_unknown(entries: list[Entry]) -> bytes:
 
 
 def _twice(entries: list[Entry]) -> bytes:
-    """RAM, and after it the same name and id with the descriptor of the state."""
-    return encode([*entries, ("ram0", 0, STATE_FD)])
+    """RAM, and after it the same name and id with another descriptor."""
+    other = next(fd for name, _, fd in entries if name != "ram0")
+    return encode([*entries, ("ram0", 0, other)])
 
 
 def _only_ram(entries: list[Entry]) -> bytes:
@@ -216,6 +217,8 @@ ROWS = [
         connect(),
         status("running"),
         migration({}),
+        counting(afresh=True),
+        hmp(f"xp /1wx {MARK_AT:#x}", f"{MARK_AT:08x}: {MARK:#010x}"),
     ),
     Row(
         "incoming-without-state",

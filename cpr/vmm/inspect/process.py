@@ -1,0 +1,128 @@
+"""Another process's descriptors, as /proc shows them."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from dataclasses import dataclass
+from typing import Any
+
+from cpr.errors import CprError, KernelError
+from cpr.state.cpr_state import STATE_NAME
+
+SEALS = ("seal", "shrink", "grow", "write", "future-write", "exec")  # F_SEAL_*, from bit 0 on
+STATE_TARGET = f"/memfd:{STATE_NAME}"
+SHARED_MEMORY = ("/memfd:", "/dev/shm/", "/anon_hugepage")
+REMEDY = "it can be looked at as root, or as the user who owns it"
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """A descriptor of another process: size and offset in bytes, `target` as /proc names it.
+
+    `seals` is None for what cannot be sealed.
+    """
+
+    fd: int
+    target: str
+    inode: int
+    size: int
+    seals: tuple[str, ...] | None
+    cloexec: bool
+    offset: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "seals": None if self.seals is None else list(self.seals)}
+
+
+class Process:
+    """The process `pid`.  Every method raises KernelError where it is gone or is not ours."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._folder = f"/proc/{pid}"
+
+    def path(self, fd: int) -> str:
+        """A path that opens the file behind `fd` anew: with an offset of its own."""
+        return f"{self._folder}/fd/{fd}"
+
+    def descriptor(self, fd: int) -> Descriptor | None:
+        """What `fd` is, or None if it is not open."""
+        try:
+            target = os.readlink(self.path(fd))
+            status = os.stat(self.path(fd))
+            info = self._information(fd)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._error(error) from error
+        return Descriptor(
+            fd,
+            target,
+            status.st_ino,
+            status.st_size,
+            self._seals(fd, status.st_mode),
+            bool(int(info["flags"], 8) & os.O_CLOEXEC),
+            int(info["pos"]),
+        )
+
+    def descriptors(self) -> list[Descriptor]:
+        """All that are open, by number."""
+        try:
+            numbers = sorted(map(int, os.listdir(f"{self._folder}/fd")))
+        except OSError as error:
+            raise self._error(error) from error
+        return [found for number in numbers if (found := self.descriptor(number)) is not None]
+
+    def states(self) -> list[Descriptor]:
+        """The memfds of a CPR state, the one written last first."""
+        found = [each for each in self.descriptors() if _is_named(each, STATE_TARGET)]
+        return sorted(found, key=lambda each: -os.stat(self.path(each.fd)).st_mtime_ns)
+
+    def shared_memory(self) -> list[Descriptor]:
+        """The memfds and shared memory files: what an update could preserve."""
+        return [each for each in self.descriptors() if each.target.startswith(SHARED_MEMORY)]
+
+    def state_variable(self) -> str | None:
+        """The descriptor that the environment names, as it was when the program was started."""
+        try:
+            with open(f"{self._folder}/environ", "rb") as file:
+                environment = file.read().split(b"\0")
+        except OSError as error:
+            raise self._error(error) from error
+        prefix = f"{STATE_NAME}=".encode()
+        for variable in environment:
+            if variable.startswith(prefix):
+                return variable.removeprefix(prefix).decode(errors="replace")
+        return None
+
+    def _information(self, fd: int) -> dict[str, str]:
+        with open(f"{self._folder}/fdinfo/{fd}") as file:
+            lines = (line.partition(":") for line in file)
+            return {name: value.strip() for name, _, value in lines}
+
+    def _seals(self, fd: int, mode: int) -> tuple[str, ...] | None:
+        if not stat.S_ISREG(mode):  # opening a device may have an effect
+            return None
+        try:
+            opened = os.open(self.path(fd), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            bits = fcntl.fcntl(opened, fcntl.F_GET_SEALS)
+        except OSError:
+            return None
+        finally:
+            os.close(opened)
+        return tuple(name for bit, name in enumerate(SEALS) if bits >> bit & 1)
+
+    def _error(self, error: OSError) -> CprError:
+        if error.errno in (errno.ENOENT, errno.ESRCH):
+            return CprError(f"there is no process {self.pid}")
+        return KernelError(f"process {self.pid}", error.errno or 0, REMEDY)
+
+
+def _is_named(descriptor: Descriptor, target: str) -> bool:
+    return descriptor.target.removesuffix(" (deleted)") == target
