@@ -18,8 +18,10 @@ from cpr.errors import CprError, KernelError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Buffer, Sequence
+    from collections.abc import Sequence
     from typing import Any
+
+    from _typeshed import ReadableBuffer
 
     from cpr.ram import RAMBlock
 
@@ -74,7 +76,7 @@ class Pages:
         host: int,
         count: int,
         fd: int = -1,
-        bitmap: Buffer | None = None,
+        bitmap: ReadableBuffer | None = None,
         inverted: bool = False,
     ) -> None:
         self.name = name
@@ -89,7 +91,7 @@ class Pages:
     def of_block(
         cls,
         block: RAMBlock,
-        bitmap: Buffer | None = None,
+        bitmap: ReadableBuffer | None = None,
         inverted: bool = False,
         holes: bool = True,
     ) -> Pages:
@@ -304,7 +306,7 @@ class RecordLoader:
         """What all the calls so far have taken."""
         return _counts(self._load.counts)
 
-    def feed(self, data: Buffer) -> int:
+    def feed(self, data: ReadableBuffer) -> int:
         """Takes the whole records at the start of `data`; returns their bytes.
 
         Raises KernelError.
@@ -315,7 +317,7 @@ class RecordLoader:
         return int(taken)
 
     def read(self, fd: int, pending: bytes = b"") -> bytes:
-        """Takes records from `pending` and then from `fd`, the caller's, until `stopped` or its end.
+        """Takes records from `pending`, then from `fd`, the caller's, until `stopped` or its end.
 
         Returns what was read and not taken.  `cancel` ends a wait for a non-blocking descriptor;
         shut a blocking socket down.  Raises KernelError.
@@ -352,7 +354,7 @@ def _set_memory(memory: Any, host: int, count: int, fd: int) -> None:
     memory.fd = fd
 
 
-def _words(bitmap: Buffer, pages: int) -> Any:
+def _words(bitmap: ReadableBuffer, pages: int) -> Any:
     """`bitmap` as C sees it, which keeps it alive."""
     words = ffi.from_buffer("uint64_t[]", bitmap)
     if len(words) * 8 < bitmap_size(pages):

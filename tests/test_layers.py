@@ -24,6 +24,7 @@ LAYERS = (
     ("cpr.devices", "cpr.bus"),
     ("cpr.chardev",),
     ("cpr.accel",),
+    ("cpr.pages",),
     ("cpr.ram",),
     ("cpr.config",),
     ("cpr.state",),
@@ -31,7 +32,7 @@ LAYERS = (
     ("cpr.errors", "cpr._native"),
 )
 ONLY = {
-    "cpr._native": ("cpr.uapi", "cpr.ram", "cpr.accel", "cpr._native"),
+    "cpr._native": ("cpr.uapi", "cpr.ram", "cpr.pages", "cpr.accel", "cpr._native"),
     "cpr.uapi.kvm": ("cpr.accel",),
     "cpr.uapi.seccomp": ("cpr.vmm",),
     "cpr.accel.kvm": ("cpr.pc",),

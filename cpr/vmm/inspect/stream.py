@@ -40,6 +40,9 @@ COMMANDS = {
     10: "ENABLE_COLO",
     framing.SWITCHOVER_START: "SWITCHOVER_START",
 }
+STATE_KINDS = frozenset({"CONFIGURATION", "COMMAND", *SECTION_KINDS.values()})
+"""The kinds of item that say something of the guest or to the reader, not of the stream."""
+
 FOOTER_SIZE = 5
 DESCRIPTION_BEGINS = re.compile(
     rb'\x00\x06(....)(?=\{\s*"(?:configuration|page_size|devices)")', re.DOTALL
@@ -69,9 +72,7 @@ class Item:
     @property
     def key(self) -> str:
         """What it is called where several streams are compared."""
-        if self.instance_id is None:
-            return f"{self.kind} {self.name}".rstrip()
-        return f"{self.name}/{self.instance_id}"
+        return self.name if self.instance_id is None else f"{self.name}/{self.instance_id}"
 
     def to_json(self, with_fields: bool) -> dict[str, Any]:
         entry = {key: value for key, value in vars(self).items() if value is not None}
@@ -158,7 +159,7 @@ class _Parser:
     def _take_configuration(self) -> None:
         cursor = self.cursor
         cursor.enter("the configuration")
-        item = Item(cursor.offset, "CONFIGURATION")
+        item = Item(cursor.offset, "CONFIGURATION", VMSTATE_CONFIGURATION.name)
         kind = cursor.integer(1)
         if kind != framing.CONFIGURATION:
             raise Damage(

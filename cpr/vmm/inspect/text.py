@@ -174,13 +174,16 @@ def _lines(value: Content, kind: str) -> list[str]:
 
 
 def _dump(value: bytes) -> list[str]:
-    """Bytes in hex, those of a text also as such; equal lines are said once."""
+    """Bytes in hex, a text and its NULs as such; lines alike are said once."""
     text = value.rstrip(b"\0")
-    if text and text.isascii() and text.decode().isprintable():
+    if not text:
+        return [f"{len(value)} zero bytes"]
+    if text.isascii() and text.decode().isprintable():
         return [f'"{text.decode()}" in {len(value)} bytes']
-    pieces = [value[i : i + BYTES_PER_LINE].hex(" ", 4) for i in range(0, len(value), 32)]
+    begins = range(0, len(value), BYTES_PER_LINE)
+    pieces = [value[begin : begin + BYTES_PER_LINE].hex(" ", -4) for begin in begins]
     lines = []
     for piece, group in groupby(pieces):
         count = len(list(group))
         lines.append(piece + (f" (x{count})" if count > 1 else ""))
-    return lines or [""]
+    return lines

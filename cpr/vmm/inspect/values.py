@@ -39,7 +39,7 @@ class Value(NamedTuple):
             entry["fields"] = [part.to_json() for part in self.parts]
             del entry["value"]
         else:
-            entry["value"] = _plain(self.value)
+            entry["value"] = plain(self.value)
         del entry["parts"]
         return entry
 
@@ -68,6 +68,15 @@ def leaves(values: list[Value], prefix: str = "") -> Iterator[tuple[str, Value]]
             yield name, value
         else:
             yield from leaves(value.parts, f"{name}.")
+
+
+def plain(value: Content) -> Any:
+    """A value as JSON has it: bytes become hex."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return value
 
 
 def _decode_entry(cursor: Cursor, entry: dict) -> list[Value]:
@@ -139,14 +148,6 @@ def _number(values: list[Value]) -> list[Value]:
             value = value._replace(name=f"{value.name}[{seen[value.name] - 1}]")
         numbered.append(value)
     return numbered
-
-
-def _plain(value: Content) -> Any:
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    return value
 
 
 def _bad(cursor: Cursor, key: str, entry: dict) -> Damage:
