@@ -9,14 +9,18 @@ NATIVE := $(filter-out cpr/_native/_cpr.c,$(NATIVE))
 GUEST ?= examples/heartbeat.cfg
 ARGS ?=
 
-.PHONY: setup setup-dev guests run demo test lint format bench clean
+.PHONY: setup setup-dev guests compiled run demo test lint format bench clean
 
-setup: $(VENV)/.built guests
+setup: $(VENV)/.built guests compiled
 
 setup-dev: $(VENV)/.dev setup
 
 guests: | $(VENV)/.checked
 	@$(MAKE) --no-print-directory -s -C examples
+
+# An update is short only where Python finds its bytecode ready.
+compiled: $(VENV)/.built
+	@$(BIN)/python -m compileall -q cpr
 
 run: setup
 	@$(BIN)/python -m cpr.vmm run $(GUEST) $(ARGS)

@@ -3,7 +3,8 @@
 A boot sector starts at 0:7c00 in real mode, as a BIOS leaves it.  A flat -kernel image is loaded
 at 0x10000 and entered there in real mode (segment 0x1000, offset 0).  An ELF image is loaded by
 its program headers and entered at e_entry: ELF32 in flat protected mode without paging, ELF64 in
-long mode with the first 4 GiB identity-mapped; its page tables and GDT are at 0x1000 to 0x7000.
+long mode with the first 4 GiB identity-mapped.  GDT and page tables are at 0xf00 to 0x7000, the
+stack is below.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ FLAT_ADDRESS = 0x10000
 FLAT_SEGMENT = 0x1000
 FLAT_STACK = 0xFFFE
 
-GDT_ADDRESS = 0x1000
-PAGE_TABLES = 0x2000  # PML4, PDPT, then four page directories of 2 MiB pages
-LONG_MODE_STACK = 0x1F00  # above the GDT, below the page tables
+GDT_ADDRESS = 0xF00
+PAGE_TABLES = 0x1000  # PML4, PDPT, then four page directories of 2 MiB pages
+ELF_STACK = GDT_ADDRESS
 CODE_SELECTOR, DATA_SELECTOR, TSS_SELECTOR = 0x10, 0x18, 0x20
 
 PAGE_PRESENT_WRITABLE = 0x3
@@ -164,7 +165,7 @@ def _elf(path: str, data: bytes) -> BootImage:
     state["env.regs"] = [0] * 16
     state["env.eip"] = elf.entry
     state["env.gdt"] = x86.segment(base=GDT_ADDRESS, limit=0x2F)
-    state["env.regs"][x86.RSP] = LONG_MODE_STACK
+    state["env.regs"][x86.RSP] = ELF_STACK
     data_flags = x86.FLAG_P | x86.FLAG_S | 3 << x86.FLAG_TYPE_SHIFT | x86.FLAG_DB | x86.FLAG_G
     code_flags = x86.FLAG_P | x86.FLAG_S | 0xB << x86.FLAG_TYPE_SHIFT | x86.FLAG_G
     code_flags |= x86.FLAG_L if elf.is_64 else x86.FLAG_DB

@@ -1,6 +1,7 @@
 """`python -m cpr.vmm VERB`: the command line.  Each verb parses and delegates.
 
 run [guest.cfg] [QEMU options]    boots a guest, or takes over the one of an update
+inspect FILE|PID|-                shows a CPR state or a migration stream, and what is wrong in it
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from cpr.errors import CprError
 PROGRAM = "cpr-vmm"
 USAGE = """usage: python -m cpr.vmm run [guest.cfg] [QEMU options]
        python -m cpr.vmm run -help
+       python -m cpr.vmm inspect FILE|PID|-
+       python -m cpr.vmm inspect --help
 """
 
 
@@ -28,7 +31,13 @@ def run(arguments: list[str]) -> int:
     return run_vmm(arguments)
 
 
-VERBS = {"run": run}
+def inspect(arguments: list[str]) -> int:
+    from cpr.vmm.inspect.command import run as run_inspect
+
+    return run_inspect(arguments)
+
+
+VERBS = {"run": run, "inspect": inspect}
 
 
 def main(arguments: list[str] | None = None) -> int:

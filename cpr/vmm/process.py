@@ -151,12 +151,13 @@ def run_vmm(arguments: list[str]) -> int:
     from cpr.vmm import daemon
 
     daemon.watch_signals(vmm)
-    if config.pidfile:
-        daemon.write_pidfile(config.pidfile)
+    remove_pidfile = daemon.write_pidfile(config.pidfile) if config.pidfile else None
     if ready is not None:
         ready()
     vmm.loop.run()
     vmm.close()
+    if remove_pidfile is not None:
+        remove_pidfile()
     return vmm.exit_status
 
 

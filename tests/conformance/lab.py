@@ -97,7 +97,8 @@ class Vm:
 class Lab:
     """`directory` is the row's folder; $dir is the name that the VMM knows it by.
 
-    Steps act on `vm`, the VMM that was last started or turned to.
+    Steps act on `vm`, the VMM that was last started or turned to.  `descriptors` are those of a
+    process as a step has seen them, for a later step to compare.
     """
 
     def __init__(self, target: Target, directory: Path) -> None:
@@ -107,6 +108,7 @@ class Lab:
         self.vms: dict[str, Vm] = {}
         self.peers: dict[str, Peer] = {}
         self.fds: list[int] = []
+        self.descriptors: dict[int, tuple[str, bool]] = {}
         self._current = ""
 
     @property

@@ -159,13 +159,13 @@ class maybe:
 def talk(lab: Lab, command: str, arguments: Any, *messages: Any) -> None:
     """Sends a command; then exactly these messages come, reply and events, in this order."""
     lab.vm.qmp.send(command, lab.fill(arguments))
-    _see(lab, messages)
+    see(lab, messages)
 
 
 @step
 def events(lab: Lab, *messages: Any) -> None:
     """Exactly these messages come next."""
-    _see(lab, messages)
+    see(lab, messages)
 
 
 @step
@@ -182,8 +182,8 @@ def forget_events(lab: Lab) -> None:
     lab.vm.qmp.events.clear()
 
 
-def _see(lab: Lab, messages: tuple) -> None:
-    """Follows `messages` with what comes; `places` are those where we may be in them."""
+def see(lab: Lab, messages: tuple) -> None:
+    """Raises Mismatch unless exactly `messages` come; `places` are those where we may be in them."""
     seen: list[str] = []
     places = _skip({0}, messages)
     while len(messages) not in places:

@@ -1,1 +1,1 @@
-"""`python -m cpr.vmm inspect`: what a CprState or a migration stream says, and what is wrong in it."""
+"""The verb `inspect`: shows CPR states and migration streams, and what is wrong in them."""

@@ -6,16 +6,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 from cpr.errors import CprError
 from cpr.vmm.inspect import diff, text
-from cpr.vmm.inspect.cpr_state import State
-from cpr.vmm.inspect.source import NoState, Source, Unknown, inspect, open_source
-from cpr.vmm.inspect.stream import Stream
+from cpr.vmm.inspect.source import Found, NoState, Source, inspect, open_source
 
 PROGRAM = "cpr-vmm"
+ALL = "*"
 DESCRIPTION = """\
 Shows a CPR state or a migration stream, and what is wrong in it and where.
 
@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # what comes after it in a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        status = 1
     return status
 
 
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--section",
         metavar="NAME",
-        default="*",
+        default=ALL,
         help="only sections, or entries of a CPR state, of this name (shell pattern)",
     )
     add("--json", action="store_true", help="for programs: sizes and offsets as numbers")
@@ -85,10 +85,6 @@ def _offset(word: str) -> int:
     return value
 
 
-def _selector(pattern: str) -> Callable[[str], bool]:
-    return lambda name: fnmatchcase(name, pattern)
-
-
 def _show(options: argparse.Namespace) -> int:
     try:
         source = open_source(options.operands[0])
@@ -96,39 +92,74 @@ def _show(options: argparse.Namespace) -> int:
         _show_process(error, options.json)
         return 1
     found = inspect(source, options.offset)
-    selected = _selector(options.section)
-    if isinstance(found, State):
-        found.entries = [each for each in found.entries if selected(each.name)]
-        found.devices = [each for each in found.devices if selected(each.name)]
-    elif isinstance(found, Stream):
-        found.items = [each for each in found.items if selected(each.name)]
+    _select(source, found, options.section)
     if options.json:
         flaws = [flaw._asdict() for flaw in found.flaws]
-        _print_json({"source": source.label, **_json(found, options), "flaws": flaws})
+        content = found.to_json(options.fields)
+        _print_json({"source": source.label, **content, "flaws": flaws})
     else:
-        for line in _text(found, options):
-            print(line)
+        _print_lines(text.show(source.label, found, options.fields))
     _complain(source, found)
     return 1 if found.flaws else 0
+
+
+def _show_process(error: NoState, as_json: bool) -> None:
+    descriptors = error.process.shared_memory()
+    if as_json:
+        entries = [descriptor.to_json() for descriptor in descriptors]
+        _print_json({"source": f"process {error.process.pid}", "kind": None, "memory": entries})
+    elif descriptors:
+        _print_lines(text.show_descriptors(descriptors))
+    else:
+        print(f"process {error.process.pid} has no memfds and no shared memory files open")
+    _print_error(str(error))
 
 
 def _compare(options: argparse.Namespace) -> int:
     try:
         sources = [open_source(operand) for operand in options.operands]
-        a, b = [inspect(source, options.offset, keep_places=True) for source in sources]
-        differences = diff.compare(a, b, _selector(options.section))
+        a, b = (inspect(source, options.offset, keep_places=True) for source in sources)
+        for source, found in zip(sources, (a, b), strict=True):
+            _complain(source, found)
+            _select(source, found, options.section)
+        differences = diff.compare(a, b)
     except CprError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        _print_error(str(error))
         return 2
+    labels = [source.label for source in sources]
     if options.json:
-        labels = [source.label for source in sources]
         entries = [difference._asdict() for difference in differences]
         _print_json({"a": labels[0], "b": labels[1], "differences": entries})
     else:
-        for name, source in zip("AB", sources, strict=True):
-            print(f"{name}: {source.label}")
-        for difference in differences:
-            print(difference.text)
-        if not differences:
-            print("no difference")
-    return 2 if a.flaws or b.flaws else 1 if differences else 0
+        _print_lines([f"A: {labels[0]}", f"B: {labels[1]}"])
+        _print_lines([each.text for each in differences] or ["no difference"])
+    if a.flaws or b.flaws:
+        return 2
+    return 1 if differences else 0
+
+
+def _select(source: Source, found: Found, pattern: str) -> None:
+    """Leaves out of `found` what has another name.  Raises CprError where nothing is left."""
+    left = found.select(lambda name: fnmatchcase(name, pattern))
+    if not left and pattern != ALL and not found.flaws:
+        raise CprError(f"{source.label}: there is no section or entry '{pattern}'")
+
+
+def _complain(source: Source, found: Found) -> None:
+    sys.stdout.flush()
+    for flaw in found.flaws:
+        _print_error(f"{source.label}: {flaw}")
+
+
+def _print_error(line: str) -> None:
+    sys.stdout.flush()
+    print(f"{PROGRAM}: {line}", file=sys.stderr)
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(content, indent=2))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from cpr.errors import StateError
 from cpr.state.cpr_state import (
@@ -14,15 +14,11 @@ from cpr.state.cpr_state import (
     VMSTATE_VFIO_DEVICE,
     VMSTATE_VFIO_DEVICES,
 )
-from cpr.state.vmstate import SUBSECTION, VMStateDescription
+from cpr.state.vmstate import VMStateDescription
 from cpr.vmm.inspect.cursor import Cursor, Damage, Data, Flaw
 from cpr.vmm.inspect.process import Descriptor, Process
 
-KIND = "CprState"
-
-_NAME = VMSTATE_VFIO_DEVICES.name.encode()
-_SUBSECTION_BEGINS = bytes([SUBSECTION, len(_NAME)]) + _NAME
-_SUBSECTION_HEADER_SIZE = len(_SUBSECTION_BEGINS) + 4
+_HEADER_SIZE = 2 + len(VMSTATE_VFIO_DEVICES.name) + 4  # of the subsection
 
 
 @dataclass
@@ -55,15 +51,22 @@ class Device:
 class State:
     """What an inspection of a CprState has found."""
 
+    kind: ClassVar[str] = "CprState"
     data: Data
     offset: int = 0
     entries: list[Entry] = field(default_factory=list)
     devices: list[Device] = field(default_factory=list)
     flaws: list[Flaw] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
+    def select(self, selected: Callable[[str], bool]) -> int:
+        """Keeps what has a name that is `selected`; returns how many."""
+        self.entries = [entry for entry in self.entries if selected(entry.name)]
+        self.devices = [device for device in self.devices if selected(device.name)]
+        return len(self.entries) + len(self.devices)
+
+    def to_json(self, with_fields: bool) -> dict[str, Any]:
         return {
-            "kind": KIND,
+            "kind": self.kind,
             "size": len(self.data) - self.offset,
             "entries": [entry.to_json() for entry in self.entries],
             "vfio_devices": [vars(device) for device in self.devices],
@@ -107,14 +110,10 @@ def _take(state: State, cursor: Cursor) -> None:
 def _take_subsection(state: State, cursor: Cursor) -> None:
     begin = cursor.offset
     cursor.enter(f"the subsection '{VMSTATE_VFIO_DEVICES.name}'")
-    header = cursor.peek(_SUBSECTION_HEADER_SIZE)
-    if _SUBSECTION_BEGINS.startswith(header[: len(_SUBSECTION_BEGINS)]):
-        cursor.skip(_SUBSECTION_HEADER_SIZE)
-        cursor.offset = begin
     found: dict = {}
     VMSTATE_CPR_STATE.decode_subsections(cursor, found)
     if VMSTATE_VFIO_DEVICES.name in found:
-        again = Cursor(cursor.data, begin + _SUBSECTION_HEADER_SIZE)
+        again = Cursor(cursor.data, begin + _HEADER_SIZE)
         for offset, each in _elements(again, VMSTATE_VFIO_DEVICE, "the entry of a device"):
             name = _name(state, offset, each["name"])
             ids = each["devid"], each["ioas_id"], each["hwpt_id"]

@@ -64,8 +64,15 @@ class Cursor:
         self.offset += size
 
     def peek(self, size: int) -> bytes:
-        """Up to `size` bytes, without taking them; fewer only at the end of the file."""
-        return self.data[self.offset : self.offset + size]
+        """`size` bytes, or for 1 maybe none at the end of the file, without taking them.
+
+        Raises EndOfStream for more than one that are not there: a loader lets the header of a
+        subsection pass that is cut, and stumbles later.
+        """
+        begin = self.offset
+        self.skip(size if size > 1 else 0)
+        self.offset = begin
+        return self.data[begin : begin + size]
 
     def integer(self, size: int) -> int:
         """A big-endian unsigned integer of `size` bytes."""

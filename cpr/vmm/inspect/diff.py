@@ -6,7 +6,7 @@ depends on them.  Of several entries with one name and id the first counts, as f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from cpr.errors import CprError
@@ -15,13 +15,12 @@ from cpr.vmm.inspect.cpr_state import Device, Entry, State
 from cpr.vmm.inspect.cursor import Data
 from cpr.vmm.inspect.ram import NO_PLACE, ZERO_PAGE, Block
 from cpr.vmm.inspect.stream import STATE_KINDS, Item, Stream
-from cpr.vmm.inspect.text import scalar
+from cpr.vmm.inspect.text import printable, scalar
 from cpr.vmm.inspect.values import Content, Value, leaves, plain
 
 DESCRIPTOR_ATTRIBUTES = ("target", "inode", "size", "seals", "cloexec")
 PAGES_NAMED = 8  # of those that differ
 
-Selected = Callable[[str], bool]
 T = TypeVar("T")
 
 
@@ -34,71 +33,66 @@ class Difference(NamedTuple):
     text: str
 
 
-def compare(a: object, b: object, selected: Selected) -> list[Difference]:
-    """The differences of entries or sections whose name is `selected`.
-
-    Raises CprError for two files that are not of one kind.
-    """
+def compare(a: object, b: object) -> list[Difference]:
+    """The differences.  Raises CprError for two files that are not of one kind."""
     if isinstance(a, State) and isinstance(b, State):
-        return list(_states(a, b, selected))
+        return list(_states(a, b))
     if isinstance(a, Stream) and isinstance(b, Stream):
-        return list(_streams(a, b, selected))
+        return list(_streams(a, b))
     raise CprError("only two CPR states, or two migration streams, can be compared")
 
 
-def _states(a: State, b: State, selected: Selected) -> Iterator[Difference]:
-    for where, x, y in _pairs(_entries(a, selected), _entries(b, selected)):
+def _states(a: State, b: State) -> Iterator[Difference]:
+    for where, x, y in _pairs(_entries(a), _entries(b)):
         if x is None or y is None:
             yield _only(where, x and x.fd, y and y.fd)
             continue
         yield from _attributes(where, x, y, ("fd",))
         if x.descriptor is not None and y.descriptor is not None:
             yield from _attributes(where, x.descriptor, y.descriptor, DESCRIPTOR_ATTRIBUTES)
-    for where, x, y in _pairs(_devices(a, selected), _devices(b, selected)):
-        if x is None or y is None:
-            yield _only(where, x and x.devid, y and y.devid)
+    for where, v, w in _pairs(_devices(a), _devices(b)):
+        if v is None or w is None:
+            yield _only(where, v and v.devid, w and w.devid)
         else:
-            yield from _attributes(where, x, y, ("devid", "ioas_id", "hwpt_id"))
+            yield from _attributes(where, v, w, ("devid", "ioas_id", "hwpt_id"))
 
 
-def _entries(state: State, selected: Selected) -> dict[str, Entry]:
-    entries = reversed([each for each in state.entries if selected(each.name)])
-    found = {f"entry '{each.name}' id {each.id}": each for each in entries}
-    return dict(reversed(found.items()))
+def _entries(state: State) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    for entry in state.entries:
+        entries.setdefault(f"entry '{entry.name}' id {entry.id}", entry)
+    return entries
 
 
-def _devices(state: State, selected: Selected) -> dict[str, Device]:
-    return {f"VFIO device '{e.name}'": e for e in state.devices if selected(e.name)}
+def _devices(state: State) -> dict[str, Device]:
+    return {f"VFIO device '{device.name}'": device for device in state.devices}
 
 
-def _attributes(
-    where: str, a: object, b: object, names: tuple[str, ...]
-) -> Iterator[Difference]:
+def _attributes(where: str, a: object, b: object, names: tuple[str, ...]) -> Iterator[Difference]:
     for name in names:
         x, y = getattr(a, name), getattr(b, name)
         if x != y:
-            yield _changed(f"{where} {name}", x, y, str(x), str(y))
+            yield _changed(f"{where} {name}", x, y, _word(x), _word(y))
 
 
-def _streams(a: Stream, b: Stream, selected: Selected) -> Iterator[Difference]:
-    for where, xs, ys in _pairs(_items(a, selected), _items(b, selected)):
+def _streams(a: Stream, b: Stream) -> Iterator[Difference]:
+    for where, xs, ys in _pairs(_items(a), _items(b)):
         if xs is None or ys is None:
             yield _only(where, xs and len(xs), ys and len(ys))
         else:
             yield from _sections(where, (a.data, xs), (b.data, ys))
-    if selected("ram"):
-        for where, x, y in _pairs(_blocks(a), _blocks(b)):
-            if x is None or y is None:
-                yield _only(where, x and x.used_length, y and y.used_length)
-            else:
-                yield from _block(where, (a.data, x), (b.data, y))
+    for where, x, y in _pairs(_blocks(a), _blocks(b)):
+        if x is None or y is None:
+            yield _only(where, x and x.used_length, y and y.used_length)
+        else:
+            yield from _block(where, (a.data, x), (b.data, y))
 
 
-def _items(stream: Stream, selected: Selected) -> dict[str, list[Item]]:
+def _items(stream: Stream) -> dict[str, list[Item]]:
     """The items that hold any state, in groups: the START, PARTs and END of a section are one."""
     groups: dict[str, list[Item]] = {}
     for item in stream.items:
-        if item.kind in STATE_KINDS and selected(item.name):
+        if item.kind in STATE_KINDS:
             groups.setdefault(item.key, []).append(item)
     return groups
 
@@ -150,7 +144,10 @@ def _blocks(stream: Stream) -> dict[str, Block]:
 
 def _block(where: str, a: tuple[Data, Block], b: tuple[Data, Block]) -> Iterator[Difference]:
     (a_data, x), (b_data, y) = a, b
-    yield from _attributes(where, x, y, ("used_length", "address"))
+    yield from _attributes(where, x, y, ("used_length",))
+    if x.address is not None and y.address is not None and x.address != y.address:
+        addresses = hex(x.address), hex(y.address)
+        yield _changed(f"{where} address", x.address, y.address, *addresses)
     pages = [
         offset
         for offset in sorted(x.places.keys() | y.places.keys())
@@ -180,12 +177,19 @@ def _only(where: str, a: Any, b: Any) -> Difference:
     return Difference(where, a, b, f"{where} is only in {'B' if a is None else 'A'}")
 
 
+def _word(value: Any) -> str:
+    return ",".join(value) or "none" if isinstance(value, tuple) else str(value)
+
+
 def _changed(where: str, a: Any, b: Any, a_text: str, b_text: str) -> Difference:
     return Difference(where, a, b, f"{where} is {a_text} in A and {b_text} in B")
 
 
 def _bytes(where: str, a: bytes, b: bytes) -> Difference:
-    if len(a) != len(b):
+    a_text, b_text = printable(a), printable(b)
+    if a_text and b_text:
+        text = f'{where} is "{a_text}" in A and "{b_text}" in B'
+    elif len(a) != len(b):
         text = f"{where} is {len(a)} bytes long in A and {len(b)} in B"
     else:
         places = [i for i in range(len(a)) if a[i] != b[i]]

@@ -22,7 +22,7 @@ REMEDY = "it can be looked at as root, or as the user who owns it"
 class Descriptor:
     """A descriptor of another process: size and offset in bytes, `target` as /proc names it.
 
-    `seals` is None for what cannot be sealed.
+    `seals` is None for what cannot be sealed, `written` when the file was, in ns since 1970.
     """
 
     fd: int
@@ -32,6 +32,7 @@ class Descriptor:
     seals: tuple[str, ...] | None
     cloexec: bool
     offset: int
+    written: int
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "seals": None if self.seals is None else list(self.seals)}
@@ -66,6 +67,7 @@ class Process:
             self._seals(fd, status.st_mode),
             bool(int(info["flags"], 8) & os.O_CLOEXEC),
             int(info["pos"]),
+            status.st_mtime_ns,
         )
 
     def descriptors(self) -> list[Descriptor]:
@@ -79,7 +81,7 @@ class Process:
     def states(self) -> list[Descriptor]:
         """The memfds of a CPR state, the one written last first."""
         found = [each for each in self.descriptors() if _is_named(each, STATE_TARGET)]
-        return sorted(found, key=lambda each: -os.stat(self.path(each.fd)).st_mtime_ns)
+        return sorted(found, key=lambda each: each.written, reverse=True)
 
     def shared_memory(self) -> list[Descriptor]:
         """The memfds and shared memory files: what an update could preserve."""

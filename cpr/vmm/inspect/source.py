@@ -9,8 +9,9 @@ import shutil
 import stat
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 from cpr.errors import CprError
 from cpr.state import cpr_state
@@ -18,14 +19,14 @@ from cpr.state import stream as framing
 from cpr.vmm.inspect import cpr_state as states
 from cpr.vmm.inspect import stream as streams
 from cpr.vmm.inspect.cpr_state import State
-from cpr.vmm.inspect.cursor import Cursor, Data, Flaw
+from cpr.vmm.inspect.cursor import Data, Flaw
 from cpr.vmm.inspect.process import Process
 from cpr.vmm.inspect.stream import Stream
 
 STDIN = "-"
 MAGICS = {
-    cpr_state.MAGIC.to_bytes(4, "big"): states.KIND,
-    framing.MAGIC.to_bytes(4, "big"): streams.KIND,
+    cpr_state.MAGIC.to_bytes(4, "big"): State.kind,
+    framing.MAGIC.to_bytes(4, "big"): Stream.kind,
 }
 MAPPED_FROM = 16 << 20  # bytes; smaller files are read, and cannot shrink under the reader's feet
 PROC_FD = re.compile(r"/proc/(\d+)/fd/\d+")
@@ -35,12 +36,19 @@ PROC_FD = re.compile(r"/proc/(\d+)/fd/\d+")
 class Unknown:
     """A file that is neither a CPR state nor a migration stream."""
 
+    kind: ClassVar[None] = None
     data: Data
     offset: int
     flaws: list[Flaw]
 
-    def to_json(self) -> dict[str, object]:
-        return {"kind": None, "size": len(self.data) - self.offset}
+    def select(self, selected: Callable[[str], bool]) -> int:
+        return 0
+
+    def to_json(self, with_fields: bool) -> dict[str, object]:
+        return {"kind": self.kind, "size": len(self.data) - self.offset}
+
+
+Found = State | Stream | Unknown
 
 
 @dataclass
@@ -76,11 +84,11 @@ def open_source(operand: str) -> Source:
         found = process.states()
         if not found:
             raise NoState(process)
-        label = f"process {operand}, descriptor {found[0].fd}"
-        if len(found) > 1:
-            others = ", ".join(str(each.fd) for each in found[1:])
-            label += f" (the last one written; older ones: {others})"
-        return Source(label, _read(process.path(found[0].fd)), process)
+        state, *older = found
+        label = f"process {operand} descriptor {state.fd} inode {state.inode}"
+        if older:
+            label += f" (the one written last; there is also {', '.join(str(e.fd) for e in older)})"
+        return Source(label, _read(process.path(state.fd)), process)
     match = PROC_FD.fullmatch(operand)
     return Source(operand, _read(operand), Process(int(match[1])) if match else None)
 
@@ -91,11 +99,11 @@ def inspect(source: Source, offset: int = 0, keep_places: bool = False) -> State
     Raises CprError only where the process of `source` cannot be looked at.
     """
     data = source.data
-    magic = Cursor(data, offset).peek(4)
+    magic = data[offset : offset + 4]
     kind = MAGICS.get(magic)
-    if kind == states.KIND:
+    if kind == State.kind:
         return states.inspect(data, offset, source.process)
-    if kind == streams.KIND:
+    if kind == Stream.kind:
         return streams.inspect(data, offset, keep_places)
     if offset >= len(data):
         flaw = Flaw(len(data), "the file is empty" if not data else "the file ends before")
@@ -126,8 +134,8 @@ def _copy(file: BinaryIO) -> Data:
     """All of a pipe, in a file that goes away by itself, since it may hold all of a guest's RAM."""
     with tempfile.TemporaryFile() as spool:
         shutil.copyfileobj(file, spool)
-        size = spool.tell()
-        return mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        spool.flush()
+        return mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) if spool.tell() else b""
 
 
 def _variable(process: Process) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
+from uuid import UUID
 
 from cpr.errors import StateError
 from cpr.state import ram_section
@@ -20,7 +22,6 @@ from cpr.vmm.inspect.cursor import Cursor, Damage, Data, Flaw
 from cpr.vmm.inspect.ram import Block, RamWalker
 from cpr.vmm.inspect.values import Value
 
-KIND = "migration stream"
 SECTION_KINDS = {
     framing.START: "START",
     framing.PART: "PART",
@@ -86,6 +87,7 @@ class Item:
 class Stream:
     """What an inspection of a migration stream has found, up to its first flaw."""
 
+    kind: ClassVar[str] = "migration stream"
     data: Data
     offset: int = 0
     configuration: Configuration | None = None
@@ -93,13 +95,20 @@ class Stream:
     blocks: dict[str, Block] = field(default_factory=dict)
     flaws: list[Flaw] = field(default_factory=list)
 
+    def select(self, selected: Callable[[str], bool]) -> int:
+        """Keeps the items whose name is `selected`; returns how many."""
+        self.items = [item for item in self.items if selected(item.name)]
+        if not selected(ram_section.IDSTR):
+            self.blocks = {}
+        return len(self.items)
+
     def to_json(self, with_fields: bool) -> dict[str, Any]:
-        head: dict[str, Any] = {"kind": KIND, "size": len(self.data) - self.offset}
+        head: dict[str, Any] = {"kind": self.kind, "size": len(self.data) - self.offset}
         if self.configuration is not None:
             uuid = self.configuration.uuid
             head["machine"] = self.configuration.machine
             head["capabilities"] = list(self.configuration.capabilities)
-            head["uuid"] = uuid.hex() if uuid else None
+            head["uuid"] = str(UUID(bytes=uuid)) if uuid else None
         head["items"] = [item.to_json(with_fields) for item in self.items]
         head["ram"] = [block.to_json() for block in self.blocks.values()]
         return head
@@ -246,6 +255,7 @@ class _Parser:
         if device is None or kind in (framing.PART, framing.END):
             self._find_footer(item)
         else:
+            _check_version(item, device)
             item.fields = _decode(self.cursor, device)
 
     def _find_footer(self, item: Item) -> None:
@@ -259,7 +269,7 @@ class _Parser:
 
     def _may_begin(self, offset: int) -> bool:
         """Whether an item could begin at `offset`, as far as there is one."""
-        header = Cursor(self.cursor.data, offset).peek(6)
+        header = self.cursor.data[offset : offset + 6]
         kind = header[0] if header else framing.EOF
         if kind in (framing.START, framing.FULL):
             name = self.cursor.data[offset + 6 : offset + 6 + header[-1]] if header[5:] else b"?"
@@ -301,6 +311,16 @@ class _Parser:
 def _footer(item: Item) -> bytes:
     assert item.section_id is not None
     return bytes([framing.FOOTER]) + item.section_id.to_bytes(4, "big")
+
+
+def _check_version(item: Item, device: dict) -> None:
+    described = device.get("version", item.version_id)  # there is none for some old devices
+    if described != item.version_id:
+        raise Damage(
+            item.body_offset - 4,
+            f"section {item.section_id} '{item.name}' has version {item.version_id}, "
+            f"but is described as version {described}",
+        )
 
 
 def _decode(cursor: Cursor, device: dict) -> list[Value]:

@@ -4,70 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from uuid import UUID
 
-from cpr.vmm.inspect import cpr_state, stream
 from cpr.vmm.inspect.cpr_state import State
 from cpr.vmm.inspect.process import Descriptor
+from cpr.vmm.inspect.source import Found
 from cpr.vmm.inspect.stream import Item, Stream
 from cpr.vmm.inspect.values import Content, Value, is_signed, leaves
 
 WIDTH = 72  # of the values of one field, in characters
 BYTES_PER_LINE = 32
-RIGHT = frozenset({"SIZE", "BODY", "USED LENGTH", "ID", "FD", "INODE", "OFFSET", "VERSION", "INST"})
+PAGES = ("NORMAL PAGES", "ZERO PAGES", "XBZRLE PAGES")
+RIGHT = frozenset(
+    {"BODY", "FD", "ID", "INODE", "INST", "OFFSET", "SIZE", "USED LENGTH", "VERSION", *PAGES}
+)
 DESCRIPTOR_COLUMNS = ("INODE", "SIZE", "SEALS", "CLOEXEC", "FILE")
 
 
-def show_state(state: State) -> Iterator[str]:
-    yield f"{cpr_state.KIND}, {plain_size(len(state.data) - state.offset)}"
-    if state.entries:
-        yield ""
-        known = any(entry.descriptor for entry in state.entries)
-        columns = DESCRIPTOR_COLUMNS if known else ()
-        rows = []
-        for entry in state.entries:
-            row = [hex(entry.offset), entry.name, str(entry.id), str(entry.fd)]
-            if known:
-                row += _descriptor(entry.descriptor)
-            rows.append(row)
-        yield from table(("OFFSET", "NAME", "ID", "FD", *columns), rows)
-    else:
-        yield "no descriptors"
-    if state.devices:
-        yield ""
-        yield from table(
-            ("OFFSET", "VFIO DEVICE", "DEVID", "IOAS", "HWPT"),
-            [
-                [hex(each.offset), each.name, str(each.devid), str(each.ioas_id), str(each.hwpt_id)]
-                for each in state.devices
-            ],
-        )
+def show(label: str, found: Found, with_fields: bool) -> Iterator[str]:
+    """Lines about `found`, which was read from `label`."""
+    yield f"{label}: {found.kind or 'unknown'}, {plain_size(len(found.data) - found.offset)}"
+    if isinstance(found, State):
+        yield from _state(found)
+    elif isinstance(found, Stream):
+        yield from _stream(found, with_fields)
 
 
 def show_descriptors(descriptors: list[Descriptor]) -> Iterator[str]:
     rows = [[str(each.fd), *_descriptor(each)] for each in descriptors]
     yield from table(("FD", *DESCRIPTOR_COLUMNS), rows)
-
-
-def show_stream(found: Stream, items: list[Item], with_fields: bool) -> Iterator[str]:
-    """`items` are those of the stream that are to be shown."""
-    yield f"{stream.KIND}, {plain_size(len(found.data) - found.offset)}"
-    if found.configuration is not None:
-        yield f"machine {found.configuration.machine}"
-        yield f"capabilities {', '.join(found.configuration.capabilities) or 'none'}"
-        if found.configuration.uuid is not None:
-            yield f"uuid {found.configuration.uuid.hex()}"
-    yield ""
-    columns = ("OFFSET", "SIZE", "KIND", "ID", "NAME", "INST", "VERSION", "BODY", "CONTENT")
-    yield from table(columns, [_item(item) for item in items])
-    if found.blocks:
-        yield ""
-        yield from _blocks(found)
-    if with_fields:
-        for item in items:
-            if item.fields:
-                yield ""
-                yield f"{item.key}, offset {item.offset:#x}"
-                yield from _fields(item.fields)
 
 
 def plain_size(size: int) -> str:
@@ -107,13 +72,61 @@ def scalar(value: object, kind: str = "") -> str:
     return str(value)
 
 
+def _state(state: State) -> Iterator[str]:
+    if state.entries:
+        yield ""
+        known = any(entry.descriptor for entry in state.entries)
+        columns = DESCRIPTOR_COLUMNS if known else ()
+        rows = []
+        for entry in state.entries:
+            row = [hex(entry.offset), entry.name, str(entry.id), str(entry.fd)]
+            if known:
+                row += _descriptor(entry.descriptor)
+            rows.append(row)
+        yield from table(("OFFSET", "NAME", "ID", "FD", *columns), rows)
+    else:
+        yield "no descriptors"
+    if state.devices:
+        yield ""
+        yield from table(
+            ("OFFSET", "VFIO DEVICE", "DEVID", "IOAS", "HWPT"),
+            [
+                [hex(each.offset), each.name, str(each.devid), str(each.ioas_id), str(each.hwpt_id)]
+                for each in state.devices
+            ],
+        )
+
+
+def _stream(found: Stream, with_fields: bool) -> Iterator[str]:
+    if found.configuration is not None:
+        yield f"machine {found.configuration.machine}"
+        yield f"capabilities {', '.join(found.configuration.capabilities) or 'none'}"
+        if found.configuration.uuid is not None:
+            yield f"uuid {UUID(bytes=found.configuration.uuid)}"
+    yield ""
+    columns = ("OFFSET", "SIZE", "KIND", "ID", "NAME", "INST", "VERSION", "BODY", "CONTENT")
+    yield from table(columns, [_item(item) for item in found.items])
+    if found.blocks:
+        yield ""
+        yield from _blocks(found)
+    if with_fields:
+        for item in found.items:
+            if item.fields:
+                yield ""
+                yield f"{item.key}, offset {item.offset:#x}"
+                yield from _fields(item.fields)
+
+
+def printable(value: bytes) -> str | None:
+    """The text that `value` is, without NULs at its end, or None if it is not one."""
+    raw = value.rstrip(b"\0")
+    return raw.decode() if raw.isascii() and raw.decode().isprintable() else None
+
+
 def _descriptor(descriptor: Descriptor | None) -> list[str]:
     if descriptor is None:
         return ["", "", "", "", "not open"]
-    if descriptor.seals is None:
-        seals = ""
-    else:
-        seals = ",".join(descriptor.seals) or "none"
+    seals = "" if descriptor.seals is None else ",".join(descriptor.seals) or "none"
     return [
         str(descriptor.inode),
         f"{descriptor.size} ({readable(descriptor.size)})",
@@ -145,8 +158,7 @@ def _blocks(found: Stream) -> Iterator[str]:
         size = f"{block.used_length} ({readable(block.used_length)})"
         pages = [str(block.normal), str(block.zero), str(block.xbzrle)]
         rows.append([block.idstr, size, address, *pages])
-    columns = ("RAM BLOCK", "USED LENGTH", "ADDRESS", "NORMAL PAGES", "ZERO PAGES", "XBZRLE PAGES")
-    yield from table(columns, rows)
+    yield from table(("RAM BLOCK", "USED LENGTH", "ADDRESS", *PAGES), rows)
 
 
 def _fields(values: list[Value]) -> Iterator[str]:
@@ -175,11 +187,9 @@ def _lines(value: Content, kind: str) -> list[str]:
 
 def _dump(value: bytes) -> list[str]:
     """Bytes in hex, a text and its NULs as such; lines alike are said once."""
-    text = value.rstrip(b"\0")
-    if not text:
-        return [f"{len(value)} zero bytes"]
-    if text.isascii() and text.decode().isprintable():
-        return [f'"{text.decode()}" in {len(value)} bytes']
+    text = printable(value)
+    if text is not None:
+        return [f'"{text}" in {len(value)} bytes' if text else f"{len(value)} zero bytes"]
     begins = range(0, len(value), BYTES_PER_LINE)
     pieces = [value[begin : begin + BYTES_PER_LINE].hex(" ", -4) for begin in begins]
     lines = []

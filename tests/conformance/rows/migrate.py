@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from typing import Any
 
-from ..match import has, like
+from ..match import like
 from ..row import Row, Step, Steps, step
 from ..steps import (
     DEFER,
@@ -29,6 +29,7 @@ from ..steps import (
     qmp,
     refused,
     running,
+    start,
     status,
     survives,
     talk,
@@ -44,6 +45,14 @@ POSTMIGRATE = "Can't migrate the vm that was paused due to previous migration"
 INCOMPATIBLE = (
     "Memory region ram0 is not compatible with CPR. share=on is required for memory-backend "
     "objects, and aux-ram-share=on is required."
+)
+IN_RAM = (
+    "load of migration failed: Invalid argument: error while loading state for instance 0x0 of "
+    "device 'ram': Failed to load vmstate version_id: 4, ret: -22"
+)
+ACCEPTED = (
+    "4: mapped-ram, x-ignore-shared, validate-uuid, auto-converge, xbzrle, release-ram, "
+    "late-block-activate"
 )
 NO_CHANCE = ["/nonexistent"]
 """A command that cannot be executed: should `migrate` come that far, the guest still lives."""
@@ -123,26 +132,44 @@ def no_cpr(names: str, text: str) -> Row:
     )
 
 
-def with_capability(name: str) -> Row:
-    """A capability that makes no difference: the exec happens."""
-    both = name in ("x-ignore-shared", "mapped-ram")
-    new_side = [
-        connect(),
-        comes_to("inmigrate"),
-        capabilities(name) if both else [],
-        qmp("migrate-incoming", {"uri": FILE}, {}),
-        survives(),
-    ]
+def with_capability(name: str, *new_side: Step, **ends: Steps) -> Row:
+    """A capability that makes no difference: the exec happens, and the guest goes on.
+
+    `new_side` are steps that the new image needs for that; `ends` other expectations of the end.
+    """
     return Row(
         f"migrate-with-{name}",
-        "4: mapped-ram, x-ignore-shared, validate-uuid, auto-converge, xbzrle, release-ram, "
-        "late-block-activate",
+        ACCEPTED,
         boot(),
         counting(),
         capabilities("events", name),
         new_command(DEFER),
         talk("migrate", {"uri": FILE}, *EXEC),
-        new_side,
+        connect(),
+        comes_to("inmigrate"),
+        *new_side,
+        qmp("migrate-incoming", {"uri": FILE}, {}),
+        *([] if ends else survives()),
+        **ends,
+    )
+
+
+def capability_on_one_side(name: str) -> Row:
+    """A capability that is in the stream and not set on the new side: the guest is lost."""
+    return Row(
+        f"migrate-with-{name}-on-one-side",
+        ACCEPTED,
+        boot(),
+        counting(),
+        capabilities(name),
+        new_command(),
+        qmp("migrate", {"uri": FILE}, {}),
+        exits(
+            1,
+            f"Capability {name} is off, but received capability is on",
+            "load of migration failed: Invalid argument: post load hook failed for: configuration, "
+            "version_id: 1, minimum_version: 0: Failed to validate capabilities",
+        ),
     )
 
 
@@ -161,10 +188,14 @@ def order(id: str, *steps: Steps) -> Row:
     return Row(f"order-{id}", "4: order of checks at `migrate`", *steps)
 
 
-IVSHMEM = (
-    "-chardev socket,id=iv,path=$dir/iv.sock,server=on,wait=off "
-    "-device ivshmem-plain,memdev=shm0 -object memory-backend-memfd,id=shm0,size=1M,share=on"
-)
+IVSHMEM = "-object memory-backend-memfd,id=shm0,size=1M,share=on -device ivshmem-plain,memdev=shm0"
+NVME = "-device nvme,serial=1"
+PEER = "Migration is disabled when using feature 'peer mode' in device 'ivshmem'"
+
+def no_such_device(device: str) -> str:
+    """What is said of a device that this VMM does not have."""
+    return f"-device {device}: '{device.partition(',')[0]}' is not a valid device model name"
+
 
 ROWS = [
     at_once(
@@ -348,11 +379,18 @@ ROWS = [
         MULTI_CHANNEL,
         capabilities("multifd"),
     ),
+    with_capability(
+        "mapped-ram",
+        capabilities("mapped-ram"),
+        qemu=[exits(1, like(r"\(ram0\) failed to read page .*"), IN_RAM)],
+        cpr=[survives()],
+    ),
+    with_capability("x-ignore-shared", capabilities("x-ignore-shared")),
+    capability_on_one_side("mapped-ram"),
+    capability_on_one_side("x-ignore-shared"),
     *(
         with_capability(name)
         for name in (
-            "mapped-ram",
-            "x-ignore-shared",
             "validate-uuid",
             "auto-converge",
             "xbzrle",
@@ -377,10 +415,22 @@ ROWS = [
         qemu=[
             boot(guest(IVSHMEM)),
             parameters(mode="cpr-exec", cpr_exec_command=NO_CHANCE),
-            refused("migrate", {"uri": FILE}, like("Migration is disabled when using feature .*")),
-            migration({"blocked-reasons": [like("Migration is disabled .*")]}),
+            refused("migrate", {"uri": FILE}, PEER),
+            migration({"blocked-reasons": [PEER]}),
             running(),
         ],
+        cpr=[start(guest(IVSHMEM)), exits(1, no_such_device("ivshmem-plain,memdev=shm0"))],
+    ),
+    Row(
+        "migrate-nvme",
+        "4: -device nvme",
+        qemu=[
+            boot(guest(NVME)),
+            new_command(),
+            qmp("migrate", {"uri": FILE}, {}),
+            exits(CRASHED),
+        ],
+        cpr=[start(guest(NVME)), exits(1, no_such_device("nvme,serial=1"))],
     ),
     Row(
         "migrate-private-ram",
@@ -478,4 +528,3 @@ ROWS = [
         ),
     ),
 ]
-_ = has

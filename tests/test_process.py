@@ -1,0 +1,113 @@
+"""The process around a VMM: -pidfile, -daemonize, signals, names, and a second start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from waiting import wait_for
+
+from benchmarks.vm import VMM, Qmp
+
+ARGUMENTS = (
+    *("-nodefaults", "-display", "none", "-m", "16M"),
+    *("-object", "memory-backend-memfd,id=ram0,size=16M,share=on"),
+    *("-machine", "pc,memory-backend=ram0,aux-ram-share=on"),
+    *("-drive", "file=examples/build/heartbeat.img,format=raw,if=floppy"),
+)
+
+
+def test_pidfile_is_there_over_updates_and_gone_at_the_end(start, accel, tmp_path):
+    path = tmp_path / "vmm.pid"
+    vm = start("-accel", accel, *ARGUMENTS, "-pidfile", str(path))
+    assert path.read_text() == f"{vm.pid}\n"
+    vm.update()
+    wait_for(lambda: path.read_text() == f"{vm.pid}\n", "the new image writes it again")
+    vm.qmp.send("quit")
+    vm.process.wait(10)
+    assert not path.exists()
+
+
+def test_a_pidfile_in_use_is_refused(start, accel, tmp_path):
+    path = tmp_path / "vmm.pid"
+    start("-accel", accel, *ARGUMENTS, "-pidfile", str(path))
+    second = subprocess.run(
+        [*VMM, "-accel", accel, *ARGUMENTS, "-pidfile", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert second.returncode == 1
+    assert f"Cannot lock '{path}': Resource temporarily unavailable" in second.stderr
+
+
+def connect(path):
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return Qmp(path)
+        except (OSError, ValueError):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+
+def test_daemonize_returns_when_it_is_up_and_updates_keep_the_pid(guests, accel, tmp_path):
+    pidfile, path = tmp_path / "pid", str(tmp_path / "qmp.sock")
+    monitor = ("-qmp", f"unix:{path},server=on,wait=off")
+    command = [*VMM, "-accel", accel, *ARGUMENTS, "-daemonize", "-pidfile", str(pidfile), *monitor]
+    subprocess.run(command, check=True, timeout=30, stdin=subprocess.DEVNULL)
+    pid = int(pidfile.read_text())
+    try:
+        qmp = connect(path)
+        assert qmp.command("query-status")["running"]
+        assert os.getsid(pid) != os.getsid(0)
+        qmp.command("cpr-exec")
+        qmp.wait_closed()
+        qmp = connect(path)
+        assert qmp.command("query-status")["running"]
+        assert int(pidfile.read_text()) == pid
+        qmp.send("quit")
+        qmp.wait_closed()
+        wait_for(lambda: not os.path.exists(f"/proc/{pid}"), "the daemon ends")
+    finally:
+        if os.path.exists(f"/proc/{pid}"):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_daemonize_tells_of_a_failed_start(guests, accel):
+    command = [*VMM, "-accel", accel, *ARGUMENTS[:-1], "file=/nonexistent", "-daemonize"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    assert "Could not open '/nonexistent'" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_end_it_in_order(start, accel, number):
+    vm = start("-accel", accel, *ARGUMENTS)
+    vm.process.send_signal(number)
+    vm.qmp.wait_closed()
+    shutdown = [event["data"] for event in vm.qmp.events if event["event"] == "SHUTDOWN"]
+    assert shutdown == [{"guest": False, "reason": "host-signal"}]
+    assert vm.process.wait(10) == 0
+
+
+def test_process_name_is_kept_over_an_update(start, accel):
+    vm = start("-accel", accel, *ARGUMENTS, "-name", "guest=g,process=my-guest")
+
+    def name() -> str:
+        with open(f"/proc/{vm.pid}/comm") as file:
+            return file.read().strip()
+
+    assert name() == "my-guest"
+    vm.update()
+    wait_for(lambda: name() == "my-guest", "the new image has the name again")
+
+
+@pytest.mark.parametrize("option", ["-help", "-version"])
+def test_help_and_version_go_to_stdout(option):
+    done = subprocess.run([*VMM, option], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "cpr-vmm" in done.stdout
