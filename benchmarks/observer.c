@@ -23,6 +23,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -47,15 +48,17 @@ static int stdin_closed(void)
 
 static const volatile uint32_t *map_counter(const char *path, uint64_t offset)
 {
-    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-    uint64_t start = offset / page * page;
     int fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat status;
+    uint64_t page, start;
     char *base;
 
-    if (fd < 0) {
+    if (fd < 0 || fstat(fd, &status) < 0) {
         fprintf(stderr, "observer: %s: %s\n", path, strerror(errno));
         return NULL;
     }
+    page = (uint64_t)status.st_blksize; /* the page size, huge pages included */
+    start = offset / page * page;
     base = mmap(NULL, page, PROT_READ, MAP_SHARED, fd, (off_t)start);
     close(fd);
     if (base == MAP_FAILED) {

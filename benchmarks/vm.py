@@ -86,20 +86,27 @@ class Qmp:
 
 
 class Vm:
-    """One VMM process with a QMP socket; a context manager that ends it."""
+    """One VMM process with a QMP socket; a context manager that ends it.
 
-    def __init__(self, *arguments: str, command: list[str] | None = None, **popen: Any) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="cpr-vm-")
+    `command` is another VMM's, such as QEMU's; `root` is the folder that it has as its root.
+    """
+
+    def __init__(
+        self, *arguments: str, command: list[str] | None = None, root: str = "", **popen: Any
+    ) -> None:
+        folder = f"{root}/tmp" if root else None
+        self._directory = tempfile.TemporaryDirectory(prefix="cpr-vm-", dir=folder)
         self.directory = Path(self._directory.name)
         self.socket = str(self.directory / "qmp.sock")
-        qmp = ["-qmp", f"unix:{self.socket},server=on,wait=off"]
+        qmp = ["-qmp", f"unix:{self.socket.removeprefix(root)},server=on,wait=off"]
+        self.words = [*(command or VMM), *arguments, *qmp]
         self.stderr_path = self.directory / "stderr"
         popen.setdefault("stdin", subprocess.DEVNULL)
         popen.setdefault("stdout", subprocess.DEVNULL)
         environment = popen.pop("env", os.environ) | {"TMPDIR": str(self.directory)}
         with open(self.stderr_path, "ab") as stderr:
             self.process = subprocess.Popen(
-                [*(command or VMM), *arguments, *qmp],
+                self.words,
                 cwd=popen.pop("cwd", ROOT),
                 stderr=stderr,
                 env=environment,

@@ -15,7 +15,7 @@ from cpr.errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cpr.config import Config, DriveConfig
-    from cpr.ram import GuestMemory
+    from cpr.memory import GuestMemory
 
 SECTOR = 512
 BOOT_ADDRESS = 0x7C00

@@ -12,7 +12,7 @@ from cpr import runstate
 from cpr.bus import IOBus, Region
 from cpr.clock import VirtualClock
 from cpr.errors import CommandError, CprError
-from cpr.ram import GuestMemory
+from cpr.memory import GuestMemory
 from cpr.runstate import RunState
 from cpr.vcpus import VCpuThread
 

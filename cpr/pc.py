@@ -33,8 +33,8 @@ from cpr.devices.serial import PORTS, Serial
 from cpr.devices.system import KvmClock, Timers, VCpuState
 from cpr.errors import ConfigError, CprError
 from cpr.machine import Machine
+from cpr.memory import GuestMemory
 from cpr.ram import (
-    GuestMemory,
     create_aux_block,
     create_backend_block,
     create_default_block,

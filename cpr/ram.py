@@ -1,4 +1,4 @@
-"""Guest RAM: memory backends, RAMBlocks, and the guest-physical address map.
+"""Guest RAM: memory backends and RAMBlocks.
 
 A RAMBlock owns its mapping and its descriptor.  Shared blocks are kept across an exec: their
 descriptor is found in the PreservedFds by the block's idstr instead of made anew, and is saved
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 PAGE_SIZE = 4096
 HUGE_ALIGNMENT = 2 << 20  # so that the kernel can use transparent huge pages
-OFFSET_ALIGNMENT = 64 * PAGE_SIZE  # ram_addr_t granularity of QEMU's ram_list (golden dumps)
 DEFAULT_HUGEPAGE = 2 << 20
 POPULATE_CHUNK = 64 << 20
 
@@ -343,78 +342,3 @@ def populate(block: RAMBlock) -> None:
         if lib.madvise(address, size, lib.MADV_POPULATE_WRITE) < 0:
             raise _no_memory(block, OSError(ffi.errno, os.strerror(ffi.errno)))
         block.populated += size
-
-
-class Section:
-    """[start, start+size) of guest-physical space is `block` from `offset` on."""
-
-    __slots__ = ("block", "name", "offset", "readonly", "size", "start")
-
-    def __init__(
-        self, start: int, size: int, block: RAMBlock, offset: int, readonly: bool, name: str
-    ) -> None:
-        self.start = start
-        self.size = size
-        self.block = block
-        self.offset = offset
-        self.readonly = readonly
-        self.name = name
-
-
-class GuestMemory:
-    """The guest-physical address map of RAM and ROM."""
-
-    def __init__(self) -> None:
-        self.blocks: list[RAMBlock] = []
-        self.sections: list[Section] = []
-        self._next_offset = 0
-
-    def add_block(self, block: RAMBlock) -> RAMBlock:
-        """Takes over `block` and gives it its ram_addr offset."""
-        block.offset = self._next_offset
-        end = block.offset + block.max_length
-        self._next_offset = (end + OFFSET_ALIGNMENT - 1) // OFFSET_ALIGNMENT * OFFSET_ALIGNMENT
-        self.blocks.append(block)
-        return block
-
-    def add_section(
-        self, start: int, size: int, block: RAMBlock, offset: int, readonly: bool, name: str
-    ) -> Section:
-        section = Section(start, size, block, offset, readonly, name)
-        self.sections.append(section)
-        return section
-
-    def find(self, address: int) -> Section | None:
-        """The section that holds guest-physical `address`."""
-        for section in self.sections:
-            if section.start <= address < section.start + section.size:
-                return section
-        return None
-
-    def read(self, address: int, size: int) -> bytes:
-        """Reads guest-physical memory; where there is none, ones, as an open bus reads."""
-        data = bytearray(b"\xff" * size)
-        for position, view in self._spans(address, size):
-            data[position : position + len(view)] = view[:]
-        return bytes(data)
-
-    def write(self, address: int, data: bytes) -> None:
-        """Writes guest-physical memory, ROM included; where there is none, nothing happens."""
-        for position, view in self._spans(address, len(data)):
-            view[:] = data[position : position + len(view)]
-
-    def _spans(self, address: int, size: int) -> list[tuple[int, Any]]:
-        spans = []
-        for section in self.sections:
-            start = max(address, section.start)
-            end = min(address + size, section.start + section.size)
-            if start < end:
-                offset = section.offset + start - section.start
-                spans.append((start - address, section.block.buffer(offset, end - start)))
-        return spans
-
-    def close(self) -> None:
-        for block in self.blocks:
-            block.close()
-        self.blocks = []
-        self.sections = []

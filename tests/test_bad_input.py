@@ -143,7 +143,7 @@ def test_no_kvm_falls_back_where_asked(guests, tmp_path, monkeypatch):
 
 
 def raw_qmp(vm, data):
-    """Sends bytes to a second QMP connection's worth of monitor; returns the answer's first line."""
+    """Sends bytes as they are and returns the first message that comes back."""
     vm.qmp._socket.sendall(data)
     return vm.qmp._read()
 

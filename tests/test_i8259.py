@@ -6,7 +6,8 @@ import pytest
 from described import description_of, golden
 from stepped_platform import SteppedPlatform
 
-from cpr.devices.i8259 import FIELDS, I8259Pair
+from cpr.accel.irqchip import PIC_FIELDS
+from cpr.devices.i8259 import I8259Pair
 
 MASTER, MASTER_DATA, SLAVE, SLAVE_DATA = 0x20, 0x21, 0xA0, 0xA1
 EOI, ROTATE_ON_EOI = 0x20, 0xA0
@@ -242,7 +243,7 @@ def test_in_kernel(platform: SteppedPlatform) -> None:
     pair = make_pair(platform)
     assert not platform.io
     assert set(platform.accel.chips) == {"i8259-0", "i8259-1"}
-    state = dict.fromkeys(FIELDS, 0) | {"imr": 0xFB, "irq_base": 8}
+    state = dict.fromkeys(PIC_FIELDS, 0) | {"imr": 0xFB, "irq_base": 8}
     pair.slave.restore(state)
     assert platform.accel.chips["i8259-1"] == state
     del platform.accel.chips["i8259-1"]["single_mode"]  # KVM has it not

@@ -25,6 +25,7 @@ LAYERS = (
     ("cpr.chardev",),
     ("cpr.accel",),
     ("cpr.pages",),
+    ("cpr.memory",),
     ("cpr.ram",),
     ("cpr.config",),
     ("cpr.state",),

@@ -131,10 +131,11 @@ def test_what_the_new_process_is_given(start, accel, tmp_path):
     dumper = tmp_path / "dumper.py"
     dumper.write_text(DUMPER)
     report = tmp_path / "report"
-    vm = start.guest("heartbeat", accel)
+    folder = os.path.dirname(sys.executable)
+    vm = start.guest("heartbeat", accel, env=os.environ | {"PATH": folder})
     preserved = {str(fd): name for fd, name in vm.descriptors().items() if "memfd" in name}
     parent = os.getpid()
-    prepare(vm, [os.path.basename(sys.executable), str(dumper), str(report), "last word"])
+    prepare(vm, ["python", str(dumper), str(report), "last word"])
     vm.qmp.command("migrate", uri=f"file:{tmp_path}/state")
     vm.qmp.wait_closed()
     assert vm.process.wait(20) == 0

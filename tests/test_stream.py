@@ -32,7 +32,9 @@ from cpr.state.stream import (
 from cpr.state.vmstate import VMStateDescription, decode, i64, u8, unused
 
 KINDS = {START: "START", PART: "PART", SECTION_END: "END", FULL: "FULL"}
-TRANSCRIBED = sorted(path.name.removesuffix(".sections.txt") for path in DATA.glob("*.sections.txt"))
+TRANSCRIBED = sorted(
+    path.name.removesuffix(".sections.txt") for path in DATA.glob("*.sections.txt")
+)
 
 
 def load(stream: bytes, name: str) -> tuple[StreamReader, list[tuple[Section, int, dict | None]]]:

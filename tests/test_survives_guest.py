@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from waiting import wait_for, wait_for_change
@@ -261,7 +262,7 @@ def test_lost_ram_is_refused_before_anything_stops(start, accel):
 def test_no_child_is_left_and_sigterm_ends_it(start, accel):
     vm = start.guest("heartbeat", accel)
     vm.update()
-    children = open(f"/proc/{vm.pid}/task/{vm.pid}/children").read()
-    assert children == ""
+    children = Path(f"/proc/{vm.pid}/task/{vm.pid}/children")
+    wait_for(lambda: children.read_text() == "", "the mm holder is reaped")
     vm.process.send_signal(signal.SIGTERM)
     assert vm.process.wait(10) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cpr._native._cpr import ffi, lib
 from cpr.accel import x86
+from cpr.accel.irqchip import PIC_ELCR_MASKS, PIC_FIELDS
 from cpr.uapi import kvm
 
 TYPE_CHECKING = False
@@ -182,23 +183,8 @@ def _set_events(fd: Fd, data: bytes) -> None:
     fd.ioctl(lib.KVM_SET_VCPU_EVENTS, "KVM_SET_VCPU_EVENTS", events)
 
 
-PIC_FIELDS = (
-    "last_irr",
-    "irr",
-    "imr",
-    "isr",
-    "priority_add",
-    "irq_base",
-    "read_reg_select",
-    "poll",
-    "special_mask",
-    "init_state",
-    "auto_eoi",
-    "rotate_on_auto_eoi",
-    "special_fully_nested_mode",
-    "init4",
-    "elcr",
-)
+# The kernel's PIC has no single mode.
+KERNEL_PIC_FIELDS = tuple(name for name in PIC_FIELDS if name != "single_mode")
 PIT_FIELDS = (
     "count",
     "latched_count",
@@ -246,7 +232,7 @@ def get_chip(vm: Fd, chip: str) -> dict:
             "ioredtbl": [entry.bits for entry in ioapic.redirtbl],
         }
     pic = irqchip.chip.pic
-    return {name: getattr(pic, name) for name in PIC_FIELDS}
+    return {"single_mode": 0} | {name: getattr(pic, name) for name in KERNEL_PIC_FIELDS}
 
 
 def set_chip(vm: Fd, chip: str, state: dict) -> None:
@@ -273,7 +259,7 @@ def set_chip(vm: Fd, chip: str, state: dict) -> None:
             ioapic.redirtbl[i].bits = bits
     else:
         pic = irqchip.chip.pic
-        for name in PIC_FIELDS:
+        for name in KERNEL_PIC_FIELDS:
             setattr(pic, name, state[name])
-        pic.elcr_mask = 0xF8 if chip == "i8259-0" else 0xDE
+        pic.elcr_mask = PIC_ELCR_MASKS[irqchip.chip_id]
     vm.ioctl(lib.KVM_SET_IRQCHIP, "KVM_SET_IRQCHIP", irqchip)

@@ -6,6 +6,7 @@ is on the master's input 2.  The edge/level registers are at 0x4d0 and 0x4d1.
 
 from __future__ import annotations
 
+from cpr.accel.irqchip import PIC_ELCR_MASKS, PIC_FIELDS
 from cpr.devices.base import Device
 from cpr.state.vmstate import VMStateDescription, u8
 
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
 
 PORTS = (0x20, 0xA0)
 ELCR_PORTS = (0x4D0, 0x4D1)
-ELCR_MASKS = (
-    0xF8,
-    0xDE,
-)  # the ISA timer, keyboard, clock and coprocessor are always edge-triggered
 CASCADE = 2
 SPURIOUS = 7
 
@@ -36,25 +33,6 @@ OCW2_EOI, OCW2_SPECIFIC, OCW2_ROTATE = 1, 2, 4
 # What the data port expects, as `init_state` counts.
 READY, NEEDS_ICW2, NEEDS_ICW3, NEEDS_ICW4 = range(4)
 
-FIELDS = (
-    "last_irr",
-    "irr",
-    "imr",
-    "isr",
-    "priority_add",
-    "irq_base",
-    "read_reg_select",
-    "poll",
-    "special_mask",
-    "init_state",
-    "auto_eoi",
-    "rotate_on_auto_eoi",
-    "special_fully_nested_mode",
-    "init4",
-    "single_mode",
-    "elcr",
-)
-
 
 class I8259(Device):
     """One controller: the master (`number` 0) or the slave (1).
@@ -63,7 +41,7 @@ class I8259(Device):
     """
 
     idstr = "i8259"
-    vmstate = VMStateDescription("i8259", 1, 1, tuple(u8(name) for name in FIELDS))
+    vmstate = VMStateDescription("i8259", 1, 1, tuple(u8(name) for name in PIC_FIELDS))
 
     last_irr: int
     irr: int
@@ -113,14 +91,14 @@ class I8259(Device):
 
     def save(self) -> dict:
         if self._platform is not None and self._platform.accel.kernel_irqchip:
-            return {"single_mode": 0, **self._platform.accel.get_irqchip(self._chip)}
+            return self._platform.accel.get_irqchip(self._chip)
         return self._fields()
 
     def restore(self, state: dict) -> None:
         if self._platform is not None and self._platform.accel.kernel_irqchip:
             self._platform.accel.set_irqchip(self._chip, state)
             return
-        for name in FIELDS:
+        for name in PIC_FIELDS:
             setattr(self, name, state[name])
         self._update()
 
@@ -129,11 +107,11 @@ class I8259(Device):
         return f"i8259-{self._number}"
 
     def _fields(self) -> dict:
-        return {name: getattr(self, name) for name in FIELDS}
+        return {name: getattr(self, name) for name in PIC_FIELDS}
 
     def _initialize(self) -> None:
         """What ICW1 does: only the edge/level register and level-triggered requests stay."""
-        for name in FIELDS:
+        for name in PIC_FIELDS:
             if name not in ("irr", "elcr"):
                 setattr(self, name, 0)
         self.irr &= self.elcr
@@ -264,7 +242,7 @@ class I8259(Device):
         return self.elcr
 
     def _write_elcr(self, offset: int, size: int, value: int) -> None:
-        self.elcr = value & ELCR_MASKS[self._number]
+        self.elcr = value & PIC_ELCR_MASKS[self._number]
 
 
 class I8259Pair:

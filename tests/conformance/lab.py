@@ -14,7 +14,7 @@ from .qmp import Closed, Qmp
 from .terminal import Terminal
 
 if TYPE_CHECKING:
-    from .peer import Peer
+    from .peer import Receiver
     from .target import Target
 
 HEARTBEAT = 0x8000
@@ -106,7 +106,7 @@ class Lab:
         self.directory = directory
         self.names = {"dir": target.inside(directory)}
         self.vms: dict[str, Vm] = {}
-        self.peers: dict[str, Peer] = {}
+        self.receivers: dict[str, Receiver] = {}
         self.fds: list[int] = []
         self.descriptors: dict[int, tuple[str, bool]] = {}
         self._current = ""
@@ -174,7 +174,5 @@ class Lab:
     def close(self) -> None:
         for vm in self.vms.values():
             vm.close()
-        for peer in self.peers.values():
-            peer.close()
         for fd in self.fds:
             os.close(fd)

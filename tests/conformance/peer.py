@@ -1,33 +1,32 @@
-"""The other end of a migration channel: a socket that the suite listens on or connects to."""
+"""The other end of a migration channel: a socket or a pipe that the suite reads."""
 
 from __future__ import annotations
 
+import shutil
 import socket
 import threading
+from collections.abc import Callable
+from io import BufferedIOBase
 from pathlib import Path
 
 from .match import Mismatch
 from .process import DEADLINE
 
 
-class Peer:
-    """Listens, takes one connection in the background and writes what comes to `file`."""
+class Receiver:
+    """Copies what comes from `source()` to `file`, in the background."""
 
-    def __init__(self, listener: socket.socket, file: Path) -> None:
-        self._listener = listener
+    def __init__(self, source: Callable[[], BufferedIOBase], file: Path) -> None:
+        self._source = source
         self._file = file
         self._error = ""
-        listener.settimeout(DEADLINE)
         self._thread = threading.Thread(target=self._receive, daemon=True)
         self._thread.start()
 
     def _receive(self) -> None:
         try:
-            connection = self._listener.accept()[0]
-            with connection, self._file.open("wb") as file:
-                connection.settimeout(DEADLINE)
-                while data := connection.recv(1 << 16):
-                    file.write(data)
+            with self._source() as source, self._file.open("wb") as file:
+                shutil.copyfileobj(source, file)
         except OSError as error:
             self._error = str(error)
 
@@ -37,8 +36,15 @@ class Peer:
         if self._error or self._thread.is_alive():
             raise Mismatch(f"the channel did not come to its end: {self._error}")
 
-    def close(self) -> None:
-        self._listener.close()
+
+def accept(listener: socket.socket) -> BufferedIOBase:
+    """The one connection that `listener` is for."""
+    with listener:
+        listener.settimeout(DEADLINE)
+        connection = listener.accept()[0]
+        connection.settimeout(DEADLINE)
+        with connection:
+            return connection.makefile("rb")
 
 
 def listen_unix(path: Path) -> socket.socket:

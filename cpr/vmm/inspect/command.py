@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -41,6 +42,9 @@ def run(arguments: list[str]) -> int:
         parser.error("--diff takes two files or PIDs" if options.diff else "give one FILE or PID")
     if options.operands == ["-", "-"]:
         parser.error("stdin cannot be both of them")
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):  # names of any bytes, terminals of any encoding
+            output.reconfigure(errors="backslashreplace")
     try:
         status = _compare(options) if options.diff else _show(options)
         sys.stdout.flush()
@@ -128,8 +132,12 @@ def _compare(options: argparse.Namespace) -> int:
         return 2
     labels = [source.label for source in sources]
     if options.json:
+        heads = [
+            {"source": label, "flaws": [flaw._asdict() for flaw in found.flaws]}
+            for label, found in zip(labels, (a, b), strict=True)
+        ]
         entries = [difference._asdict() for difference in differences]
-        _print_json({"a": labels[0], "b": labels[1], "differences": entries})
+        _print_json({"a": heads[0], "b": heads[1], "differences": entries})
     else:
         _print_lines([f"A: {labels[0]}", f"B: {labels[1]}"])
         _print_lines([each.text for each in differences] or ["no difference"])
@@ -153,12 +161,12 @@ def _complain(source: Source, found: Found) -> None:
 
 def _print_error(line: str) -> None:
     sys.stdout.flush()
-    print(f"{PROGRAM}: {line}", file=sys.stderr)
+    print(f"{PROGRAM}: {text.safe(line)}", file=sys.stderr)
 
 
 def _print_lines(lines: Iterable[str]) -> None:
     for line in lines:
-        print(line)
+        print(text.safe(line))
 
 
 def _print_json(content: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Two CPR states, or two migration streams, compared field by field.
 
 Offsets, section ids, the order of the parts and how often a page was sent do not count: no reader
-depends on them.  Of several entries with one name and id the first counts, as for a reader.
+depends on them.  Of several entries with one name and id the first counts, as for a reader.  A page
+of which only one file has the content is taken to differ.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from cpr.errors import CprError
 from cpr.state.ram_section import PAGE_SIZE
 from cpr.vmm.inspect.cpr_state import Device, Entry, State
 from cpr.vmm.inspect.cursor import Data
+from cpr.vmm.inspect.items import STATE_KINDS, Item, Stream
 from cpr.vmm.inspect.ram import NO_PLACE, ZERO_PAGE, Block
-from cpr.vmm.inspect.stream import STATE_KINDS, Item, Stream
 from cpr.vmm.inspect.text import printable, scalar
 from cpr.vmm.inspect.values import Content, Value, leaves, plain
 
@@ -151,7 +152,7 @@ def _block(where: str, a: tuple[Data, Block], b: tuple[Data, Block]) -> Iterator
     pages = [
         offset
         for offset in sorted(x.places.keys() | y.places.keys())
-        if _page(a_data, x, offset) != _page(b_data, y, offset)
+        if (page := _page(a_data, x, offset)) is None or page != _page(b_data, y, offset)
     ]
     if pages:
         named = ", ".join(map(hex, pages[:PAGES_NAMED]))
@@ -187,7 +188,7 @@ def _changed(where: str, a: Any, b: Any, a_text: str, b_text: str) -> Difference
 
 def _bytes(where: str, a: bytes, b: bytes) -> Difference:
     a_text, b_text = printable(a), printable(b)
-    if a_text and b_text:
+    if a_text and b_text and a_text != b_text:
         text = f'{where} is "{a_text}" in A and "{b_text}" in B'
     elif len(a) != len(b):
         text = f"{where} is {len(a)} bytes long in A and {len(b)} in B"

@@ -20,8 +20,8 @@ from cpr.vmm.inspect import cpr_state as states
 from cpr.vmm.inspect import stream as streams
 from cpr.vmm.inspect.cpr_state import State
 from cpr.vmm.inspect.cursor import Data, Flaw
+from cpr.vmm.inspect.items import Stream
 from cpr.vmm.inspect.process import Process
-from cpr.vmm.inspect.stream import Stream
 
 STDIN = "-"
 MAGICS = {
@@ -42,6 +42,7 @@ class Unknown:
     flaws: list[Flaw]
 
     def select(self, selected: Callable[[str], bool]) -> int:
+        """How many parts have a name that is `selected`: none."""
         return 0
 
     def to_json(self, with_fields: bool) -> dict[str, object]:
@@ -93,7 +94,7 @@ def open_source(operand: str) -> Source:
     return Source(operand, _read(operand), Process(int(match[1])) if match else None)
 
 
-def inspect(source: Source, offset: int = 0, keep_places: bool = False) -> State | Stream | Unknown:
+def inspect(source: Source, offset: int = 0, keep_places: bool = False) -> Found:
     """What the magic at `offset` says that it is, inspected.
 
     Raises CprError only where the process of `source` cannot be looked at.
@@ -106,7 +107,8 @@ def inspect(source: Source, offset: int = 0, keep_places: bool = False) -> State
     if kind == Stream.kind:
         return streams.inspect(data, offset, keep_places)
     if offset >= len(data):
-        flaw = Flaw(len(data), "the file is empty" if not data else "the file ends before")
+        text = f"there is nothing at offset {offset}" if data else "the file is empty"
+        flaw = Flaw(len(data), text)
     elif any(each.startswith(magic) for each in MAGICS):
         flaw = Flaw(len(data), f"the file ends inside the magic that begins at offset {offset}")
     else:
@@ -142,4 +144,4 @@ def _variable(process: Process) -> str:
     value = process.state_variable()
     if value is None:
         return f"and it was started without {cpr_state.STATE_NAME} in its environment"
-    return f"though it was started with {cpr_state.STATE_NAME}={value}: it has closed that one"
+    return f"though it was started with {cpr_state.STATE_NAME}={value}; that one is closed by now"

@@ -6,28 +6,17 @@ as in a stream that was cut short, it is looked for by its footer.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
-from uuid import UUID
-
 from cpr.errors import StateError
 from cpr.state import ram_section
 from cpr.state import stream as framing
 from cpr.state.configuration import VMSTATE_CONFIGURATION, Configuration
-from cpr.vmm.inspect import values
-from cpr.vmm.inspect.cursor import Cursor, Damage, Data, Flaw
-from cpr.vmm.inspect.ram import Block, RamWalker
+from cpr.vmm.inspect import description, values
+from cpr.vmm.inspect.cursor import Cursor, Damage, Data
+from cpr.vmm.inspect.items import SECTION_KINDS, Item, Stream
+from cpr.vmm.inspect.ram import RamWalker
 from cpr.vmm.inspect.values import Value
 
-SECTION_KINDS = {
-    framing.START: "START",
-    framing.PART: "PART",
-    framing.END: "END",
-    framing.FULL: "FULL",
-}
+PACKAGED = 8
 COMMANDS = {
     1: "OPEN_RETURN_PATH",
     2: "PING",
@@ -36,82 +25,12 @@ COMMANDS = {
     5: "POSTCOPY_RUN",
     6: "POSTCOPY_RAM_DISCARD",
     7: "POSTCOPY_RESUME",
-    8: "PACKAGED",
+    PACKAGED: "PACKAGED",
     9: "RECV_BITMAP",
     10: "ENABLE_COLO",
     framing.SWITCHOVER_START: "SWITCHOVER_START",
 }
-STATE_KINDS = frozenset({"CONFIGURATION", "COMMAND", *SECTION_KINDS.values()})
-"""The kinds of item that say something of the guest or to the reader, not of the stream."""
-
-FOOTER_SIZE = 5
-DESCRIPTION_BEGINS = re.compile(
-    rb'\x00\x06(....)(?=\{\s*"(?:configuration|page_size|devices)")', re.DOTALL
-)
-
-
-@dataclass
-class Item:
-    """A section, a command or another part of a stream; all offsets and sizes in bytes.
-
-    `size` is the whole item's, header and footer included.  `fields` is None where there is no
-    description, `pages` the number of RAM pages in it.
-    """
-
-    offset: int
-    kind: str
-    name: str = ""
-    section_id: int | None = None
-    instance_id: int | None = None
-    version_id: int | None = None
-    size: int = 0
-    body_offset: int = 0
-    body_size: int = 0
-    fields: list[Value] | None = None
-    pages: int | None = None
-
-    @property
-    def key(self) -> str:
-        """What it is called where several streams are compared."""
-        return self.name if self.instance_id is None else f"{self.name}/{self.instance_id}"
-
-    def to_json(self, with_fields: bool) -> dict[str, Any]:
-        entry = {key: value for key, value in vars(self).items() if value is not None}
-        entry.pop("fields", None)
-        if with_fields and self.fields is not None:
-            entry["fields"] = [value.to_json() for value in self.fields]
-        return entry
-
-
-@dataclass
-class Stream:
-    """What an inspection of a migration stream has found, up to its first flaw."""
-
-    kind: ClassVar[str] = "migration stream"
-    data: Data
-    offset: int = 0
-    configuration: Configuration | None = None
-    items: list[Item] = field(default_factory=list)
-    blocks: dict[str, Block] = field(default_factory=dict)
-    flaws: list[Flaw] = field(default_factory=list)
-
-    def select(self, selected: Callable[[str], bool]) -> int:
-        """Keeps the items whose name is `selected`; returns how many."""
-        self.items = [item for item in self.items if selected(item.name)]
-        if not selected(ram_section.IDSTR):
-            self.blocks = {}
-        return len(self.items)
-
-    def to_json(self, with_fields: bool) -> dict[str, Any]:
-        head: dict[str, Any] = {"kind": self.kind, "size": len(self.data) - self.offset}
-        if self.configuration is not None:
-            uuid = self.configuration.uuid
-            head["machine"] = self.configuration.machine
-            head["capabilities"] = list(self.configuration.capabilities)
-            head["uuid"] = str(UUID(bytes=uuid)) if uuid else None
-        head["items"] = [item.to_json(with_fields) for item in self.items]
-        head["ram"] = [block.to_json() for block in self.blocks.values()]
-        return head
+HEADER_SIZE = 6  # of a START or FULL: kind, section_id and the length of the idstr
 
 
 def inspect(data: Data, offset: int = 0, keep_places: bool = False) -> Stream:
@@ -136,7 +55,7 @@ class _Parser:
         self.cursor = cursor
         self._keep_places = keep_places
         self._started: dict[int, Item] = {}
-        self._devices: dict[tuple[str, int], dict] | None = None
+        self._devices: description.Devices | None = None
         self._ram = RamWalker(False, False, False)
 
     def parse(self) -> None:
@@ -211,6 +130,8 @@ class _Parser:
         if command not in COMMANDS:
             raise Damage(begin, f"MIG_CMD {command:#x} unknown (len {size:#x})")
         item = Item(begin, "COMMAND", COMMANDS[command], body_offset=cursor.offset, body_size=size)
+        if command == PACKAGED and size == 4:  # its payload is the length of what comes after it
+            size = cursor.integer(4)
         cursor.skip(size)
         self._add(item)
 
@@ -250,7 +171,7 @@ class _Parser:
             item.pages = self._ram.pages() - before
             return
         if self._devices is None:
-            self._devices = _find_devices(self.cursor)
+            self._devices = description.find(self.cursor)
         device = self._devices.get((item.name, item.instance_id))
         if device is None or kind in (framing.PART, framing.END):
             self._find_footer(item)
@@ -260,20 +181,23 @@ class _Parser:
 
     def _find_footer(self, item: Item) -> None:
         """Goes to the first footer of `item` that something plausible comes after."""
+        assert item.section_id is not None
         cursor = self.cursor
-        footer = _footer(item)
+        footer = bytes([framing.FOOTER]) + item.section_id.to_bytes(4, "big")
         place = cursor.data.find(footer, cursor.offset)
-        while place >= 0 and not self._may_begin(place + FOOTER_SIZE):
+        while place >= 0 and not self._may_begin(place + len(footer)):
             place = cursor.data.find(footer, place + 1)
-        cursor.skip(cursor.left() + FOOTER_SIZE if place < 0 else place - cursor.offset)
+        cursor.skip(cursor.left() + len(footer) if place < 0 else place - cursor.offset)
 
     def _may_begin(self, offset: int) -> bool:
-        """Whether an item could begin at `offset`, as far as there is one."""
-        header = self.cursor.data[offset : offset + 6]
+        """Whether an item could begin at `offset`, as far as the file goes."""
+        header = self.cursor.data[offset : offset + HEADER_SIZE]
         kind = header[0] if header else framing.EOF
         if kind in (framing.START, framing.FULL):
-            name = self.cursor.data[offset + 6 : offset + 6 + header[-1]] if header[5:] else b"?"
-            return name.isascii() and name.decode().isprintable()
+            length = int.from_bytes(header[5:], "big")
+            name = self.cursor.data[offset + HEADER_SIZE : offset + HEADER_SIZE + length]
+            plausible = length > 0 or len(header) < HEADER_SIZE
+            return plausible and name.isascii() and name.decode().isprintable()
         if kind in (framing.PART, framing.END):
             return len(header) < 5 or int.from_bytes(header[1:5], "big") in self._started
         if kind == framing.COMMAND:
@@ -298,19 +222,14 @@ class _Parser:
         cursor.enter("the description")
         item = Item(cursor.offset, "VMDESCRIPTION")
         if not cursor.left():
-            raise Damage(cursor.offset, "the file ends here, without a description of its fields")
+            raise Damage(cursor.offset, "the file ends here, without a description of the fields")
         kind = cursor.integer(1)
         if kind != framing.VMDESCRIPTION:
             raise Damage(item.offset, f"Expected vmdescription section, but got {kind}")
         item.body_size = cursor.integer(4)
         item.body_offset = cursor.offset
-        _devices_of(cursor.read(item.body_size), item.body_offset)
+        description.parse(cursor.read(item.body_size), item.body_offset)
         self._add(item)
-
-
-def _footer(item: Item) -> bytes:
-    assert item.section_id is not None
-    return bytes([framing.FOOTER]) + item.section_id.to_bytes(4, "big")
 
 
 def _check_version(item: Item, device: dict) -> None:
@@ -329,33 +248,3 @@ def _decode(cursor: Cursor, device: dict) -> list[Value]:
         return values.decode(cursor, device)
     except RecursionError:
         raise Damage(begin, "the description of this section is nested too deeply") from None
-
-
-def _find_devices(cursor: Cursor) -> dict[tuple[str, int], dict]:
-    """The description at the end of the stream, behind `cursor`; empty where it cannot be used.
-
-    Of several places that look like one it is the last: guest RAM may hold anything.
-    """
-    match = None
-    for each in DESCRIPTION_BEGINS.finditer(cursor.data, cursor.offset):
-        match = each
-    if match is None:
-        return {}
-    size = int.from_bytes(match[1], "big")
-    text = cursor.data[match.end() : match.end() + size]
-    try:
-        return _devices_of(text, match.end())
-    except Damage:
-        return {}  # it is reported when its turn comes
-
-
-def _devices_of(text: bytes, offset: int) -> dict[tuple[str, int], dict]:
-    """The description of each (name, instance_id) in `text`, which is at `offset`."""
-    try:
-        description = json.loads(text.decode())
-    except (ValueError, RecursionError) as error:
-        raise Damage(offset, f"the description is not JSON: {error}") from None
-    try:
-        return {(each["name"], each["instance_id"]): each for each in description["devices"]}
-    except (KeyError, TypeError):
-        raise Damage(offset, "the description does not describe any devices") from None

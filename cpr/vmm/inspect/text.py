@@ -7,9 +7,9 @@ from itertools import groupby
 from uuid import UUID
 
 from cpr.vmm.inspect.cpr_state import State
+from cpr.vmm.inspect.items import Item, Stream
 from cpr.vmm.inspect.process import Descriptor
 from cpr.vmm.inspect.source import Found
-from cpr.vmm.inspect.stream import Item, Stream
 from cpr.vmm.inspect.values import Content, Value, is_signed, leaves
 
 WIDTH = 72  # of the values of one field, in characters
@@ -47,6 +47,13 @@ def readable(size: int) -> str:
         value /= 1024
         unit += 1
     return f"{value:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+
+
+def safe(line: str) -> str:
+    """`line` without characters that a terminal would obey: names in a bad file may be anything."""
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def table(columns: tuple[str, ...], rows: Iterable[list[str]]) -> Iterator[str]:

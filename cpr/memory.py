@@ -1,0 +1,86 @@
+"""The guest-physical address map: which part of which RAMBlock is where."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from cpr.ram import RAMBlock
+
+OFFSET_ALIGNMENT = 64 * 4096  # ram_addr_t granularity of QEMU's ram_list, seen in info ramblock
+
+
+class Section:
+    """[start, start+size) of guest-physical space is `block` from `offset` on."""
+
+    __slots__ = ("block", "name", "offset", "readonly", "size", "start")
+
+    def __init__(
+        self, start: int, size: int, block: RAMBlock, offset: int, readonly: bool, name: str
+    ) -> None:
+        self.start = start
+        self.size = size
+        self.block = block
+        self.offset = offset
+        self.readonly = readonly
+        self.name = name
+
+
+class GuestMemory:
+    """The guest-physical address map of RAM and ROM."""
+
+    def __init__(self) -> None:
+        self.blocks: list[RAMBlock] = []
+        self.sections: list[Section] = []
+        self._next_offset = 0
+
+    def add_block(self, block: RAMBlock) -> RAMBlock:
+        """Takes over `block` and gives it its ram_addr offset."""
+        block.offset = self._next_offset
+        end = block.offset + block.max_length
+        self._next_offset = (end + OFFSET_ALIGNMENT - 1) // OFFSET_ALIGNMENT * OFFSET_ALIGNMENT
+        self.blocks.append(block)
+        return block
+
+    def add_section(
+        self, start: int, size: int, block: RAMBlock, offset: int, readonly: bool, name: str
+    ) -> Section:
+        section = Section(start, size, block, offset, readonly, name)
+        self.sections.append(section)
+        return section
+
+    def find(self, address: int) -> Section | None:
+        """The section that holds guest-physical `address`."""
+        for section in self.sections:
+            if section.start <= address < section.start + section.size:
+                return section
+        return None
+
+    def read(self, address: int, size: int) -> bytes:
+        """Reads guest-physical memory; where there is none, ones, as an open bus reads."""
+        data = bytearray(b"\xff" * size)
+        for position, view in self._spans(address, size):
+            data[position : position + len(view)] = view[:]
+        return bytes(data)
+
+    def write(self, address: int, data: bytes) -> None:
+        """Writes guest-physical memory, ROM included; where there is none, nothing happens."""
+        for position, view in self._spans(address, len(data)):
+            view[:] = data[position : position + len(view)]
+
+    def _spans(self, address: int, size: int) -> list[tuple[int, Any]]:
+        spans = []
+        for section in self.sections:
+            start = max(address, section.start)
+            end = min(address + size, section.start + section.size)
+            if start < end:
+                offset = section.offset + start - section.start
+                spans.append((start - address, section.block.buffer(offset, end - start)))
+        return spans
+
+    def close(self) -> None:
+        for block in self.blocks:
+            block.close()
+        self.blocks = []
+        self.sections = []
