@@ -16,6 +16,7 @@ static uint8_t *page_at(const struct cpr_page_memory *memory, uint64_t page)
 /* The first page from `page` on that is not a hole; `end` if there is none before it. */
 static uint64_t next_data(const struct cpr_page_memory *memory, uint64_t page, uint64_t end)
 {
+    uint64_t found;
     off_t data;
 
     if (memory->fd < 0) {
@@ -25,8 +26,11 @@ static uint64_t next_data(const struct cpr_page_memory *memory, uint64_t page, u
     if (data < 0) {
         return errno == ENXIO ? end : page;
     }
-    data /= CPR_PAGE_SIZE;
-    return (uint64_t)data < end ? (uint64_t)data : end;
+    found = (uint64_t)data / CPR_PAGE_SIZE;
+    if (found < page) {
+        return page; /* a device, which seeks nowhere */
+    }
+    return found < end ? found : end;
 }
 
 bool cpr_pages_are_hole(const struct cpr_page_memory *memory, uint64_t first, uint32_t count)

@@ -40,6 +40,14 @@ def parse(uri: str | None, channels: list[dict] | None) -> dict:
     return check(main[0]["addr"])
 
 
+def cpr_address(channels: list[dict] | None) -> dict | None:
+    """The address of the cpr channel, or None where there is none."""
+    for each in channels or ():
+        if each.get("channel-type") == "cpr":
+            return check(each["addr"])
+    return None
+
+
 REQUIRED_KEYS = {
     "file": ("filename",),
     "exec": ("args",),
@@ -239,9 +247,12 @@ def _connect(address: dict) -> int:
     return sock.detach()
 
 
-def open_incoming(address: dict, find_fd: FindFd) -> Channel:
+def open_incoming(
+    address: dict, find_fd: FindFd, on_listening: Callable[[], None] = lambda: None
+) -> Channel:
     """Opens the channel for reading, waiting for a peer on a socket; the caller owns it.
 
+    `on_listening` is called where a peer could connect from now on.
     Raises MigrationError with QEMU's text; then nothing stays open.
     """
     if address["transport"] == "file":
@@ -250,7 +261,7 @@ def open_incoming(address: dict, find_fd: FindFd) -> Channel:
         return _spawn(address["args"], writing=False)
     if address["type"] == "fd":
         return Channel(find_fd(address["str"]))
-    return Channel(_accept(address))
+    return Channel(_accept(address, on_listening))
 
 
 def _open_file(address: dict) -> Channel:
@@ -263,7 +274,7 @@ def _open_file(address: dict) -> Channel:
     return Channel(fd)
 
 
-def _accept(address: dict) -> int:
+def _accept(address: dict, on_listening: Callable[[], None]) -> int:
     import socket
 
     try:
@@ -280,4 +291,5 @@ def _accept(address: dict) -> int:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise MigrationError(f"Failed to bind socket to {describe(address)}: {text}") from None
     with listener:
+        on_listening()
         return listener.accept()[0].detach()

@@ -1,8 +1,9 @@
-"""cpr-exec: the last step of an update, and its inverse for when execvp fails.
+"""cpr-exec: the update of this process by exec, and its inverse for when execvp fails.
 
-    hold       starts the mm holder, while the guest still runs    unhold     ends it
-    persist    CPR state into a memfd that the environment names    unpersist  closes it
-    execute    CLOEXEC cleared, execvp; on failure CLOEXEC set again and MigrationError
+    hold       starts the mm holder, while the guest still runs
+    begin      CPR state into a memfd that the environment names
+    finish     CLOEXEC cleared, execvp; on failure CLOEXEC set again and MigrationError
+    walk_back  closes the memfd, ends the holder, removes the temporary directory
 
 Without a command of the user's the VMM runs its own command line again, with an -incoming that
 reads the state from a private temporary directory; the new image removes that directory.
@@ -15,12 +16,17 @@ import os
 import sys
 
 from cpr import launcher
-from cpr.config import strip_options
-from cpr.errors import KernelError, MigrationError
+from cpr.config import parse_command_line, strip_options
+from cpr.errors import CprError, KernelError, MigrationError
+from cpr.migration.mode import EXEC, Mode, cpr_blockers
 from cpr.uapi.mm_holder import MmHolder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cpr.machine import Machine
+    from cpr.ram import RAMBlock
     from cpr.state.fds import PreservedFds
 
 DIRECTORY_VARIABLE = "CPR_EXEC_TEMPORARY_DIRECTORY"
@@ -28,46 +34,50 @@ STATE_FILE = "vmstate"
 INCOMING = frozenset({"-incoming", "--incoming"})
 
 
-class Exec:
+class Exec(Mode):
     """One update's exec, whose new image reads its state from `uri`.
 
-    `directory` is the private temporary directory that it owns, or None.
+    `directory` is the private temporary directory that it owns, or None; `hold_memory` asks for
+    the mm holder.
     """
+
+    ends_process = True
 
     def __init__(
         self, fds: PreservedFds, command: list[str], uri: str = "", directory: str | None = None
     ) -> None:
+        super().__init__(EXEC)
         self.command = command
         self.uri = uri
         self.directory = directory
+        self.hold_memory = True
         self.holder_problem = ""
+        self.before_exec: Callable[[], None] = lambda: None
         self._fds = fds
         self._holder: MmHolder | None = None
 
     def hold(self) -> None:
         """Starts the mm holder; without one the exec only takes longer (`holder_problem`)."""
-        try:
-            self._holder = MmHolder()
-        except KernelError as error:
-            self.holder_problem = str(error)
+        if self.hold_memory:
+            try:
+                self._holder = MmHolder()
+            except KernelError as error:
+                self.holder_problem = str(error)
 
-    def unhold(self) -> None:
-        """The inverse of `hold`."""
-        if self._holder is not None:
-            self._holder.release()
-            self._holder = None
-
-    def persist(self) -> None:
-        """Writes the CPR state to its memfd; `unpersist` is the inverse."""
+    def begin(self, go_on: Callable[[], None]) -> bool:
+        """Writes the CPR state to a memfd, which the environment names."""
         self._fds.persist()
+        return False
 
-    def unpersist(self) -> None:
-        """Closes the memfd; nothing happens where there is none."""
-        if self._fds.state_fd >= 0:
-            self._fds.unpersist()
+    def sends(self, block: RAMBlock, ignore_shared: bool) -> bool:
+        return False
 
-    def execute(self) -> None:
+    def blockers(self, machine: Machine) -> list[str]:
+        return cpr_blockers(machine, lambda block: True)
+
+    def finish(self, machine: Machine) -> None:
         """Becomes the command under this PID.  Comes back only with MigrationError."""
+        self.before_exec()
         if self.directory is not None:
             os.environ[DIRECTORY_VARIABLE] = self.directory
         if self._holder is not None:
@@ -89,8 +99,12 @@ class Exec:
                 self._holder.conceal()
             os.environ.pop(DIRECTORY_VARIABLE, None)
 
-    def clean_up(self) -> None:
-        """Removes the temporary directory, if this update has one."""
+    def walk_back(self) -> None:
+        if self._fds.state_fd >= 0:
+            self._fds.unpersist()
+        if self._holder is not None:
+            self._holder.release()
+            self._holder = None
         if self.directory is not None:
             remove_directory(self.directory)
             self.directory = None
@@ -100,10 +114,12 @@ def plan(fds: PreservedFds, command: list[str] | None) -> Exec:
     """The exec of `command`, or of this VMM's own command line, with the URI for its state.
 
     A command that names no -incoming gets one that reads from a private temporary directory,
-    which the caller has cleaned up if the update does not happen.  Raises MigrationError for
+    which `walk_back` removes.  Raises MigrationError for
     -incoming defer, where nobody would say what to load, and where no directory can be made.
     """
     words = list(command) if command else own_command()
+    if not command:
+        _rehearse(words)
     uri = incoming_uri(words)
     if uri == "defer":
         raise MigrationError(
@@ -129,6 +145,14 @@ def own_command() -> list[str]:
     return [sys.executable, "-m", "cpr.vmm", *arguments]
 
 
+def _rehearse(words: list[str]) -> None:
+    """Parses our own command line again: guest.cfg may have become unreadable since the start."""
+    try:
+        parse_command_line(words[words.index("run") + 1 :])
+    except CprError as error:
+        raise MigrationError(f"the new VMM would refuse its command line: {error}") from None
+
+
 def incoming_uri(command: list[str]) -> str | None:
     """The URI of the last -incoming of a command line."""
     uri = None
@@ -141,6 +165,10 @@ def incoming_uri(command: list[str]) -> str | None:
 def check_command(command: list[str] | None) -> list[str]:
     """Why the first word of `command` could not be executed; empty where it could."""
     if not command:
+        try:
+            _rehearse(own_command())
+        except MigrationError as error:
+            return [str(error)]
         return []
     name = command[0]
     if "/" in name:

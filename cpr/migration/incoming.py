@@ -15,38 +15,50 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from cpr.migration.cpr_transfer import CprListener
     from cpr.migration.migration import Migration
 
 DEFER = "defer"
 PREFIX = "load of migration failed: "
 
 
-def incoming_source(options: Sequence[str]) -> dict | str | None:
-    """What the -incoming options say: the main channel's address, "defer", or None for nothing.
+class Sources:
+    """What the -incoming options say.
 
-    Raises CprError naming the option.
+    `main` is the main channel's address, "defer", or None for no -incoming at all; `cpr` is the
+    cpr channel's address or None.
     """
-    source: dict | str | None = None
-    for option in options:
-        if option == DEFER:
-            source = DEFER
-        elif is_channel(option):
-            from cpr.config.option_json import parse_channel
 
-            parsed = parse_channel(option)
-            assert parsed is not None
-            if parsed["channel-type"] == "cpr":
-                raise ConfigError(
-                    f"-incoming {option}: a 'cpr' channel needs mode cpr-transfer, which is not "
-                    "supported"
-                )
-            source = channel.check(parsed["addr"])
+    __slots__ = ("cpr", "main")
+
+    def __init__(self, options: Sequence[str]) -> None:
+        """Raises CprError naming the option."""
+        self.main: dict | str | None = None
+        self.cpr: dict | None = None
+        for option in options:
+            if option == DEFER:
+                self.main = DEFER
+            elif is_channel(option):
+                self._take_channel(option)
+            else:
+                try:
+                    self.main = channel.parse_uri(option)
+                except MigrationError as error:
+                    raise ConfigError(f"-incoming {option}: {error}") from None
+
+    def _take_channel(self, option: str) -> None:
+        from cpr.config.option_json import parse_channel
+
+        parsed = parse_channel(option)
+        assert parsed is not None
+        try:
+            address = channel.check(parsed["addr"])
+        except MigrationError as error:
+            raise ConfigError(f"-incoming {option}: {error}") from None
+        if parsed["channel-type"] == "cpr":
+            self.cpr = address
         else:
-            try:
-                source = channel.parse_uri(option)
-            except MigrationError as error:
-                raise ConfigError(f"-incoming {option}: {error}") from None
-    return source
+            self.main = address
 
 
 def is_channel(option: str) -> bool:
@@ -55,10 +67,10 @@ def is_channel(option: str) -> bool:
 
 
 class Incoming:
-    """What this VMM does with a state that comes in.  `expected` once -incoming was given.
+    """What this VMM does with a state that comes in.
 
-    `on_fatal(text)` ends the process; it is called on the main loop's thread or, for a load in
-    the background, through it.
+    `expected` once -incoming was given, `started` once a load has begun.  `listener` is the cpr
+    channel of a cpr-transfer: it is closed when a source can connect to the main channel.
     """
 
     def __init__(self, migration: Migration) -> None:
@@ -66,6 +78,8 @@ class Incoming:
         self.expected = False
         self.started = False
         self.start_paused = False
+        self.listener: CprListener | None = None
+        self._address: dict | None = None
 
     def expect(self, start_paused: bool) -> None:
         """-incoming was given: the guest waits in runstate inmigrate.  `start_paused` is -S."""
@@ -89,6 +103,7 @@ class Incoming:
         if status != "none":
             raise MigrationError(f"Illegal migration incoming state: {status}")
         self._migration.set_incoming_status("setup")
+        self._address = address
         if channel.connects_in_background(address):
             self.started = True
             start_new_thread(self._wait_and_load, (address, exit_on_error))
@@ -100,12 +115,26 @@ class Incoming:
 
     def _wait_and_load(self, address: dict, exit_on_error: bool) -> None:
         try:
-            source = channel.open_incoming(address, self._migration.find_fd)
+            source = channel.open_incoming(address, self._migration.find_fd, self._hang_up)
         except CprError as error:
             text = str(error)
             self._migration.loop.call_soon(lambda: self._fail(text, exit_on_error))
             return
         self._migration.loop.call_soon(lambda: self._load_or_exit(source, exit_on_error))
+
+    def _hang_up(self) -> None:
+        """Tells the source of a cpr-transfer that it can connect to the main channel."""
+        if self.listener is not None:
+            self.listener.close()
+
+    def query(self) -> dict:
+        """What query-migrate tells beside the status."""
+        if self._address is None or self._migration.status != "setup":
+            return {}
+        if self._address.get("transport") != "socket":
+            return {}
+        shown = {key: value for key, value in self._address.items() if key != "transport"}
+        return {"socket-address": [shown]}
 
     def _load_or_exit(self, source: channel.Channel, exit_on_error: bool) -> None:
         try:
@@ -133,6 +162,10 @@ class Incoming:
         finally:
             source.close()
         migration.fds.incoming = False
+        if self.listener is not None:
+            from cpr.migration.cpr_transfer import take_guest
+
+            take_guest(migration.machine)
         self._come_up(old_state)
         migration.set_incoming_status("completed")
 

@@ -3,14 +3,13 @@
     none → setup → active → [pre-switchover →] device → completed
     failing → failed and cancelling → cancelled leave it from any state in between
 
-The vCPUs are stopped before the state is written, in every mode: RAM is not copied while the
-guest runs.  A thread writes the state; commands and events meet it through the main loop.
+RAM is written while the guest is stopped, in mode normal too.  A thread writes the stream;
+commands and events meet it through the main loop.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from _thread import allocate_lock, start_new_thread
 
 from cpr import runstate
@@ -18,7 +17,9 @@ from cpr.config.option_values import parse_bool
 from cpr.errors import CommandError, ConfigError, CprError, MigrationError
 from cpr.migration import channel, cpr_exec, savevm
 from cpr.migration.incoming import Incoming
+from cpr.migration.mode import EXEC, NORMAL, TRANSFER, Mode
 from cpr.migration.parameters import Capabilities, Parameters
+from cpr.migration.statistics import RamCounters, Times
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,27 +31,7 @@ if TYPE_CHECKING:
     from cpr.migration.channel import Channel
     from cpr.state.fds import PreservedFds
 
-MODE_EXEC = "cpr-exec"
 ENDED = frozenset({"none", "completed", "failed", "cancelled"})
-COUNTERS = (
-    "transferred",
-    "remaining",
-    "total",
-    "duplicate",
-    "normal",
-    "normal-bytes",
-    "dirty-pages-rate",
-    "mbps",
-    "dirty-sync-count",
-    "postcopy-requests",
-    "page-size",
-    "multifd-bytes",
-    "pages-per-second",
-    "precopy-bytes",
-    "downtime-bytes",
-    "postcopy-bytes",
-    "dirty-sync-missed-zero-copy",
-)
 
 
 class Cancelled(MigrationError):
@@ -83,20 +64,13 @@ class Migration:
         self._switchover = allocate_lock()
         self._cancel = False
         self._channel: Channel | None = None
-        self._exec: cpr_exec.Exec | None = None
-        self._started_ns = 0
-        self._stopped_ns = 0
-        self._setup_ns = 0
-        self._total_ns = 0
-        self._transferred = 0
+        self._mode: Mode | None = None
+        self._times = Times()
+        self.ram = RamCounters()
 
     @property
     def running(self) -> bool:
         return self.status not in ENDED
-
-    @property
-    def mode(self) -> str:
-        return str(self.parameters.get("mode"))
 
     def apply_globals(self, settings: Sequence[tuple[str, str, str]]) -> None:
         """-global migration.NAME=VALUE: a parameter, or x-NAME for the capability NAME.
@@ -122,16 +96,28 @@ class Migration:
 
     def blockers(self) -> list[str]:
         """Why the VM cannot be migrated in the present mode."""
-        if not self.mode.startswith("cpr-"):
-            return []
-        reasons = [block.cpr_blocker() for block in self.machine.blocks]
-        reasons += [device.cpr_blocker() for device in self.machine.devices]
-        return [reason for reason in reasons if reason]
+        return self._create_mode(None).blockers(self.machine)
 
-    def _check(self, address: dict, resume: bool) -> None:
+    def _create_mode(self, cpr_address: dict | None) -> Mode:
+        name = str(self.parameters.get("mode"))
+        if name == EXEC:
+            return self._create_exec([str(w) for w in self.parameters.get("cpr-exec-command")])
+        if name == TRANSFER:
+            from cpr.migration.cpr_transfer import Transfer
+
+            return Transfer(self.fds, self.loop, cpr_address or {})
+        return Mode(name)
+
+    def _create_exec(self, command: list[str]) -> cpr_exec.Exec:
+        return cpr_exec.Exec(self.fds, command)
+
+    def _check(self, address: dict, mode: Mode, resume: bool = False) -> None:
         """What refuses a migration, in QEMU's order; the guest is not touched."""
-        if self.capabilities.enabled("multifd") and not channel.connects_in_background(address):
+        background = channel.connects_in_background(address)
+        if self.capabilities.enabled("multifd") and not background:
             raise MigrationError("Migration requires multi-channel URIs (e.g. tcp)")
+        if mode.name == TRANSFER and not background:
+            raise MigrationError("Migration requires streamable transport (eg unix)")
         if resume:
             raise MigrationError("Cannot resume if there is no paused migration")
         if self.running:
@@ -140,15 +126,15 @@ class Migration:
             raise MigrationError("Guest is waiting for an incoming migration")
         if self.machine.runstate.current == runstate.POSTMIGRATE:
             raise MigrationError("Can't migrate the vm that was paused due to previous migration")
-        if self.mode != MODE_EXEC:
-            raise MigrationError(
-                f"migration mode '{self.mode}' is not supported: RAM cannot be sent; "
-                "use mode cpr-exec"
-            )
-        if not self.parameters.get("cpr-exec-command"):
+        if isinstance(mode, cpr_exec.Exec) and not mode.command:
             raise MigrationError("cpr-exec mode requires setting cpr-exec-command")
-        for reason in self.blockers():
+        for reason in mode.blockers(self.machine):
             raise MigrationError(reason)
+        self._check_capabilities(mode)
+
+    def _check_capabilities(self, mode: Mode) -> None:
+        if mode.name == NORMAL:
+            return
         for capability, text in (
             ("postcopy-ram", "Cannot use postcopy with CPR"),
             ("dirty-bitmaps", "Cannot use postcopy with CPR"),
@@ -165,9 +151,12 @@ class Migration:
     ) -> None:
         """Starts a migration.  Raises MigrationError where it is refused; the guest runs on."""
         address = channel.parse(uri, channels)
-        self._check(address, resume)
-        command = [str(word) for word in self.parameters.get("cpr-exec-command")]
-        self._start(address, cpr_exec.Exec(self.fds, command))
+        cpr_address = channel.cpr_address(channels)
+        mode = self._create_mode(cpr_address)
+        self._check(address, mode, resume)
+        if mode.name == TRANSFER and cpr_address is None:
+            raise MigrationError("missing 'cpr' migration channel")
+        self._start(address, mode)
 
     def start_cpr_exec(self, command: list[str] | None = None) -> None:
         """Sets mode and cpr-exec-command and migrates, in one step.
@@ -177,32 +166,27 @@ class Migration:
         then what they were.
         """
         saved = {name: self.parameters.get(name) for name in ("mode", "cpr-exec-command")}
-        step = cpr_exec.plan(self.fds, command)
-        self.parameters.set({"mode": MODE_EXEC, "cpr-exec-command": step.command})
+        mode = cpr_exec.plan(self.fds, command)
+        self.parameters.set({"mode": EXEC, "cpr-exec-command": mode.command})
         try:
-            address = channel.parse_uri(step.uri)
-            self._check(address, False)
-            self._start(address, step)
+            address = channel.parse_uri(mode.uri)
+            self._check(address, mode)
+            self._start(address, mode)
         except CprError:
             self.parameters.set(saved)
-            step.clean_up()
+            mode.walk_back()
             raise
 
     def check_cpr_exec(self, command: list[str] | None = None) -> list[str]:
         """All that would refuse `start_cpr_exec(command)` now, without doing it."""
-        reasons = []
-        if self.running:
-            reasons.append("There's a migration process in progress")
-        if self.machine.runstate.current == runstate.INMIGRATE:
-            reasons.append("Guest is waiting for an incoming migration")
-        if self.machine.runstate.current == runstate.POSTMIGRATE:
-            reasons.append("Can't migrate the vm that was paused due to previous migration")
-        for block in self.machine.blocks:
-            if reason := block.cpr_blocker():
-                reasons.append(reason)
-        for device in self.machine.devices:
-            if reason := device.cpr_blocker():
-                reasons.append(reason)
+        mode = self._create_exec(command or [""])
+        try:
+            self._check({"transport": "file"}, mode)
+        except MigrationError as error:
+            reasons = [str(error)]
+        else:
+            reasons = []
+        reasons += [reason for reason in mode.blockers(self.machine) if reason not in reasons]
         return reasons + cpr_exec.check_command(command)
 
     def incoming(
@@ -228,9 +212,14 @@ class Migration:
         self._let_go()
 
     def check_cont(self) -> None:
-        """Raises MigrationError while a migration holds the VM stopped."""
-        if self.running and self.machine.runstate.current == runstate.FINISH_MIGRATE:
+        """Raises CprError while a migration holds the VM stopped, or another process has it."""
+        state = self.machine.runstate.current
+        if self.running and state == runstate.FINISH_MIGRATE:
             raise MigrationError("Migration is not finalized yet")
+        if state == runstate.POSTMIGRATE:
+            from cpr.migration.cpr_transfer import take_guest
+
+            take_guest(self.machine)
 
     def _let_go(self) -> None:
         if self._switchover.locked():
@@ -245,21 +234,27 @@ class Migration:
 
     # The migration itself.
 
-    def _start(self, address: dict, step: cpr_exec.Exec) -> None:
+    def _start(self, address: dict, mode: Mode) -> None:
         self.error = None
+        self.ram = RamCounters()
         self._cancel = False
-        self._exec = step
-        self._started_ns = time.monotonic_ns()
+        self._mode = mode
+        if isinstance(mode, cpr_exec.Exec):
+            mode.hold_memory = bool(self.parameters.get("x-cpr-mm-holder"))
+            mode.before_exec = self.before_exec
+        self._times = Times()
         self._set_status("setup")
-        if channel.connects_in_background(address):
-            self._run_soon(address)
-            return
         try:
-            self._set_up(address)
+            savevm.prepare()
+            mode.hold()
+            waits = mode.begin(lambda: self._run_soon(address))
+            if not waits and not channel.connects_in_background(address):
+                self._open(address)
         except CprError as error:
             self._fail(error)
             raise
-        self._run_soon(None)
+        if not waits:
+            self._run_soon(None if self._channel is not None else address)
 
     def _run_soon(self, address: dict | None) -> None:
         """Starts the thread after this round of the loop: `migrate` is answered before `active`."""
@@ -269,35 +264,38 @@ class Migration:
 
         self.loop.call_soon(start)
 
-    def _set_up(self, address: dict) -> None:
-        """Writes the CPR state, opens the channel and stops the guest; on failure none of it."""
-        assert self._exec is not None
-        savevm.prepare()
-        if self.parameters.get("x-cpr-mm-holder"):
-            self._exec.hold()
-        self._exec.persist()
+    def _open(self, address: dict) -> None:
+        """Opens the channel and, where the mode wants that first, stops the guest."""
+        assert self._mode is not None
         self._channel = channel.open_outgoing(address, self.find_fd)
         self._old_state = self.machine.runstate.current
-        self._setup_ns = time.monotonic_ns() - self._started_ns
-        self._stopped_ns = time.monotonic_ns()
+        self._times.set_up()
+        if self._mode.stops_first:
+            self._stop_guest()
+
+    def _stop_guest(self) -> None:
+        self._times.stop()
         self.machine.stop(runstate.FINISH_MIGRATE)
 
     def _run(self, address: dict | None) -> None:
-        """The migration thread."""
+        """The migration thread; `address` is what is still to be connected to."""
+        assert self._mode is not None
         try:
             if address is not None:
-                self._set_up(address)
+                self._check_cancel()
+                self._open(address)
             self._check_cancel()
             self._set_status("active")
+            if not self._mode.stops_first:
+                self._stop_guest()
             if self.capabilities.enabled("events"):
                 self.events.emit("MIGRATION_PASS", {"pass": 2})
             if self.capabilities.enabled("pause-before-switchover"):
                 self._wait_for_switchover()
             self._set_status("device")
             self._write()
-            self._total_ns = time.monotonic_ns() - self._started_ns
-            self._set_status("completed")
-            self.loop.call_soon(self._exec_now)
+            self._times.end()
+            self.loop.call_soon(self._complete)
         except Cancelled as error:
             self._end("cancelled", str(error))
         except CprError as error:
@@ -319,39 +317,52 @@ class Migration:
             raise Cancelled("Switchover is interrupted")
 
     def _write(self) -> None:
-        assert self._channel is not None
+        assert self._channel is not None and self._mode is not None
         try:
-            savevm.save(self.machine, self.capabilities, self._old_state, self._channel.write)
+            savevm.save(
+                self.machine,
+                self.capabilities,
+                self._old_state,
+                self._mode,
+                self.ram,
+                self._channel.write,
+            )
             self._channel.finish()
         except OSError as error:
             raise MigrationError(f"Unable to write to the channel: {error.strerror}") from None
         finally:
-            self._transferred = self._channel.transferred
+            self.ram.transferred = self._channel.transferred
 
-    def _exec_now(self) -> None:
-        """Becomes the new VMM; comes back only where that failed, and the guest runs on."""
-        assert self._exec is not None
-        self.before_exec()
+    def _complete(self) -> None:
+        """Ends a migration whose stream is written, on the main loop.
+
+        Comes back from an exec only where that failed, and the guest runs on.
+        """
+        assert self._mode is not None
+        self._channel = None
         try:
-            self._exec.execute()
-        except MigrationError as error:
+            if self._mode.ends_process:
+                self._set_status("completed")
+            self._mode.finish(self.machine)
+        except CprError as error:
             print(f"cpr-vmm: {error}", file=sys.stderr)
             self._end("failed", str(error))
+            return
+        self._set_status("completed")
+        self._call_back()
 
     def _fail(self, error: CprError) -> None:
         self._set_status("failing")
         self._end("failed", str(error))
 
     def _end(self, status: str, error: str) -> None:
-        """Walks everything back: channel, CPR state, temporary files, and the vCPUs."""
+        """Walks everything back: the channel, what the mode did, and the vCPUs."""
         if self._channel is not None:
             self._channel.close()
             self._channel = None
-        if self._exec is not None:
-            self._exec.unpersist()
-            self._exec.unhold()
-            self._exec.clean_up()
-            self._exec = None
+        if self._mode is not None:
+            self._mode.walk_back()
+            self._mode = None
         self.error = error
         exec_failed = self.status == "completed"
         if exec_failed:
@@ -359,6 +370,9 @@ class Migration:
         self._go_back(exec_failed)
         if not exec_failed:
             self._set_status(status)
+        self._call_back()
+
+    def _call_back(self) -> None:
         callbacks, self._finish_callbacks = self._finish_callbacks, []
         for callback in callbacks:
             self.loop.call_soon(callback)
@@ -396,27 +410,12 @@ class Migration:
         if self.error is not None and self.status in ("failed", "cancelled"):
             result["error-desc"] = self.error
         if self.incoming_side.started:
-            return result
-        if self.status in ("active", "pre-switchover", "device", "completed"):
-            result |= self._statistics()
-        return result
-
-    def _statistics(self) -> dict:
-        total_ns = self._total_ns or time.monotonic_ns() - self._started_ns
-        ram = dict.fromkeys(COUNTERS, 0)
-        ram["total"] = sum(block.size for block in self.machine.blocks)
-        ram["page-size"] = 4096
-        ram["dirty-sync-count"] = 1
-        ram["transferred"] = ram["precopy-bytes"] = self._transferred
-        result: dict = {
-            "total-time": total_ns // 1_000_000,
-            "setup-time": self._setup_ns // 1_000_000,
-            "ram": ram,
-        }
-        if self.status == "completed":
-            result["downtime"] = (time.monotonic_ns() - self._stopped_ns) // 1_000_000
-        else:
+            return result | self.incoming_side.query()
+        if self.status in ("active", "pre-switchover", "device"):
             result["expected-downtime"] = self.parameters.get("downtime-limit")
+            result |= self._times.query(False) | {"ram": self.ram.query(self._times)}
+        elif self.status == "completed":
+            result |= self._times.query(True) | {"ram": self.ram.query(self._times)}
         return result
 
 

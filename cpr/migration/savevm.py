@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cpr.machine import Machine
+    from cpr.migration.mode import Mode
     from cpr.migration.parameters import Capabilities
+    from cpr.migration.statistics import RamCounters
+    from cpr.ram import RAMBlock
 
 RAM_SECTION_ID = 1
+RECORDS_SIZE = 1 << 20
 FIRST_DEVICE_ID = 2
 RUNSTATE_SIZE = 32
 
@@ -45,7 +49,12 @@ def prepare() -> None:
 
 
 def save(
-    machine: Machine, capabilities: Capabilities, old_state: str, write: Callable[[bytes], object]
+    machine: Machine,
+    capabilities: Capabilities,
+    old_state: str,
+    mode: Mode,
+    counters: RamCounters,
+    write: Callable[[bytes], object],
 ) -> None:
     """Writes the stream of a stopped machine that was in runstate `old_state` before."""
     writer = StreamWriter(write)
@@ -60,6 +69,8 @@ def save(
         ram_section.VERSION_ID,
         blocks + ram_section.END,
     )
+    sent = [block for block in machine.blocks if mode.sends(block, ignore_shared)]
+    _save_pages(writer, sent, counters)
     writer.command(stream.SWITCHOVER_START)
     writer.end(RAM_SECTION_ID, ram_section.END)
     with machine.lock:
@@ -77,6 +88,26 @@ def save(
     writer.device(last_id, VMSTATE_GLOBALSTATE.name, 0, VMSTATE_GLOBALSTATE, state)
     writer.eof()
     writer.vmdescription()
+
+
+def _save_pages(writer: StreamWriter, blocks: list[RAMBlock], counters: RamCounters) -> None:
+    """Writes all the pages of `blocks`, in sections of about a megabyte."""
+    if not blocks:
+        return
+    from cpr.pages import PagePool, Pages, RecordWriter
+
+    counters.total = sum(block.size for block in blocks)
+    buffer = bytearray(RECORDS_SIZE)
+    with PagePool() as pool:
+        for block in blocks:
+            pages = Pages.of_block(block)
+            records = RecordWriter(pool, pages, block.idstr)
+            while not pages.done:
+                counts = records.encode(buffer)
+                counters.duplicate += counts.zero
+                counters.normal += counts.normal
+                body = bytes(memoryview(buffer)[: counts.bytes])
+                writer.part(RAM_SECTION_ID, body + ram_section.END)
 
 
 def load(machine: Machine, capabilities: Capabilities, read: Callable[[int], bytes]) -> str:
@@ -125,9 +156,13 @@ def _load_ram(
     machine: Machine, ram: ram_section.RamDecoder, reader: StreamReader, version_id: int
 ) -> None:
     blocks = {block.idstr: block for block in machine.blocks}
+    zeros = bytes(ram_section.PAGE_SIZE)
     for idstr, offset, data in ram.pages(reader, version_id):
         view = blocks[idstr].buffer(offset, ram_section.PAGE_SIZE)
-        view[:] = data if data is not None else bytes(ram_section.PAGE_SIZE)
+        if data is not None:
+            view[:] = data
+        elif view[:] != zeros:  # a page that is not there yet stays so
+            view[:] = zeros
 
 
 def _blocks(machine: Machine) -> list[ram_section.Block]:

@@ -76,7 +76,7 @@ class VfioDevice:
     def to_state(self) -> dict:
         """The state by VMSTATE_VFIO_DEVICE."""
         return {
-            **_name_to_state(self.name),
+            **name_to_state(self.name),
             "devid": self.devid,
             "ioas_id": self.ioas_id,
             "hwpt_id": self.hwpt_id,
@@ -101,7 +101,7 @@ class CprState:
         Raises ValueError for a name with a NUL in it, struct.error for a number out of range.
         """
         state = {
-            "fds": [{**_name_to_state(name), "id": id, "fd": fd} for name, id, fd in self.fds],
+            "fds": [{**name_to_state(name), "id": id, "fd": fd} for name, id, fd in self.fds],
             VMSTATE_VFIO_DEVICES.name: {
                 "vfio_devices": [device.to_state() for device in self.vfio_devices]
             },
@@ -121,20 +121,20 @@ class CprState:
         return cls(
             [_fd_from_state(each) for each in state["fds"]],
             [
-                VfioDevice(_name(each), each["devid"], each["ioas_id"], each["hwpt_id"])
+                VfioDevice(name_from_state(each), each["devid"], each["ioas_id"], each["hwpt_id"])
                 for each in devices
             ],
         )
 
 
 def _fd_from_state(state: dict) -> tuple[str, int, int]:
-    name, id, fd = _name(state), state["id"], state["fd"]
+    name, id, fd = name_from_state(state), state["id"], state["fd"]
     if fd < 0:
         raise StateError(f"CPR fd '{name}' id {id} has the negative descriptor {fd}; {REMEDY}")
     return name, id, fd
 
 
-def _name(state: dict) -> str:
+def name_from_state(state: dict) -> str:
     """The name up to its NUL; bytes that are not UTF-8 are kept as surrogates."""
     raw, terminator, _ = state["name"].partition(b"\0")
     name: str = raw.decode(errors="surrogateescape")
@@ -143,7 +143,7 @@ def _name(state: dict) -> str:
     return name
 
 
-def _name_to_state(name: str) -> dict:
+def name_to_state(name: str) -> dict:
     raw = name.encode(errors="surrogateescape")
     if b"\0" in raw:
         raise ValueError(f"CPR name {name!r} has a NUL in it")

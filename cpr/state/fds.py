@@ -82,6 +82,10 @@ class PreservedFds:
         """All (name, id, fd), in the order in which they were saved."""
         return list(self._fds)
 
+    def state(self) -> CprState:
+        """What a new image, or another process, is given."""
+        return CprState(list(self._fds), list(self.vfio_devices))
+
     def set_cloexec(self, on: bool) -> None:
         """Sets or clears FD_CLOEXEC on all the fds, and on the state's memfd if there is one.
 
@@ -106,7 +110,7 @@ class PreservedFds:
         """
         if self.state_fd >= 0:
             raise ValueError("the CPR state is persisted already")
-        data = CprState(self._fds, self.vfio_devices).encode()
+        data = self.state().encode()
         try:
             fd = os.memfd_create(STATE_NAME)
         except OSError as error:
@@ -134,7 +138,13 @@ class PreservedFds:
         valid or names a descriptor that is not open; then the registry is as it was, and no
         other descriptor has been closed.
         """
-        state = CprState.decode(_read_and_close(fd))
+        self.take_over(CprState.decode(_read_and_close(fd)))
+
+    def take_over(self, state: CprState) -> None:
+        """Takes over a state that was received, and makes its fds close-on-exec.
+
+        Raises StateError where one is not open; then the registry is as it was.
+        """
         for name, id, preserved in state.fds:
             try:
                 os.set_inheritable(preserved, False)

@@ -16,7 +16,8 @@ from cpr.errors import ConfigError, CprError
 from cpr.events import EventBus
 from cpr.mainloop import MainLoop
 from cpr.migration import cpr_exec
-from cpr.migration.incoming import incoming_source
+from cpr.migration.channel import connects_in_background
+from cpr.migration.incoming import Sources
 from cpr.migration.migration import Migration
 from cpr.monitor.passed_fds import PassedFds
 from cpr.state.fds import PreservedFds
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from cpr.chardev.base import Chardev
     from cpr.config import Config
     from cpr.machine import Machine
+    from cpr.migration.cpr_transfer import CprListener
 
 FLUSH_NS = 200_000_000
 
@@ -127,7 +129,7 @@ def run_vmm(arguments: list[str]) -> int:
         return 0
     for warning in config.warnings:
         print(f"cpr-vmm: {warning}", file=sys.stderr)
-    source = incoming_source(config.incoming)
+    sources = Sources(config.incoming)
     fds = PreservedFds()
     after_exec = fds.load_from_environment()
     ready = None
@@ -135,10 +137,14 @@ def run_vmm(arguments: list[str]) -> int:
         from cpr.vmm.daemon import daemonize
 
         ready = daemonize()
+    listener = None
+    if sources.cpr is not None:
+        listener = _receive(sources.cpr, fds, after_exec)
     vmm = _create(config, fds)
+    vmm.migration.incoming_side.listener = listener
     _confine(config)
-    if isinstance(source, dict):
-        _load(vmm, source)
+    if isinstance(sources.main, dict) and not connects_in_background(sources.main):
+        _load(vmm, sources.main)
         start_new_thread(vmm.populate, ())
         holder = mm_holder.take_announced()
         if holder:
@@ -146,7 +152,7 @@ def run_vmm(arguments: list[str]) -> int:
         vmm.create_frontends(after_exec)
     else:
         vmm.create_frontends(after_exec)
-        _boot(vmm)
+        _boot(vmm, sources.main)
     fds.incoming = False
     from cpr.vmm import daemon
 
@@ -193,10 +199,26 @@ def _load(vmm: Vmm, source: dict) -> None:
             cpr_exec.remove_directory(directory)
 
 
-def _boot(vmm: Vmm) -> None:
-    """A new guest, or, with -incoming defer, one that waits for its state."""
-    if vmm.config.incoming:
-        vmm.migration.incoming_side.expect(vmm.config.start_paused)
+def _receive(address: dict, fds: PreservedFds, after_exec: bool) -> CprListener | None:
+    """Waits for the CPR state of a cpr-transfer; nothing is made before it has come."""
+    if after_exec:
+        print("cpr-vmm: warning: ignoring cpr channel for migration mode cpr-exec", file=sys.stderr)
+        return None
+    from cpr.migration.cpr_transfer import CprListener
+
+    listener = CprListener(address)
+    fds.take_over(listener.receive())
+    fds.incoming = True
+    return listener
+
+
+def _boot(vmm: Vmm, source: dict | str | None) -> None:
+    """A new guest, or, with -incoming, one that waits for its state."""
+    if source is not None:
+        incoming = vmm.migration.incoming_side
+        incoming.expect(vmm.config.start_paused)
+        if isinstance(source, dict):
+            incoming.start(source, exit_on_error=True)
         return
     vmm.machine.load_boot_image()
     if not vmm.config.start_paused:

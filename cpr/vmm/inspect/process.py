@@ -79,9 +79,13 @@ class Process:
         return [found for number in numbers if (found := self.descriptor(number)) is not None]
 
     def states(self) -> list[Descriptor]:
-        """The memfds of a CPR state, the one written last first."""
+        """The memfds of a CPR state, the one written last first.
+
+        Of several descriptors for one memfd, such as QEMU has before the exec, it is the highest.
+        """
         found = [each for each in self.descriptors() if _is_named(each, STATE_TARGET)]
-        return sorted(found, key=lambda each: each.written, reverse=True)
+        memfds = {each.inode: each for each in found}
+        return sorted(memfds.values(), key=lambda each: each.written, reverse=True)
 
     def shared_memory(self) -> list[Descriptor]:
         """The memfds and shared memory files: what an update could preserve."""

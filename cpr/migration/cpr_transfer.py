@@ -1,0 +1,159 @@
+"""cpr-transfer: the guest goes to another VMM process on this host, which maps the same RAM.
+
+    source                                    target (-incoming cpr channel, -incoming main channel)
+    connect to the cpr socket                 listen there; nothing else is done before
+    CPR state and descriptors, SHUT_WR   ──►  build the machine around them
+    wait for the hang-up                 ◄──  listen on the main channel, close the cpr socket
+    stop, device state on the main channel    load it, resume
+
+The guest's owner holds a lock on its RAM, so that the source cannot run it as long as the target
+does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import socket
+
+from cpr.errors import CommandError, MigrationError
+from cpr.migration.mode import TRANSFER, Mode, cpr_blockers
+from cpr.state import cpr_channel
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cpr.machine import Machine
+    from cpr.mainloop import MainLoop
+    from cpr.ram import RAMBlock
+    from cpr.state.cpr_state import CprState
+    from cpr.state.fds import PreservedFds
+
+HANG_UP = select.EPOLLIN | select.EPOLLHUP | select.EPOLLRDHUP
+MESSAGE_SIZE = 65536
+MAX_DESCRIPTORS = 16  # of one message; QEMU sends one
+
+
+def check_address(address: dict) -> str:
+    """The path of a cpr channel's address.  Raises MigrationError with QEMU's text."""
+    if address.get("transport") != "socket" or address.get("type") != "unix":
+        raise MigrationError("bad cpr channel address; must be unix")
+    return str(address["path"])
+
+
+class Transfer(Mode):
+    """The source's side.  Owns its end of the cpr socket until the target hangs up."""
+
+    def __init__(self, fds: PreservedFds, loop: MainLoop, address: dict) -> None:
+        super().__init__(TRANSFER)
+        self._fds = fds
+        self._loop = loop
+        self._address = address
+        self._socket: socket.socket | None = None
+
+    def begin(self, go_on: Callable[[], None]) -> bool:
+        path = check_address(self._address)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.connect(path)
+            for data, fd in cpr_channel.messages(self._fds.state()):
+                socket.send_fds(self._socket, [data], [fd] if fd >= 0 else [])
+            self._socket.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise MigrationError(f"Failed to connect to '{path}': {error.strerror}") from None
+
+        def on_hang_up(events: int) -> None:
+            self._close()
+            go_on()
+
+        self._loop.watch(self._socket.fileno(), HANG_UP, on_hang_up)
+        return True
+
+    def sends(self, block: RAMBlock, ignore_shared: bool) -> bool:
+        return False
+
+    def blockers(self, machine: Machine) -> list[str]:
+        return cpr_blockers(machine, lambda block: not (block.preserved or block.reopened))
+
+    def finish(self, machine: Machine) -> None:
+        give_guest_away(machine)
+        super().finish(machine)
+
+    def walk_back(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._socket is not None:
+            self._loop.unwatch(self._socket.fileno())
+            self._socket.close()
+            self._socket = None
+
+
+class CprListener:
+    """The target's side: waits for a source on a unix socket and takes its state.
+
+    The connection stays open until `close`: its end tells the source that this process now listens
+    on the main channel.
+    """
+
+    def __init__(self, address: dict) -> None:
+        """Receives the state; blocks until a source has sent it.  Raises MigrationError."""
+        path = check_address(address)
+        if os.path.exists(path):
+            os.unlink(path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(path)
+        except OSError as error:
+            listener.close()
+            raise MigrationError(f"Failed to bind socket to {path}: {error.strerror}") from None
+        listener.listen(1)
+        self._connection = listener.accept()[0]
+        listener.close()
+        os.unlink(path)
+
+    def receive(self) -> CprState:
+        """The state; its descriptors, close-on-exec, are the caller's.
+
+        Raises StateError; then no descriptor stays open.
+        """
+        data, descriptors = b"", []
+        while True:
+            piece, fds, _, _ = socket.recv_fds(self._connection, MESSAGE_SIZE, MAX_DESCRIPTORS)
+            descriptors += fds
+            if not piece:
+                break
+            data += piece
+        try:
+            return cpr_channel.decode(data, descriptors)
+        except Exception:
+            for fd in descriptors:
+                os.close(fd)
+            raise
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _lockable(machine: Machine) -> list[int]:
+    return [block.fd for block in machine.blocks if block.preserved]
+
+
+def give_guest_away(machine: Machine) -> None:
+    """Drops this process's lock on the guest's RAM; the inverse of `take_guest`."""
+    for fd in _lockable(machine):
+        fcntl.lockf(fd, fcntl.LOCK_UN)
+
+
+def take_guest(machine: Machine) -> None:
+    """Locks the guest's RAM for this process.
+
+    Raises CommandError with QEMU's text while another process has it.
+    """
+    for fd in _lockable(machine):
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CommandError('Failed to get "write" lock') from None

@@ -1,0 +1,67 @@
+"""What differs between the migration modes: what goes before the stream, in it, and after it.
+
+normal        RAM and devices in the stream; the source ends in postmigrate
+cpr-reboot    the same, with the guest stopped from the beginning
+cpr-transfer  the descriptors over a socket, devices in the stream; the source ends in postmigrate
+cpr-exec      the descriptors over the exec, devices in the stream; there is no source left
+"""
+
+from __future__ import annotations
+
+from cpr import runstate
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cpr.machine import Machine
+    from cpr.ram import RAMBlock
+
+NORMAL, REBOOT, TRANSFER, EXEC = "normal", "cpr-reboot", "cpr-transfer", "cpr-exec"
+
+
+class Mode:
+    """One migration's mode; this one is `normal` or `cpr-reboot`.
+
+    `stops_first`: the guest is stopped before the migration is `active`.  `ends_process`: after
+    `finish` there is another image, or an error.
+    """
+
+    ends_process = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.stops_first = name != NORMAL
+
+    def hold(self) -> None:
+        """What is done while the guest still runs, before anything is stopped or opened."""
+
+    def begin(self, go_on: Callable[[], None]) -> bool:
+        """Sends the CPR state, if the mode has one.
+
+        True where `go_on` will be called later, on the main loop, and the migration waits for
+        that.  Raises MigrationError.
+        """
+        return False
+
+    def sends(self, block: RAMBlock, ignore_shared: bool) -> bool:
+        """Whether the pages of `block` are in the stream."""
+        return not (ignore_shared and block.reopened)
+
+    def blockers(self, machine: Machine) -> list[str]:
+        """Why the guest would not survive this."""
+        return []
+
+    def finish(self, machine: Machine) -> None:
+        """The stream is written and closed.  Raises MigrationError where the end fails."""
+        machine.runstate.set(runstate.POSTMIGRATE)
+
+    def walk_back(self) -> None:
+        """The inverse of `hold` and `begin`; may be called at any time."""
+
+
+def cpr_blockers(machine: Machine, lost: Callable[[RAMBlock], bool]) -> list[str]:
+    """The texts for RAM that is `lost` and for devices that would not survive."""
+    reasons = [device.cpr_blocker() for device in machine.devices]
+    reasons += [block.cpr_blocker() for block in machine.blocks if lost(block)]
+    return [reason for reason in reasons if reason]

@@ -1,1 +1,0 @@
-"""The rows, a module for each part of the behaviour."""

@@ -1,0 +1,237 @@
+"""cpr-reboot, cpr-transfer and normal migration to a file, between two processes of ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import threading
+
+import pytest
+from waiting import wait_for, wait_for_change
+
+from benchmarks.vm import VMM, QmpError, Vm
+
+HEARTBEAT = 0x8000
+RAM = "64M"
+INET = {
+    "channel-type": "cpr",
+    "addr": {"transport": "socket", "type": "inet", "host": "127.0.0.1", "port": "1"},
+}
+
+
+def arguments(accel, backend):
+    return [
+        *("-nodefaults", "-display", "none", "-accel", accel, "-m", RAM),
+        *("-object", f"{backend},id=ram0,size={RAM}"),
+        *("-machine", "pc,memory-backend=ram0,aux-ram-share=on"),
+        *("-drive", "file=examples/build/churn.img,format=raw,if=floppy"),
+    ]
+
+
+def on(*names):
+    return [{"capability": name, "state": True} for name in names]
+
+
+def trail(vm):
+    return [
+        event["data"]["status"] if event["event"] == "MIGRATION" else event["event"]
+        for event in vm.qmp.events
+    ]
+
+
+def u64(vm, address):
+    return int(vm.qmp.hmp(f"xp /1xg {address:#x}").split(":")[1], 16)
+
+
+def check_churn(vm):
+    """The guest goes on writing, and every page still holds what it should."""
+    wait_for_change(lambda: u64(vm, 0x9018), "a whole round is checked", steps=2)
+    assert u64(vm, 0x9020) == 0
+
+
+def wait_completed(vm):
+    wait_for(
+        lambda: vm.qmp.command("query-migrate").get("status") in ("completed", "failed"), "the end"
+    )
+    assert vm.qmp.command("query-migrate")["status"] == "completed", vm.stderr
+
+
+@pytest.mark.parametrize("mode", ["cpr-reboot", "normal"])
+@pytest.mark.parametrize(
+    ("backend", "capabilities"),
+    [
+        ("memory-backend-file,share=on,mem-path={path}", ["x-ignore-shared"]),
+        ("memory-backend-file,share=on,mem-path={path}", []),
+        ("memory-backend-ram", []),
+    ],
+)
+def test_to_a_file_and_back_in_a_new_process(start, accel, tmp_path, mode, backend, capabilities):
+    backend = backend.format(path=tmp_path / "ram")
+    state = tmp_path / "state"
+    source = start(*arguments(accel, backend))
+    wait_for_change(lambda: u64(source, 0x9018), "the guest has written its range", steps=2)
+    source.qmp.command("migrate-set-capabilities", capabilities=on("events", *capabilities))
+    source.qmp.command("migrate-set-parameters", mode=mode)
+    source.qmp.command("migrate", uri=f"file:{state}")
+    wait_completed(source)
+    order = ["setup", "STOP", "active"] if mode == "cpr-reboot" else ["setup", "active", "STOP"]
+    assert trail(source) == [*order, "MIGRATION_PASS", "device", "completed"]
+    assert source.qmp.command("query-status")["status"] == "postmigrate"
+    told = source.qmp.command("query-migrate")
+    assert told["ram"]["transferred"] == state.stat().st_size
+    if capabilities:
+        assert state.stat().st_size < 2 << 20
+    else:
+        assert told["ram"]["total"] > 64 << 20
+        assert told["ram"]["normal"] > 4096
+    with pytest.raises(QmpError, match="was paused due to previous migration"):
+        source.qmp.command("migrate", uri=f"file:{state}")
+    source.qmp.command("quit")
+    source.qmp.wait_closed()
+    source.process.wait(10)
+
+    target = start(*arguments(accel, backend), "-incoming", "defer")
+    target.qmp.command("migrate-set-capabilities", capabilities=on("events", *capabilities))
+    target.qmp.command("migrate-set-parameters", mode=mode)
+    target.qmp.command("migrate-incoming", uri=f"file:{state}")
+    wait_completed(target)
+    wait_for(lambda: target.qmp.command("query-status")["running"], "the guest resumes")
+    assert trail(target) == ["setup", "active", "RESUME", "completed"]
+    check_churn(target)
+
+
+def test_paused_stays_paused_over_a_reboot(start, accel, tmp_path):
+    backend = f"memory-backend-file,share=on,mem-path={tmp_path / 'ram'}"
+    source = start(*arguments(accel, backend))
+    source.qmp.command("stop")
+    source.qmp.command("migrate-set-parameters", mode="cpr-reboot")
+    source.qmp.command("migrate", uri=f"file:{tmp_path}/state")
+    wait_completed(source)
+    source.close()
+    target = start(*arguments(accel, backend), "-incoming", f"file:{tmp_path}/state")
+    assert target.qmp.command("query-status") == {"status": "paused", "running": False}
+    target.qmp.command("cont")
+    check_churn(target)
+
+
+class Pair:
+    """A source, and a target that waits for it on two sockets."""
+
+    def __init__(self, start, accel: str, tmp_path, defer: bool, keyval: bool = False) -> None:
+        self.main, self.cpr = f"{tmp_path}/main.sock", f"{tmp_path}/cpr.sock"
+        self.source = start(*arguments(accel, "memory-backend-memfd,share=on"))
+        if keyval:
+            cpr = f"cpr,addr.transport=socket,addr.type=unix,addr.path={self.cpr}"
+        else:
+            cpr = json.dumps(channel("cpr", self.cpr))
+        main = "defer" if defer else json.dumps(channel("main", self.main))
+        words = [*arguments(accel, "memory-backend-memfd,share=on"), "-incoming", main]
+        words += ["-incoming", cpr]
+        self._vms: list[Vm] = []
+        self._thread = threading.Thread(target=lambda: self._vms.append(start(*words)))
+        self._thread.start()
+        wait_for(lambda: os.path.exists(self.cpr), "the target listens")
+
+    def begin(self):
+        source = self.source
+        wait_for_change(lambda: u64(source, 0x9018), "the guest writes")
+        source.qmp.command("migrate-set-capabilities", capabilities=on("events"))
+        source.qmp.command("migrate-set-parameters", mode="cpr-transfer")
+        channels = [channel("main", self.main), channel("cpr", self.cpr)]
+        source.qmp.command("migrate", channels=channels)
+
+    @property
+    def target(self) -> Vm:
+        self._thread.join(20)
+        return self._vms[0]
+
+
+def channel(kind, path):
+    address = {"transport": "socket", "type": "unix", "path": path}
+    return {"channel-type": kind, "addr": address}
+
+
+@pytest.mark.parametrize("keyval", [False, True])
+@pytest.mark.parametrize("defer", [False, True])
+def test_transfer(start, accel, tmp_path, defer, keyval):
+    pair = Pair(start, accel, tmp_path, defer, keyval)
+    pair.begin()
+    target, source = pair.target, pair.source
+    if defer:
+        assert source.qmp.command("query-migrate") == {"status": "setup"}
+        assert source.qmp.command("query-status")["running"]
+        assert target.qmp.command("query-status")["status"] == "inmigrate"
+        target.qmp.command("migrate-incoming", uri=f"unix:{pair.main}")
+    wait_completed(source)
+    wait_for(lambda: target.qmp.command("query-status")["running"], "the guest runs there")
+    expected = ["setup", "STOP", "active", "MIGRATION_PASS", "device", "completed"]
+    assert trail(source) == expected
+    assert source.qmp.command("query-status")["status"] == "postmigrate"
+    with pytest.raises(QmpError, match='Failed to get "write" lock'):
+        source.qmp.command("cont")
+    check_churn(target)
+    target.qmp.command("quit")
+    target.qmp.wait_closed()
+    target.process.wait(10)
+    source.qmp.command("cont")
+    assert source.qmp.command("query-status")["running"]
+
+
+def test_transfer_refusals(start, accel, tmp_path):
+    vm = start(*arguments(accel, "memory-backend-memfd,share=on"))
+    vm.qmp.command("migrate-set-parameters", mode="cpr-transfer")
+    main = channel("main", f"{tmp_path}/main.sock")
+    for arguments_, text in (
+        ({"uri": f"file:{tmp_path}/x"}, "Migration requires streamable transport (eg unix)"),
+        ({"uri": f"unix:{tmp_path}/x"}, "missing 'cpr' migration channel"),
+        (
+            {"channels": [main, channel("cpr", f"{tmp_path}/nobody.sock")]},
+            f"Failed to connect to '{tmp_path}/nobody.sock': No such file or directory",
+        ),
+        ({"channels": [main, INET]}, "bad cpr channel address; must be unix"),
+    ):
+        with pytest.raises(QmpError) as refused:
+            vm.qmp.command("migrate", **arguments_)
+        assert str(refused.value) == text
+    assert vm.qmp.command("query-status")["running"]
+
+
+def test_transfer_needs_all_ram_shared(start, accel):
+    vm = start(*arguments(accel, "memory-backend-ram"))
+    vm.qmp.command("migrate-set-parameters", mode="cpr-transfer")
+    reason = (
+        "Memory region ram0 is not compatible with CPR. share=on is required for memory-backend "
+        "objects, and aux-ram-share=on is required."
+    )
+    assert vm.qmp.command("query-migrate") == {"blocked-reasons": [reason]}
+    channels = [channel("main", "/x"), channel("cpr", "/y")]
+    with pytest.raises(QmpError, match="Memory region ram0 is not compatible with CPR"):
+        vm.qmp.command("migrate", channels=channels)
+
+
+def test_a_target_that_dies_before_the_switchover_leaves_the_source_running(start, accel, tmp_path):
+    pair = Pair(start, accel, tmp_path, defer=True)
+    pair.begin()
+    pair.target.close()
+    source = pair.source
+    wait_for(lambda: source.qmp.command("query-migrate")["status"] == "failed", "it fails")
+    assert "Failed to connect" in source.qmp.command("query-migrate")["error-desc"]
+    assert source.qmp.command("query-status")["running"]
+    check_churn(source)
+
+
+def test_a_wrong_state_is_refused_by_the_target(guests, accel, tmp_path):
+    path = f"{tmp_path}/cpr.sock"
+    words = [*arguments(accel, "memory-backend-memfd,share=on"), "-incoming", "defer"]
+    words += ["-incoming", json.dumps(channel("cpr", path))]
+    process = subprocess.Popen([*VMM, *words], stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: os.path.exists(path), "the target listens")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        client.sendall(b"nonsense")
+        client.shutdown(socket.SHUT_WR)
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert stderr == "cpr-vmm: Not a migration stream (bad magic 6e6f6e73)\n"
