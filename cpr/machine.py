@@ -40,8 +40,8 @@ class Machine:
     """One VM: its RAM, accelerator, vCPUs and devices.  Owns all of them.
 
     `stop`, `cont`, `reset` and `close` are for the main loop or the migration thread, never for
-    a vCPU's own thread and never with `lock` held.  What ends or resets the VM is reported by
-    `on_exit(status)`, set by whoever owns the process.
+    a vCPU's own thread and never with `lock` held.  What ends the VM is reported by
+    `on_exit(status)`, set by whoever owns the process; `ended` is true from then on.
     """
 
     def __init__(
@@ -68,9 +68,10 @@ class Machine:
         self.frontends: list[tuple[Frontend, str | None]] = []
         self.irq_handlers: list[Callable[[int, bool], None]] = []
         self.boot_image: Callable[[], BootImage] | None = None
-        self._reset_requested = False
+        self._reset_requested: tuple[bool, str] | None = None
         self._shutdown_requested = False
         self._state_lock = RLock()
+        self.ended = False
 
     @property
     def blocks(self) -> list[RAMBlock]:
@@ -127,9 +128,9 @@ class Machine:
         """Resets the VM soon; from any thread.  With -no-reboot it ends the VM instead."""
         if self.config.no_reboot and guest:
             self.request_shutdown(guest, reason)
-        elif not self._reset_requested:
-            self._reset_requested = True
-            self.loop.call_soon(lambda: self._reset(guest, reason))
+        elif self._reset_requested is None:
+            self._reset_requested = (guest, reason)
+            self.loop.call_soon(self._reset)
 
     def request_exit(self, status: int) -> None:
         self.loop.call_soon(lambda: self.on_exit(status))
@@ -188,11 +189,15 @@ class Machine:
                 device.on_stop()
 
     def stop(self, new_state: str = runstate.PAUSED) -> None:
-        """vm_stop: pauses a running VM into `new_state`, with a STOP event if it was running."""
+        """vm_stop: pauses a running VM into `new_state`, with a STOP event if it was running.
+
+        A reset that the guest has asked for is done before, so that no saved state misses it.
+        """
         with self._state_lock:
             was_running = self.runstate.current in runstate.LIVE
             if was_running:
                 self.pause_vcpus()
+                self._reset_if_requested()
             elif new_state == runstate.PAUSED:
                 return
             self.runstate.set(new_state)
@@ -221,25 +226,32 @@ class Machine:
             for device in self.devices:
                 device.on_powerdown()
 
-    def _reset(self, guest: bool, reason: str) -> None:
+    def _reset(self) -> None:
         with self._state_lock:
-            self._reset_requested = False
             running = self.runstate.current in runstate.LIVE
             if running:
                 self.pause_vcpus()
             elif self.runstate.current in (runstate.SHUTDOWN, runstate.INTERNAL_ERROR):
                 self.runstate.set(runstate.PAUSED)
-            try:
-                self.load_boot_image()
-            except CprError as error:
-                print(f"cpr-vmm: reset failed: {error}", file=sys.stderr)
-                if running:
-                    self.runstate.set(runstate.INTERNAL_ERROR)
-                    self.events.emit("STOP")
-                return
-            self.events.emit("RESET", {"guest": guest, "reason": reason})
-            if running:
+            if self._reset_if_requested() and running:
                 self.resume_vcpus()
+            elif running:
+                self.runstate.set(runstate.INTERNAL_ERROR)
+                self.events.emit("STOP")
+
+    def _reset_if_requested(self) -> bool:
+        """Resets the paused VM if that is due; false where its boot image cannot be had."""
+        if self._reset_requested is None:
+            return True
+        guest, reason = self._reset_requested
+        self._reset_requested = None
+        try:
+            self.load_boot_image()
+        except CprError as error:
+            print(f"cpr-vmm: reset failed: {error}", file=sys.stderr)
+            return False
+        self.events.emit("RESET", {"guest": guest, "reason": reason})
+        return True
 
     def shutdown(self, guest: bool, reason: str) -> None:
         """Ends the VM now, with a SHUTDOWN event; with -no-shutdown the guest only stops."""
@@ -248,6 +260,7 @@ class Machine:
         if guest and self.config.no_shutdown:
             self.stop(runstate.SHUTDOWN)
         else:
+            self.ended = True
             self.on_exit(0)
 
     def _on_vcpu_error(self, error: CprError) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import select
+import sys
 import time
 from _thread import allocate_lock, get_ident
 from heapq import heappop, heappush
@@ -15,6 +16,7 @@ from heapq import heappop, heappush
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
@@ -116,9 +118,9 @@ class MainLoop:
             if fd == self._wakeup:
                 os.eventfd_read(self._wakeup)
             elif callback := self._watched.get(fd):
-                callback(events)
+                _run(callback, events)
         for call in calls:
-            call()
+            _run(call)
         self._run_timers()
 
     def _run_timers(self) -> None:
@@ -130,8 +132,16 @@ class MainLoop:
                 timer = heappop(self._timers)[2]
             if timer.callback is not None:
                 callback, timer.callback = timer.callback, None
-                callback()
+                _run(callback)
 
     def close(self) -> None:
         self._epoll.close()
         os.close(self._wakeup)
+
+
+def _run(callback: Callable[..., None], *arguments: Any) -> None:
+    """Calls back; an exception is reported, but does not end the loop: a guest depends on it."""
+    try:
+        callback(*arguments)
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)

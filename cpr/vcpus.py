@@ -5,6 +5,7 @@ The hand-over uses plain locks as binary semaphores, because they cost nothing a
 
 from __future__ import annotations
 
+import sys
 from _thread import allocate_lock, get_ident, get_native_id, start_new_thread
 
 from cpr.accel import base
@@ -119,6 +120,10 @@ class VCpuThread:
             reason = self.vcpu.run(self._bus)
         except CprError as error:
             self._on_error(error)
+            reason = ""
+        except Exception as error:  # a bug in a device must not leave the others without this vCPU
+            sys.excepthook(type(error), error, error.__traceback__)
+            self._on_error(CprError(f"vCPU {self.vcpu.index}: internal error: {error}"))
             reason = ""
         self._do_work()
         if reason in (base.SHUTDOWN, base.RESET):

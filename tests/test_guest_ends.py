@@ -80,3 +80,12 @@ def test_debugcon_reaches_its_chardev(start, accel, tmp_path):
     vm = boot(start, accel, "debugcon", *chardev, *device)
     vm.qmp.command("cont")
     wait_for(lambda: log.read_text().endswith("\n"), "the guest's greeting")
+
+
+@pytest.mark.parametrize("guest", RESETS)
+def test_a_reset_asked_for_during_an_update_is_not_lost(start, accel, guest):
+    vm = boot(start, accel, guest)
+    vm.qmp.send("cont")
+    vm.qmp.send("cpr-exec")
+    vm.reconnect()
+    wait_for(lambda: vm.u32(BOOTS) == 2, "the second boot")

@@ -62,3 +62,14 @@ def test_all_its_descriptors_are_close_on_exec():
         except OSError:  # the descriptor of the listing itself
             continue
     loop.close()
+
+
+def test_an_exception_is_reported_and_the_loop_goes_on(monkeypatch):
+    reported: list[type] = []
+    monkeypatch.setattr("sys.excepthook", lambda kind, error, trace: reported.append(kind))
+    loop = MainLoop()
+    loop.call_soon(lambda: [][1])
+    loop.call_soon(loop.stop)
+    loop.run()
+    assert reported == [IndexError]
+    loop.close()

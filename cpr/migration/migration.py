@@ -340,6 +340,8 @@ class Migration:
         """
         assert self._mode is not None
         self._channel = None
+        if self.machine.ended:  # the guest has shut itself down meanwhile
+            return
         try:
             if self._mode.ends_process:
                 self._set_status("completed")

@@ -12,6 +12,8 @@ from cpr.errors import KernelError
 
 PID_VARIABLE = "CPR_EXEC_MM_HOLDER"
 
+_unreaped: list[int] = []  # holders of earlier images that are still freeing memory
+
 
 class MmHolder:
     """A running holder.  Owns its release descriptor, close-on-exec: an exec releases it."""
@@ -26,8 +28,8 @@ class MmHolder:
         self._release_fd: int = fd[0]
 
     def announce(self) -> None:
-        """Names the holder to the image that is exec'd next; `conceal` is the inverse."""
-        os.environ[PID_VARIABLE] = str(self.pid)
+        """Names the holder, and those still there, to the next image; `conceal` is the inverse."""
+        os.environ[PID_VARIABLE] = " ".join(map(str, [self.pid, *_unreaped]))
 
     def conceal(self) -> None:
         os.environ.pop(PID_VARIABLE, None)
@@ -39,12 +41,12 @@ class MmHolder:
         lib.cpr_mm_holder_reap(self.pid)
 
 
-def take_announced() -> int:
-    """The PID of the holder that the image before this one named in the environment, or 0."""
-    value = os.environ.pop(PID_VARIABLE, "")
-    return int(value) if value.isdecimal() else 0
+def reap_announced() -> None:
+    """Waits for the holders that earlier images have named in the environment.
 
-
-def reap(pid: int) -> None:
-    """Waits for a holder of the image before this one; it ends when the old memory is freed."""
-    lib.cpr_mm_holder_reap(pid)
+    They end when the old memory is freed, which may take longer than the next update.
+    """
+    _unreaped.extend(int(pid) for pid in os.environ.pop(PID_VARIABLE, "").split())
+    while _unreaped:
+        lib.cpr_mm_holder_reap(_unreaped[0])
+        del _unreaped[0]

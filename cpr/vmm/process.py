@@ -146,13 +146,11 @@ def run_vmm(arguments: list[str]) -> int:
     if isinstance(sources.main, dict) and not connects_in_background(sources.main):
         _load(vmm, sources.main)
         start_new_thread(vmm.populate, ())
-        holder = mm_holder.take_announced()
-        if holder:
-            start_new_thread(mm_holder.reap, (holder,))
         vmm.create_frontends(after_exec)
     else:
         vmm.create_frontends(after_exec)
         _boot(vmm, sources.main)
+    start_new_thread(mm_holder.reap_announced, ())
     fds.incoming = False
     from cpr.vmm import daemon
 
