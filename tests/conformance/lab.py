@@ -67,6 +67,8 @@ class Vm:
                 if time.monotonic() > deadline:
                     raise Mismatch(f"no QMP greeting from {self.name}: {error}") from error
                 time.sleep(POLL)
+        if not self.prefix:
+            self.prefix = self.process.words("cmdline")[: -len(self.options)]
 
     def disconnect(self) -> None:
         if self._qmp is not None:
@@ -187,7 +189,6 @@ class Lab:
         """Starts a VMM and connects to it."""
         vm = self.start(name, options, **more)
         vm.connect()
-        vm.prefix = vm.process.words("cmdline")[: -len(vm.options)]
         return vm
 
     def close(self) -> None:

@@ -40,7 +40,7 @@ bad_magic = replace(lambda stream: 0, b"XXXX")
 
 def waiting(id: str, source: str, *steps: Steps, more: str = DEFER) -> Row:
     """A VMM with -incoming defer and a whole state to load."""
-    return Row(id, f"4: {source}", take_over(more=more), connect(), capabilities("events"), *steps)
+    return Row(id, source, take_over(more=more), connect(), capabilities("events"), *steps)
 
 
 def bad_option(id: str, source: str, uri: str, text: str) -> Row:
@@ -51,7 +51,7 @@ def bad_option(id: str, source: str, uri: str, text: str) -> Row:
 ROWS = [
     waiting(
         "inmigrate-migrate",
-        "migrate while INMIGRATE",
+        "4: migrate while INMIGRATE",
         refused("migrate", {"uri": FILE}, INMIGRATE),
         migration({}),
         status("inmigrate"),
@@ -59,7 +59,7 @@ ROWS = [
     ),
     waiting(
         "inmigrate-cont",
-        "cont in inmigrate",
+        "4: cont in inmigrate",
         talk("cont", None, "{}"),
         status("inmigrate"),
         still(),
@@ -68,7 +68,7 @@ ROWS = [
     ),
     waiting(
         "inmigrate-cont-overrides-S",
-        "cont in inmigrate",
+        "4: cont in inmigrate",
         talk("cont", None, "{}"),
         status("inmigrate"),
         talk("migrate-incoming", {"uri": FILE}, *LOADED),
@@ -77,7 +77,7 @@ ROWS = [
     ),
     waiting(
         "inmigrate-stop",
-        "cont in inmigrate",
+        "4: cont in inmigrate",
         talk("stop", None, "{}"),
         status("inmigrate"),
         talk("migrate-incoming", {"uri": FILE}, *LOADED_PAUSED),
@@ -86,7 +86,7 @@ ROWS = [
     ),
     waiting(
         "inmigrate-S",
-        "new side with -S",
+        "4: new side with -S",
         talk("migrate-incoming", {"uri": FILE}, *LOADED_PAUSED),
         status("paused"),
         talk("cont", None, "RESUME", "{}"),
@@ -95,7 +95,7 @@ ROWS = [
     ),
     waiting(
         "inmigrate-parameters",
-        "setting mode / cpr-exec-command on the incoming side",
+        "4: setting mode / cpr-exec-command on the incoming side",
         parameters(mode="cpr-exec", cpr_exec_command=["/x"]),
         talk("migrate-incoming", {"uri": FILE}, *LOADED),
         survives(),
@@ -112,7 +112,7 @@ ROWS = [
     ),
     waiting(
         "incoming-twice",
-        "migrate-incoming twice",
+        "4: migrate-incoming twice",
         talk("migrate-incoming", {"uri": FILE}, *LOADED),
         refused("migrate-incoming", {"uri": FILE}, ALREADY),
         refused("migrate-incoming", None, ALREADY),
@@ -128,7 +128,7 @@ ROWS = [
     ),
     waiting(
         "incoming-no-file",
-        "migrate-incoming no such file",
+        "4: migrate-incoming no such file",
         talk(
             "migrate-incoming",
             {"uri": "file:$dir/missing"},
@@ -144,7 +144,7 @@ ROWS = [
     ),
     waiting(
         "incoming-unknown-protocol",
-        "migrate-incoming no such file",
+        "4: migrate-incoming no such file",
         refused(
             "migrate-incoming", {"uri": "bogus:x"}, "unknown migration protocol: bogus:x"
         ),

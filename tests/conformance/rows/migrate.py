@@ -25,6 +25,7 @@ from ..steps import (
     hmp,
     migration,
     new_command,
+    no_events,
     parameters,
     qmp,
     refused,
@@ -448,6 +449,14 @@ ROWS = [
             refused("migrate", {"uri": FILE}, INCOMPATIBLE),
             running(),
         ],
+    ),
+    Row(
+        "migrate-in-postmigrate",
+        "4: migrate in postmigrate",
+        paused_for_good(),
+        refused("migrate", {"uri": FILE}, POSTMIGRATE),
+        status("postmigrate"),
+        no_events(),
     ),
     order(
         "uri-before-transport",

@@ -142,7 +142,7 @@ def blocked_by(lab: Lab, *names: str) -> None:
 def transferred() -> list[Step]:
     """Both sides afterwards."""
     return [
-        on("src", status("postmigrate"), migration(COMPLETED)),
+        on("src", comes_to("postmigrate"), migration(COMPLETED)),
         hmp("info status", "VM status: paused (postmigrate)"),
         on("dst", comes_to("running"), migration({"status": "completed"}), went_on_from("src")),
         counting(),
@@ -269,9 +269,8 @@ ROWS = [
         "5: cpr-transfer",
         source(),
         destination(BOTH),
-        on("src", talk("migrate", channels(), "setup", "{}"), status("running")),
-        migration({"status": "setup"}),
-        on("dst", connect(), status("inmigrate")),
+        on("src", talk("migrate", channels(), "setup", "{}")),
+        on("dst", connect()),
         on("src", events(*SENT)),
         transferred(),
         same_ram(),
@@ -314,13 +313,14 @@ ROWS = [
         on("src", talk("migrate", channels(), "setup", "{}")),
         on("dst", connect(), comes_to("running")),
         on("src", events(*SENT)),
+        comes_to("postmigrate"),
         refused("migrate", channels(), POSTMIGRATE),
         refused("cont", None, 'Failed to get "write" lock'),
         stderr(
             'Failed to get "write" lock',
             "Is another process using the image [$dir/guest.img]?",
         ),
-        status("postmigrate"),
+        comes_to("postmigrate"),
         talk("quit", None, "SHUTDOWN host-qmp-quit", "{}", "EOF"),
         on("dst", counting()),
     ),
@@ -368,7 +368,7 @@ ROWS = [
         events(*SENT),
         main_is_whole(),
         stream_is_well_formed(),
-        status("postmigrate"),
+        comes_to("postmigrate"),
     ),
     Row(
         "transfer-wire-in",

@@ -228,7 +228,7 @@ ROWS = [
     ),
     Row(
         "update-prelaunch",
-        "4: Paused guest: prelaunch: new side prelaunch",
+        "4: Paused guest: no STOP event: prelaunch",
         boot(guest("-S")),
         status("prelaunch"),
         hmp("info status", "VM status: paused (prelaunch)"),
