@@ -9,7 +9,7 @@ NATIVE := $(filter-out cpr/_native/_cpr.c,$(NATIVE))
 GUEST ?= examples/heartbeat.cfg
 ARGS ?=
 
-.PHONY: setup setup-dev guests compiled run demo test lint format bench clean
+.PHONY: setup setup-dev guests compiled run demo test sanitize lint format bench clean
 
 setup: $(VENV)/.built guests compiled
 
@@ -30,6 +30,10 @@ demo: setup
 
 test: setup-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# The C page path under the address, undefined-behaviour and thread sanitizers.
+sanitize: | $(VENV)/.checked
+	$(MAKE) -C tests/native
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cpr.migration.mode import Mode
     from cpr.migration.parameters import Capabilities
     from cpr.migration.statistics import RamCounters
+    from cpr.pages import PagePool, RecordLoader
     from cpr.ram import RAMBlock
 
 RAM_SECTION_ID = 1
@@ -126,17 +127,22 @@ def load(machine: Machine, capabilities: Capabilities, read: Callable[[int], byt
     versions[VMSTATE_GLOBALSTATE.name, 0] = VMSTATE_GLOBALSTATE.version_id
     states: dict[tuple[str, int], dict] = {}
     ram = ram_section.RamDecoder(_blocks(machine), capabilities.enabled("x-ignore-shared"))
-    for section in reader.sections(versions):
-        key = (section.idstr, section.instance_id)
-        try:
-            if section.idstr == ram_section.IDSTR:
-                _load_ram(machine, ram, reader, section.version_id)
-            else:
-                vmstate = devices[key].vmstate if key in devices else VMSTATE_GLOBALSTATE
-                assert vmstate is not None
-                states[key] = vmstate.decode(reader, section.version_id)
-        except StreamError as error:
-            raise section.failure(error) from None
+    bulk = BulkLoader(machine.blocks)
+    ram.bulk = bulk.take
+    try:
+        for section in reader.sections(versions):
+            key = (section.idstr, section.instance_id)
+            try:
+                if section.idstr == ram_section.IDSTR:
+                    _load_ram(machine, ram, reader, section.version_id)
+                else:
+                    vmstate = devices[key].vmstate if key in devices else VMSTATE_GLOBALSTATE
+                    assert vmstate is not None
+                    states[key] = vmstate.decode(reader, section.version_id)
+            except StreamError as error:
+                raise section.failure(error) from None
+    finally:
+        bulk.close()
     reader.vmdescription()
     for warning in (*warnings, *reader.warnings):
         print(f"cpr-vmm: {warning}", file=sys.stderr)
@@ -163,6 +169,35 @@ def _load_ram(
             view[:] = data
         elif view[:] != zeros:  # a page that is not there yet stays so
             view[:] = zeros
+
+
+class BulkLoader:
+    """Takes runs of page records in C; its threads are started by the first page."""
+
+    def __init__(self, blocks: list[RAMBlock]) -> None:
+        self._blocks = blocks
+        self._pool: PagePool | None = None
+        self._loader: RecordLoader | None = None
+
+    def take(self, reader: StreamReader, idstr: str) -> str | None:
+        """For RamDecoder.bulk."""
+        if self._loader is None:
+            from cpr.pages import PagePool, Pages, RecordLoader
+
+            self._pool = PagePool()
+            blocks = [(block.idstr, Pages.of_block(block)) for block in self._blocks]
+            self._loader = RecordLoader(self._pool, blocks)
+        loader = self._loader
+        loader.current = idstr
+        while True:
+            taken = loader.feed(reader.peek(RECORDS_SIZE))
+            reader.take(taken)
+            if loader.stopped or not taken:
+                return loader.current
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
 
 
 def _blocks(machine: Machine) -> list[ram_section.Block]:

@@ -22,7 +22,7 @@ from cpr.state.reader import LoadError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from cpr.state.stream import StreamReader
 
@@ -103,11 +103,13 @@ class RamDecoder:
     """Takes the bodies of 'ram' sections; one decoder for all the sections of a stream.
 
     `blocks` are this side's.  A block list must name only them; the used lengths of those that
-    can be resized become the stream's.
+    can be resized become the stream's.  `bulk(reader, idstr)`, if it is set, is called after each
+    page with its block: it may take more page records itself, and returns the block of the last.
     """
 
     def __init__(self, blocks: Iterable[Block], with_addresses: bool = False) -> None:
         self.blocks = {block.idstr: block for block in blocks}
+        self.bulk: Callable[[StreamReader, str], str | None] | None = None
         self._with_addresses = with_addresses
         self._block: Block | None = None
 
@@ -130,6 +132,7 @@ class RamDecoder:
                 self._take_block_list(reader, address)
             elif kind & (ZERO | PAGE):
                 yield self._take_page(reader, address, flags)
+                self._take_more_pages(reader)
             elif kind == EOS:
                 return
             elif kind not in (HOOK, MULTIFD_FLUSH):
@@ -148,6 +151,10 @@ class RamDecoder:
             if self._with_addresses:
                 _check_address(block, reader.integer(8))
             total = (total - used_length) % (1 << 64)
+
+    def _take_more_pages(self, reader: StreamReader) -> None:
+        if self.bulk is not None and self._block is not None:
+            self._block = self.blocks[self.bulk(reader, self._block.idstr) or self._block.idstr]
 
     def _take_page(
         self, reader: StreamReader, offset: int, flags: int

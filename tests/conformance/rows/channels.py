@@ -33,6 +33,7 @@ from ..steps import (
     talk,
     until,
 )
+from .migrate import BROKEN_SETUP
 
 IN_BACKGROUND = ("setup", "{}", "STOP", "active", "pass:2", "device", "completed", "EOF")
 WORKS = "4: file:F,offset=4096, relative file:, exec:, unix: with listener, channels file"
@@ -124,6 +125,14 @@ def pass_pipe_to_read(lab: Lab) -> None:
     reading, writing = os.pipe()
     _pass(lab, writing, "getfd", {"fdname": "channel"}, {})
     lab.receivers["pipe"] = Receiver(lambda: open(reading, "rb"), lab.path("$dir/state"))
+
+
+@step
+def pass_broken_pipe(lab: Lab) -> None:
+    """Passes the write end of a pipe that nobody reads as `channel`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    _pass(lab, writing, "getfd", {"fdname": "channel"}, {})
 
 
 @step
@@ -249,6 +258,19 @@ ROWS = [
         capabilities("events"),
         new_command(),
         talk("migrate", {"uri": "fd:channel"}, "setup", "failing", "failed", f"error: {NO_FILE}"),
+        running(),
+    ),
+    Row(
+        "out-getfd-broken-pipe",
+        "4: exec:false",
+        boot(),
+        counting(),
+        pass_broken_pipe(),
+        capabilities("events"),
+        new_command(),
+        talk("migrate", {"uri": "fd:channel"}, "setup", "STOP", "{}", "active"),
+        events("failing", "RESUME", "failed"),
+        migration({"status": "failed", "error-desc": BROKEN_SETUP}),
         running(),
     ),
     out("add-fd", {"uri": "file:/dev/fdset/1"}, pass_file(os.O_WRONLY, *ADD_FD)),
