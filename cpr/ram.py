@@ -47,6 +47,7 @@ class RAMBlock:
         "fd",
         "host",
         "idstr",
+        "kept",
         "max_length",
         "offset",
         "page_size",
@@ -74,6 +75,7 @@ class RAMBlock:
         self.prealloc = False
         self.populated = 0
         self.preserved = False
+        self.kept = False
         self.reopened = False
         self.regenerated = False
 
@@ -83,9 +85,12 @@ class RAMBlock:
             raise ValueError(f"{self.idstr}: no {size} bytes at offset {offset:#x}")
         return ffi.buffer(ffi.cast("char *", self.host + offset), size)
 
-    def cpr_blocker(self) -> str | None:
-        """Why an exec would lose this block's content, in QEMU's words, or None."""
-        if self.preserved or self.reopened or self.regenerated:
+    def cpr_blocker(self, regenerates: bool = True) -> str | None:
+        """Why an update would lose this block's content, in QEMU's words, or None.
+
+        `regenerates`: the new VMM makes the regenerated blocks again, as after an exec.
+        """
+        if self.preserved or self.reopened or (self.regenerated and regenerates):
             return None
         return (
             f"Memory region {self.idstr} is not compatible with CPR. share=on is required for "
@@ -141,6 +146,7 @@ def create_aux_block(idstr: str, size: int, share: bool, fds: PreservedFds) -> R
     if found is not None:
         _check_size(block, found)
         block.fd = found
+        block.kept = True
     elif share:
         block.fd = os.memfd_create(idstr)
         os.ftruncate(block.fd, size)
@@ -166,6 +172,7 @@ def _attach_descriptor(block: RAMBlock, properties: dict[str, Any], fds: Preserv
     if found is not None:
         _check_size(block, found)
         block.fd = found
+        block.kept = True
         block.preserved = block.shared
         return
     if block.backend == "memory-backend-memfd":

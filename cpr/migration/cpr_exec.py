@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from cpr.ram import RAMBlock
     from cpr.state.fds import PreservedFds
 
-DIRECTORY_VARIABLE = "CPR_EXEC_TEMPORARY_DIRECTORY"
 STATE_FILE = "vmstate"
 INCOMING = frozenset({"-incoming", "--incoming"})
 
@@ -73,17 +72,17 @@ class Exec(Mode):
         return False
 
     def blockers(self, machine: Machine) -> list[str]:
-        return cpr_blockers(machine, lambda block: True)
+        return cpr_blockers(machine, regenerates=True)
 
     def finish(self, machine: Machine) -> None:
         """Becomes the command under this PID.  Comes back only with MigrationError."""
+        import signal
+
         self.before_exec()
-        if self.directory is not None:
-            os.environ[DIRECTORY_VARIABLE] = self.directory
-        if self._holder is not None:
-            self._holder.announce()
         sys.stdout.flush()
         sys.stderr.flush()
+        # Python ignores it; the new program shall not.
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         # Not earlier: a child forked by anything else in this process must not inherit them.
         self._fds.set_cloexec(False)
         try:
@@ -95,9 +94,7 @@ class Exec(Mode):
             raise MigrationError(f"execvp {self.command[0]} failed: {text}") from None
         finally:
             self._fds.set_cloexec(True)
-            if self._holder is not None:
-                self._holder.conceal()
-            os.environ.pop(DIRECTORY_VARIABLE, None)
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def walk_back(self) -> None:
         if self._fds.state_fd >= 0:
@@ -186,7 +183,7 @@ def check_command(command: list[str] | None) -> list[str]:
 def _create_directory() -> str:
     base = os.environ.get("TMPDIR") or "/tmp"
     while True:
-        directory = os.path.join(base, f"cpr-exec-{os.getpid()}-{os.urandom(4).hex()}")
+        directory = os.path.join(base, f"{_own_prefix()}{os.urandom(4).hex()}")
         try:
             os.mkdir(directory, 0o700)
         except FileExistsError:
@@ -196,6 +193,18 @@ def _create_directory() -> str:
                 f"Could not create '{directory}': {error.strerror}; set TMPDIR to a writable folder"
             ) from None
         return directory
+
+
+def _own_prefix() -> str:
+    """What the names of this process's temporary directories begin with, before and after exec."""
+    return f"cpr-exec-{os.getpid()}-"
+
+
+def remove_own_directory(source: dict) -> None:
+    """Removes the temporary directory that `source`, which has just been loaded, is in, if any."""
+    directory = os.path.dirname(source.get("filename", ""))
+    if os.path.basename(directory).startswith(_own_prefix()):
+        remove_directory(directory)
 
 
 def remove_directory(directory: str) -> None:

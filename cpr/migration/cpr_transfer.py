@@ -75,7 +75,7 @@ class Transfer(Mode):
         return False
 
     def blockers(self, machine: Machine) -> list[str]:
-        return cpr_blockers(machine, lambda block: not (block.preserved or block.reopened))
+        return cpr_blockers(machine, regenerates=False)
 
     def finish(self, machine: Machine) -> None:
         give_guest_away(machine)
@@ -100,7 +100,9 @@ class CprListener:
 
     def __init__(self, address: dict) -> None:
         """Receives the state; blocks until a source has sent it.  Raises MigrationError."""
-        path = check_address(address)
+        if address.get("type") != "unix":
+            raise MigrationError("bad cpr channel socket type; must be unix")
+        path = address["path"]
         if os.path.exists(path):
             os.unlink(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -8,6 +8,7 @@ from _thread import start_new_thread
 
 from cpr import runstate
 from cpr.errors import ConfigError, CprError, MigrationError
+from cpr.migration import address as addresses
 from cpr.migration import channel, savevm
 from cpr.state.reader import StreamError
 
@@ -25,24 +26,27 @@ PREFIX = "load of migration failed: "
 class Sources:
     """What the -incoming options say.
 
-    `main` is the main channel's address, "defer", or None for no -incoming at all; `cpr` is the
-    cpr channel's address or None.
+    `main` is the main channel's address, "defer", or None for no -incoming at all, and `option`
+    the option that said so; `cpr` is the cpr channel's address or None.
     """
 
-    __slots__ = ("cpr", "main")
+    __slots__ = ("cpr", "main", "option")
 
     def __init__(self, options: Sequence[str]) -> None:
         """Raises CprError naming the option."""
         self.main: dict | str | None = None
         self.cpr: dict | None = None
+        self.option = ""
         for option in options:
+            if not is_channel(option):
+                self.option = option
             if option == DEFER:
                 self.main = DEFER
             elif is_channel(option):
                 self._take_channel(option)
             else:
                 try:
-                    self.main = channel.parse_uri(option)
+                    self.main = addresses.parse_uri(option)
                 except MigrationError as error:
                     raise ConfigError(f"-incoming {option}: {error}") from None
 
@@ -52,13 +56,14 @@ class Sources:
         parsed = parse_channel(option)
         assert parsed is not None
         try:
-            address = channel.check(parsed["addr"])
+            address = addresses.check(parsed["addr"])
         except MigrationError as error:
             raise ConfigError(f"-incoming {option}: {error}") from None
         if parsed["channel-type"] == "cpr":
             self.cpr = address
         else:
             self.main = address
+            self.option = option
 
 
 def is_channel(option: str) -> bool:
@@ -88,38 +93,48 @@ class Incoming:
         self._migration.machine.runstate.set(runstate.INMIGRATE)
 
     def load_now(self, address: dict) -> None:
-        """Loads at start-up, before there are monitors.  Raises CprError; the VM is then lost."""
+        """Loads at start-up, before there are monitors.  Raises CprError; the VM is then lost.
+
+        An address that cannot be opened raises ConfigError; the caller knows the option.
+        """
         self.started = True
-        source = channel.open_incoming(address, self._migration.find_fd)
+        try:
+            source = channel.open_incoming(address, self._migration.handed)
+        except MigrationError as error:
+            raise ConfigError(str(error)) from None
         self._load(source)
 
     def start(self, address: dict, exit_on_error: bool) -> None:
-        """migrate-incoming.  Raises MigrationError where it is refused or cannot be opened."""
-        if not self.expected:
-            raise MigrationError("'-incoming' was not specified on the command line")
-        if self.started:
-            raise MigrationError("The incoming migration has already been started")
-        status = self._migration.status
-        if status != "none":
-            raise MigrationError(f"Illegal migration incoming state: {status}")
+        """Waits for a source on a socket, or opens the channel, and loads.
+
+        Raises MigrationError where it is refused, or cannot listen or be opened.
+        """
+        self.check()
+        if self._migration.status != "none":
+            raise MigrationError(f"Illegal migration incoming state: {self._migration.status}")
         self._migration.set_incoming_status("setup")
         self._address = address
-        if channel.connects_in_background(address):
+        if addresses.connects_in_background(address):
+            listener = channel.Listener(address)
+            self._hang_up()
             self.started = True
-            start_new_thread(self._wait_and_load, (address, exit_on_error))
+            start_new_thread(self._wait_and_load, (listener, exit_on_error))
             return
-        source = channel.open_incoming(address, self._migration.find_fd)
+        source = channel.open_incoming(address, self._migration.handed)
+        self._hang_up()
         self.started = True
         # After this round of the loop: the answer to migrate-incoming goes out before `active`.
         self._migration.loop.call_soon(lambda: self._load_or_exit(source, exit_on_error))
 
-    def _wait_and_load(self, address: dict, exit_on_error: bool) -> None:
-        try:
-            source = channel.open_incoming(address, self._migration.find_fd, self._hang_up)
-        except CprError as error:
-            text = str(error)
-            self._migration.loop.call_soon(lambda: self._fail(text, exit_on_error))
-            return
+    def check(self) -> None:
+        """Raises MigrationError where migrate-incoming has no place."""
+        if not self.expected:
+            raise MigrationError("'-incoming' was not specified on the command line")
+        if self.started:
+            raise MigrationError("The incoming migration has already been started")
+
+    def _wait_and_load(self, listener: channel.Listener, exit_on_error: bool) -> None:
+        source = listener.accept()
         self._migration.loop.call_soon(lambda: self._load_or_exit(source, exit_on_error))
 
     def _hang_up(self) -> None:
@@ -133,7 +148,9 @@ class Incoming:
             return {}
         if self._address.get("transport") != "socket":
             return {}
-        shown = {key: value for key, value in self._address.items() if key != "transport"}
+        shown: dict = {k: v for k, v in self._address.items() if k != "transport"}
+        if shown["type"] == "inet":
+            shown["ipv6" if ":" in shown["host"] else "ipv4"] = True
         return {"socket-address": [shown]}
 
     def _load_or_exit(self, source: channel.Channel, exit_on_error: bool) -> None:
@@ -144,8 +161,8 @@ class Incoming:
 
     def _fail(self, text: str, exit_on_error: bool) -> None:
         self._migration.set_incoming_status("failed", text)
-        print(f"cpr-vmm: {text}", file=sys.stderr)
         if exit_on_error:
+            print(f"cpr-vmm: {text}", file=sys.stderr)
             self._migration.machine.on_exit(1)
 
     def _load(self, source: channel.Channel) -> None:

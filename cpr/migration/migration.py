@@ -15,6 +15,7 @@ from _thread import allocate_lock, start_new_thread
 from cpr import runstate
 from cpr.config.option_values import parse_bool
 from cpr.errors import CommandError, ConfigError, CprError, MigrationError
+from cpr.migration import address as addresses
 from cpr.migration import channel, cpr_exec, savevm
 from cpr.migration.incoming import Incoming
 from cpr.migration.mode import EXEC, NORMAL, TRANSFER, Mode
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from cpr.events import EventBus
     from cpr.machine import Machine
     from cpr.mainloop import MainLoop
-    from cpr.migration.channel import Channel
+    from cpr.migration.channel import Channel, Handed
     from cpr.state.fds import PreservedFds
 
 ENDED = frozenset({"none", "completed", "failed", "cancelled"})
@@ -42,11 +43,16 @@ class Migration:
     """The outgoing migration of one VM, and its parameters.
 
     `before_exec()` is called on the main loop just before an exec, to flush what must not be
-    lost; `find_fd(name)` gives a descriptor that a monitor was handed by getfd, with ownership.
+    lost; `handed` are the descriptors that monitors were handed by getfd and add-fd.
     """
 
     def __init__(
-        self, machine: Machine, fds: PreservedFds, loop: MainLoop, events: EventBus
+        self,
+        machine: Machine,
+        fds: PreservedFds,
+        loop: MainLoop,
+        events: EventBus,
+        handed: Handed,
     ) -> None:
         self.machine = machine
         self.fds = fds
@@ -57,7 +63,7 @@ class Migration:
         self.status = "none"
         self.error: str | None = None
         self.before_exec: Callable[[], None] = lambda: None
-        self.find_fd: Callable[[str], int] = _no_fd
+        self.handed = handed
         self.incoming_side = Incoming(self)
         self._finish_callbacks: list[Callable[[], None]] = []
         self._old_state = runstate.RUNNING
@@ -65,6 +71,7 @@ class Migration:
         self._cancel = False
         self._channel: Channel | None = None
         self._mode: Mode | None = None
+        self._saver: savevm.Saver | None = None
         self._times = Times()
         self.ram = RamCounters()
 
@@ -113,7 +120,7 @@ class Migration:
 
     def _check(self, address: dict, mode: Mode, resume: bool = False) -> None:
         """What refuses a migration, in QEMU's order; the guest is not touched."""
-        background = channel.connects_in_background(address)
+        background = addresses.connects_in_background(address)
         if self.capabilities.enabled("multifd") and not background:
             raise MigrationError("Migration requires multi-channel URIs (e.g. tcp)")
         if mode.name == TRANSFER and not background:
@@ -150,8 +157,8 @@ class Migration:
         self, uri: str | None = None, channels: list[dict] | None = None, resume: bool = False
     ) -> None:
         """Starts a migration.  Raises MigrationError where it is refused; the guest runs on."""
-        address = channel.parse(uri, channels)
-        cpr_address = channel.cpr_address(channels)
+        address = addresses.parse(uri, channels)
+        cpr_address = addresses.cpr_address(channels)
         mode = self._create_mode(cpr_address)
         self._check(address, mode, resume)
         if mode.name == TRANSFER and cpr_address is None:
@@ -169,7 +176,7 @@ class Migration:
         mode = cpr_exec.plan(self.fds, command)
         self.parameters.set({"mode": EXEC, "cpr-exec-command": mode.command})
         try:
-            address = channel.parse_uri(mode.uri)
+            address = addresses.parse_uri(mode.uri)
             self._check(address, mode)
             self._start(address, mode)
         except CprError:
@@ -196,7 +203,8 @@ class Migration:
         exit_on_error: bool = True,
     ) -> None:
         """migrate-incoming, for a VMM that was started with -incoming defer."""
-        self.incoming_side.start(channel.parse(uri, channels), exit_on_error)
+        self.incoming_side.check()
+        self.incoming_side.start(addresses.parse(uri, channels), exit_on_error)
 
     def cancel(self) -> None:
         """migrate_cancel: nothing happens where no migration runs."""
@@ -219,7 +227,13 @@ class Migration:
         if state == runstate.POSTMIGRATE:
             from cpr.migration.cpr_transfer import take_guest
 
-            take_guest(self.machine)
+            try:
+                take_guest(self.machine)
+            except CprError as error:
+                drive = next((drive.file for drive in self.machine.config.drives), "")
+                print(f"cpr-vmm: {error}", file=sys.stderr)
+                print(f"Is another process using the image [{drive}]?", file=sys.stderr)
+                raise
 
     def _let_go(self) -> None:
         if self._switchover.locked():
@@ -248,7 +262,7 @@ class Migration:
             savevm.prepare()
             mode.hold()
             waits = mode.begin(lambda: self._run_soon(address))
-            if not waits and not channel.connects_in_background(address):
+            if not waits and not addresses.connects_in_background(address):
                 self._open(address)
         except CprError as error:
             self._fail(error)
@@ -267,7 +281,7 @@ class Migration:
     def _open(self, address: dict) -> None:
         """Opens the channel and, where the mode wants that first, stops the guest."""
         assert self._mode is not None
-        self._channel = channel.open_outgoing(address, self.find_fd)
+        self._channel = channel.open_outgoing(address, self.handed)
         self._old_state = self.machine.runstate.current
         self._times.set_up()
         if self._mode.stops_first:
@@ -284,19 +298,26 @@ class Migration:
             if address is not None:
                 self._check_cancel()
                 self._open(address)
+            assert self._channel is not None
             self._check_cancel()
             self._set_status("active")
             if not self._mode.stops_first:
                 self._stop_guest()
+            self._saver = savevm.Saver(
+                self.machine, self.capabilities, self._old_state, self._mode, self._channel.write
+            )
+            self._write(self._saver.ram)
+            self.ram = self._saver.counters
             if self.capabilities.enabled("events"):
                 self.events.emit("MIGRATION_PASS", {"pass": 2})
             if self.capabilities.enabled("pause-before-switchover"):
                 self._wait_for_switchover()
             self._set_status("device")
-            self._write()
+            self._write_all()
             self._times.end()
             self.loop.call_soon(self._complete)
         except Cancelled as error:
+            print(f"cpr-vmm: {error}", file=sys.stderr)
             self._end("cancelled", str(error))
         except CprError as error:
             self._fail(error)
@@ -316,22 +337,26 @@ class Migration:
         if self._cancel:
             raise Cancelled("Switchover is interrupted")
 
-    def _write(self) -> None:
-        assert self._channel is not None and self._mode is not None
+    def _write(self, step: Callable[[], None]) -> None:
+        """Runs one step of writing the stream, and puts it out."""
+        assert self._channel is not None and self._saver is not None
         try:
-            savevm.save(
-                self.machine,
-                self.capabilities,
-                self._old_state,
-                self._mode,
-                self.ram,
-                self._channel.write,
-            )
-            self._channel.finish()
+            step()
+            self._channel.flush()
         except OSError as error:
-            raise MigrationError(f"Unable to write to the channel: {error.strerror}") from None
+            if step == self._saver.ram:
+                raise MigrationError("ram_save_setup failed: Input/output error") from None
+            kind = self._channel.kind
+            raise MigrationError(f"Unable to write to {kind}: {error.strerror}") from None
         finally:
             self.ram.transferred = self._channel.transferred
+
+    def _write_all(self) -> None:
+        assert self._channel is not None and self._saver is not None
+        self._write(self._saver.devices)
+        if self.capabilities.enabled("return-path") and self._channel.kind != "socket":
+            raise MigrationError("Unable to read from file: Bad file descriptor")
+        self._channel.finish()
 
     def _complete(self) -> None:
         """Ends a migration whose stream is written, on the main loop.
@@ -415,11 +440,8 @@ class Migration:
             return result | self.incoming_side.query()
         if self.status in ("active", "pre-switchover", "device"):
             result["expected-downtime"] = self.parameters.get("downtime-limit")
+            result["remaining"] = 0
             result |= self._times.query(False) | {"ram": self.ram.query(self._times)}
         elif self.status == "completed":
             result |= self._times.query(True) | {"ram": self.ram.query(self._times)}
         return result
-
-
-def _no_fd(name: str) -> int:
-    raise MigrationError(f"File descriptor named '{name}' has not been found")

@@ -60,8 +60,8 @@ class Mode:
         """The inverse of `hold` and `begin`; may be called at any time."""
 
 
-def cpr_blockers(machine: Machine, lost: Callable[[RAMBlock], bool]) -> list[str]:
-    """The texts for RAM that is `lost` and for devices that would not survive."""
+def cpr_blockers(machine: Machine, regenerates: bool) -> list[str]:
+    """The texts for RAM and for devices that would not survive; see RAMBlock.cpr_blocker."""
     reasons = [device.cpr_blocker() for device in machine.devices]
-    reasons += [block.cpr_blocker() for block in machine.blocks if lost(block)]
+    reasons += [block.cpr_blocker(regenerates) for block in machine.blocks]
     return [reason for reason in reasons if reason]

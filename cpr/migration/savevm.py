@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+from cpr.migration.statistics import RamCounters
 from cpr.state import ram_section, stream
 from cpr.state.configuration import CHECKED_CAPABILITIES, Configuration
 from cpr.state.reader import StreamError
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from cpr.machine import Machine
     from cpr.migration.mode import Mode
     from cpr.migration.parameters import Capabilities
-    from cpr.migration.statistics import RamCounters
     from cpr.pages import PagePool, RecordLoader
     from cpr.ram import RAMBlock
 
@@ -45,70 +45,84 @@ VMSTATE_GLOBALSTATE = VMStateDescription(
 
 
 def prepare() -> None:
-    """Imports what `save` needs, so that it is not imported while the guest stands still."""
+    """Imports what a Saver needs, so that it is not imported while the guest stands still."""
     import json  # noqa: F401
 
 
-def save(
-    machine: Machine,
-    capabilities: Capabilities,
-    old_state: str,
-    mode: Mode,
-    counters: RamCounters,
-    write: Callable[[bytes], object],
-) -> None:
+class Saver:
     """Writes the stream of a stopped machine that was in runstate `old_state` before."""
-    writer = StreamWriter(write)
-    writer.header()
-    writer.configuration(Configuration(machine.config.machine_type, _checked(capabilities)))
-    ignore_shared = capabilities.enabled("x-ignore-shared")
-    blocks = ram_section.block_list(_blocks(machine), ignore_shared)
-    writer.start(
-        RAM_SECTION_ID,
-        ram_section.IDSTR,
-        ram_section.INSTANCE_ID,
-        ram_section.VERSION_ID,
-        blocks + ram_section.END,
-    )
-    sent = [block for block in machine.blocks if mode.sends(block, ignore_shared)]
-    _save_pages(writer, sent, counters)
-    writer.command(stream.SWITCHOVER_START)
-    writer.end(RAM_SECTION_ID, ram_section.END)
-    with machine.lock:
-        for number, device in enumerate(machine.sections()):
-            assert device.vmstate is not None
-            writer.device(
-                FIRST_DEVICE_ID + number,
-                device.idstr,
-                device.instance_id,
-                device.vmstate,
-                device.save(),
-            )
-    last_id = FIRST_DEVICE_ID + len(machine.sections())
-    state = _globalstate(old_state)
-    writer.device(last_id, VMSTATE_GLOBALSTATE.name, 0, VMSTATE_GLOBALSTATE, state)
-    writer.eof()
-    writer.vmdescription()
 
+    def __init__(
+        self,
+        machine: Machine,
+        capabilities: Capabilities,
+        old_state: str,
+        mode: Mode,
+        write: Callable[[bytes], object],
+    ) -> None:
+        self.counters = RamCounters()
+        self._machine = machine
+        self._old_state = old_state
+        self._checked = tuple(c for c in CHECKED_CAPABILITIES if capabilities.enabled(c))
+        self._ignore_shared = capabilities.enabled("x-ignore-shared")
+        self._mode = mode
+        self._writer = StreamWriter(write)
 
-def _save_pages(writer: StreamWriter, blocks: list[RAMBlock], counters: RamCounters) -> None:
-    """Writes all the pages of `blocks`, in sections of about a megabyte."""
-    if not blocks:
-        return
-    from cpr.pages import PagePool, Pages, RecordWriter
+    def ram(self) -> None:
+        """The header, the list of blocks, and the pages that the mode sends."""
+        writer = self._writer
+        writer.header()
+        writer.configuration(Configuration(self._machine.config.machine_type, self._checked))
+        blocks = ram_section.block_list(_blocks(self._machine), self._ignore_shared)
+        writer.start(
+            RAM_SECTION_ID,
+            ram_section.IDSTR,
+            ram_section.INSTANCE_ID,
+            ram_section.VERSION_ID,
+            blocks + ram_section.END,
+        )
+        ignore = self._ignore_shared
+        self._pages([block for block in self._machine.blocks if self._mode.sends(block, ignore)])
 
-    counters.total = sum(block.size for block in blocks)
-    buffer = bytearray(RECORDS_SIZE)
-    with PagePool() as pool:
-        for block in blocks:
-            pages = Pages.of_block(block)
-            records = RecordWriter(pool, pages, block.idstr)
-            while not pages.done:
-                counts = records.encode(buffer)
-                counters.duplicate += counts.zero
-                counters.normal += counts.normal
-                body = bytes(memoryview(buffer)[: counts.bytes])
-                writer.part(RAM_SECTION_ID, body + ram_section.END)
+    def _pages(self, blocks: list[RAMBlock]) -> None:
+        """Writes all the pages of `blocks`, in sections of about a megabyte."""
+        if not blocks:
+            return
+        from cpr.pages import PagePool, Pages, RecordWriter
+
+        self.counters.total = sum(block.size for block in blocks)
+        buffer = bytearray(RECORDS_SIZE)
+        with PagePool() as pool:
+            for block in blocks:
+                pages = Pages.of_block(block)
+                records = RecordWriter(pool, pages, block.idstr)
+                while not pages.done:
+                    counts = records.encode(buffer)
+                    self.counters.duplicate += counts.zero
+                    self.counters.normal += counts.normal
+                    body = bytes(memoryview(buffer)[: counts.bytes])
+                    self._writer.part(RAM_SECTION_ID, body + ram_section.END)
+
+    def devices(self) -> None:
+        """The devices, the run state and the description: the rest of the stream."""
+        writer, machine = self._writer, self._machine
+        writer.command(stream.SWITCHOVER_START)
+        writer.end(RAM_SECTION_ID, ram_section.END)
+        with machine.lock:
+            for number, device in enumerate(machine.sections()):
+                assert device.vmstate is not None
+                writer.device(
+                    FIRST_DEVICE_ID + number,
+                    device.idstr,
+                    device.instance_id,
+                    device.vmstate,
+                    device.save(),
+                )
+        last_id = FIRST_DEVICE_ID + len(machine.sections())
+        state = _globalstate(self._old_state)
+        writer.device(last_id, VMSTATE_GLOBALSTATE.name, 0, VMSTATE_GLOBALSTATE, state)
+        writer.eof()
+        writer.vmdescription()
 
 
 def load(machine: Machine, capabilities: Capabilities, read: Callable[[int], bytes]) -> str:
@@ -127,14 +141,14 @@ def load(machine: Machine, capabilities: Capabilities, read: Callable[[int], byt
     versions[VMSTATE_GLOBALSTATE.name, 0] = VMSTATE_GLOBALSTATE.version_id
     states: dict[tuple[str, int], dict] = {}
     ram = ram_section.RamDecoder(_blocks(machine), capabilities.enabled("x-ignore-shared"))
-    bulk = BulkLoader(machine.blocks)
+    bulk, had_pages = BulkLoader(machine.blocks), False
     ram.bulk = bulk.take
     try:
         for section in reader.sections(versions):
             key = (section.idstr, section.instance_id)
             try:
                 if section.idstr == ram_section.IDSTR:
-                    _load_ram(machine, ram, reader, section.version_id)
+                    had_pages |= _load_ram(machine, ram, reader, section.version_id)
                 else:
                     vmstate = devices[key].vmstate if key in devices else VMSTATE_GLOBALSTATE
                     assert vmstate is not None
@@ -143,6 +157,7 @@ def load(machine: Machine, capabilities: Capabilities, read: Callable[[int], byt
                 raise section.failure(error) from None
     finally:
         bulk.close()
+    _check_content(machine, had_pages)
     reader.vmdescription()
     for warning in (*warnings, *reader.warnings):
         print(f"cpr-vmm: {warning}", file=sys.stderr)
@@ -160,15 +175,29 @@ def _apply(machine: Machine, states: dict[tuple[str, int], dict]) -> None:
 
 def _load_ram(
     machine: Machine, ram: ram_section.RamDecoder, reader: StreamReader, version_id: int
-) -> None:
+) -> bool:
+    """Loads the pages of one section; true if there were any."""
     blocks = {block.idstr: block for block in machine.blocks}
     zeros = bytes(ram_section.PAGE_SIZE)
+    any_page = False
     for idstr, offset, data in ram.pages(reader, version_id):
+        any_page = True
         view = blocks[idstr].buffer(offset, ram_section.PAGE_SIZE)
         if data is not None:
             view[:] = data
         elif view[:] != zeros:  # a page that is not there yet stays so
             view[:] = zeros
+    return any_page
+
+
+def _check_content(machine: Machine, had_pages: bool) -> None:
+    """Refuses a guest whose RAM has come neither in the stream nor with a CPR state nor a file."""
+    for block in machine.blocks:
+        if not (had_pages or block.kept or block.reopened or block.regenerated):
+            raise StreamError(
+                f"Memory region {block.idstr} is empty: its pages are not in the stream, and no "
+                "CPR state came with it"
+            )
 
 
 class BulkLoader:
@@ -207,10 +236,6 @@ def _blocks(machine: Machine) -> list[ram_section.Block]:
         ram_section.Block(b.idstr, b.size, b.max_length, addresses.get(b.idstr))
         for b in machine.blocks
     ]
-
-
-def _checked(capabilities: Capabilities) -> tuple[str, ...]:
-    return tuple(name for name in CHECKED_CAPABILITIES if capabilities.enabled(name))
 
 
 def _globalstate(old_state: str) -> dict:

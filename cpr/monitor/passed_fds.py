@@ -5,6 +5,8 @@ They are close-on-exec and belong to this table until `take`, `close`, `remove` 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 
 from cpr.errors import CommandError, MigrationError
@@ -71,6 +73,19 @@ class PassedFds:
             os.close(member[0])
         if not members:
             del self._sets[set_id]
+
+    def duplicate(self, set_id: int, writable: bool) -> int:
+        """A close-on-exec duplicate of the set's first descriptor for that access, the caller's.
+
+        Raises OSError as opening a file does: ENOENT without a set, EACCES without a fitting fd.
+        """
+        if set_id not in self._sets:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        for fd, _ in self._sets[set_id]:
+            access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+            if access in (os.O_RDWR, os.O_WRONLY if writable else os.O_RDONLY):
+                return os.dup(fd)
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
     def query_sets(self) -> list[dict[str, Any]]:
         return [

@@ -1,6 +1,6 @@
 """The mm holder: a child that shares this address space, so that exec does not tear it down.
 
-Its PID goes to the new image in the environment, and the new image reaps it.
+The new image finds it among its children, and reaps it when it has freed the old memory.
 """
 
 from __future__ import annotations
@@ -9,10 +9,6 @@ import os
 
 from cpr._native._cpr import ffi, lib
 from cpr.errors import KernelError
-
-PID_VARIABLE = "CPR_EXEC_MM_HOLDER"
-
-_unreaped: list[int] = []  # holders of earlier images that are still freeing memory
 
 
 class MmHolder:
@@ -24,29 +20,26 @@ class MmHolder:
         pid = lib.cpr_mm_holder_start(fd)
         if pid < 0:
             raise KernelError("clone of the mm holder", -pid)
-        self.pid: int = pid
+        self._pid: int = pid
         self._release_fd: int = fd[0]
-
-    def announce(self) -> None:
-        """Names the holder, and those still there, to the next image; `conceal` is the inverse."""
-        os.environ[PID_VARIABLE] = " ".join(map(str, [self.pid, *_unreaped]))
-
-    def conceal(self) -> None:
-        os.environ.pop(PID_VARIABLE, None)
 
     def release(self) -> None:
         """Ends the holder and reaps it: for an update that does not happen."""
-        self.conceal()
         os.close(self._release_fd)
-        lib.cpr_mm_holder_reap(self.pid)
+        lib.cpr_mm_holder_reap(self._pid)
 
 
-def reap_announced() -> None:
-    """Waits for the holders that earlier images have named in the environment.
+def children() -> list[int]:
+    """The PIDs of this process's children: right after an exec, those of the images before it."""
+    pid = os.getpid()
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(word) for word in file.read().split()]
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN: they stay zombies
+        return []
 
-    They end when the old memory is freed, which may take longer than the next update.
-    """
-    _unreaped.extend(int(pid) for pid in os.environ.pop(PID_VARIABLE, "").split())
-    while _unreaped:
-        lib.cpr_mm_holder_reap(_unreaped[0])
-        del _unreaped[0]
+
+def reap(pids: list[int]) -> None:
+    """Waits for children that an image before this one has started."""
+    for pid in pids:
+        lib.cpr_mm_holder_reap(pid)

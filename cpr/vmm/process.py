@@ -6,17 +6,16 @@ it runs again.
 
 from __future__ import annotations
 
-import os
 import sys
 from _thread import start_new_thread
 
 from cpr import pc, ram
 from cpr.config import parse_command_line
-from cpr.errors import ConfigError, CprError
+from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.events import EventBus
 from cpr.mainloop import MainLoop
 from cpr.migration import cpr_exec
-from cpr.migration.channel import connects_in_background
+from cpr.migration.address import connects_in_background
 from cpr.migration.incoming import Sources
 from cpr.migration.migration import Migration
 from cpr.monitor.passed_fds import PassedFds
@@ -39,7 +38,12 @@ class Vmm:
     """What a monitor command gets: the parts of this process, by name."""
 
     def __init__(
-        self, config: Config, machine: Machine, migration: Migration, loop: MainLoop
+        self,
+        config: Config,
+        machine: Machine,
+        migration: Migration,
+        loop: MainLoop,
+        passed_fds: PassedFds,
     ) -> None:
         self.config = config
         self.machine = machine
@@ -48,9 +52,8 @@ class Vmm:
         self.events = machine.events
         self.chardevs: dict[str, Chardev] = {}
         self.monitors: list[Any] = []
-        self.passed_fds = PassedFds()
+        self.passed_fds = passed_fds
         self.exit_status = 0
-        migration.find_fd = self.passed_fds.take
         machine.on_exit = self._exit
         migration.before_exec = self._before_exec
 
@@ -144,13 +147,14 @@ def run_vmm(arguments: list[str]) -> int:
     vmm.migration.incoming_side.listener = listener
     _confine(config)
     if isinstance(sources.main, dict) and not connects_in_background(sources.main):
-        _load(vmm, sources.main)
+        _load(vmm, sources.main, sources.option)
         start_new_thread(vmm.populate, ())
         vmm.create_frontends(after_exec)
     else:
         vmm.create_frontends(after_exec)
-        _boot(vmm, sources.main)
-    start_new_thread(mm_holder.reap_announced, ())
+        _boot(vmm, sources.main, sources.option)
+    if after_exec:
+        start_new_thread(mm_holder.reap, (mm_holder.children(),))
     fds.incoming = False
     from cpr.vmm import daemon
 
@@ -168,10 +172,11 @@ def run_vmm(arguments: list[str]) -> int:
 def _create(config: Config, fds: PreservedFds) -> Vmm:
     loop = MainLoop()
     events = EventBus()
+    passed_fds = PassedFds()
     machine = pc.build(config, fds, loop, events)
-    migration = Migration(machine, fds, loop, events)
+    migration = Migration(machine, fds, loop, events, passed_fds)
     migration.apply_globals(config.globals)
-    return Vmm(config, machine, migration, loop)
+    return Vmm(config, machine, migration, loop, passed_fds)
 
 
 def _confine(config: Config) -> None:
@@ -185,16 +190,16 @@ def _confine(config: Config) -> None:
         seccomp.apply(config.sandbox)
 
 
-def _load(vmm: Vmm, source: dict) -> None:
+def _load(vmm: Vmm, source: dict, option: str) -> None:
     """Takes over the guest from the channel at `source`; it may run when this returns."""
     incoming = vmm.migration.incoming_side
     incoming.expect(vmm.config.start_paused)
-    directory = os.environ.pop(cpr_exec.DIRECTORY_VARIABLE, None)
     try:
         incoming.load_now(source)
+    except ConfigError as error:
+        raise ConfigError(f"-incoming {option}: {error}") from None
     finally:
-        if directory is not None:
-            cpr_exec.remove_directory(directory)
+        cpr_exec.remove_own_directory(source)
 
 
 def _receive(address: dict, fds: PreservedFds, after_exec: bool) -> CprListener | None:
@@ -210,13 +215,16 @@ def _receive(address: dict, fds: PreservedFds, after_exec: bool) -> CprListener 
     return listener
 
 
-def _boot(vmm: Vmm, source: dict | str | None) -> None:
+def _boot(vmm: Vmm, source: dict | str | None, option: str) -> None:
     """A new guest, or, with -incoming, one that waits for its state."""
     if source is not None:
         incoming = vmm.migration.incoming_side
         incoming.expect(vmm.config.start_paused)
         if isinstance(source, dict):
-            incoming.start(source, exit_on_error=True)
+            try:
+                incoming.start(source, exit_on_error=True)
+            except MigrationError as error:
+                raise ConfigError(f"-incoming {option}: {error}") from None
         return
     vmm.machine.load_boot_image()
     if not vmm.config.start_paused:
