@@ -42,6 +42,7 @@ class Machine:
     `stop`, `cont`, `reset` and `close` are for the main loop or the migration thread, never for
     a vCPU's own thread and never with `lock` held.  What ends the VM is reported by
     `on_exit(status)`, set by whoever owns the process; `ended` is true from then on.
+    `was_suspended`: a stopped guest slept before, and `cont` brings it back to that.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Machine:
         self.boot_image: Callable[[], BootImage] | None = None
         self._reset_requested: tuple[bool, str] | None = None
         self._shutdown_requested = False
+        self.was_suspended = False
         self._state_lock = RLock()
         self.ended = False
 
@@ -132,6 +134,10 @@ class Machine:
             self._reset_requested = (guest, reason)
             self.loop.call_soon(self._reset)
 
+    def request_suspend(self) -> None:
+        """Puts the VM to sleep soon (ACPI S3); from any thread."""
+        self.loop.call_soon(self._suspend)
+
     def request_exit(self, status: int) -> None:
         self.loop.call_soon(lambda: self.on_exit(status))
 
@@ -179,6 +185,9 @@ class Machine:
             thread.resume()
 
     def pause_vcpus(self) -> None:
+        """Nothing happens where they are paused, as those of a suspended guest are."""
+        if not self.clock.enabled:
+            return
         for thread in self.threads:
             thread.request_pause()
         for thread in self.threads:
@@ -196,6 +205,7 @@ class Machine:
         with self._state_lock:
             was_running = self.runstate.current in runstate.LIVE
             if was_running:
+                self.was_suspended = self.runstate.current == runstate.SUSPENDED
                 self.pause_vcpus()
                 self._reset_if_requested()
             elif new_state == runstate.PAUSED:
@@ -211,8 +221,37 @@ class Machine:
                 return
             if self.runstate.current == runstate.SHUTDOWN:
                 raise CommandError("Resetting the Virtual Machine is required")
+            if self.was_suspended:
+                self.runstate.set(runstate.SUSPENDED)
+                self.events.emit("RESUME")
+                return
             self.runstate.set(runstate.RUNNING)
             self.events.emit("RESUME")
+            self.resume_vcpus()
+
+    def _suspend(self) -> None:
+        with self._state_lock:
+            if self.runstate.current == runstate.RUNNING:
+                self.pause_vcpus()
+                self.runstate.set(runstate.SUSPENDED)
+                self.events.emit("SUSPEND")
+
+    def wakeup(self) -> None:
+        """system_wakeup: vCPUs and devices are reset, RAM is kept, and vCPU 0 boots from it.
+
+        Raises CommandError where the guest is not asleep.
+        """
+        with self._state_lock:
+            if self.runstate.current != runstate.SUSPENDED:
+                raise CommandError("Unable to wake up: guest is not in suspended state")
+            assert self.boot_image is not None
+            with self.lock:
+                for device in self.devices:
+                    device.reset()
+            self.vcpus[0].set_state(self.boot_image().registers)
+            self.was_suspended = False
+            self.runstate.set(runstate.RUNNING)
+            self.events.emit("WAKEUP")
             self.resume_vcpus()
 
     def reset(self) -> None:
@@ -231,6 +270,8 @@ class Machine:
             running = self.runstate.current in runstate.LIVE
             if running:
                 self.pause_vcpus()
+                self.runstate.set(runstate.RUNNING)
+                self.was_suspended = False
             elif self.runstate.current in (runstate.SHUTDOWN, runstate.INTERNAL_ERROR):
                 self.runstate.set(runstate.PAUSED)
             if self._reset_if_requested() and running:

@@ -51,6 +51,9 @@ class FakePlatform:
     def request_shutdown(self, guest: bool, reason: str) -> None:
         self.requests.append(("shutdown", guest, reason))
 
+    def request_suspend(self) -> None:
+        self.requests.append(("suspend",))
+
     def request_reset(self, guest: bool, reason: str) -> None:
         self.requests.append(("reset", guest, reason))
 

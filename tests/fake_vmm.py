@@ -66,6 +66,9 @@ class FakeMachine:
     def powerdown(self) -> None:
         self.calls.append("powerdown")
 
+    def wakeup(self) -> None:
+        self.calls.append("wakeup")
+
     def read_physical(self, address: int, size: int) -> bytes:
         if address + size > RAM_SIZE:
             raise CommandError(f"Invalid addr 0x{address:016x}/size {size} specified")

@@ -66,7 +66,8 @@ def test_power_button_and_soft_off(platform):
     io.io_write(0x600, 2, 0x100)
     assert not platform.irqs[9]
     io.io_write(0x604, 2, 0x2000)
-    assert platform.requests == [("shutdown", True, "guest-shutdown")]
+    io.io_write(0x604, 2, 0x2400)
+    assert platform.requests == [("shutdown", True, "guest-shutdown"), ("suspend",)]
 
 
 def test_pm_timer_runs_with_the_guest(platform):

@@ -64,6 +64,9 @@ if TYPE_CHECKING:
             """The index of the vCPU whose thread is calling, or -1."""
 
         def request_shutdown(self, guest: bool, reason: str) -> None: ...
+        def request_suspend(self) -> None:
+            """The guest goes to sleep, with its RAM kept."""
+
         def request_reset(self, guest: bool, reason: str) -> None: ...
         def request_exit(self, status: int) -> None:
             """Ends the whole VMM with `status`, as isa-debug-exit does."""

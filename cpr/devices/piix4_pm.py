@@ -21,7 +21,7 @@ SCI_IRQ = 9
 POWER_BUTTON = 1 << 8  # in PM1 status and enable (ACPI 6.5, 4.8.3.1)
 SLEEP_TYPE_SHIFT = 10
 SLEEP_ENABLE = 1 << 13
-SLEEP_TYPE_OFF = 0  # S5 of this chip
+SLEEP_TYPE_OFF, SLEEP_TYPE_RAM = 0, 1  # S5 and S3 of this chip
 
 
 class Piix4Pm(Device):
@@ -93,6 +93,9 @@ class Piix4Pm(Device):
             self._update_sci()
         elif offset == PM1_CONTROL:
             self._control = value & ~SLEEP_ENABLE & 0xFFFF
-            sleeps_off = value >> SLEEP_TYPE_SHIFT & 7 == SLEEP_TYPE_OFF
-            if value & SLEEP_ENABLE and sleeps_off and self._platform is not None:
-                self._platform.request_shutdown(True, "guest-shutdown")
+            if value & SLEEP_ENABLE and self._platform is not None:
+                sleep_type = value >> SLEEP_TYPE_SHIFT & 7
+                if sleep_type == SLEEP_TYPE_OFF:
+                    self._platform.request_shutdown(True, "guest-shutdown")
+                elif sleep_type == SLEEP_TYPE_RAM:
+                    self._platform.request_suspend()

@@ -58,6 +58,22 @@ class Channel:
         data, self._ahead = self._ahead[:size], self._ahead[size:]
         return data
 
+    @property
+    def fd(self) -> int:
+        """The descriptor, which stays the channel's; for page contents at given offsets."""
+        return self._fd
+
+    def tell(self) -> int:
+        """The offset in the file at which the next write goes on."""
+        self.flush()
+        return os.lseek(self._fd, 0, os.SEEK_CUR)
+
+    def seek(self, offset: int) -> None:
+        """Goes on at `offset` of the file."""
+        self.flush()
+        self._ahead = b""
+        os.lseek(self._fd, offset, os.SEEK_SET)
+
     def finish(self) -> None:
         """Flushes and closes.  Raises MigrationError if an exec: command failed."""
         self.flush()

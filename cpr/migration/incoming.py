@@ -170,7 +170,7 @@ class Incoming:
         migration = self._migration
         migration.set_incoming_status("active")
         try:
-            old_state = savevm.load(migration.machine, migration.capabilities, source.read)
+            old_state = savevm.load(migration.machine, migration.capabilities, source)
         except StreamError as error:
             for line in error.stderr:
                 print(f"cpr-vmm: {line}", file=sys.stderr)

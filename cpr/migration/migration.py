@@ -123,6 +123,8 @@ class Migration:
         background = addresses.connects_in_background(address)
         if self.capabilities.enabled("multifd") and not background:
             raise MigrationError("Migration requires multi-channel URIs (e.g. tcp)")
+        if self.capabilities.enabled("mapped-ram") and address["transport"] != "file":
+            raise MigrationError("Migration requires seekable transport (e.g. file)")
         if mode.name == TRANSFER and not background:
             raise MigrationError("Migration requires streamable transport (eg unix)")
         if resume:
@@ -304,7 +306,7 @@ class Migration:
             if not self._mode.stops_first:
                 self._stop_guest()
             self._saver = savevm.Saver(
-                self.machine, self.capabilities, self._old_state, self._mode, self._channel.write
+                self.machine, self.capabilities, self._old_state, self._mode, self._channel
             )
             self._write(self._saver.ram)
             self.ram = self._saver.counters

@@ -6,10 +6,12 @@ guest was running.  Loading reads and checks the whole stream before anything is
 
 from __future__ import annotations
 
+import os
 import sys
 
+from cpr import runstate
 from cpr.migration.statistics import RamCounters
-from cpr.state import ram_section, stream
+from cpr.state import mapped_ram, ram_section, stream
 from cpr.state.configuration import CHECKED_CAPABILITIES, Configuration
 from cpr.state.reader import StreamError
 from cpr.state.stream import StreamReader, StreamWriter
@@ -17,9 +19,8 @@ from cpr.state.vmstate import VMStateDescription, buffer, u8, u32
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from cpr.machine import Machine
+    from cpr.migration.channel import Channel
     from cpr.migration.mode import Mode
     from cpr.migration.parameters import Capabilities
     from cpr.pages import PagePool, RecordLoader
@@ -58,39 +59,64 @@ class Saver:
         capabilities: Capabilities,
         old_state: str,
         mode: Mode,
-        write: Callable[[bytes], object],
+        channel: Channel,
     ) -> None:
         self.counters = RamCounters()
+        self._channel = channel
+        self._mapped = capabilities.enabled("mapped-ram")
         self._machine = machine
         self._old_state = old_state
         self._checked = tuple(c for c in CHECKED_CAPABILITIES if capabilities.enabled(c))
         self._ignore_shared = capabilities.enabled("x-ignore-shared")
         self._mode = mode
-        self._writer = StreamWriter(write)
+        self._writer = StreamWriter(channel.write)
 
     def ram(self) -> None:
         """The header, the list of blocks, and the pages that the mode sends."""
         writer = self._writer
         writer.header()
         writer.configuration(Configuration(self._machine.config.machine_type, self._checked))
-        blocks = ram_section.block_list(_blocks(self._machine), self._ignore_shared)
-        writer.start(
-            RAM_SECTION_ID,
-            ram_section.IDSTR,
-            ram_section.INSTANCE_ID,
-            ram_section.VERSION_ID,
-            blocks + ram_section.END,
-        )
         ignore = self._ignore_shared
-        self._pages([block for block in self._machine.blocks if self._mode.sends(block, ignore)])
+        sent = [block for block in self._machine.blocks if self._mode.sends(block, ignore)]
+        self.counters.total = sum(block.size for block in sent)
+        writer.open_start(
+            RAM_SECTION_ID, ram_section.IDSTR, ram_section.INSTANCE_ID, ram_section.VERSION_ID
+        )
+        blocks = _blocks(self._machine)
+        layouts = []
+        writer.write(ram_section.block_total(blocks))
+        for block in blocks:
+            writer.write(ram_section.block_entry(block, ignore))
+            if self._mapped:
+                layouts.append(mapped_ram.Layout.at(self._channel.tell(), block.used_length))
+                writer.write(layouts[-1].header())
+                self._channel.seek(layouts[-1].end)
+        writer.write(ram_section.END)
+        writer.close_start(RAM_SECTION_ID)
+        if self._mapped:
+            self._place_pages(sent, dict(zip([b.idstr for b in blocks], layouts, strict=True)))
+        else:
+            self._write_pages(sent)
 
-    def _pages(self, blocks: list[RAMBlock]) -> None:
+    def _place_pages(self, blocks: list[RAMBlock], layouts: dict[str, mapped_ram.Layout]) -> None:
+        """mapped-ram: every page that is not zero at its place in the file, and the bitmaps."""
+        from cpr.pages import PagePool, Pages
+
+        with PagePool() as pool:
+            for block in blocks:
+                layout, pages = layouts[block.idstr], Pages.of_block(block)
+                present = bytearray(layout.bitmap_size)
+                counts = pool.save(pages, self._channel.fd, layout.pages_offset, present)
+                self.counters.duplicate += counts.zero
+                self.counters.normal += counts.normal
+                os.pwrite(self._channel.fd, present, layout.bitmap_offset)
+
+    def _write_pages(self, blocks: list[RAMBlock]) -> None:
         """Writes all the pages of `blocks`, in sections of about a megabyte."""
         if not blocks:
             return
         from cpr.pages import PagePool, Pages, RecordWriter
 
-        self.counters.total = sum(block.size for block in blocks)
         buffer = bytearray(RECORDS_SIZE)
         with PagePool() as pool:
             for block in blocks:
@@ -119,18 +145,18 @@ class Saver:
                     device.save(),
                 )
         last_id = FIRST_DEVICE_ID + len(machine.sections())
-        state = _globalstate(self._old_state)
+        state = _globalstate(self._old_state, machine.was_suspended)
         writer.device(last_id, VMSTATE_GLOBALSTATE.name, 0, VMSTATE_GLOBALSTATE, state)
         writer.eof()
         writer.vmdescription()
 
 
-def load(machine: Machine, capabilities: Capabilities, read: Callable[[int], bytes]) -> str:
+def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
     """Loads a stream into a stopped machine; returns the run state that the source was in.
 
     Raises StreamError for a stream that is not this machine's; then no device has changed.
     """
-    reader = StreamReader(read)
+    reader = StreamReader(channel.read)
     reader.header()
     configuration = reader.configuration()
     enabled = {entry["capability"]: entry["state"] for entry in capabilities.query()}
@@ -143,6 +169,8 @@ def load(machine: Machine, capabilities: Capabilities, read: Callable[[int], byt
     ram = ram_section.RamDecoder(_blocks(machine), capabilities.enabled("x-ignore-shared"))
     bulk, had_pages = BulkLoader(machine.blocks), False
     ram.bulk = bulk.take
+    if capabilities.enabled("mapped-ram"):
+        ram.mapped = MappedLoader(machine.blocks, channel).take
     try:
         for section in reader.sections(versions):
             key = (section.idstr, section.instance_id)
@@ -162,7 +190,7 @@ def load(machine: Machine, capabilities: Capabilities, read: Callable[[int], byt
     for warning in (*warnings, *reader.warnings):
         print(f"cpr-vmm: {warning}", file=sys.stderr)
     _apply(machine, states)
-    return _runstate(states.get((VMSTATE_GLOBALSTATE.name, 0)))
+    return _runstate(machine, states.get((VMSTATE_GLOBALSTATE.name, 0)))
 
 
 def _apply(machine: Machine, states: dict[tuple[str, int], dict]) -> None:
@@ -198,6 +226,29 @@ def _check_content(machine: Machine, had_pages: bool) -> None:
                 f"Memory region {block.idstr} is empty: its pages are not in the stream, and no "
                 "CPR state came with it"
             )
+
+
+class MappedLoader:
+    """mapped-ram: reads the pages of a block from their places in the file."""
+
+    def __init__(self, blocks: list[RAMBlock], channel: Channel) -> None:
+        self._blocks = {block.idstr: block for block in blocks}
+        self._channel = channel
+
+    def take(self, reader: StreamReader, listed: ram_section.Block) -> None:
+        """For RamDecoder.mapped."""
+        from cpr.pages import PagePool, Pages
+
+        layout = mapped_ram.Layout.take(reader, listed.used_length)
+        fd = self._channel.fd
+        present = bytearray(os.pread(fd, layout.bitmap_size, layout.bitmap_offset))
+        if any(present):
+            block = self._blocks[listed.idstr]
+            present.extend(bytes(layout.bitmap_size - len(present)))
+            with PagePool() as pool:
+                pool.load(Pages.of_block(block, present, holes=False), fd, layout.pages_offset)
+            block.kept = True
+        reader.jump(layout.end, self._channel.seek)
 
 
 class BulkLoader:
@@ -238,19 +289,21 @@ def _blocks(machine: Machine) -> list[ram_section.Block]:
     ]
 
 
-def _globalstate(old_state: str) -> dict:
+def _globalstate(old_state: str, was_suspended: bool) -> dict:
     text = old_state.encode() + b"\0"
     return {
         "size": len(text),
         "runstate": text.ljust(RUNSTATE_SIZE, b"\0"),
         "has_vm_was_suspended": 1,
-        "vm_was_suspended": 0,
+        "vm_was_suspended": int(was_suspended or old_state == runstate.SUSPENDED),
         "unused": bytes(66),
     }
 
 
-def _runstate(state: dict | None) -> str:
+def _runstate(machine: Machine, state: dict | None) -> str:
+    """The source's run state; whether it slept before it was stopped goes to the machine."""
     if state is None:
-        return "running"
+        return runstate.RUNNING
+    machine.was_suspended = bool(state["has_vm_was_suspended"] and state["vm_was_suspended"])
     text: str = state["runstate"].split(b"\0", 1)[0].decode(errors="replace")
     return text

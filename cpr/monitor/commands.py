@@ -154,6 +154,9 @@ COMMANDS: tuple[Command, ...] = (
         help="send system power down event",
     ),
     Command(
+        "system_wakeup", "system_wakeup", control.system_wakeup, help="wakeup guest from suspend"
+    ),
+    Command(
         "info name",
         "query-name",
         control.query_name,

@@ -140,6 +140,10 @@ def system_powerdown(vmm: Any) -> None:
     vmm.machine.powerdown()
 
 
+def system_wakeup(vmm: Any) -> None:
+    vmm.machine.wakeup()
+
+
 def info_history(vmm: Any, session: Session) -> str:
     return "".join(f"{index}: '{line}'\n" for index, line in enumerate(session.history()))
 

@@ -68,14 +68,18 @@ class Block:
 
 def block_list(blocks: Iterable[Block], with_addresses: bool = False) -> bytes:
     """The record of all the blocks; `with_addresses` iff x-ignore-shared is on."""
-    total = 0
-    pieces = []
-    for block in blocks:
-        total += block.used_length
-        pieces.append(_counted(block.idstr) + struct.pack(">Q", block.used_length))
-        if with_addresses:
-            pieces.append(struct.pack(">Q", block.address or 0))
-    return struct.pack(">Q", total | MEM_SIZE) + b"".join(pieces)
+    listed = list(blocks)
+    return block_total(listed) + b"".join([block_entry(b, with_addresses) for b in listed])
+
+
+def block_total(blocks: Iterable[Block]) -> bytes:
+    """The beginning of that record, before the blocks' entries."""
+    return struct.pack(">Q", sum([block.used_length for block in blocks]) | MEM_SIZE)
+
+
+def block_entry(block: Block, with_addresses: bool) -> bytes:
+    entry = _counted(block.idstr) + struct.pack(">Q", block.used_length)
+    return entry + struct.pack(">Q", block.address or 0) if with_addresses else entry
 
 
 class PageEncoder:
@@ -105,10 +109,12 @@ class RamDecoder:
     `blocks` are this side's.  A block list must name only them; the used lengths of those that
     can be resized become the stream's.  `bulk(reader, idstr)`, if it is set, is called after each
     page with its block: it may take more page records itself, and returns the block of the last.
+    `mapped(reader, block)`, set where mapped-ram is on, takes what follows each block's entry.
     """
 
     def __init__(self, blocks: Iterable[Block], with_addresses: bool = False) -> None:
         self.blocks = {block.idstr: block for block in blocks}
+        self.mapped: Callable[[StreamReader, Block], None] | None = None
         self.bulk: Callable[[StreamReader, str], str | None] | None = None
         self._with_addresses = with_addresses
         self._block: Block | None = None
@@ -150,6 +156,8 @@ class RamDecoder:
             _resize(block, used_length)
             if self._with_addresses:
                 _check_address(block, reader.integer(8))
+            if self.mapped is not None:
+                self.mapped(reader, block)
             total = (total - used_length) % (1 << 64)
 
     def _take_more_pages(self, reader: StreamReader) -> None:

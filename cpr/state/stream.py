@@ -111,6 +111,13 @@ class StreamWriter:
     ) -> None:
         self._section(Section(START, section_id, idstr, instance_id, version_id), body)
 
+    def open_start(self, section_id: int, idstr: str, instance_id: int, version_id: int) -> None:
+        """The header of a START whose body the caller writes; `close_start` comes after that."""
+        self.write(_header(Section(START, section_id, idstr, instance_id, version_id)))
+
+    def close_start(self, section_id: int) -> None:
+        self.write(_footer(section_id))
+
     def part(self, section_id: int, body: bytes) -> None:
         self._continuation(PART, section_id, body)
 
@@ -153,10 +160,7 @@ class StreamWriter:
         self.write(struct.pack(">BI", VMDESCRIPTION, len(text)) + text)
 
     def _section(self, section: Section, body: bytes) -> None:
-        idstr = section.idstr.encode()
-        header = struct.pack(">BIB", section.kind, section.section_id, len(idstr)) + idstr
-        header += struct.pack(">II", section.instance_id, section.version_id)
-        self.write(header + body + _footer(section.section_id))
+        self.write(_header(section) + body + _footer(section.section_id))
 
     def _continuation(self, kind: int, section_id: int, body: bytes) -> None:
         self.write(struct.pack(">BI", kind, section_id) + body + _footer(section_id))
@@ -204,6 +208,13 @@ class StreamReader:
     def integer(self, size: int) -> int:
         """A big-endian unsigned integer of `size` bytes, with zeros for those that are missing."""
         return int.from_bytes(self.take(size).ljust(size, b"\0"), "big")
+
+    def jump(self, offset: int, seek: Callable[[int], None]) -> None:
+        """Goes on at `offset` of the file, to which `seek` moves what `read` reads from."""
+        seek(offset)
+        self._buffer = b""
+        self._position = 0
+        self.offset = offset
 
     def header(self) -> None:
         """Takes the magic and the version.  Raises StreamError."""
@@ -344,6 +355,12 @@ def _check_version(section: Section, versions: dict[tuple[str, int], int] | None
         raise StreamError(
             f"unsupported version {section.version_id} for '{section.idstr}' v{version_id}"
         )
+
+
+def _header(section: Section) -> bytes:
+    idstr = section.idstr.encode()
+    header = struct.pack(">BIB", section.kind, section.section_id, len(idstr)) + idstr
+    return header + struct.pack(">II", section.instance_id, section.version_id)
 
 
 def _footer(section_id: int) -> bytes:
