@@ -9,7 +9,7 @@ NATIVE := $(filter-out cpr/_native/_cpr.c,$(NATIVE))
 GUEST ?= examples/heartbeat.cfg
 ARGS ?=
 
-.PHONY: setup setup-dev guests compiled run demo test sanitize lint format bench clean
+.PHONY: setup setup-dev guests compiled run demo test conformance sanitize lint format bench clean
 
 setup: $(VENV)/.built guests compiled
 
@@ -30,6 +30,11 @@ demo: setup
 
 test: setup-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# The table of QEMU's behaviour, on this VMM and, with QEMU=COMMAND, on a real QEMU beside it.
+conformance: setup-dev
+	$(BIN)/python -m tests.conformance --vmm '$(BIN)/python -m cpr.vmm run' \
+		$(if $(QEMU),--qemu '$(QEMU)') $(ARGS)
 
 # The C page path under the address, undefined-behaviour and thread sanitizers.
 sanitize: | $(VENV)/.checked

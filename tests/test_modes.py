@@ -216,6 +216,18 @@ def test_transfer_needs_all_ram_shared(start, accel):
         vm.qmp.command("migrate", channels=channels)
 
 
+def test_transfer_is_cancelled_while_the_target_is_not_ready(start, accel, tmp_path):
+    pair = Pair(start, accel, tmp_path, defer=True)
+    pair.begin()
+    source = pair.source
+    source.qmp.command("migrate_cancel")
+    assert source.qmp.command("query-migrate")["status"] == "cancelled"
+    assert trail(source) == ["setup", "cancelling", "cancelled"]
+    assert source.qmp.command("query-status")["running"]
+    check_churn(source)
+    assert pair.target.qmp.command("query-status")["status"] == "inmigrate"
+
+
 def test_a_target_that_dies_before_the_switchover_leaves_the_source_running(start, accel, tmp_path):
     pair = Pair(start, accel, tmp_path, defer=True)
     pair.begin()

@@ -69,6 +69,7 @@ class Migration:
         self._old_state = runstate.RUNNING
         self._switchover = allocate_lock()
         self._cancel = False
+        self._waits_for_target = False
         self._channel: Channel | None = None
         self._mode: Mode | None = None
         self._saver: savevm.Saver | None = None
@@ -214,6 +215,9 @@ class Migration:
             self._cancel = True
             self._set_status("cancelling")
             self._let_go()
+            if self._waits_for_target:
+                self._waits_for_target = False
+                self._end("cancelled", "Migration is cancelled")
 
     def continue_(self, state: str) -> None:
         """migrate-continue: goes on from pre-switchover.  Raises MigrationError elsewhere."""
@@ -263,14 +267,20 @@ class Migration:
         try:
             savevm.prepare()
             mode.hold()
-            waits = mode.begin(lambda: self._run_soon(address))
+            waits = mode.begin(lambda: self._go_on(address))
             if not waits and not addresses.connects_in_background(address):
                 self._open(address)
         except CprError as error:
             self._fail(error)
             raise
+        self._waits_for_target = waits
         if not waits:
             self._run_soon(None if self._channel is not None else address)
+
+    def _go_on(self, address: dict) -> None:
+        """The target of a cpr-transfer is ready."""
+        self._waits_for_target = False
+        self._run_soon(address)
 
     def _run_soon(self, address: dict | None) -> None:
         """Starts the thread after this round of the loop: `migrate` is answered before `active`."""
