@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -44,6 +45,7 @@ class Channel:
             self.flush()
 
     def flush(self) -> None:
+        """Puts out what is buffered; raises OSError when the other end has gone."""
         data = memoryview(b"".join(self._pending))
         self._pending = []
         self._pending_size = 0
@@ -75,11 +77,11 @@ class Channel:
         os.lseek(self._fd, offset, os.SEEK_SET)
 
     def finish(self) -> None:
-        """Flushes and closes.  Raises MigrationError if an exec: command failed."""
+        """Flushes and closes.  Raises OSError, also if an exec: command has failed."""
         self.flush()
         self._close_fd()
         if self._process is not None and self._process.wait() != 0:
-            raise MigrationError("the command of the exec: channel failed")
+            raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     def close(self) -> None:
         """Closes without flushing; may be called twice."""

@@ -217,7 +217,7 @@ class Migration:
             self._let_go()
             if self._waits_for_target:
                 self._waits_for_target = False
-                self._end("cancelled", "Migration is cancelled")
+                self._end("cancelled", None)
 
     def continue_(self, state: str) -> None:
         """migrate-continue: goes on from pre-switchover.  Raises MigrationError elsewhere."""
@@ -359,7 +359,9 @@ class Migration:
             if step == self._saver.ram:
                 raise MigrationError("ram_save_setup failed: Input/output error") from None
             kind = self._channel.kind
-            raise MigrationError(f"Unable to write to {kind}: {error.strerror}") from None
+            raise MigrationError(
+                f"Failed to write the stream: Unable to write to {kind}: {error.strerror}"
+            ) from None
         finally:
             self.ram.transferred = self._channel.transferred
 
@@ -368,7 +370,7 @@ class Migration:
         self._write(self._saver.devices)
         if self.capabilities.enabled("return-path") and self._channel.kind != "socket":
             raise MigrationError("Unable to read from file: Bad file descriptor")
-        self._channel.finish()
+        self._write(self._channel.finish)
 
     def _complete(self) -> None:
         """Ends a migration whose stream is written, on the main loop.
@@ -394,7 +396,7 @@ class Migration:
         self._set_status("failing")
         self._end("failed", str(error))
 
-    def _end(self, status: str, error: str) -> None:
+    def _end(self, status: str, error: str | None) -> None:
         """Walks everything back: the channel, what the mode did, and the vCPUs."""
         if self._channel is not None:
             self._channel.close()
