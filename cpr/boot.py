@@ -67,12 +67,18 @@ def create(config: Config) -> BootImage:
     """
     if config.kernel:
         return _kernel(config.kernel)
-    for drive in sorted(config.drives, key=lambda drive: drive.interface != "floppy"):
+    for drive in sorted(config.drives, key=lambda drive: _rank(config.boot_order, drive)):
         if drive.file:
             return _boot_sector(drive)
     raise ConfigError(
         "nothing to boot: give -drive file=IMAGE,format=raw,if=floppy or -kernel FILE"
     )
+
+
+def _rank(order: str, drive: DriveConfig) -> int:
+    """The drive's place in -boot order=: a and b are floppies, c is a disk."""
+    letters = "ab" if drive.interface == "floppy" else "c"
+    return min(order.find(letter) % (len(order) + 1) for letter in letters)
 
 
 def _boot_sector(drive: DriveConfig) -> BootImage:

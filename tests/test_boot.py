@@ -13,8 +13,8 @@ from cpr.errors import ConfigError
 SECTOR = bytes(510) + b"\x55\xaa"
 
 
-def config(kernel=None, *drives):
-    return SimpleNamespace(kernel=kernel, drives=drives)
+def config(kernel=None, *drives, order="cad"):
+    return SimpleNamespace(kernel=kernel, drives=drives, boot_order=order)
 
 
 def drive(path, interface="floppy"):
@@ -31,14 +31,16 @@ def test_boot_sector_starts_at_7c00_in_real_mode(tmp_path):
     assert state["env.regs"][x86.RDX] == 0
 
 
-def test_a_floppy_boots_before_a_disk(tmp_path):
+def test_the_boot_order_decides(tmp_path):
     disk, floppy = tmp_path / "disk", tmp_path / "floppy"
     disk.write_bytes(b"\1" * 510 + b"\x55\xaa")
     floppy.write_bytes(SECTOR)
-    made = boot.create(config(None, drive(disk, "ide"), drive(floppy)))
-    assert made.loads[0][1] == SECTOR
-    only_disk = boot.create(config(None, drive(disk, "ide")))
-    assert only_disk.registers["env.regs"][x86.RDX] == 0x80
+    drives = (drive(floppy), drive(disk, "ide"))
+    assert boot.create(config(None, *drives, order="ac")).registers["env.regs"][x86.RDX] == 0
+    assert boot.create(config(None, *drives, order="a")).registers["env.regs"][x86.RDX] == 0
+    for order in ("cad", "c", "ca"):
+        made = boot.create(config(None, *drives, order=order))
+        assert made.registers["env.regs"][x86.RDX] == 0x80
 
 
 def test_flat_kernel(tmp_path):

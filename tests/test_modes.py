@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import threading
 
 import pytest
-from waiting import wait_for, wait_for_change
+from waiting import is_listening, wait_for, wait_for_change
 
 from benchmarks.vm import VMM, QmpError, Vm
 
@@ -124,9 +123,11 @@ def test_paused_stays_paused_over_a_reboot(start, accel, tmp_path):
 class Pair:
     """A source, and a target that waits for it on two sockets."""
 
-    def __init__(self, start, accel: str, tmp_path, defer: bool, keyval: bool = False) -> None:
+    def __init__(
+        self, start, accel: str, tmp_path, defer: bool, keyval: bool = False, source=None
+    ) -> None:
         self.main, self.cpr = f"{tmp_path}/main.sock", f"{tmp_path}/cpr.sock"
-        self.source = start(*arguments(accel, "memory-backend-memfd,share=on"))
+        self.source = source or start(*arguments(accel, "memory-backend-memfd,share=on"))
         if keyval:
             cpr = f"cpr,addr.transport=socket,addr.type=unix,addr.path={self.cpr}"
         else:
@@ -137,7 +138,7 @@ class Pair:
         self._vms: list[Vm] = []
         self._thread = threading.Thread(target=lambda: self._vms.append(start(*words)))
         self._thread.start()
-        wait_for(lambda: os.path.exists(self.cpr), "the target listens")
+        wait_for(lambda: is_listening(self.cpr), "the target listens")
 
     def begin(self):
         source = self.source
@@ -182,6 +183,19 @@ def test_transfer(start, accel, tmp_path, defer, keyval):
     target.process.wait(10)
     source.qmp.command("cont")
     assert source.qmp.command("query-status")["running"]
+
+
+def test_a_chain_of_transfers(start, accel, tmp_path):
+    vm = None
+    for hop in range(3):
+        folder = tmp_path / str(hop)
+        folder.mkdir()
+        pair = Pair(start, accel, folder, defer=False, source=vm)
+        pair.begin()
+        wait_completed(pair.source)
+        vm = pair.target
+        wait_for(lambda vm=vm: vm.qmp.command("query-status")["running"], "the guest runs there")
+        check_churn(vm)
 
 
 def test_transfer_refusals(start, accel, tmp_path):
@@ -244,7 +258,7 @@ def test_a_wrong_state_is_refused_by_the_target(guests, accel, tmp_path):
     words = [*arguments(accel, "memory-backend-memfd,share=on"), "-incoming", "defer"]
     words += ["-incoming", json.dumps(channel("cpr", path))]
     process = subprocess.Popen([*VMM, *words], stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: os.path.exists(path), "the target listens")
+    wait_for(lambda: is_listening(path), "the target listens")
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
         client.sendall(b"nonsense")

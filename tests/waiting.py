@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 TIMEOUT = 20.0
+ACCEPTS_CONNECTIONS = 1 << 16  # __SO_ACCEPTCON in the flags of /proc/net/unix (linux/net.h)
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
@@ -14,6 +16,15 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"timed out: {what}"
         time.sleep(0.002)
+
+
+def is_listening(path: str) -> bool:
+    """Whether a unix socket listens at `path`: a bound one alone refuses connections."""
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        words = line.split()
+        if words[-1] == path and int(words[3], 16) & ACCEPTS_CONNECTIONS:
+            return True
+    return False
 
 
 def wait_for_change(read: Callable[[], int], what: str, steps: int = 1) -> int:

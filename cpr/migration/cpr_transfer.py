@@ -16,6 +16,7 @@ import fcntl
 import os
 import select
 import socket
+import time
 
 from cpr.errors import CommandError, MigrationError
 from cpr.migration.mode import TRANSFER, Mode, cpr_blockers
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 HANG_UP = select.EPOLLIN | select.EPOLLHUP | select.EPOLLRDHUP
 MESSAGE_SIZE = 65536
+HAND_OVER_NS = 5_000_000_000  # the source unlocks when its stream is out, a moment after its end
+LOCK_POLL = 0.0005  # s
 MAX_DESCRIPTORS = 16  # of one message; QEMU sends one
 
 
@@ -149,13 +152,18 @@ def give_guest_away(machine: Machine) -> None:
         fcntl.lockf(fd, fcntl.LOCK_UN)
 
 
-def take_guest(machine: Machine) -> None:
-    """Locks the guest's RAM for this process.
+def take_guest(machine: Machine, wait_ns: int = 0) -> None:
+    """Locks the guest's RAM for this process, waiting at most `wait_ns` for the one that has it.
 
     Raises CommandError with QEMU's text while another process has it.
     """
+    deadline = time.monotonic_ns() + wait_ns
     for fd in _lockable(machine):
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CommandError('Failed to get "write" lock') from None
+        while True:
+            try:
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic_ns() >= deadline:
+                    raise CommandError('Failed to get "write" lock') from None
+                time.sleep(LOCK_POLL)

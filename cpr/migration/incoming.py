@@ -180,9 +180,9 @@ class Incoming:
             source.close()
         migration.fds.incoming = False
         if self.listener is not None:
-            from cpr.migration.cpr_transfer import take_guest
+            from cpr.migration.cpr_transfer import HAND_OVER_NS, take_guest
 
-            take_guest(migration.machine)
+            take_guest(migration.machine, HAND_OVER_NS)
         self._come_up(old_state)
         migration.set_incoming_status("completed")
 

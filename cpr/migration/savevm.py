@@ -67,6 +67,7 @@ class Saver:
         self._machine = machine
         self._old_state = old_state
         self._checked = tuple(c for c in CHECKED_CAPABILITIES if capabilities.enabled(c))
+        self._uuid = _uuid(machine) if capabilities.enabled("validate-uuid") else None
         self._ignore_shared = capabilities.enabled("x-ignore-shared")
         self._mode = mode
         self._writer = StreamWriter(channel.write)
@@ -75,7 +76,8 @@ class Saver:
         """The header, the list of blocks, and the pages that the mode sends."""
         writer = self._writer
         writer.header()
-        writer.configuration(Configuration(self._machine.config.machine_type, self._checked))
+        machine_type = self._machine.config.machine_type
+        writer.configuration(Configuration(machine_type, self._checked, self._uuid))
         ignore = self._ignore_shared
         sent = [block for block in self._machine.blocks if self._mode.sends(block, ignore)]
         self.counters.total = sum(block.size for block in sent)
@@ -160,7 +162,7 @@ def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
     reader.header()
     configuration = reader.configuration()
     enabled = {entry["capability"]: entry["state"] for entry in capabilities.query()}
-    warnings = configuration.check(machine.config.machine_type, enabled, None)
+    warnings = configuration.check(machine.config.machine_type, enabled, _uuid(machine))
     devices = {(d.idstr, d.instance_id): d for d in machine.sections()}
     versions = {key: d.vmstate.version_id for key, d in devices.items() if d.vmstate is not None}
     versions[ram_section.IDSTR, ram_section.INSTANCE_ID] = ram_section.VERSION_ID
@@ -287,6 +289,12 @@ def _blocks(machine: Machine) -> list[ram_section.Block]:
         ram_section.Block(b.idstr, b.size, b.max_length, addresses.get(b.idstr))
         for b in machine.blocks
     ]
+
+
+def _uuid(machine: Machine) -> bytes | None:
+    """The 16 bytes of -uuid."""
+    text = machine.config.uuid
+    return bytes.fromhex(text.replace("-", "")) if text else None
 
 
 def _globalstate(old_state: str, was_suspended: bool) -> dict:

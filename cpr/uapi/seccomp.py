@@ -24,10 +24,8 @@ def apply(options: dict[str, Any]) -> None:
     if options.get("obsolete", "deny") != "allow":
         steps.append(lib.cpr_sandbox_obsolete)
     elevate = options.get("elevateprivileges", "allow")
-    if elevate == "deny":
+    if elevate != "allow":  # "children" forbids programs that it starts, too; each filter does
         steps.append(lib.cpr_sandbox_elevate)
-    elif elevate == "children":
-        steps.append(lib.cpr_no_new_privs)
     steps += [function for name, function in _FILTERS if options.get(name, "allow") == "deny"]
     for step in steps:
         error = step()

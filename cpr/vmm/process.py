@@ -148,11 +148,11 @@ def run_vmm(arguments: list[str]) -> int:
     _confine(config)
     if isinstance(sources.main, dict) and not connects_in_background(sources.main):
         _load(vmm, sources.main, sources.option)
-        start_new_thread(vmm.populate, ())
         vmm.create_frontends(after_exec)
     else:
         vmm.create_frontends(after_exec)
         _boot(vmm, sources.main, sources.option)
+    start_new_thread(vmm.populate, ())
     if after_exec:
         start_new_thread(mm_holder.reap, (mm_holder.children(),))
     fds.incoming = False

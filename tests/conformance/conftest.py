@@ -27,10 +27,10 @@ def _vmms(config: pytest.Config) -> list[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
-        metafunc.parametrize("target", _vmms(metafunc.config), indirect=True, scope="session")
+        metafunc.parametrize("target", _vmms(metafunc.config), indirect=True, scope="package")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def all_targets(pytestconfig: pytest.Config) -> Iterator[dict[str, Target]]:
     names = ("--vmm", "--qemu", "--root")
     given = [pytestconfig.getoption(name, default=None) for name in names]
@@ -40,6 +40,6 @@ def all_targets(pytestconfig: pytest.Config) -> Iterator[dict[str, Target]]:
         yield {target.name: target for target in found}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def target(request: pytest.FixtureRequest, all_targets: dict[str, Target]) -> Target:
     return all_targets[request.param]
