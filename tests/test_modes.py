@@ -257,12 +257,15 @@ def test_a_wrong_state_is_refused_by_the_target(guests, accel, tmp_path):
     path = f"{tmp_path}/cpr.sock"
     words = [*arguments(accel, "memory-backend-memfd,share=on"), "-incoming", "defer"]
     words += ["-incoming", json.dumps(channel("cpr", path))]
-    process = subprocess.Popen([*VMM, *words], stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: is_listening(path), "the target listens")
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(path)
-        client.sendall(b"nonsense")
-        client.shutdown(socket.SHUT_WR)
-        _, stderr = process.communicate(timeout=20)
+    with subprocess.Popen([*VMM, *words], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for(lambda: is_listening(path), "the target listens")
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(path)
+                client.sendall(b"nonsense")
+                client.shutdown(socket.SHUT_WR)
+                _, stderr = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == 1
     assert stderr == "cpr-vmm: Not a migration stream (bad magic 6e6f6e73)\n"
