@@ -203,6 +203,16 @@ def test_refusals_leave_the_guest_alone(start, accel, tmp_path):
     assert "STOP" not in trail(vm)
 
 
+def test_an_updated_vmm_tells_of_its_next_migration(start, accel, tmp_path):
+    vm = start.guest("heartbeat", accel)
+    vm.update()
+    assert vm.qmp.command("query-migrate") == {"status": "completed"}
+    vm.qmp.command("migrate-set-parameters", mode="cpr-reboot")
+    vm.qmp.command("migrate", uri=f"file:{tmp_path}/state")
+    wait_for(lambda: vm.qmp.command("query-migrate")["status"] == "completed", "it completes")
+    assert vm.qmp.command("query-migrate")["ram"]["transferred"] > 0
+
+
 def test_dry_run_tells_all_and_does_nothing(start, accel):
     vm = start.guest("heartbeat", accel)
     assert vm.qmp.command("cpr-exec", test=True) == {"refusals": []}

@@ -40,7 +40,7 @@ static size_t match(struct sock_filter *filter, size_t used, int number, uint32_
     return used;
 }
 
-int cpr_no_new_privs(void)
+static int no_new_privs(void)
 {
     return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 ? -errno : 0;
 }
@@ -52,7 +52,7 @@ static int install(const int *calls, size_t count, uint32_t action, int processe
     struct sock_filter filter[2 * MAX_CALLS + 16];
     struct sock_fprog program = {.filter = filter};
     size_t used = 0;
-    int error = cpr_no_new_privs();
+    int error = no_new_privs();
 
     if (error) {
         return error;

@@ -13,7 +13,5 @@ int cpr_sandbox_spawn(void);
 int cpr_sandbox_elevate(void);
 /* setpriority, sched_set* and the like answer EPERM. */
 int cpr_sandbox_resourcecontrol(void);
-/* prctl(PR_SET_NO_NEW_PRIVS): set-user-ID programs give nothing any more. */
-int cpr_no_new_privs(void);
 
 #endif

@@ -50,18 +50,17 @@ class Exec(Mode):
         self.uri = uri
         self.directory = directory
         self.hold_memory = True
-        self.holder_problem = ""
         self.before_exec: Callable[[], None] = lambda: None
         self._fds = fds
         self._holder: MmHolder | None = None
 
     def hold(self) -> None:
-        """Starts the mm holder; without one the exec only takes longer (`holder_problem`)."""
+        """Starts the mm holder; where it cannot be had, the exec only takes longer."""
         if self.hold_memory:
             try:
                 self._holder = MmHolder()
-            except KernelError as error:
-                self.holder_problem = str(error)
+            except KernelError:
+                self._holder = None
 
     def begin(self, go_on: Callable[[], None]) -> bool:
         """Writes the CPR state to a memfd, which the environment names."""

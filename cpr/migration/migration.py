@@ -68,6 +68,7 @@ class Migration:
         self._finish_callbacks: list[Callable[[], None]] = []
         self._old_state = runstate.RUNNING
         self._switchover = allocate_lock()
+        self._outgoing = False  # whether the status is of a migration that began here
         self._cancel = False
         self._waits_for_target = False
         self._channel: Channel | None = None
@@ -109,15 +110,12 @@ class Migration:
     def _create_mode(self, cpr_address: dict | None) -> Mode:
         name = str(self.parameters.get("mode"))
         if name == EXEC:
-            return self._create_exec([str(w) for w in self.parameters.get("cpr-exec-command")])
+            return cpr_exec.Exec(self.fds, self.parameters.get("cpr-exec-command"))
         if name == TRANSFER:
             from cpr.migration.cpr_transfer import Transfer
 
             return Transfer(self.fds, self.loop, cpr_address or {})
         return Mode(name)
-
-    def _create_exec(self, command: list[str]) -> cpr_exec.Exec:
-        return cpr_exec.Exec(self.fds, command)
 
     def _check(self, address: dict, mode: Mode, resume: bool = False) -> None:
         """What refuses a migration, in QEMU's order; the guest is not touched."""
@@ -189,7 +187,7 @@ class Migration:
 
     def check_cpr_exec(self, command: list[str] | None = None) -> list[str]:
         """All that would refuse `start_cpr_exec(command)` now, without doing it."""
-        mode = self._create_exec(command or [""])
+        mode = cpr_exec.Exec(self.fds, command or [""])
         try:
             self._check({"transport": "file"}, mode)
         except MigrationError as error:
@@ -257,6 +255,7 @@ class Migration:
     def _start(self, address: dict, mode: Mode) -> None:
         self.error = None
         self.ram = RamCounters()
+        self._outgoing = True
         self._cancel = False
         self._mode = mode
         if isinstance(mode, cpr_exec.Exec):
@@ -450,7 +449,7 @@ class Migration:
         result["status"] = self.status
         if self.error is not None and self.status in ("failed", "cancelled"):
             result["error-desc"] = self.error
-        if self.incoming_side.started:
+        if not self._outgoing:
             return result | self.incoming_side.query()
         if self.status in ("active", "pre-switchover", "device"):
             result["expected-downtime"] = self.parameters.get("downtime-limit")
