@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from cpr.accel.base import Accelerator
+    from cpr.accel.kvm_resume import ResumedVm
     from cpr.config import Config, DeviceConfig
     from cpr.events import EventBus
     from cpr.mainloop import MainLoop
@@ -69,14 +70,21 @@ JUMP_TO_BOOT = bytes((0xEA, 0x00, 0x7C, 0x00, 0x00))  # jmp far 0:7c00
 HLT = 0xF4
 
 
-def build(config: Config, fds: PreservedFds, loop: MainLoop, events: EventBus) -> Machine:
+def build(
+    config: Config,
+    fds: PreservedFds,
+    loop: MainLoop,
+    events: EventBus,
+    resumed: ResumedVm | None = None,
+) -> Machine:
     """Makes a stopped machine in runstate prelaunch; the caller owns it.
 
-    Descriptors that `fds` holds are taken over by the blocks of their names.  Raises ConfigError
+    Descriptors that `fds` holds are taken over by the blocks of their names, and `resumed`, a VM
+    that this process has made already, by the machine.  Raises ConfigError
     or KernelError; then everything that was made is freed again.
     """
     _check(config)
-    accel = _create_accel(config.accels)
+    accel = _create_accel(config.accels, resumed)
     memory = GuestMemory()
     machine = Machine(config, accel, memory, loop, events)
     try:
@@ -104,8 +112,14 @@ def _check(config: Config) -> None:
         )
 
 
-def _create_accel(names: Sequence[str]) -> Accelerator:
+def _create_accel(names: Sequence[str], resumed: ResumedVm | None) -> Accelerator:
     """The first accelerator of `names` that can be had; says on stderr when it falls back."""
+    if resumed is not None:
+        if "kvm" not in names:
+            raise ConfigError(f"-accel {names[0]}: the guest that was taken over runs on kvm")
+        from cpr.accel.kvm import KvmAccelerator
+
+        return KvmAccelerator(resumed)
     problems: list[str] = []
     for name in names:
         try:

@@ -36,13 +36,15 @@ class RAMBlock:
     """One contiguous block of guest RAM.
 
     `size` is the used length and `max_length` the mapped one, in bytes; `host` is the address of
-    the mapping; `fd` is -1 for anonymous memory.  `preserved` says that the descriptor goes over
+    the mapping; `alignment` is that address's, and `fd` is
+    -1 for anonymous memory.  `preserved` says that the descriptor goes over
     an exec, `reopened` that the new VMM opens the same file again by its path; a block that is
     neither loses its content in an exec, unless it is `regenerated` (a ROM that the machine
     makes).  `prealloc` asks for all of it to be populated, `populated` bytes of it are by now.
     """
 
     __slots__ = (
+        "alignment",
         "backend",
         "fd",
         "host",
@@ -67,6 +69,7 @@ class RAMBlock:
         self.max_length = size
         self.backend = backend
         self.page_size = PAGE_SIZE
+        self.alignment = PAGE_SIZE
         self.fd = -1
         self.host = 0
         self.offset = 0
@@ -132,7 +135,7 @@ def create_backend_block(config: ObjectConfig, fds: PreservedFds) -> RAMBlock:
             f"memory size {size:#x} must be a multiple of page size {block.page_size:#x}"
         )
     _attach_descriptor(block, properties, fds)
-    _map(block, int(properties.get("align", 0)))
+    _map(block, int(properties.get("align", 0)), fds)
     _advise(block, properties)
     return block
 
@@ -152,14 +155,14 @@ def create_aux_block(idstr: str, size: int, share: bool, fds: PreservedFds) -> R
         os.ftruncate(block.fd, size)
         fds.save(idstr, 0, block.fd)
     block.preserved = share
-    _map(block, 0)
+    _map(block, 0, fds)
     return block
 
 
 def create_default_block(idstr: str, size: int) -> RAMBlock:
     """Makes the machine's default RAM, private and anonymous, as QEMU does without a backend."""
     block = RAMBlock(idstr, size, "memory-backend-ram")
-    _map(block, 0)
+    _map(block, 0, None)
     return block
 
 
@@ -269,9 +272,16 @@ def _too_small(block: RAMBlock, current: int) -> ConfigError:
     )
 
 
-def _map(block: RAMBlock, align: int) -> None:
-    """Maps the block at an address of its page size, 2 MiB or `align`, whichever is largest."""
+def _map(block: RAMBlock, align: int, fds: PreservedFds | None) -> None:
+    """Maps the block at an address of its page size, 2 MiB or `align`, whichever is largest.
+
+    A block that is mapped already, because its guest ran before there was a VMM, stays there.
+    """
     alignment = max(align, block.page_size, HUGE_ALIGNMENT if block.size >= HUGE_ALIGNMENT else 0)
+    block.alignment = alignment
+    block.host = fds.mappings.pop(block.fd, 0) if fds is not None and block.shared else 0
+    if block.host:
+        return
     flags = lib.MAP_SHARED if block.shared else lib.MAP_PRIVATE
     if block.fd < 0:
         flags = lib.MAP_PRIVATE | lib.MAP_ANONYMOUS | lib.MAP_NORESERVE

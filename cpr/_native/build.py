@@ -2,7 +2,7 @@
 
 Kernel constants and structs come from the system's headers through `cdef.h`.  Each C file has a
 header of the same name that holds declarations only; the header is both what C includes and what
-cffi parses, so that the two cannot differ.
+cffi parses, so that the two cannot differ.  `raw_syscall.h` has code, and is for C only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-HEADERS = sorted(path.name for path in HERE.glob("*.h") if path.name != "cdef.h")
+C_ONLY = {"cdef.h", "raw_syscall.h"}
+HEADERS = sorted(path.name for path in HERE.glob("*.h") if path.name not in C_ONLY)
 SOURCES = sorted(path.name for path in HERE.glob("*.c") if path.name != "_cpr.c")
 
 PRELUDE = """
@@ -40,7 +41,7 @@ ffibuilder.set_source(
     PRELUDE + "".join(f'#include "{name}"\n' for name in HEADERS),
     sources=[f"cpr/_native/{name}" for name in SOURCES],
     include_dirs=["cpr/_native"],
-    depends=[f"cpr/_native/{name}" for name in ["cdef.h", *HEADERS]],
+    depends=[f"cpr/_native/{name}" for name in [*C_ONLY, *HEADERS]],
     extra_compile_args=["-O2", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror"],
     libraries=["dl", "pthread"],
 )

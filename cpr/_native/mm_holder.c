@@ -12,34 +12,23 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "raw_syscall.h"
+
 #define STACK_SIZE 16384
 #define GUARD_SIZE 4096
 
-/* The child shares the parent's thread-local storage: errno and the stack protector's canary are
-   the parent's. So it makes system calls itself, and has no canary. */
-static inline long raw_call(long number, long a, long b, long c)
-{
-    long result;
-
-    __asm__ volatile("syscall"
-                     : "=a"(result)
-                     : "a"(number), "D"(a), "S"(b), "d"(c)
-                     : "rcx", "r11", "memory");
-    return result;
-}
-
-__attribute__((no_stack_protector)) static int hold(void *argument)
+CPR_IN_CHILD static int hold(void *argument)
 {
     long pipe_fd = (long)(intptr_t)argument;
     char byte;
 
     if (pipe_fd > 0) {
-        raw_call(SYS_close_range, 0, pipe_fd - 1, 0);
+        cpr_syscall3(SYS_close_range, 0, pipe_fd - 1, 0);
     }
-    raw_call(SYS_close_range, pipe_fd + 1, UINT_MAX, 0);
-    while (raw_call(SYS_read, pipe_fd, (long)(intptr_t)&byte, 1) == -EINTR) {
+    cpr_syscall3(SYS_close_range, pipe_fd + 1, UINT_MAX, 0);
+    while (cpr_syscall3(SYS_read, pipe_fd, &byte, 1) == -EINTR) {
     }
-    raw_call(SYS_exit_group, 0, 0, 0);
+    cpr_syscall1(SYS_exit_group, 0);
     __builtin_unreachable();
 }
 

@@ -11,13 +11,21 @@ import sys
 
 from cpr._native._cpr import ffi, lib
 from cpr.accel import base, kvm_state
-from cpr.errors import KernelError
+from cpr.errors import ConfigError, KernelError
 from cpr.uapi import kvm
 from cpr.uapi.fd import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from cpr.accel.base import Bus
+    from cpr.accel.kvm_resume import ResumedVCpu, ResumedVm
+    from cpr.accel.vm_image import VmImage
+    from cpr.accel.overlap import Overlap
+    from cpr.memory import GuestMemory
+    from cpr.state.fds import PreservedFds
 
 # Three pages for KVM's own TSS and one for its identity map, below the BIOS, as on every PC VMM.
 IDENTITY_MAP_ADDRESS = 0xFEFFC000
@@ -34,20 +42,58 @@ class KvmInternalError(KernelError):
         super().__init__(text, errno.EIO, "the guest is stopped and can still be examined")
 
 
-class KvmVCpu(base.VCpu):
-    """One KVM vCPU; owns its descriptor and its kvm_run area."""
+def serve(exit_: Any, bus: Bus) -> None:
+    """Serves an access that a vCPU waits for: a struct cpr_exit or cpr_vm_exit of IO or MMIO."""
+    size = exit_.size
+    for i in range(exit_.count):
+        data = ffi.buffer(exit_.data + i * size, size)
+        if exit_.reason == lib.KVM_EXIT_IO and exit_.is_write:
+            bus.io_write(exit_.port, size, int.from_bytes(data[:], "little"))
+        elif exit_.reason == lib.KVM_EXIT_IO:
+            data[:] = bus.io_read(exit_.port, size).to_bytes(size, "little")
+        elif exit_.is_write:
+            bus.mmio_write(exit_.address, size, int.from_bytes(data[:], "little"))
+        else:
+            data[:] = bus.mmio_read(exit_.address, size).to_bytes(size, "little")
 
-    def __init__(self, accel: KvmAccelerator, index: int) -> None:
+
+class KvmVCpu(base.VCpu):
+    """One KVM vCPU; owns its descriptor and its kvm_run area.
+
+    `held`: the exit in kvm_run has not been served, because the vCPU came back from a child.
+    """
+
+    held = False
+
+    def __init__(
+        self, accel: KvmAccelerator, index: int, resumed: ResumedVCpu | None = None
+    ) -> None:
         self.index = index
+        self.resumed = resumed
         self._accel = accel
-        self._fd = kvm.create_vcpu(accel.vm, index)
         self._run_size = accel.run_size
+        self._cpuid: Any = None
+        self._thread = 0
+        if resumed is not None:
+            self._fd = Fd(resumed.fd, f"kvm-vcpu:{index}")
+            self._run, self._exit = resumed.run, resumed.exit
+            self.control = resumed.control
+            self._thread = resumed.thread
+            return
+        self._fd = kvm.create_vcpu(accel.vm, index)
         self._run = kvm.map_run(self._fd, self._run_size)
         self._exit = ffi.new("struct cpr_exit *")
-        self._thread = 0
-        self._set_cpuid()
+        self.control = ffi.new("struct cpr_vcpu_control *")
+        self._fd.ioctl(lib.KVM_SET_CPUID2, "KVM_SET_CPUID2", self.cpuid)
 
-    def _set_cpuid(self) -> None:
+    @property
+    def cpuid(self) -> Any:
+        """The kvm_cpuid2 that the guest sees."""
+        if self._cpuid is None:
+            self._cpuid = self._create_cpuid()
+        return self._cpuid
+
+    def _create_cpuid(self) -> Any:
         cpuid = kvm.supported_cpuid(self._accel.device)
         for i in range(cpuid.nent):
             entry = cpuid.entries[i]
@@ -55,24 +101,24 @@ class KvmVCpu(base.VCpu):
                 entry.ebx = (entry.ebx & 0x00FFFFFF) | self.index << 24
             elif entry.function in CPUID_TOPOLOGY_LEAVES:
                 entry.edx = self.index
-        self._fd.ioctl(lib.KVM_SET_CPUID2, "KVM_SET_CPUID2", cpuid)
+        return cpuid
 
     def run(self, bus: Bus) -> str:
         exit_ = self._exit
         self._thread = lib.cpr_vcpu_thread_enter()
         try:
             while True:
-                error = lib.cpr_kvm_run(self._fd.number, self._run, exit_)
+                error = self._next_exit()
                 if error == -errno.EINTR:
                     lib.cpr_kvm_set_immediate_exit(self._run, 0)
+                    return base.KICKED
+                if error == -errno.ECANCELED:  # another has it now
                     return base.KICKED
                 if error:
                     raise KernelError(f"KVM_RUN on vCPU {self.index}", -error)
                 reason = exit_.reason
-                if reason == lib.KVM_EXIT_IO:
-                    self._serve_io(bus)
-                elif reason == lib.KVM_EXIT_MMIO:
-                    self._serve_mmio(bus)
+                if reason in (lib.KVM_EXIT_IO, lib.KVM_EXIT_MMIO):
+                    serve(exit_, bus)
                 elif reason == lib.KVM_EXIT_SHUTDOWN:
                     return base.SHUTDOWN
                 elif reason == lib.KVM_EXIT_HLT:
@@ -82,24 +128,17 @@ class KvmVCpu(base.VCpu):
         finally:
             self._thread = 0
 
-    def _serve_io(self, bus: Bus) -> None:
-        exit_ = self._exit
-        size = exit_.size
-        for i in range(exit_.count):
-            data = ffi.buffer(exit_.data + i * size, size)
-            if exit_.is_write:
-                bus.io_write(exit_.port, size, int.from_bytes(data[:], "little"))
-            else:
-                data[:] = bus.io_read(exit_.port, size).to_bytes(size, "little")
-
-    def _serve_mmio(self, bus: Bus) -> None:
-        exit_ = self._exit
-        size = exit_.size
-        data = ffi.buffer(exit_.data, size)
-        if exit_.is_write:
-            bus.mmio_write(exit_.address, size, int.from_bytes(data[:], "little"))
-        else:
-            data[:] = bus.mmio_read(exit_.address, size).to_bytes(size, "little")
+    def _next_exit(self) -> int:
+        """The next exit, in self._exit: 0 or -errno.  Of a resumed vCPU it may be there already."""
+        if self.resumed is not None:
+            error, self.resumed = self.resumed.error, None
+            return error
+        if self.held:
+            self.held = False
+            lib.cpr_kvm_describe_exit(self._run, self._exit)
+            return 0
+        error = lib.cpr_kvm_run(self._fd.number, self._run, self._exit, self.control)
+        return error
 
     def _internal_error(self, reason: int) -> KvmInternalError:
         exit_ = self._exit
@@ -119,12 +158,19 @@ class KvmVCpu(base.VCpu):
         return kvm_state.get_vcpu(self._fd, self._accel.msr_indices())
 
     def set_state(self, state: dict) -> None:
+        if self._accel.has_state:
+            return
         refused = kvm_state.set_vcpu(self._fd, state)
         for index in refused:
             print(
                 f"warning: KVM refused MSR {index:#x} of vCPU {self.index}; it keeps its value",
                 file=sys.stderr,
             )
+
+    @property
+    def run_area(self) -> Any:
+        """The struct kvm_run; it stays the vCPU's."""
+        return self._run
 
     @property
     def fd(self) -> Fd:
@@ -137,12 +183,33 @@ class KvmVCpu(base.VCpu):
 
 
 class KvmAccelerator(base.Accelerator):
-    """One KVM VM; owns /dev/kvm and the VM descriptor."""
+    """One KVM VM; owns /dev/kvm and the VM descriptor.
+
+    `resumed` is the VM that this process has made already: it is taken over, and `has_state` is
+    true until the machine runs: what the stream says of its state is what it was made from.
+    """
 
     name = "kvm"
     kernel_irqchip = True
+    addresses = (TSS_ADDRESS, IDENTITY_MAP_ADDRESS)
+    pit_flags = lib.KVM_PIT_SPEAKER_DUMMY
 
-    def __init__(self) -> None:
+    def __init__(self, resumed: ResumedVm | None = None) -> None:
+        self.resumed = resumed
+        self.has_state = resumed is not None
+        self.vcpus: list[KvmVCpu] = []
+        self._early_irqs: list[tuple[int, bool]] = []
+        self._slots: dict[tuple[int, int], int] = {}
+        self._msr_indices: list[int] | None = None
+        self._readable_msrs: list[int] | None = None
+        self._has_tsc_offset: bool | None = None
+        if resumed is not None:
+            self.device = Fd(resumed.struct.device_fd, kvm.DEVICE)
+            self.vm = Fd(resumed.struct.vm_fd, "kvm-vm")
+            self.run_size = resumed.struct.run_size
+            image = resumed.image
+            self.running_since = image.stopped_ns if resumed.overlap else image.resumed_ns
+            return
         self.device = kvm.open_device()
         try:
             self.vm = kvm.create_vm(self.device)
@@ -150,8 +217,6 @@ class KvmAccelerator(base.Accelerator):
             self.device.close()
             raise
         self.run_size = kvm.vcpu_mmap_size(self.device)
-        self._slots: dict[tuple[int, int], int] = {}
-        self._msr_indices: list[int] | None = None
         self.vm.ioctl(lib.KVM_SET_TSS_ADDR, "KVM_SET_TSS_ADDR", TSS_ADDRESS)
         identity = ffi.new("uint64_t *", IDENTITY_MAP_ADDRESS)
         self.vm.ioctl(lib.KVM_SET_IDENTITY_MAP_ADDR, "KVM_SET_IDENTITY_MAP_ADDR", identity)
@@ -161,6 +226,10 @@ class KvmAccelerator(base.Accelerator):
         used = set(self._slots.values())
         slot = next(number for number in range(len(used) + 1) if number not in used)
         flags = lib.KVM_MEM_READONLY if readonly else 0
+        if self.resumed is not None and self.has_state:
+            self._check_section(address, size, flags, host_address)
+            self._slots[address, size] = slot
+            return
         kvm.set_memory_region(self.vm, slot, flags, address, size, host_address)
         self._slots[address, size] = slot
 
@@ -168,13 +237,39 @@ class KvmAccelerator(base.Accelerator):
         slot = self._slots.pop((address, size))
         kvm.set_memory_region(self.vm, slot, 0, address, 0, 0)
 
+    def _check_section(self, address: int, size: int, flags: int, host_address: int) -> None:
+        assert self.resumed is not None
+        if self.resumed.sections.get((address, size, flags)) != host_address:
+            raise ConfigError(
+                f"{size:#x} bytes of RAM at {address:#x} are not where the guest that was taken "
+                "over has them: start the new VMM with the options of the old one"
+            )
+
     def create_irqchip(self) -> None:
+        if self.has_state:
+            return
         self.vm.ioctl(lib.KVM_CREATE_IRQCHIP, "KVM_CREATE_IRQCHIP")
         config = ffi.new("struct kvm_pit_config *", {"flags": lib.KVM_PIT_SPEAKER_DUMMY})
         self.vm.ioctl(lib.KVM_CREATE_PIT2, "KVM_CREATE_PIT2", config)
 
     def create_vcpu(self, index: int) -> KvmVCpu:
-        return KvmVCpu(self, index)
+        resumed = None
+        if self.resumed is not None:
+            if index >= len(self.resumed.vcpus):
+                raise ConfigError(
+                    f"the guest that was taken over has {len(self.resumed.vcpus)} CPUs: "
+                    "start the new VMM with the options of the old one"
+                )
+            resumed = self.resumed.vcpus[index]
+        self.vcpus.append(KvmVCpu(self, index, resumed))
+        return self.vcpus[-1]
+
+    def readable_msrs(self) -> list[int]:
+        """The MSRs that KVM lets be read, of those to save; asked of vCPU 0 once."""
+        if self._readable_msrs is None:
+            values = kvm.get_msrs(self.vcpus[0].fd, self.msr_indices())
+            self._readable_msrs = list(values)
+        return self._readable_msrs
 
     def msr_indices(self) -> list[int]:
         """The MSRs to save; asked of the kernel once."""
@@ -182,7 +277,60 @@ class KvmAccelerator(base.Accelerator):
             self._msr_indices = kvm.msr_indices(self.device)
         return self._msr_indices
 
+    def create_image(self, memory: GuestMemory, command: list[str]) -> VmImage:
+        from cpr.accel.vm_image import VmImage
+
+        return VmImage(self, memory, command)
+
+    def create_overlap(
+        self, memory: GuestMemory, fds: PreservedFds, way_back: Callable[[str], list[str]]
+    ) -> Overlap:
+        from cpr.accel.overlap import Overlap
+
+        return Overlap(self, memory, fds, way_back)
+
+    def overlap_blocker(self, memory: GuestMemory) -> str | None:
+        for section in memory.sections:
+            block = section.block
+            if not block.preserved:
+                return (
+                    f"memory region {block.idstr} is not in a file that goes over the exec; "
+                    "share=on is required for memory-backend objects, and aux-ram-share=on"
+                )
+        return None
+
+    def prepare_image(self, run_on: Callable[[Callable[[base.VCpu], Any]], Any]) -> None:
+        if self._readable_msrs is None:
+            run_on(lambda vcpu: (self.readable_msrs(), self.has_tsc_offset()))
+
+    def take_over(self, bus: Bus) -> None:
+        if self.resumed is not None and self.resumed.overlap:
+            from cpr.accel import overlap
+
+            overlap.take_over(self, bus)
+        self.has_state = False
+        self.running_since = 0
+        self.resumed = None
+
+    def release_irqs(self) -> None:
+        """Sets the interrupt inputs to what devices have set them to before there was a state."""
+        levels, self._early_irqs = self._early_irqs, []
+        for gsi, level in levels:
+            self._set_irq(gsi, level)
+
+    def has_tsc_offset(self) -> bool:
+        """Whether KVM tells and takes a vCPU's TSC offset; asked of vCPU 0 once."""
+        if self._has_tsc_offset is None:
+            self._has_tsc_offset = kvm.has_tsc_offset(self.vcpus[0].fd)
+        return self._has_tsc_offset
+
     def set_irq(self, gsi: int, level: bool) -> None:
+        if self.resumed is not None and self.resumed.overlap:
+            self._early_irqs.append((gsi, level))
+        else:
+            self._set_irq(gsi, level)
+
+    def _set_irq(self, gsi: int, level: bool) -> None:
         line = ffi.new("struct kvm_irq_level *", {"irq": gsi, "level": int(level)})
         self.vm.ioctl(lib.KVM_IRQ_LINE, "KVM_IRQ_LINE", line)
 
@@ -190,6 +338,8 @@ class KvmAccelerator(base.Accelerator):
         return kvm_state.get_chip(self.vm, chip)
 
     def set_irqchip(self, chip: str, state: dict) -> None:
+        if self.has_state:
+            return
         kvm_state.set_chip(self.vm, chip, state)
 
     def get_apic(self, vcpu: base.VCpu) -> bytes:
@@ -199,6 +349,8 @@ class KvmAccelerator(base.Accelerator):
 
     def set_apic(self, vcpu: base.VCpu, registers: bytes) -> None:
         assert isinstance(vcpu, KvmVCpu)
+        if self.has_state:
+            return
         lapic = ffi.new("struct kvm_lapic_state *")
         ffi.buffer(lapic.regs)[:] = registers
         vcpu.fd.ioctl(lib.KVM_SET_LAPIC, "KVM_SET_LAPIC", lapic)

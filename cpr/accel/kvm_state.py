@@ -200,7 +200,7 @@ PIT_FIELDS = (
     "gate",
     "count_load_time",
 )
-_CHIP_IDS = {
+CHIP_IDS = {
     "i8259-0": lib.KVM_IRQCHIP_PIC_MASTER,
     "i8259-1": lib.KVM_IRQCHIP_PIC_SLAVE,
     "ioapic": lib.KVM_IRQCHIP_IOAPIC,
@@ -220,7 +220,7 @@ def get_chip(vm: Fd, chip: str) -> dict:
             ],
             "flags": pit.flags,
         }
-    irqchip = ffi.new("struct kvm_irqchip *", {"chip_id": _CHIP_IDS[chip]})
+    irqchip = ffi.new("struct kvm_irqchip *", {"chip_id": CHIP_IDS[chip]})
     vm.ioctl(lib.KVM_GET_IRQCHIP, "KVM_GET_IRQCHIP", irqchip)
     if chip == "ioapic":
         ioapic = irqchip.chip.ioapic
@@ -248,7 +248,7 @@ def set_chip(vm: Fd, chip: str, state: dict) -> None:
                 setattr(channel, name, saved[name])
         vm.ioctl(lib.KVM_SET_PIT2, "KVM_SET_PIT2", pit)
         return
-    irqchip = ffi.new("struct kvm_irqchip *", {"chip_id": _CHIP_IDS[chip]})
+    irqchip = ffi.new("struct kvm_irqchip *", {"chip_id": CHIP_IDS[chip]})
     if chip == "ioapic":
         ioapic = irqchip.chip.ioapic
         ioapic.base_address = 0xFEC00000

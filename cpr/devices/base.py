@@ -82,6 +82,8 @@ class Device:
     idstr = ""
     instance_id = 0
     vmstate: VMStateDescription | None = None
+    in_vcpu = False
+    """Whether the state is a vCPU's own, and so can be read only while that does not run."""
 
     def realize(self, platform: Platform) -> None:
         """Registers the device with the machine; its resources are freed by `unrealize`."""

@@ -62,6 +62,7 @@ class Migration:
         self.capabilities = Capabilities(self.parameters, lambda: self.running)
         self.status = "none"
         self.error: str | None = None
+        self.notice = ""
         self.before_exec: Callable[[], None] = lambda: None
         self.handed = handed
         self.incoming_side = Incoming(self)
@@ -188,6 +189,7 @@ class Migration:
     def check_cpr_exec(self, command: list[str] | None = None) -> list[str]:
         """All that would refuse `start_cpr_exec(command)` now, without doing it."""
         mode = cpr_exec.Exec(self.fds, command or [""])
+        mode.overlaps = bool(self.parameters.get("x-cpr-exec-overlap"))
         try:
             self._check({"transport": "file"}, mode)
         except MigrationError as error:
@@ -260,12 +262,14 @@ class Migration:
         self._mode = mode
         if isinstance(mode, cpr_exec.Exec):
             mode.hold_memory = bool(self.parameters.get("x-cpr-mm-holder"))
+            mode.early_resume = bool(self.parameters.get("x-cpr-early-resume"))
+            mode.overlaps = bool(self.parameters.get("x-cpr-exec-overlap"))
             mode.before_exec = self.before_exec
         self._times = Times()
         self._set_status("setup")
         try:
             savevm.prepare()
-            mode.hold()
+            mode.hold(self.machine)
             waits = mode.begin(lambda: self._go_on(address))
             if not waits and not addresses.connects_in_background(address):
                 self._open(address)
@@ -293,14 +297,16 @@ class Migration:
         """Opens the channel and, where the mode wants that first, stops the guest."""
         assert self._mode is not None
         self._channel = channel.open_outgoing(address, self.handed)
+        self._channel.copy = self._mode.stream_copy
         self._old_state = self.machine.runstate.current
         self._times.set_up()
-        if self._mode.stops_first:
+        if self._mode.stops_first and not self._mode.lends_vcpus:
             self._stop_guest()
 
     def _stop_guest(self) -> None:
+        assert self._mode is not None
         self._times.stop()
-        self.machine.stop(runstate.FINISH_MIGRATE)
+        self._mode.stop(self.machine)
 
     def _run(self, address: dict | None) -> None:
         """The migration thread; `address` is what is still to be connected to."""
@@ -323,6 +329,8 @@ class Migration:
                 self.events.emit("MIGRATION_PASS", {"pass": 2})
             if self.capabilities.enabled("pause-before-switchover"):
                 self._wait_for_switchover()
+            if self._mode.lends_vcpus:
+                self._stop_guest()
             self._set_status("device")
             self._write_all()
             self._times.end()

@@ -193,6 +193,10 @@ PARAMETERS = (
 EXTENSIONS: tuple[Parameter, ...] = (
     # cpr-exec leaves a child behind that frees the old memory while the guest runs again.
     Parameter("x-cpr-mm-holder", BOOL, True),
+    # The guest runs on before the new image has read its command line, where that is the same.
+    Parameter("x-cpr-early-resume", BOOL, True),
+    # The guest runs on in a child during the whole exec.
+    Parameter("x-cpr-exec-overlap", BOOL, False),
 )
 
 # The spelling in an error text where it is not the name itself.

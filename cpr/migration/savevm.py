@@ -139,6 +139,8 @@ class Saver:
         with machine.lock:
             for number, device in enumerate(machine.sections()):
                 assert device.vmstate is not None
+                if device.in_vcpu and self._mode.lends_vcpus:
+                    continue
                 writer.device(
                     FIRST_DEVICE_ID + number,
                     device.idstr,

@@ -98,6 +98,26 @@ def unmap_run(run: Any, size: int) -> None:
     lib.munmap(run, size)
 
 
+def map_image(fd: int, size: int) -> int:
+    """Maps a memfd of `size` bytes, shared, and returns where; `unmap_image` is the inverse."""
+    prot = lib.PROT_READ | lib.PROT_WRITE
+    address = lib.mmap(ffi.NULL, size, prot, lib.MAP_SHARED, fd, 0)
+    if address == ffi.cast("void *", -1):
+        raise KernelError("mmap of the VM's image", ffi.errno)
+    return int(ffi.cast("uintptr_t", address))
+
+
+def unmap_image(address: int, size: int) -> None:
+    lib.munmap(ffi.cast("void *", address), size)
+
+
+def has_tsc_offset(vcpu: Fd) -> bool:
+    """Whether the TSC's offset of this vCPU can be read and set (Linux 5.16)."""
+    attr = ffi.new("struct kvm_device_attr *")
+    attr.group, attr.attr = lib.KVM_VCPU_TSC_CTRL, lib.KVM_VCPU_TSC_OFFSET
+    return bool(lib.ioctl(vcpu.number, lib.KVM_HAS_DEVICE_ATTR, attr) == 0)
+
+
 def set_memory_region(
     vm: Fd, slot: int, flags: int, address: int, size: int, host_address: int
 ) -> None:
@@ -139,7 +159,7 @@ def get_msrs(vcpu: Fd, indices: list[int]) -> dict[int, int]:
     values: dict[int, int] = {}
     wanted = list(indices)
     while wanted:
-        msrs = _msr_array([(index, 0) for index in wanted])
+        msrs = msr_array([(index, 0) for index in wanted])
         done = vcpu.ioctl(lib.KVM_GET_MSRS, "KVM_GET_MSRS", msrs)
         for i in range(done):
             values[msrs.entries[i].index] = msrs.entries[i].data
@@ -151,7 +171,7 @@ def set_msrs(vcpu: Fd, entries: list[tuple[int, int]]) -> list[int]:
     """Writes (index, data) in order and returns the indices that the kernel refused."""
     refused: list[int] = []
     while entries:
-        msrs = _msr_array(entries)
+        msrs = msr_array(entries)
         done = vcpu.ioctl(lib.KVM_SET_MSRS, "KVM_SET_MSRS", msrs)
         if done < len(entries):
             refused.append(entries[done][0])
@@ -159,7 +179,8 @@ def set_msrs(vcpu: Fd, entries: list[tuple[int, int]]) -> list[int]:
     return refused
 
 
-def _msr_array(entries: list[tuple[int, int]]) -> Any:
+def msr_array(entries: list[tuple[int, int]]) -> Any:
+    """The kvm_msrs of (index, data) entries."""
     msrs = ffi.new("struct kvm_msrs *", {"nmsrs": len(entries), "entries": len(entries)})
     for i, (index, data) in enumerate(entries):
         msrs.entries[i].index = index

@@ -26,9 +26,23 @@ USAGE = """usage: python -m cpr.vmm run [guest.cfg] [QEMU options]
 
 
 def run(arguments: list[str]) -> int:
-    from cpr.vmm.process import run_vmm
+    if "QEMU_CPR_EXEC_STATE" not in os.environ:
+        from cpr.vmm.process import run_vmm
 
-    return run_vmm(arguments)
+        return run_vmm(arguments)
+    from cpr.accel import kvm_resume
+
+    try:
+        kvm_resume.resume()
+        from cpr.vmm.process import run_vmm
+
+        return run_vmm(arguments)
+    except BaseException as error:
+        if kvm_resume.image is not None:
+            from cpr.vmm import way_back
+
+            way_back.go(error)
+        raise
 
 
 def inspect(arguments: list[str]) -> int:

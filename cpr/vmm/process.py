@@ -10,6 +10,7 @@ import sys
 from _thread import start_new_thread
 
 from cpr import pc, ram
+from cpr.accel import kvm_resume
 from cpr.config import parse_command_line
 from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.events import EventBus
@@ -21,11 +22,13 @@ from cpr.migration.migration import Migration
 from cpr.monitor.passed_fds import PassedFds
 from cpr.state.fds import PreservedFds
 from cpr.uapi import mm_holder
+from cpr.vmm import way_back
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from cpr.accel.kvm_resume import ResumedVm
     from cpr.chardev.base import Chardev
     from cpr.config import Config
     from cpr.machine import Machine
@@ -143,15 +146,22 @@ def run_vmm(arguments: list[str]) -> int:
     listener = None
     if sources.cpr is not None:
         listener = _receive(sources.cpr, fds, after_exec)
-    vmm = _create(config, fds)
+    resumed = kvm_resume.resumed if after_exec else None
+    vmm = _create(config, fds, resumed)
     vmm.migration.incoming_side.listener = listener
     _confine(config)
-    if isinstance(sources.main, dict) and not connects_in_background(sources.main):
+    loads_now = isinstance(sources.main, dict) and not connects_in_background(sources.main)
+    if loads_now and not (resumed is not None and resumed.overlap):
         _load(vmm, sources.main, sources.option)
         vmm.create_frontends(after_exec)
-    else:
+    else:  # nobody waits for this VMM: a guest of an overlap runs
         vmm.create_frontends(after_exec)
-        _boot(vmm, sources.main, sources.option)
+        if loads_now:
+            _load(vmm, sources.main, sources.option)
+        else:
+            _boot(vmm, sources.main, sources.option)
+    if resumed is not None:
+        way_back.forget(resumed, fds, vmm.migration)
     start_new_thread(vmm.populate, ())
     if after_exec:
         start_new_thread(mm_holder.reap, (mm_holder.children(),))
@@ -169,11 +179,13 @@ def run_vmm(arguments: list[str]) -> int:
     return vmm.exit_status
 
 
-def _create(config: Config, fds: PreservedFds) -> Vmm:
+def _create(config: Config, fds: PreservedFds, resumed: ResumedVm | None) -> Vmm:
     loop = MainLoop()
     events = EventBus()
     passed_fds = PassedFds()
-    machine = pc.build(config, fds, loop, events)
+    if resumed is not None:
+        fds.mappings = resumed.mappings()
+    machine = pc.build(config, fds, loop, events, resumed)
     migration = Migration(machine, fds, loop, events, passed_fds)
     migration.apply_globals(config.globals)
     return Vmm(config, machine, migration, loop, passed_fds)

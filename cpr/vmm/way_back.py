@@ -1,0 +1,67 @@
+"""The way back from an update whose guest is still with its child: the old VMM, by exec.
+
+The child runs the guest on all the while.  The old command takes it over as the new one would have
+done, under the same PID; where this process dies instead, the child starts that command itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from cpr.accel import kvm_resume
+from cpr.state import fd_list
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cpr.accel.kvm_resume import ResumedVm
+    from cpr.migration.migration import Migration
+    from cpr.state.fds import PreservedFds
+
+MOST_RETURNS = 3
+ENDED = "the new VMM ended before it took the guest over"
+
+
+def go(error: BaseException) -> None:
+    """Executes the old command.  Comes back only where that cannot be; the child then does it."""
+    image = kvm_resume.image
+    assert image is not None
+    if image.returns >= MOST_RETURNS:
+        return
+    image.returns += 1
+    text = str(error) or type(error).__name__
+    kvm_resume.set_text("refusal", text)
+    words = kvm_resume.command()
+    fd = os.memfd_create(fd_list.ENVIRONMENT_NAME, 0)
+    os.write(fd, kvm_resume.state)
+    os.environ[fd_list.ENVIRONMENT_NAME] = str(fd)
+    for number, copy in kvm_resume.copies.items():
+        os.dup2(copy, number)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execv(words[0], words)
+    except OSError as problem:
+        print(f"cpr-vmm: cannot go back: execv {words[0]}: {problem.strerror}", file=sys.stderr)
+
+
+def forget(resumed: ResumedVm, fds: PreservedFds, migration: Migration) -> None:
+    """The guest runs here: gives up what was kept for the way back, and says if this is it."""
+    text = kvm_resume.text("refusal") or ENDED if resumed.image.returns else ""
+    if text:
+        print(
+            f"cpr-vmm: the update failed: {text}; the guest goes on in the old VMM, PID "
+            f"{os.getpid()}",
+            file=sys.stderr,
+        )
+        migration.set_incoming_status("failed", text)
+        _remove_directory(kvm_resume.text("directory"))
+    migration.notice = kvm_resume.text("notice")
+    kvm_resume.close(fds)
+
+
+def _remove_directory(directory: str) -> None:
+    from cpr.migration.cpr_exec import remove_directory
+
+    if directory:
+        remove_directory(directory)
