@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +182,24 @@ class Vm:
     def u64(self, address: int) -> int:
         return int.from_bytes(self.ram[address : address + 8], "little")
 
+    def write_u32(self, address: int, value: int) -> None:
+        self.ram[address : address + 4] = value.to_bytes(4, "little")
+
+    def children(self) -> list[int]:
+        """The PIDs of the VMM's children: an mm holder, or the one that runs an overlap's guest."""
+        try:
+            text = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        except OSError:
+            return []
+        return [int(word) for word in text.split()]
+
     def close(self) -> None:
         if self._ram is not None:
             self._ram.close()
         if self.process.poll() is None:
+            for child in self.children():  # or it would start the VMM again
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
             self.process.kill()
         self.process.wait()
         self._directory.cleanup()

@@ -67,6 +67,16 @@ def accel(request: pytest.FixtureRequest, usable: dict[str, str | None]) -> str:
     return name
 
 
+OVERLAP = "overlap"
+
+
+def accel_options(accel: str) -> list[str]:
+    """`-accel`; "overlap" is kvm with a guest that runs on during each update."""
+    if accel == OVERLAP:
+        return ["-accel", "kvm", "-global", "migration.x-cpr-exec-overlap=on"]
+    return ["-accel", accel]
+
+
 class Starter:
     """Starts VMMs; the fixture ends them all."""
 
@@ -81,7 +91,7 @@ class Starter:
     def guest(self, name: str, accel: str, *arguments: str, **options: Any) -> Vm:
         """The bundled guest `name` without a monitor on stdio, so that it is free for COM1."""
         config = f"examples/{name}.cfg"
-        return self(config, "-accel", accel, "-monitor", "none", *arguments, **options)
+        return self(config, *accel_options(accel), "-monitor", "none", *arguments, **options)
 
 
 @pytest.fixture

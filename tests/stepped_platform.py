@@ -37,6 +37,9 @@ class SteppedLoop:
         self._clock = clock
         self.timers: list[SteppedTimer] = []
 
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.call_at(self._clock.time, callback)
+
     def call_at(self, deadline: int, callback: Callable[[], None]) -> SteppedTimer:
         self.timers.append(SteppedTimer(deadline, callback))
         return self.timers[-1]
@@ -80,6 +83,8 @@ class FakeAccelerator:
 
     def __init__(self, kernel_irqchip: bool) -> None:
         self.kernel_irqchip = kernel_irqchip
+        self.running_since = 0
+        self.pit_loaded_ns = 0
         self.chips: dict[str, dict] = {}
         self.apics: dict[int, bytes] = {}
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from cpr.accel.kvm_resume import ResumedVCpu
-    from cpr.accel.vm_image import VmImage
     from cpr.accel.overlap import Overlap
+    from cpr.accel.vm_image import VmImage
     from cpr.memory import GuestMemory
     from cpr.state.fds import PreservedFds
 
@@ -94,6 +94,9 @@ class Accelerator:
     running_since = 0
     """CLOCK_MONOTONIC in ns since when the guest's time goes on, where it went on without the
     machine; else 0."""
+    pit_loaded_ns = 0
+    """When the PIT's channel 0 began to count, in the VM that the guest came from while it ran: ns
+    of CLOCK_MONOTONIC; else 0."""
     kernel_irqchip: bool
     """True: PIC, IOAPIC, PIT and local APICs are the accelerator's; False: the machine emulates."""
 

@@ -11,6 +11,7 @@ import sys
 
 from cpr._native._cpr import ffi, lib
 from cpr.accel import base, kvm_state
+from cpr.accel.kvm_exit import serve
 from cpr.errors import ConfigError, KernelError
 from cpr.uapi import kvm
 from cpr.uapi.fd import Fd
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
     from cpr.accel.base import Bus
     from cpr.accel.kvm_resume import ResumedVCpu, ResumedVm
-    from cpr.accel.vm_image import VmImage
     from cpr.accel.overlap import Overlap
+    from cpr.accel.vm_image import VmImage
     from cpr.memory import GuestMemory
     from cpr.state.fds import PreservedFds
 
@@ -40,21 +41,6 @@ class KvmInternalError(KernelError):
 
     def __init__(self, text: str) -> None:
         super().__init__(text, errno.EIO, "the guest is stopped and can still be examined")
-
-
-def serve(exit_: Any, bus: Bus) -> None:
-    """Serves an access that a vCPU waits for: a struct cpr_exit or cpr_vm_exit of IO or MMIO."""
-    size = exit_.size
-    for i in range(exit_.count):
-        data = ffi.buffer(exit_.data + i * size, size)
-        if exit_.reason == lib.KVM_EXIT_IO and exit_.is_write:
-            bus.io_write(exit_.port, size, int.from_bytes(data[:], "little"))
-        elif exit_.reason == lib.KVM_EXIT_IO:
-            data[:] = bus.io_read(exit_.port, size).to_bytes(size, "little")
-        elif exit_.is_write:
-            bus.mmio_write(exit_.address, size, int.from_bytes(data[:], "little"))
-        else:
-            data[:] = bus.mmio_read(exit_.address, size).to_bytes(size, "little")
 
 
 class KvmVCpu(base.VCpu):
@@ -137,8 +123,7 @@ class KvmVCpu(base.VCpu):
             self.held = False
             lib.cpr_kvm_describe_exit(self._run, self._exit)
             return 0
-        error = lib.cpr_kvm_run(self._fd.number, self._run, self._exit, self.control)
-        return error
+        return int(lib.cpr_kvm_run(self._fd.number, self._run, self._exit, self.control))
 
     def _internal_error(self, reason: int) -> KvmInternalError:
         exit_ = self._exit

@@ -10,12 +10,12 @@ VM and its vCPUs through KvmAccelerator, the vCPUs' threads through VCpuThread.
 
 from __future__ import annotations
 
-import os
+import posix
 import time
 from _thread import allocate_lock, start_new_thread
 
+from cpr import fd_list
 from cpr._native._cpr import ffi, lib
-from cpr.state import fd_list
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def resume() -> None:
     if fd < 0:
         return
     prot = lib.PROT_READ | lib.PROT_WRITE
-    address = lib.mmap(ffi.NULL, os.fstat(fd).st_size, prot, lib.MAP_SHARED, fd, 0)
+    address = lib.mmap(ffi.NULL, posix.fstat(fd).st_size, prot, lib.MAP_SHARED, fd, 0)
     if address == ffi.cast("void *", -1):
         return
     found = ffi.cast("struct cpr_vm_image *", address)
@@ -148,7 +148,7 @@ def resume() -> None:
         return
     if found.mode == lib.CPR_VM_OVERLAP:
         image = found
-        copies = {fd: os.dup(fd) for _, _, fd in entries}
+        copies = {fd: posix.dup(fd) for _, _, fd in entries}
     try:
         resumed = ResumedVm(found)
     except OSError:
@@ -159,19 +159,25 @@ def resume() -> None:
 def command() -> list[str]:
     """The command that goes back to the old VMM."""
     data = ffi.buffer(ffi.cast("char *", image) + image.command, image.command_size)[:]
-    return [os.fsdecode(word) for word in data.split(b"\0")[:-1]]
+    return [word.decode(errors="surrogateescape") for word in data.split(b"\0")[:-1]]
 
 
 def text(field: str) -> str:
     """A text of the resumed VM's image."""
     assert resumed is not None
-    return os.fsdecode(ffi.string(getattr(resumed.image, field)))
+    value: bytes = ffi.string(getattr(resumed.image, field))
+    return value.decode(errors="surrogateescape")
 
 
 def set_text(field: str, value: str) -> None:
     """Sets a text of the overlap's image, cut to what there is room for."""
-    data = os.fsencode(value)[: lib.CPR_VM_TEXT - 1]
+    data = value.encode(errors="surrogateescape")[: lib.CPR_VM_TEXT - 1]
     ffi.memmove(getattr(image, field), data + b"\0", len(data) + 1)
+
+
+def end_guest() -> None:
+    """Ends the overlap's child, and the guest with it."""
+    lib.cpr_overlap_ask(image, lib.CPR_OVERLAP_CANCEL)
 
 
 def close(fds: PreservedFds) -> None:
@@ -182,7 +188,7 @@ def close(fds: PreservedFds) -> None:
     for name, id, fd in fds.entries():
         if name == NAME.decode():
             fds.delete(name, id)
-            os.close(fd)
+            posix.close(fd)
     for fd in copies.values():
-        os.close(fd)
+        posix.close(fd)
     resumed, image, state, copies = None, None, b"", {}

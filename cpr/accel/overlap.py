@@ -12,7 +12,7 @@ import select
 import time
 
 from cpr._native._cpr import ffi, lib
-from cpr.accel.kvm import serve
+from cpr.accel.kvm_exit import serve
 from cpr.accel.vm_image import CPU_SET_SIZE, NAME, REQUEST, STREAM, VmImage
 from cpr.errors import CprError, KernelError, MigrationError
 
@@ -171,6 +171,7 @@ def take_over(accel: KvmAccelerator, bus: Bus) -> None:
         lib.cpr_overlap_ask(image, lib.CPR_OVERLAP_COMMIT)
         accel.release_irqs()
         resumed.run(what)
+        accel.pit_loaded_ns = _pit_loaded_ns(image)
     finally:
         os.close(child)
     resumed.overlap = False
@@ -193,6 +194,13 @@ def _capture(accel: KvmAccelerator, image: Any, child: int, bus: Bus) -> None:
                     lib.cpr_overlap_serve(image, index)
         elif _has_ended(child):
             raise MigrationError(GONE)
+
+
+def _pit_loaded_ns(image: Any) -> int:
+    steps = ffi.cast("struct cpr_vm_step *", ffi.cast("char *", image) + image.steps)
+    offsets = [s.offset for s in steps[0 : image.step_count] if s.kind == lib.CPR_STEP_PIT]
+    pit = ffi.cast("struct kvm_pit_state2 *", ffi.cast("char *", image) + offsets[0])
+    return int(pit.channels[0].count_load_time)
 
 
 def _open_child(pid: int) -> int:

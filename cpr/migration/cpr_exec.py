@@ -238,7 +238,7 @@ def _rehearse(words: list[str]) -> None:
 
 
 def is_same_vmm(command: list[str], config: Config) -> bool:
-    """Whether `command` is this VMM's program with options that make the same machine."""
+    """Whether `command` is this VMM's program, makes the same machine and loads it at once."""
     own = own_command()
     program = own[: own.index("run") + 1]
     if command[: len(program)] != program:
@@ -247,7 +247,8 @@ def is_same_vmm(command: list[str], config: Config) -> bool:
         other = parse_command_line(command[len(program) :])
     except CprError:
         return False
-    return config.makes_same_machine(other)
+    from_file = len(other.incoming) == 1 and other.incoming[0].startswith("file:")
+    return from_file and config.makes_same_machine(other)
 
 
 def _way_back(uri: str) -> list[str]:

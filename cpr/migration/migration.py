@@ -111,12 +111,20 @@ class Migration:
     def _create_mode(self, cpr_address: dict | None) -> Mode:
         name = str(self.parameters.get("mode"))
         if name == EXEC:
-            return cpr_exec.Exec(self.fds, self.parameters.get("cpr-exec-command"))
+            return self._as_asked(cpr_exec.Exec(self.fds, self.parameters.get("cpr-exec-command")))
         if name == TRANSFER:
             from cpr.migration.cpr_transfer import Transfer
 
             return Transfer(self.fds, self.loop, cpr_address or {})
         return Mode(name)
+
+    def _as_asked(self, mode: cpr_exec.Exec) -> cpr_exec.Exec:
+        """Gives the mode the parameters that are about how it does its exec."""
+        mode.hold_memory = bool(self.parameters.get("x-cpr-mm-holder"))
+        mode.early_resume = bool(self.parameters.get("x-cpr-early-resume"))
+        mode.overlaps = bool(self.parameters.get("x-cpr-exec-overlap"))
+        mode.before_exec = self.before_exec
+        return mode
 
     def _check(self, address: dict, mode: Mode, resume: bool = False) -> None:
         """What refuses a migration, in QEMU's order; the guest is not touched."""
@@ -175,7 +183,7 @@ class Migration:
         then what they were.
         """
         saved = {name: self.parameters.get(name) for name in ("mode", "cpr-exec-command")}
-        mode = cpr_exec.plan(self.fds, command)
+        mode = self._as_asked(cpr_exec.plan(self.fds, command))
         self.parameters.set({"mode": EXEC, "cpr-exec-command": mode.command})
         try:
             address = addresses.parse_uri(mode.uri)
@@ -188,8 +196,7 @@ class Migration:
 
     def check_cpr_exec(self, command: list[str] | None = None) -> list[str]:
         """All that would refuse `start_cpr_exec(command)` now, without doing it."""
-        mode = cpr_exec.Exec(self.fds, command or [""])
-        mode.overlaps = bool(self.parameters.get("x-cpr-exec-overlap"))
+        mode = self._as_asked(cpr_exec.Exec(self.fds, command or [""]))
         try:
             self._check({"transport": "file"}, mode)
         except MigrationError as error:
@@ -260,11 +267,6 @@ class Migration:
         self._outgoing = True
         self._cancel = False
         self._mode = mode
-        if isinstance(mode, cpr_exec.Exec):
-            mode.hold_memory = bool(self.parameters.get("x-cpr-mm-holder"))
-            mode.early_resume = bool(self.parameters.get("x-cpr-early-resume"))
-            mode.overlaps = bool(self.parameters.get("x-cpr-exec-overlap"))
-            mode.before_exec = self.before_exec
         self._times = Times()
         self._set_status("setup")
         try:
@@ -405,6 +407,8 @@ class Migration:
 
     def _end(self, status: str, error: str | None) -> None:
         """Walks everything back: the channel, what the mode did, and the vCPUs."""
+        if isinstance(self._mode, cpr_exec.Exec):
+            self.notice = self._mode.notice
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -455,6 +459,8 @@ class Migration:
         if self.status == "none":
             return result
         result["status"] = self.status
+        if self.notice:
+            result["x-cpr-notice"] = self.notice
         if self.error is not None and self.status in ("failed", "cancelled"):
             result["error-desc"] = self.error
         if not self._outgoing:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 
 from cpr.errors import StateError
-from cpr.state.fd_list import ENVIRONMENT_NAME
+from cpr.fd_list import ENVIRONMENT_NAME
 from cpr.state.reader import BytesReader
 from cpr.state.vmstate import VMStateDescription, i32, qlist, u32, vbuffer
 

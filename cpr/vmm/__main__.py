@@ -1,76 +1,23 @@
-"""`python -m cpr.vmm VERB`: the command line.  Each verb parses and delegates.
+"""`python -m cpr.vmm`, and the script of an update; `main` has the command line.
 
-run [guest.cfg] [QEMU options]    boots a guest, or takes over the one of an update
-inspect FILE|PID|-                shows a CPR state or a migration stream, and what is wrong in it
+In an update the guest comes first: nothing is imported before it runs that it does not need.
 """
 
-from __future__ import annotations
-
-import os
 import sys
 
 if sys.flags.no_site:  # nobody has said yet where packages are: this is the script of an update
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    sys.path.insert(0, __file__.rpartition("/cpr/vmm/")[0])
     from cpr.launcher import package_folders
 
-    sys.path += package_folders()
+    folders = package_folders()
+    sys.path[:1] = folders  # first for now, so that nothing is looked for in vain
+    from cpr.vmm import early
 
-from cpr.errors import CprError
-
-PROGRAM = "cpr-vmm"
-USAGE = """usage: python -m cpr.vmm run [guest.cfg] [QEMU options]
-       python -m cpr.vmm run -help
-       python -m cpr.vmm inspect FILE|PID|-
-       python -m cpr.vmm inspect --help
-"""
-
-
-def run(arguments: list[str]) -> int:
-    if "QEMU_CPR_EXEC_STATE" not in os.environ:
-        from cpr.vmm.process import run_vmm
-
-        return run_vmm(arguments)
-    from cpr.accel import kvm_resume
-
-    try:
-        kvm_resume.resume()
-        from cpr.vmm.process import run_vmm
-
-        return run_vmm(arguments)
-    except BaseException as error:
-        if kvm_resume.image is not None:
-            from cpr.vmm import way_back
-
-            way_back.go(error)
-        raise
-
-
-def inspect(arguments: list[str]) -> int:
-    from cpr.vmm.inspect.command import run as run_inspect
-
-    return run_inspect(arguments)
-
-
-VERBS = {"run": run, "inspect": inspect}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Runs one verb; returns the exit status: 1 where it was refused, with the reason on stderr."""
-    words = sys.argv[1:] if arguments is None else arguments
-    if not words or words[0] not in VERBS:
-        if words and words[0] in ("-h", "-help", "--help"):
-            print(USAGE, end="")
-            return 0
-        if words:
-            print(f"{PROGRAM}: no such verb: '{words[0]}'", file=sys.stderr)
-        print(USAGE, end="", file=sys.stderr)
-        return 1
-    try:
-        return VERBS[words[0]](words[1:])
-    except CprError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 1
-
+    early.resume()
+    sys.path[: len(folders)] = folders[:1]
+    sys.path += folders[1:]
 
 if __name__ == "__main__":
+    from cpr.vmm.main import main
+
     sys.exit(main())

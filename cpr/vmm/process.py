@@ -149,19 +149,21 @@ def run_vmm(arguments: list[str]) -> int:
     resumed = kvm_resume.resumed if after_exec else None
     vmm = _create(config, fds, resumed)
     vmm.migration.incoming_side.listener = listener
-    _confine(config)
-    loads_now = isinstance(sources.main, dict) and not connects_in_background(sources.main)
-    if loads_now and not (resumed is not None and resumed.overlap):
-        _load(vmm, sources.main, sources.option)
-        vmm.create_frontends(after_exec)
-    else:  # nobody waits for this VMM: a guest of an overlap runs
-        vmm.create_frontends(after_exec)
-        if loads_now:
-            _load(vmm, sources.main, sources.option)
-        else:
-            _boot(vmm, sources.main, sources.option)
     if resumed is not None:
-        way_back.forget(resumed, fds, vmm.migration)
+        migration = vmm.migration
+        migration.incoming_side.on_loaded = lambda: way_back.forget(resumed, fds, migration)
+    _confine(config)
+    loads_first = resumed is None or not resumed.overlap  # a guest of an overlap runs meanwhile
+    if not loads_first:
+        vmm.create_frontends(after_exec)
+    if isinstance(sources.main, dict) and not connects_in_background(sources.main):
+        _load(vmm, sources.main, sources.option)
+        if loads_first:
+            vmm.create_frontends(after_exec)
+    else:
+        if loads_first:
+            vmm.create_frontends(after_exec)
+        _boot(vmm, sources.main, sources.option)
     start_new_thread(vmm.populate, ())
     if after_exec:
         start_new_thread(mm_holder.reap, (mm_holder.children(),))

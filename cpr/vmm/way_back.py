@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import sys
 
+from cpr import fd_list
 from cpr.accel import kvm_resume
-from cpr.state import fd_list
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,14 +22,25 @@ MOST_RETURNS = 3
 ENDED = "the new VMM ended before it took the guest over"
 
 
-def go(error: BaseException) -> None:
-    """Executes the old command.  Comes back only where that cannot be; the child then does it."""
+def leave(status: int) -> None:
+    """This VMM ends; where it has not got its guest, its load failed or it was told to quit."""
+    if kvm_resume.image is None:
+        return
+    if status:
+        go(ENDED)
+    else:
+        kvm_resume.end_guest()
+
+
+def go(text: str) -> None:
+    """Executes the old command, where a guest waits for it; `text` says why.
+
+    Comes back only where that cannot be; the child then does it.
+    """
     image = kvm_resume.image
-    assert image is not None
-    if image.returns >= MOST_RETURNS:
+    if image is None or image.returns >= MOST_RETURNS:
         return
     image.returns += 1
-    text = str(error) or type(error).__name__
     kvm_resume.set_text("refusal", text)
     words = kvm_resume.command()
     fd = os.memfd_create(fd_list.ENVIRONMENT_NAME, 0)

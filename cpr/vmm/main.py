@@ -1,0 +1,66 @@
+"""`python -m cpr.vmm VERB`: the command line.  Each verb parses and delegates.
+
+run [guest.cfg] [QEMU options]    boots a guest, or takes over the one of an update
+inspect FILE|PID|-                shows a CPR state or a migration stream, and what is wrong in it
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from cpr import fd_list
+from cpr.errors import CprError
+
+PROGRAM = "cpr-vmm"
+USAGE = """usage: python -m cpr.vmm run [guest.cfg] [QEMU options]
+       python -m cpr.vmm run -help
+       python -m cpr.vmm inspect FILE|PID|-
+       python -m cpr.vmm inspect --help
+"""
+
+
+def run(arguments: list[str]) -> int:
+    if fd_list.ENVIRONMENT_NAME not in os.environ:
+        from cpr.vmm.process import run_vmm
+
+        return run_vmm(arguments)
+    from cpr.vmm import early, way_back
+
+    try:
+        early.resume()
+        from cpr.vmm.process import run_vmm
+
+        status = run_vmm(arguments)
+    except BaseException as error:
+        way_back.go(str(error) or type(error).__name__)
+        raise
+    way_back.leave(status)
+    return status
+
+
+def inspect(arguments: list[str]) -> int:
+    from cpr.vmm.inspect.command import run as run_inspect
+
+    return run_inspect(arguments)
+
+
+VERBS = {"run": run, "inspect": inspect}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one verb; returns the exit status: 1 where it was refused, with the reason on stderr."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] not in VERBS:
+        if words and words[0] in ("-h", "-help", "--help"):
+            print(USAGE, end="")
+            return 0
+        if words:
+            print(f"{PROGRAM}: no such verb: '{words[0]}'", file=sys.stderr)
+        print(USAGE, end="", file=sys.stderr)
+        return 1
+    try:
+        return VERBS[words[0]](words[1:])
+    except CprError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
