@@ -27,10 +27,14 @@ class QmpError(Exception):
 
 
 class Qmp:
-    """A QMP connection that has left capabilities negotiation; events are kept in `events`."""
+    """A QMP connection that has left capabilities negotiation; events are kept in `events`.
+
+    `closed_ns` is when the other end was seen to close, which in an update is the exec.
+    """
 
     def __init__(self, path: str) -> None:
         self.events: list[dict] = []
+        self.closed_ns = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(TIMEOUT)
         try:
@@ -78,6 +82,7 @@ class Qmp:
                 if "event" in message:
                     self.events.append(message)
         except OSError:
+            self.closed_ns = time.monotonic_ns()
             self.close()
 
     def close(self) -> None:
@@ -113,6 +118,7 @@ class Vm:
                 **popen,
             )
         self.pid = self.process.pid
+        self.closed_ns = 0  # when the latest update closed the monitor
         self._ram: mmap.mmap | None = None
         try:
             self.qmp = self.connect()
@@ -140,6 +146,7 @@ class Vm:
 
     def reconnect(self) -> Qmp:
         self.qmp.wait_closed()
+        self.closed_ns = self.qmp.closed_ns
         self.qmp = self.connect()
         return self.qmp
 
@@ -179,6 +186,12 @@ class Vm:
 
     def u64(self, address: int) -> int:
         return int.from_bytes(self.ram[address : address + 8], "little")
+
+    def resident(self) -> int:
+        """Bytes of shared memory in the VMM's page tables, huge pages included."""
+        with open(f"/proc/{self.pid}/status") as file:
+            values = dict(line.split(":", 1) for line in file)
+        return sum(int(values[key].split()[0]) << 10 for key in ("RssShmem", "HugetlbPages"))
 
     def close(self) -> None:
         if self._ram is not None:

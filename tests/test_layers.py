@@ -30,7 +30,7 @@ LAYERS = (
     ("cpr.config",),
     ("cpr.state",),
     ("cpr.uapi", "cpr.launcher", "cpr.runstate", "cpr.events", "cpr.mainloop", "cpr.clock"),
-    ("cpr.errors", "cpr._native"),
+    ("cpr.errors", "cpr.phases", "cpr._native"),
 )
 ONLY = {
     "cpr._native": ("cpr.uapi", "cpr.ram", "cpr.pages", "cpr.accel", "cpr._native"),

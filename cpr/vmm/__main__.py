@@ -16,6 +16,9 @@ if sys.flags.no_site:  # nobody has said yet where packages are: this is the scr
     sys.path += package_folders()
 
 from cpr.errors import CprError
+from cpr.phases import mark
+
+mark("imports")
 
 PROGRAM = "cpr-vmm"
 USAGE = """usage: python -m cpr.vmm run [guest.cfg] [QEMU options]

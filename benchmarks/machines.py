@@ -1,0 +1,110 @@
+"""The VMs of the cases: started with the same options, and updated as each VMM offers it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.cases import HUGETLB, Case, size_text
+from benchmarks.observer import HEARTBEAT
+from benchmarks.peer import Peer
+from benchmarks.vm import ROOT, QmpError, Vm
+
+IMAGES = ROOT / "examples" / "build"
+BOOT_TIMEOUT = 60.0  # of a BIOS under a slow KVM
+POPULATE_TIMEOUT = 60.0
+# What a case that cannot be run fails with.
+FAILURES = (OSError, RuntimeError, ValueError, QmpError)
+
+
+def arguments(case: Case, image: str) -> list[str]:
+    """The options of the VM, the same for every VMM."""
+    backend = f"memory-backend-memfd,id=ram0,size={size_text(case.ram)},share=on"
+    if case.pages in HUGETLB:
+        backend += f",hugetlb=on,hugetlbsize={case.pages}"
+    if case.backing == "prealloc":
+        backend += ",prealloc=on"
+    return [
+        *("-nodefaults", "-display", "none", "-accel", case.accel, "-m", size_text(case.ram)),
+        *("-object", backend, "-machine", "pc,memory-backend=ram0,aux-ram-share=on"),
+        *("-drive", f"file={image},format=raw,if=floppy"),
+    ]
+
+
+@contextmanager
+def started(
+    case: Case, peer: Peer | None, guest: str = "heartbeat", phases: Path | None = None
+) -> Iterator[Vm]:
+    """Runs the VM of `case`; its guest counts when this returns.
+
+    `phases` is the file for the VMM's phases.  Raises one of FAILURES where it does not run.
+    """
+    image = IMAGES / f"{guest}.img"
+    if case.mode != "qemu":
+        environment = os.environ | ({"CPR_PHASES": str(phases)} if phases else {})
+        with Vm(*arguments(case, str(image)), env=environment) as vm:
+            wait_for_heartbeat(vm)
+            yield vm
+        return
+    assert peer is not None
+    copy = Path(f"{peer.root}/tmp/{guest}-{os.getpid()}-{time.monotonic_ns()}.img")
+    copy.write_bytes(image.read_bytes())
+    try:
+        words = arguments(case, peer.inside(copy))
+        with Vm(*words, command=peer.command, root=peer.root) as vm:
+            wait_for_heartbeat(vm)
+            yield vm
+    finally:
+        copy.unlink()
+
+
+def update(vm: Vm, case: Case, peer: Peer | None) -> None:
+    """One cpr-exec, to the new image's monitor being there.
+
+    Raises QmpError where the VMM does not have the mode.
+    """
+    if case.mode == "qemu":
+        assert peer is not None
+        state = peer.inside(vm.directory / "state")
+        command = [*peer.own_words(vm.words), "-incoming", f"file:{state}"]
+        vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=command)
+        vm.qmp.command("migrate", uri=f"file:{state}")
+        vm.reconnect()
+        return
+    if case.mode == "plain":
+        vm.qmp.command("migrate-set-parameters", x_cpr_mm_holder=False)
+    elif case.mode == "overlap":
+        vm.qmp.command("migrate-set-parameters", x_cpr_exec_overlap=True)
+    vm.update()
+
+
+def wait_for_heartbeat(vm: Vm, timeout: float = BOOT_TIMEOUT) -> None:
+    """Waits until the guest counts; raises RuntimeError if it never does."""
+    deadline = time.monotonic() + timeout
+    first = vm.u32(HEARTBEAT)
+    while vm.u32(HEARTBEAT) == first:
+        if vm.process.poll() is not None:
+            raise RuntimeError(f"the VMM has ended: {vm.stderr}")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the guest does not count: {vm.stderr}")
+        time.sleep(0.001)
+
+
+def wait_until_populated(vm: Vm, case: Case) -> None:
+    """Waits until the RAM of a case with prealloc is in the VMM's page tables."""
+    if case.backing != "prealloc":
+        return
+    deadline = time.monotonic() + POPULATE_TIMEOUT
+    while vm.resident() < case.ram:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"RAM is not populated after {POPULATE_TIMEOUT:.0f} s")
+        time.sleep(0.02)
+
+
+def reason(error: Exception) -> str:
+    """The last line of what a case failed with."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

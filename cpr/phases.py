@@ -1,0 +1,45 @@
+"""When each phase of an update began, for a benchmark; off unless CPR_PHASES names a file.
+
+The file must exist, best on a tmpfs.  It holds a little-endian u64 for each of NAMES: the
+CLOCK_MONOTONIC time in ns at which that phase began last, 0 if it has not.  Old and new image
+write to the same file; whoever reads it clears it before the update, and knows `interpreter`, the
+end of the exec, from the closing of a close-on-exec descriptor.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+NAMES = (
+    "stop",  # vCPUs are asked to leave guest mode
+    "save",  # device state is written
+    "exec",  # execvp
+    "interpreter",
+    "imports",  # the first lines of the new image have run
+    "config",  # its command line and the CPR state are read
+    "map",  # VM, RAM and memslots are made
+    "vcpu",  # irqchip, vCPUs and devices are made
+    "load",  # the migration stream is read and applied
+    "resume",  # vCPUs are let go
+    "run",  # the guest runs: the end
+)
+SLOT_SIZE = 8
+FILE_SIZE = SLOT_SIZE * len(NAMES)
+
+
+def mark(name: str) -> None:
+    """The phase `name` begins now.  Does nothing where CPR_PHASES is not set."""
+
+
+def _write(name: str) -> None:
+    now = time.monotonic_ns().to_bytes(SLOT_SIZE, "little")
+    os.pwrite(_fd, now, NAMES.index(name) * SLOT_SIZE)
+
+
+if _path := os.environ.get("CPR_PHASES"):
+    try:
+        _fd = os.open(_path, os.O_WRONLY | os.O_CLOEXEC)
+        mark = _write
+    except OSError:  # no benchmark is worth a guest
+        pass
