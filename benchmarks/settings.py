@@ -7,6 +7,7 @@ after a run that was killed the next one can restore them.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -99,21 +100,31 @@ class Settings:
 
     def _save(self) -> None:
         if self._before:
-            JOURNAL.write_text(json.dumps([(str(path), value) for path, value in self._before]))
+            changed = [(str(path), value) for path, value in self._before]
+            JOURNAL.write_text(json.dumps({"pid": os.getpid(), "before": changed}))
         else:
             JOURNAL.unlink(missing_ok=True)
 
     def restore(self) -> None:
+        """A signal that comes meanwhile takes effect afterwards."""
+        interrupted = None
         while self._before:
-            path, value = self._before[-1]
             try:
-                if read(path) != value:
-                    path.write_text(value)
-            except OSError as error:
-                print(f"cannot set {path} back to {value}: {error.strerror}", file=sys.stderr)
-            self._before.pop()
-            if not self._before:
-                self._save()
+                self._restore_last()
+            except Interrupted as error:
+                interrupted = error
+        self._save()
+        if interrupted is not None:
+            raise interrupted
+
+    def _restore_last(self) -> None:
+        path, value = self._before[-1]
+        try:
+            if read(path) != value:
+                path.write_text(value)
+        except OSError as error:
+            print(f"cannot set {path} back to {value}: {error.strerror}", file=sys.stderr)
+        self._before.pop()
 
     def __enter__(self) -> Settings:
         return self
@@ -123,10 +134,16 @@ class Settings:
 
 
 def restore_leftovers() -> list[str]:
-    """Restores what a run that was killed has left; warnings of that, and of other leftovers."""
+    """Restores what a run that was killed has left; warnings of that, and of other leftovers.
+
+    Raises RuntimeError while that run is still under way.
+    """
     warnings = []
     if JOURNAL.exists():
-        for name, value in reversed(json.loads(JOURNAL.read_text())):
+        journal = json.loads(JOURNAL.read_text())
+        if Path(f"/proc/{journal['pid']}").exists():
+            raise RuntimeError(f"another benchmark runs, PID {journal['pid']}: wait for its end")
+        for name, value in reversed(journal["before"]):
             if read(Path(name)) != value:
                 Path(name).write_text(value)
                 warnings.append(f"a run that was killed had changed {name}: set back to {value}")
