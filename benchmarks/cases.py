@@ -58,10 +58,10 @@ class Case:
     def hugetlb(self) -> bool:
         return self.pages in HUGETLB
 
-    @property
-    def memory(self) -> int:
-        """The bytes of memory that it takes: lazy RAM is never touched, but huge pages are."""
-        return OVERHEAD + (self.ram if self.hugetlb or self.backing == "prealloc" else 0)
+    def memory(self, touched: bool = False) -> int:
+        """The bytes of memory that it takes; of lazy RAM none if the guest has not touched it."""
+        taken = touched or self.hugetlb or self.backing == "prealloc"
+        return OVERHEAD + (self.ram if taken else 0)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,7 +81,7 @@ def grid(
     ]
 
 
-def obstacle(case: Case) -> str | None:
+def obstacle(case: Case, touched: bool = False) -> str | None:
     """Why this machine cannot run the case, as far as one can tell without a try."""
     if case.mode == "overlap" and case.accel != "kvm":
         return "overlap needs kvm"
@@ -89,8 +89,8 @@ def obstacle(case: Case) -> str | None:
         return "/dev/kvm is not there, or not for this user"
     if case.ram % PAGE_SIZES[case.pages]:
         return f"RAM is no multiple of {case.pages} pages"
-    if case.memory > (available := available_memory()):
-        return f"needs {case.memory / GIB:.1f} GiB of memory, {available / GIB:.1f} are available"
+    if (need := case.memory(touched)) > (available := available_memory()):
+        return f"needs {need / GIB:.1f} GiB of memory, {available / GIB:.1f} are available"
     return None
 
 
@@ -103,11 +103,11 @@ def available_memory() -> int:
     return 0
 
 
-def batches(cases: list[Case], memory: int) -> list[list[Case]]:
+def batches(cases: list[Case], memory: int, touched: bool = False) -> list[list[Case]]:
     """Splits a group into runs of cases whose VMs fit into `memory` bytes at the same time."""
     found: list[list[Case]] = []
     for case in cases:
-        if found and sum(each.memory for each in (*found[-1], case)) <= memory:
+        if found and sum(each.memory(touched) for each in (*found[-1], case)) <= memory:
             found[-1].append(case)
         else:
             found.append([case])

@@ -16,6 +16,7 @@ from benchmarks.vm import ROOT, QmpError, Vm
 IMAGES = ROOT / "examples" / "build"
 BOOT_TIMEOUT = 60.0  # of a BIOS under a slow KVM
 POPULATE_TIMEOUT = 60.0
+PARAMETERS = {"plain": {"x-cpr-mm-holder": False}, "overlap": {"x-cpr-exec-overlap": True}}
 # What a case that cannot be run fails with.
 FAILURES = (OSError, RuntimeError, ValueError, QmpError)
 
@@ -61,11 +62,20 @@ def started(
         copy.unlink()
 
 
-def update(vm: Vm, case: Case, peer: Peer | None) -> None:
-    """One cpr-exec, to the new image's monitor being there.
+def choose_mode(vm: Vm, case: Case) -> None:
+    """Sets the migration parameter of the case's mode, which a new image has forgotten.
 
-    Raises QmpError where the VMM does not have the mode.
+    Raises RuntimeError where the VMM does not know it.
     """
+    for name, value in PARAMETERS.get(case.mode, {}).items():
+        try:
+            vm.qmp.command("migrate-set-parameters", **{name: value})
+        except QmpError as error:
+            raise RuntimeError(f"the VMM refuses {name}: {error}") from None
+
+
+def update(vm: Vm, case: Case, peer: Peer | None) -> None:
+    """One cpr-exec, to the new image's monitor being there."""
     if case.mode == "qemu":
         assert peer is not None
         state = peer.inside(vm.directory / "state")
@@ -74,10 +84,7 @@ def update(vm: Vm, case: Case, peer: Peer | None) -> None:
         vm.qmp.command("migrate", uri=f"file:{state}")
         vm.reconnect()
         return
-    if case.mode == "plain":
-        vm.qmp.command("migrate-set-parameters", x_cpr_mm_holder=False)
-    elif case.mode == "overlap":
-        vm.qmp.command("migrate-set-parameters", x_cpr_exec_overlap=True)
+    choose_mode(vm, case)
     vm.update()
 
 

@@ -1,22 +1,16 @@
-"""The pause of an update as the observer sees it.
-
-The cases of a group differ in the VMM mode alone.  As many of their VMs as fit into memory are up
-at the same time, and take turns: one update of each in a round, while the others are stopped.
-"""
+"""The pause of an update as the observer sees it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from benchmarks.cases import HUGETLB, PAGE_SIZES, Case, available_memory, batches, obstacle
+from benchmarks.cases import Case
 from benchmarks.machines import (
-    FAILURES,
-    reason,
+    choose_mode,
     started,
     update,
     wait_for_heartbeat,
@@ -26,11 +20,11 @@ from benchmarks.observer import POLL_US, Observer, Window
 from benchmarks.peer import Peer
 from benchmarks.phases import phase_file
 from benchmarks.quantiles import percentile
-from benchmarks.settings import Settings, shmem_hugepages
+from benchmarks.rounds import Progress, take_turns
+from benchmarks.settings import shmem_hugepages
 
 SETTLE = 0.1  # how long a window goes on behind the update
 LONGEST_BASELINE = 0.5
-MEMORY_SHARE = 0.85  # of the memory that can be had, for the VMs that are up at the same time
 MOVE_TIMEOUT = 20.0
 
 
@@ -81,9 +75,9 @@ class Result:
 class Subject:
     """A VM under its observer, stopped between its turns.  Owned by `stack`."""
 
-    def __init__(self, case: Case, peer: Peer | None, poll_us: int, stack: ExitStack) -> None:
-        self.case = case
-        self.result = Result(case)
+    def __init__(self, result: Result, peer: Peer | None, poll_us: int, stack: ExitStack) -> None:
+        self.case = case = result.case
+        self.result = result
         self._peer = peer
         self._phases = stack.enter_context(phase_file())
         huge_before = shmem_hugepages()
@@ -92,6 +86,7 @@ class Subject:
         self.result.realtime = self._observer.realtime
         if case.pages == "THP" and shmem_hugepages() == huge_before:
             raise RuntimeError("the kernel gave the RAM no transparent huge pages")
+        choose_mode(self._vm, case)
         self._length = 2 * SETTLE
         self._vm.qmp.command("stop")
 
@@ -124,60 +119,15 @@ def measure(
     group: list[Case],
     updates: int,
     peer: Peer | None,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda text: None,
     poll_us: int = POLL_US,
 ) -> list[Result]:
     """Runs the cases of a group.  What cannot be run is left out, with the reason in the result."""
     results = {case: Result(case) for case in group}
-    possible = []
-    for case in group:
-        if text := obstacle(case):
-            results[case].skipped = text
-        else:
-            possible.append(case)
-    for batch in batches(possible, int(available_memory() * MEMORY_SHARE)):
-        results |= _measure_batch(batch, updates, peer, progress, poll_us)
-    return [results[case] for case in group]
 
+    def start(case: Case, stack: ExitStack) -> Subject:
+        return Subject(results[case], peer, poll_us, stack)
 
-def _measure_batch(
-    batch: list[Case],
-    updates: int,
-    peer: Peer | None,
-    progress: Callable[[str], None],
-    poll_us: int,
-) -> dict[Case, Result]:
-    results = {case: Result(case) for case in batch}
-    subjects: dict[Case, Subject] = {}
-    with Settings() as settings, ExitStack() as stack:
-        try:
-            _prepare(settings, batch)
-        except RuntimeError as error:
-            for result in results.values():
-                result.skipped = reason(error)
-            return results
-        for case in batch:
-            progress(f"{case.label}: starts")
-            try:
-                subjects[case] = Subject(case, peer, poll_us, stack)
-                results[case] = subjects[case].result
-            except FAILURES as error:
-                results[case].skipped = reason(error)
-        for number in range(1, updates + 1):
-            for case, subject in list(subjects.items()):
-                progress(f"{case.label}: {number}/{updates}")
-                try:
-                    subject.turn()
-                except FAILURES as error:
-                    results[case].skipped = f"update {number}: {reason(error)}"
-                    del subjects[case]
-    return results
-
-
-def _prepare(settings: Settings, batch: list[Case]) -> None:
-    """Huge pages for all the VMs of a batch, which have the same kind of pages."""
-    pages = batch[0].pages
-    if pages in HUGETLB:
-        settings.hugepages(pages, sum(case.ram // PAGE_SIZES[pages] for case in batch))
-    elif pages == "THP":
-        settings.transparent_hugepages()
+    for case, why in take_turns(group, start, updates, progress).items():
+        results[case].skipped = why
+    return list(results.values())

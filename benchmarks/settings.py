@@ -71,6 +71,13 @@ class Settings:
     def __init__(self) -> None:
         self._before: list[tuple[Path, str]] = []
 
+    def prepare(self, pages: str, sizes: list[int]) -> None:
+        """What VMs with RAM of `sizes` bytes on these pages need."""
+        if pages in HUGETLB:
+            self.hugepages(pages, sum(size // PAGE_SIZES[pages] for size in sizes))
+        elif pages == "THP":
+            self.transparent_hugepages()
+
     def hugepages(self, pages: str, count: int) -> None:
         """Has `count` huge pages beside those that are in the pool already."""
         path = pool(pages)
