@@ -1,4 +1,4 @@
-"""`python -m benchmarks [COMMAND]`: what an update costs a guest, and QEMU's guest, on this machine.
+"""`python -m benchmarks [COMMAND]`: what an update costs a guest here, and QEMU's guest.
 
 Every pause is what a process outside the VMM saw (benchmarks/observer.c).  Results are JSON,
 Markdown and plots in build/benchmarks; docs/performance.md says how to read them.
@@ -143,7 +143,7 @@ def measure(options: argparse.Namespace) -> None:
         run.run_compared(options.command, options, peer)
     run.finish(options)
     if summary:
-        print(summary)
+        print(summary, file=sys.stderr)
 
 
 def read(options: argparse.Namespace) -> None:

@@ -27,7 +27,6 @@ from benchmarks.observer import HEARTBEAT, Observer
 from benchmarks.peer import Peer
 from benchmarks.report import CASE_COLUMNS, ORDER, case_cells, milliseconds, table
 from benchmarks.rounds import Progress, take_turns
-from benchmarks.vm import Vm
 
 START, END, SWEEPS = 0x9000, 0x9008, 0x9010
 FIRST = MIB

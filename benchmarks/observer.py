@@ -62,7 +62,11 @@ class Observer:
     def __init__(self, path: str, offset: int = HEARTBEAT, poll_us: int = POLL_US) -> None:
         command = [str(build()), path, hex(offset), str(poll_us)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         self.backwards = 0
         try:

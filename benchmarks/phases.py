@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 from cpr.phases import FILE_SIZE, NAMES, SLOT_SIZE
@@ -42,7 +43,7 @@ class Phases:
         ordered = sorted(begins, key=lambda name: begins[name])
         return {
             name: (begins[following] - begins[name]) / 1e6
-            for name, following in zip(ordered, ordered[1:], strict=False)
+            for name, following in pairwise(ordered)
             if name != END
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from benchmarks.cases import GIB, MODES, Case, size_text
+from benchmarks.cases import GIB, MODES, PAGES, Case, size_text
 from benchmarks.model import fit_all
 from benchmarks.pause import Result
 from benchmarks.results import Document
@@ -31,7 +31,7 @@ def milliseconds(value: float) -> str:
 def ordered(results: list[Result]) -> list[Result]:
     def key(result: Result) -> tuple:
         case = result.case
-        return case.accel, case.backing, case.pages, case.ram, ORDER[case.mode]
+        return case.accel, case.backing, PAGES.index(case.pages), case.ram, ORDER[case.mode]
 
     return sorted(results, key=key)
 

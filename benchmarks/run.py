@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,13 @@ from benchmarks.results import Document
 from benchmarks.settings import restore_leftovers
 
 
-def warn_of_leftovers() -> None:
-    for warning in restore_leftovers():
+def warn() -> None:
+    """Of what an earlier run has left, and of what would be in the figures."""
+    warnings = restore_leftovers()
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > cores / 4:
+        warnings.append(f"the machine is busy (load {load:.1f}): the figures will be of that too")
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
 
 
@@ -52,7 +58,7 @@ def shown(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_pauses(options: argparse.Namespace, peer: Peer | None) -> str:
     """`run`: the pauses of all the cases, group by group; returns the line that sums them up."""
-    warn_of_leftovers()
+    warn()
     groups = groups_of(options, peer)
     document = open_document("run", options, peer)
     todo = [[case for case in group if not document.has(case)] for group in groups]
@@ -74,7 +80,7 @@ MEASURES: dict[str, tuple[Measure, Callable[[dict[str, Any]], str]]] = {
 
 def run_compared(kind: str, options: argparse.Namespace, peer: Peer | None) -> None:
     """`brownout` and `rate`."""
-    warn_of_leftovers()
+    warn()
     measure, line = MEASURES[kind]
     groups = groups_of(options, peer)
     document = open_document(kind, options, peer)
@@ -88,6 +94,7 @@ def run_compared(kind: str, options: argparse.Namespace, peer: Peer | None) -> N
 
 def run_saves(options: argparse.Namespace, peer: Peer | None) -> None:
     """`save`."""
+    warn()
     modes = ["qemu", "mm-holder"] if peer is not None else ["mm-holder"]
     document = open_document("save", options, peer)
     with Progress(len(modes) * len(save.KINDS)) as progress:

@@ -77,9 +77,7 @@ def measure(
         cases = [Case(mode, accel, ram, "4K", "lazy") for mode in modes]
         seconds: dict[Case, list[float]] = {case: [] for case in cases}
 
-        def start(
-            case: Case, stack: ExitStack, kind: str = kind, seconds: Any = seconds
-        ) -> Saver:
+        def start(case: Case, stack: ExitStack, kind: str = kind, seconds: Any = seconds) -> Saver:
             return Saver(case, kind, peer, seconds[case], stack)
 
         left_out = take_turns(cases, start, rounds, progress, touched=True)
@@ -105,7 +103,11 @@ def markdown(entries: list[dict[str, Any]]) -> str:
         rows.append(
             [
                 *(entry["kind"], size_text(entry["ram"]), "cpr" if own else "qemu"),
-                *(f"{took:.2f}", f"{max(entry['seconds']):.2f}", f"{entry['ram'] / GIB / took:.2f}"),
+                *(
+                    f"{took:.2f}",
+                    f"{max(entry['seconds']):.2f}",
+                    f"{entry['ram'] / GIB / took:.2f}",
+                ),
                 *(str(len(entry["seconds"])), ratio),
             ]
         )

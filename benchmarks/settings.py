@@ -178,5 +178,3 @@ def describe() -> dict[str, str]:
         if pool(pages).exists():
             found[str(pool(pages))] = read(pool(pages))
     return found
-
-
