@@ -25,7 +25,7 @@ from benchmarks.machines import (
 )
 from benchmarks.observer import HEARTBEAT, Observer
 from benchmarks.peer import Peer
-from benchmarks.report import CASE_COLUMNS, ORDER, case_cells, milliseconds, table
+from benchmarks.report import CASE_COLUMNS, case_cells, milliseconds, place, table
 from benchmarks.rounds import Progress, take_turns
 
 START, END, SWEEPS = 0x9000, 0x9008, 0x9010
@@ -117,7 +117,7 @@ def measure(
 def markdown(entries: list[dict[str, Any]]) -> str:
     """A row for each case that was measured."""
     rows = []
-    for entry in sorted(entries, key=lambda e: ORDER[e["mode"]]):
+    for entry in sorted(entries, key=lambda entry: place(Case.from_dict(entry))):
         if not entry["skipped"]:
             rounds = entry["rounds"]
             without, with_update, pause = (

@@ -42,7 +42,7 @@ def draw(results: list[Result], folder: Path) -> list[Path]:
 def _draw_pauses(results: list[Result], title: str, path: Path) -> None:
     """Median pauses by RAM on log axes, up to the longest one; a line for each mode and page."""
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for number, mode in enumerate(MODES):
@@ -68,14 +68,22 @@ def _draw_pauses(results: list[Result], title: str, path: Path) -> None:
     sizes = sorted({result.case.ram for result in results})
     axes.set_xticks([size / GIB for size in sizes], [size_text(size) for size in sizes])
     axes.set_xticks([], minor=True)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_formatter(plain if _within_a_decade(results) else NullFormatter())
     axes.set_xlabel("guest RAM")
     axes.set_ylabel("pause in ms: median, to the longest")
     axes.set_title(f"Pause of an update: {title}")
     axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", handlelength=3.5)
     figure.savefig(path, dpi=DOTS_PER_INCH)
     pyplot.close(figure)
+
+
+def _within_a_decade(results: list[Result]) -> bool:
+    """Whether there is at most one power of ten to be labelled."""
+    medians = [result.median for result in results]
+    return max(medians) < 10 * min(medians)
 
 
 def _draw_phases(results: list[Result], path: Path) -> None:
@@ -103,6 +111,6 @@ def _draw_phases(results: list[Result], path: Path) -> None:
     axes.set_yticks(range(len(labels)), labels, fontsize="small")
     axes.invert_yaxis()
     axes.set_xlabel("ms, medians as the VMM reports them; black line: the pause that was observed")
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(fontsize="small", loc="outside upper center", ncols=len(NAMES))
     figure.savefig(path, dpi=DOTS_PER_INCH)
     pyplot.close(figure)

@@ -15,7 +15,7 @@ from benchmarks.cases import Case
 from benchmarks.machines import choose_mode, started, update, wait_for_heartbeat
 from benchmarks.observer import HEARTBEAT
 from benchmarks.peer import Peer
-from benchmarks.report import CASE_COLUMNS, ORDER, case_cells, table
+from benchmarks.report import CASE_COLUMNS, case_cells, place, table
 from benchmarks.rounds import Progress, take_turns
 
 UPDATES = 20
@@ -81,7 +81,7 @@ def measure(
 def markdown(entries: list[dict[str, Any]]) -> str:
     """A row for each case that was measured."""
     rows = []
-    for entry in sorted(entries, key=lambda e: ORDER[e["mode"]]):
+    for entry in sorted(entries, key=lambda entry: place(Case.from_dict(entry))):
         if not entry["skipped"]:
             rate, kept = (median(r[name] for r in entry["rounds"]) for name in ("rate", "kept"))
             figures = [f"{rate:.1f}", f"{kept:.0%}", str(UPDATES * len(entry["rounds"]))]

@@ -10,7 +10,6 @@ from benchmarks.model import fit_all
 from benchmarks.pause import Result
 from benchmarks.results import Document
 
-ORDER = {mode: number for number, mode in enumerate(MODES)}
 CASE_COLUMNS = ("accel", "RAM", "pages", "backing", "mode")
 COLUMNS = (
     *(*CASE_COLUMNS, "median ms", "p99 ms", "max ms"),
@@ -28,12 +27,9 @@ def milliseconds(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
-def ordered(results: list[Result]) -> list[Result]:
-    def key(result: Result) -> tuple:
-        case = result.case
-        return case.accel, case.backing, PAGES.index(case.pages), case.ram, ORDER[case.mode]
-
-    return sorted(results, key=key)
+def place(case: Case) -> tuple:
+    """Where a case stands in a table: beside those that it is compared with."""
+    return case.accel, case.backing, PAGES.index(case.pages), case.ram, MODES.index(case.mode)
 
 
 def ratio_to_qemu(result: Result, results: list[Result]) -> float | None:
@@ -129,7 +125,7 @@ def summary(results: list[Result]) -> str:
 
 def markdown(document: Document) -> str:
     """The whole report of a run."""
-    results = ordered(document.results())
+    results = sorted(document.results(), key=lambda result: place(result.case))
     measured = [result for result in results if not result.skipped]
     parts = [heading(document), table(COLUMNS, [row(result, results) for result in measured])]
     if phases := phase_table(measured):

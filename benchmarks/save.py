@@ -12,11 +12,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.cases import GIB, MIB, Case, size_text
+from benchmarks.cases import GIB, MIB, MODES, Case, size_text
 from benchmarks.machines import started
 from benchmarks.peer import Peer
 from benchmarks.ram_copy import touch
-from benchmarks.report import ORDER, table
+from benchmarks.report import table
 from benchmarks.rounds import Progress, take_turns
 from benchmarks.vm import Vm
 
@@ -95,7 +95,7 @@ def markdown(entries: list[dict[str, Any]]) -> str:
         if entry["mode"] == "qemu" and not entry["skipped"]
     }
     rows = []
-    for entry in sorted(entries, key=lambda e: (e["kind"], ORDER[e["mode"]])):
+    for entry in sorted(entries, key=lambda e: (e["kind"], MODES.index(e["mode"]))):
         if entry["skipped"]:
             continue
         took, own = median(entry["seconds"]), entry["mode"] != "qemu"
