@@ -102,7 +102,10 @@ def add_readers(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--results", type=Path, default=sections.path_of("run", FOLDER))
     parser = commands.add_parser("report", help="tables and plots again, from the results")
     parser.add_argument("folder", nargs="?", type=Path, default=FOLDER, help="of the results")
-    parser.add_argument("--markdown", action="store_true", help="print, but write no file")
+    outputs = parser.add_mutually_exclusive_group()
+    outputs.add_argument("--markdown", action="store_true", help="print, but write no file")
+    text = "put the tables into this document, between its lines that say so"
+    outputs.add_argument("--into", type=Path, metavar="DOCUMENT", help=text)
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
@@ -153,6 +156,9 @@ def read(options: argparse.Namespace) -> None:
         wanted = (options.mode, options.accel, options.pages, options.backing)
         for ram in options.ram:
             print(model.answer(models, ram, wanted))
+    elif options.into is not None:
+        text = sections.markdown(sections.documents(options.folder), level=3)
+        sections.put_into(options.into, text)
     elif options.markdown:
         print(sections.markdown(sections.documents(options.folder)))
     else:

@@ -58,6 +58,8 @@ class Saver:
             time.sleep(POLL)
         self.seconds.append(time.monotonic() - begin)
         self._file.unlink()
+        vm.qmp.command("cont")  # nothing can be saved again that has not run since
+        vm.qmp.command("stop")
 
 
 def fill(vm: Vm, kind: str) -> None:

@@ -9,6 +9,8 @@ from benchmarks import brownout, plots, ram_copy, rate, report, save
 from benchmarks.results import Document
 
 REPORT = "report.md"
+BEGIN = "<!-- results -->"
+END = "<!-- end of results -->"
 
 # Kind of results, and file: title, and what makes its Markdown.
 SECTIONS: dict[str, tuple[str, Callable[[Document], str]]] = {
@@ -63,6 +65,18 @@ def markdown(found: list[Document], level: int = 2) -> str:
         title, write = SECTIONS[document.header["kind"]]
         parts.append(f"{'#' * level} {title}\n\n{write(document)}")
     return "\n".join(parts)
+
+
+def put_into(path: Path, text: str) -> None:
+    """Replaces what is between the lines BEGIN and END of a document.
+
+    Raises ValueError where it has not both.
+    """
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path}: no lines '{BEGIN}' and '{END}' for the results to go between")
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
 
 
 def write(folder: Path) -> tuple[str, list[Path]]:
