@@ -63,7 +63,11 @@ def add_run(commands: argparse._SubParsersAction) -> None:
     presets.add_argument("--full", action="store_true", help="the whole grid: an hour or two")
     parser.add_argument("--updates", type=int, default=10, help="updates of each case (10)")
     parser.add_argument(
-        "--poll", type=int, default=POLL_US, metavar="US", help="the observer's poll interval (10)"
+        "--poll",
+        type=int,
+        default=POLL_US,
+        metavar="US",
+        help=f"the observer's poll interval ({POLL_US})",
     )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     add_qemu(parser)
@@ -85,6 +89,11 @@ def add_others(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--ram", type=run.sizes, default="4G", help="size of the RAM (4G)")
     parser.add_argument("--accel", type=run.some_of(cases.ACCELS), default="kvm", help="(kvm)")
     parser.add_argument("--rounds", type=int, default=3, help="saves of each kind (3)")
+    add_qemu(parser)
+    add_output(parser)
+    parser = commands.add_parser(
+        "all", help="run, brownout, rate, save and ram-copy, as by default"
+    )
     add_qemu(parser)
     add_output(parser)
     parser = commands.add_parser("ram-copy", help="copying RAM against memcpy and write(2)")
@@ -134,9 +143,23 @@ def measure(options: argparse.Namespace) -> None:
     """Any command that measures, and the report of what is there then."""
     peer: Peer | None = parse_peer(options.qemu) if getattr(options, "qemu", None) else None
     summary = ""
+    if options.command == "all":
+        for kind in sections.TITLES:
+            print(f"{kind}:", file=sys.stderr)
+            each = parse_arguments([kind, f"--output={options.output}"])
+            summary = measure_kind(each, peer) or summary
+    else:
+        summary = measure_kind(options, peer)
+    run.finish(options)
+    if summary:
+        print(summary, file=sys.stderr)
+
+
+def measure_kind(options: argparse.Namespace, peer: Peer | None) -> str:
+    """Measures one kind of results; returns the line that sums it up, if it has one."""
     if options.command == "run":
-        summary = run.run_pauses(options, peer)
-    elif options.command == "save":
+        return run.run_pauses(options, peer)
+    if options.command == "save":
         run.run_saves(options, peer)
     elif options.command == "ram-copy":
         document = run.open_document("ram-copy", options, None)
@@ -144,9 +167,7 @@ def measure(options: argparse.Namespace) -> None:
         document.save()
     else:
         run.run_compared(options.command, options, peer)
-    run.finish(options)
-    if summary:
-        print(summary, file=sys.stderr)
+    return ""
 
 
 def read(options: argparse.Namespace) -> None:

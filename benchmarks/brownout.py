@@ -17,16 +17,13 @@ from typing import Any
 
 from benchmarks.cases import GIB, MIB, Case
 from benchmarks.machines import (
-    choose_mode,
-    started,
     update,
     wait_for_heartbeat,
     wait_until_populated,
 )
 from benchmarks.observer import HEARTBEAT, Observer
-from benchmarks.peer import Peer
 from benchmarks.report import CASE_COLUMNS, case_cells, milliseconds, place, table
-from benchmarks.rounds import Progress, take_turns
+from benchmarks.rounds import Timed, left_out
 
 START, END, SWEEPS = 0x9000, 0x9008, 0x9010
 FIRST = MIB
@@ -36,38 +33,33 @@ POLL = 0.0005
 TIMEOUT = 120.0
 
 
-class Sweeper:
-    """A VM whose guest sweeps, under its observer; stopped between its turns."""
+class Sweeper(Timed):
+    """A VM whose guest sweeps, under its observer."""
 
-    def __init__(
-        self, case: Case, peer: Peer | None, rounds: list[dict[str, float]], stack: ExitStack
-    ) -> None:
-        self.case = case
-        self.rounds = rounds
-        self._peer = peer
-        self._vm = stack.enter_context(started(case, peer, "sweep"))
-        end = min(case.ram, BELOW_HOLE)
+    guest = "sweep"
+    touches = True
+
+    def begin(self, stack: ExitStack) -> None:
+        end = min(self.case.ram, BELOW_HOLE)
         self._blocks = (end - FIRST) // BLOCK
-        choose_mode(self._vm, case)
         self._set(START, FIRST)
         self._set(END, end)
-        self._wait(lambda: self._vm.u64(SWEEPS) >= 1, "the first sweep")
-        self._observer = stack.enter_context(Observer(self._vm.ram_path()))
-        self._vm.qmp.command("stop")
+        self._wait(lambda: self.vm.u64(SWEEPS) >= 1, "the first sweep")
+        self._observer = stack.enter_context(Observer(self.vm.ram_path()))
 
     def _set(self, address: int, value: int) -> None:
-        self._vm.ram[address : address + 8] = value.to_bytes(8, "little")
+        self.vm.ram[address : address + 8] = value.to_bytes(8, "little")
 
     def turn(self) -> None:
         """Adds a round, in ms: `without` and `with` an update, and its `pause`."""
-        vm = self._vm
+        vm = self.vm
         vm.qmp.command("cont")
         # Once through, so that what stopping did to the page tables is not counted.
         self._sweep_from(vm.u32(HEARTBEAT))
         begin = time.monotonic_ns()
         without = self._sweep_from(vm.u32(HEARTBEAT)) - begin
         self._observer.window()
-        update(vm, self.case, self._peer)
+        update(vm, self.case, self.peer)
         wait_for_heartbeat(vm)
         window = self._observer.window()
         if window.backwards:
@@ -87,7 +79,7 @@ class Sweeper:
         """When the guest has written all pages since `counter` (CLOCK_MONOTONIC, ns)."""
 
         def done() -> bool:
-            return (self._vm.u32(HEARTBEAT) - counter) & 0xFFFFFFFF >= self._blocks
+            return (self.vm.u32(HEARTBEAT) - counter) & 0xFFFFFFFF >= self._blocks
 
         self._wait(done, "a sweep")
         return time.monotonic_ns()
@@ -96,22 +88,8 @@ class Sweeper:
         deadline = time.monotonic() + TIMEOUT
         while not condition():
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{what} is not done after {TIMEOUT:.0f} s: {self._vm.stderr}")
+                raise RuntimeError(f"{what} is not done after {TIMEOUT:.0f} s: {self.vm.stderr}")
             time.sleep(POLL)
-
-
-def measure(
-    group: list[Case], updates: int, peer: Peer | None, progress: Progress
-) -> list[dict[str, Any]]:
-    """Runs the cases of a group in turn; one entry for each case."""
-    entries = {case: case.to_dict() | {"rounds": [], "skipped": ""} for case in group}
-
-    def start(case: Case, stack: ExitStack) -> Sweeper:
-        return Sweeper(case, peer, entries[case]["rounds"], stack)
-
-    for case, why in take_turns(group, start, updates, progress, touched=True).items():
-        entries[case]["skipped"] = why
-    return list(entries.values())
 
 
 def markdown(entries: list[dict[str, Any]]) -> str:
@@ -131,12 +109,12 @@ def markdown(entries: list[dict[str, Any]]) -> str:
 
 
 def line(entry: dict[str, Any]) -> str:
-    case = Case.from_dict(entry)
-    if entry["skipped"]:
-        return f"{case.label}: left out: {entry['skipped']}"
+    if text := left_out(entry):
+        return text
+    label = Case.from_dict(entry).label
     without = median(each["without"] for each in entry["rounds"])
     with_update = median(each["with"] for each in entry["rounds"])
     return (
-        f"{case.label}: a sweep takes {milliseconds(without)} ms, "
+        f"{label}: a sweep takes {milliseconds(without)} ms, "
         f"{milliseconds(with_update)} ms from an update on"
     )

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path(__file__).with_name("observer.c")
 BINARY = ROOT / "build" / "observer"
 HEARTBEAT = 0x8000
-POLL_US = 10
+POLL_US = 50  # 10 would take more than half of a CPU in a virtual machine
+CALIBRATION = 0.5  # seconds
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ class Observer:
         time.sleep(seconds)
         return self.window()
 
+    def cpu_ns(self) -> int:
+        """The CPU time that it has taken so far."""
+        with open(f"/proc/{self._process.pid}/schedstat") as file:
+            return int(file.read().split()[0])
+
     def stop(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
@@ -113,3 +119,28 @@ class Observer:
         for file in (self._process.stdin, self._process.stdout, self._process.stderr):
             assert file is not None
             file.close()
+
+
+def calibrate(poll_us: int) -> dict[str, float | bool]:
+    """What an observer is worth here, and what it takes from the others.
+
+    The mean and longest interval between two looks in µs, the share of a CPU that they take, and
+    whether it is under SCHED_FIFO.
+    """
+    fd = os.memfd_create("calibration")
+    try:
+        os.ftruncate(fd, HEARTBEAT + 4)
+        with Observer(f"/proc/{os.getpid()}/fd/{fd}", HEARTBEAT, poll_us) as observer:
+            observer.window()
+            begin, used = time.monotonic_ns(), observer.cpu_ns()
+            time.sleep(CALIBRATION)
+            window = observer.window()
+            length, used = time.monotonic_ns() - begin, observer.cpu_ns() - used
+            return {
+                "interval_us": length / window.polls / 1e3,
+                "latest_us": window.latest_ns / 1e3,
+                "cpu_share": used / length,
+                "realtime": observer.realtime,
+            }
+    finally:
+        os.close(fd)

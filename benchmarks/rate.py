@@ -7,37 +7,25 @@ What the guest kept of its speed is how far it counted, against how far it count
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
 from benchmarks.cases import Case
-from benchmarks.machines import choose_mode, started, update, wait_for_heartbeat
+from benchmarks.machines import update, wait_for_heartbeat
 from benchmarks.observer import HEARTBEAT
-from benchmarks.peer import Peer
 from benchmarks.report import CASE_COLUMNS, case_cells, place, table
-from benchmarks.rounds import Progress, take_turns
+from benchmarks.rounds import Timed, left_out
 
 UPDATES = 20
 UNDISTURBED = 0.5  # seconds
 
 
-class Runner:
+class Runner(Timed):
     """A VM that is updated UPDATES times in a row in its turn."""
-
-    def __init__(
-        self, case: Case, peer: Peer | None, rounds: list[dict[str, float]], stack: ExitStack
-    ) -> None:
-        self.case = case
-        self.rounds = rounds
-        self._peer = peer
-        self._vm = stack.enter_context(started(case, peer))
-        choose_mode(self._vm, case)
-        self._vm.qmp.command("stop")
 
     def turn(self) -> None:
         """Adds a round: updates in a second, and the part of its speed that the guest kept."""
-        vm = self._vm
+        vm = self.vm
         vm.qmp.command("cont")
         wait_for_heartbeat(vm)
         begin, first = time.monotonic(), vm.u32(HEARTBEAT)
@@ -46,7 +34,7 @@ class Runner:
         counted = 0
         begin, last = time.monotonic(), vm.u32(HEARTBEAT)
         for number in range(1, UPDATES + 1):
-            update(vm, self.case, self._peer)
+            update(vm, self.case, self.peer)
             wait_for_heartbeat(vm)
             counter = vm.u32(HEARTBEAT)
             step = _step(last, counter)
@@ -64,20 +52,6 @@ def _step(before: int, after: int) -> int:
     return (after - before) & 0xFFFFFFFF
 
 
-def measure(
-    group: list[Case], rounds: int, peer: Peer | None, progress: Progress
-) -> list[dict[str, Any]]:
-    """Runs the cases of a group in turn; one entry for each case."""
-    entries = {case: case.to_dict() | {"rounds": [], "skipped": ""} for case in group}
-
-    def start(case: Case, stack: ExitStack) -> Runner:
-        return Runner(case, peer, entries[case]["rounds"], stack)
-
-    for case, why in take_turns(group, start, rounds, progress).items():
-        entries[case]["skipped"] = why
-    return list(entries.values())
-
-
 def markdown(entries: list[dict[str, Any]]) -> str:
     """A row for each case that was measured."""
     rows = []
@@ -91,7 +65,7 @@ def markdown(entries: list[dict[str, Any]]) -> str:
 
 
 def line(entry: dict[str, Any]) -> str:
-    case = Case.from_dict(entry)
-    if entry["skipped"]:
-        return f"{case.label}: left out: {entry['skipped']}"
-    return f"{case.label}: {median(r['rate'] for r in entry['rounds']):.1f} updates a second"
+    if text := left_out(entry):
+        return text
+    label = Case.from_dict(entry).label
+    return f"{label}: {median(r['rate'] for r in entry['rounds']):.1f} updates a second"

@@ -73,11 +73,18 @@ def heading(document: Document) -> str:
     machine, versions = document.header["machine"], document.header["versions"]
     names = {"cpr": "cpr", "python": "Python", "qemu": "QEMU"}
     shown = ", ".join(f"{names[name]} {version}" for name, version in versions.items())
-    return (
+    text = (
         f"{document.header['date']}: {machine['cores']} cores of {machine['cpu']}, "
         f"{machine['memory'] / GIB:.0f} GiB, Linux {machine['kernel']}; {shown}; "
         f"load at the start {machine['load']:.1f}."
     )
+    if observer := document.header.get("observer"):
+        text += (
+            f" The observer looks every {observer['interval_us']:.0f} µs and takes "
+            f"{observer['cpu_share']:.0%} of a CPU, "
+            f"{'under' if observer['realtime'] else 'not under'} SCHED_FIFO."
+        )
+    return text
 
 
 def phase_table(results: list[Result]) -> str:

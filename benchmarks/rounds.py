@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Protocol
+from typing import Any, Protocol
 
 from benchmarks.cases import Case, available_memory, batches, obstacle
-from benchmarks.machines import FAILURES, reason
+from benchmarks.machines import FAILURES, choose_mode, reason, started
+from benchmarks.peer import Peer
 from benchmarks.settings import Settings
 
 MEMORY_SHARE = 0.85  # of the memory that can be had, for the VMs that are up at the same time
@@ -36,15 +37,15 @@ def take_turns(
     What `start` opens belongs to the stack that it is given.  `touched` says that the guests touch
     all their RAM.  Returns why cases were left out.
     """
-    left_out: dict[Case, str] = {}
+    refused: dict[Case, str] = {}
     for case in group:
         if text := obstacle(case, touched):
-            left_out[case] = text
-    possible = [case for case in group if case not in left_out]
+            refused[case] = text
+    possible = [case for case in group if case not in refused]
     memory = int(available_memory() * MEMORY_SHARE)
     for batch in batches(possible, memory, touched):
-        left_out |= _run_batch(batch, start, rounds, progress)
-    return left_out
+        refused |= _run_batch(batch, start, rounds, progress)
+    return refused
 
 
 def _run_batch(
@@ -54,7 +55,7 @@ def _run_batch(
     progress: Progress,
 ) -> dict[Case, str]:
     subjects: dict[Case, Subject] = {}
-    left_out: dict[Case, str] = {}
+    refused: dict[Case, str] = {}
     with Settings() as settings, ExitStack() as stack:
         try:
             settings.prepare(batch[0].pages, [case.ram for case in batch])
@@ -65,13 +66,60 @@ def _run_batch(
             try:
                 subjects[case] = start(case, stack)
             except FAILURES as error:
-                left_out[case] = reason(error)
+                refused[case] = reason(error)
         for number in range(1, rounds + 1):
             for case, subject in list(subjects.items()):
                 progress(f"{case.label}: {number}/{rounds}")
                 try:
                     subject.turn()
                 except FAILURES as error:
-                    left_out[case] = f"update {number}: {reason(error)}"
+                    refused[case] = f"update {number}: {reason(error)}"
                     del subjects[case]
-    return left_out
+    return refused
+
+
+class Timed:
+    """A Subject whose turn adds what it measured to `rounds`; for its VM's guest see `guest`.
+
+    `touches` says that the guest touches all its RAM.
+    """
+
+    guest = "heartbeat"
+    touches = False
+
+    def __init__(
+        self, case: Case, peer: Peer | None, rounds: list[dict[str, float]], stack: ExitStack
+    ) -> None:
+        self.case = case
+        self.peer = peer
+        self.rounds = rounds
+        self.vm = stack.enter_context(started(case, peer, self.guest))
+        choose_mode(self.vm, case)
+        self.begin(stack)
+        self.vm.qmp.command("stop")
+
+    def begin(self, stack: ExitStack) -> None:
+        """What is to be done once, with the guest running."""
+
+    def turn(self) -> None:
+        raise NotImplementedError
+
+
+def measure(
+    group: list[Case], subject: type[Timed], rounds: int, peer: Peer | None, progress: Progress
+) -> list[dict[str, Any]]:
+    """One entry for each case, with its `rounds`."""
+    entries = {case: case.to_dict() | {"rounds": [], "skipped": ""} for case in group}
+
+    def start(case: Case, stack: ExitStack) -> Timed:
+        return subject(case, peer, entries[case]["rounds"], stack)
+
+    for case, why in take_turns(group, start, rounds, progress, subject.touches).items():
+        entries[case]["skipped"] = why
+    return list(entries.values())
+
+
+def left_out(entry: dict[str, Any]) -> str:
+    """Why an entry has no figures, in one line; "" where it has."""
+    skipped = entry["skipped"]
+    return f"{Case.from_dict(entry).label}: left out: {skipped}" if skipped else ""

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import brownout, pause, rate, report, save, sections
+from benchmarks import brownout, pause, rate, report, rounds, save, sections
 from benchmarks.cases import Case, grid, parse_size, size_text
+from benchmarks.observer import calibrate
 from benchmarks.peer import Peer
 from benchmarks.progress import Progress
 from benchmarks.results import Document
@@ -61,6 +62,7 @@ def run_pauses(options: argparse.Namespace, peer: Peer | None) -> str:
     warn()
     groups = groups_of(options, peer)
     document = open_document("run", options, peer)
+    document.header.setdefault("observer", calibrate(options.poll))
     todo = [[case for case in group if not document.has(case)] for group in groups]
     total, missing = sum(map(len, groups)), sum(map(len, todo))
     with Progress(total, total - missing) as progress:
@@ -71,22 +73,21 @@ def run_pauses(options: argparse.Namespace, peer: Peer | None) -> str:
     return report.summary([result for result in document.results() if not result.skipped])
 
 
-Measure = Callable[[list[Case], int, Peer | None, Callable[[str], None]], list[dict[str, Any]]]
-MEASURES: dict[str, tuple[Measure, Callable[[dict[str, Any]], str]]] = {
-    "brownout": (brownout.measure, brownout.line),
-    "rate": (rate.measure, rate.line),
+SUBJECTS: dict[str, tuple[type[rounds.Timed], Callable[[dict[str, Any]], str]]] = {
+    "brownout": (brownout.Sweeper, brownout.line),
+    "rate": (rate.Runner, rate.line),
 }
 
 
 def run_compared(kind: str, options: argparse.Namespace, peer: Peer | None) -> None:
     """`brownout` and `rate`."""
     warn()
-    measure, line = MEASURES[kind]
+    subject, line = SUBJECTS[kind]
     groups = groups_of(options, peer)
     document = open_document(kind, options, peer)
     with Progress(sum(map(len, groups))) as progress:
         for group in groups:
-            for entry in measure(group, options.rounds, peer, progress.at):
+            for entry in rounds.measure(group, subject, options.rounds, peer, progress.at):
                 document.entries.append(entry)
                 document.save()
                 progress.finish(line(entry))

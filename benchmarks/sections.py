@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks import brownout, plots, ram_copy, rate, report, save
 from benchmarks.results import Document
@@ -12,25 +13,19 @@ REPORT = "report.md"
 BEGIN = "<!-- results -->"
 END = "<!-- end of results -->"
 
-# Kind of results, and file: title, and what makes its Markdown.
-SECTIONS: dict[str, tuple[str, Callable[[Document], str]]] = {
-    "run": ("Pause of an update", report.markdown),
-    "brownout": (
-        "Brown-out: time until every page is written once more",
-        lambda document: _with_heading(document, brownout.markdown(document.entries)),
-    ),
-    "rate": (
-        "Updates back to back",
-        lambda document: _with_heading(document, rate.markdown(document.entries)),
-    ),
-    "save": (
-        "Saving RAM to a file",
-        lambda document: _with_heading(document, save.markdown(document.entries)),
-    ),
-    "ram-copy": (
-        "Copying RAM, against the machine's ceilings",
-        lambda document: _with_heading(document, ram_copy.markdown(document.entries)),
-    ),
+# Kind of results, and name of their file: the title of their section.
+TITLES = {
+    "run": "Pause of an update",
+    "brownout": "Brown-out: time until every page is written once more",
+    "rate": "Updates back to back",
+    "save": "Saving RAM to a file",
+    "ram-copy": "Copying RAM, against the machine's ceilings",
+}
+TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
+    "brownout": brownout.markdown,
+    "rate": rate.markdown,
+    "save": save.markdown,
+    "ram-copy": ram_copy.markdown,
 }
 
 
@@ -38,13 +33,16 @@ def path_of(kind: str, folder: Path) -> Path:
     return folder / f"{kind}.json"
 
 
-def _with_heading(document: Document, text: str) -> str:
+def _section(document: Document) -> str:
+    if document.header["kind"] == "run":
+        return report.markdown(document)
     left_out = {
         f"- {entry['mode']}, {entry['accel']}: {entry['skipped']}"
         for entry in document.entries
         if entry.get("skipped")
     }
-    parts = [report.heading(document), text]
+    table = TABLES[document.header["kind"]]
+    parts = [report.heading(document), table(document.entries)]
     if left_out:
         parts += ["Left out:", "\n".join(sorted(left_out))]
     return "\n\n".join(parts) + "\n"
@@ -52,7 +50,7 @@ def _with_heading(document: Document, text: str) -> str:
 
 def documents(folder: Path) -> list[Document]:
     """All results in `folder`.  Raises ValueError where there are none."""
-    paths = [path for kind in SECTIONS if (path := path_of(kind, folder)).exists()]
+    paths = [path for kind in TITLES if (path := path_of(kind, folder)).exists()]
     if not paths:
         raise ValueError(f"{folder}: no results; 'python -m benchmarks run' makes them")
     return [Document.load(path) for path in paths]
@@ -62,8 +60,8 @@ def markdown(found: list[Document], level: int = 2) -> str:
     """The sections of all the documents, with headings of `level`."""
     parts = []
     for document in found:
-        title, write = SECTIONS[document.header["kind"]]
-        parts.append(f"{'#' * level} {title}\n\n{write(document)}")
+        title = TITLES[document.header["kind"]]
+        parts.append(f"{'#' * level} {title}\n\n{_section(document)}")
     return "\n".join(parts)
 
 
