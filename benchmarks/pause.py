@@ -58,9 +58,9 @@ class Result:
         return median(self.baselines)
 
     def phase_medians(self) -> dict[str, float]:
-        """The median of each phase, in the order of the first update."""
-        names = list(self.phases[0]) if self.phases else []
-        return {name: median([p.get(name, 0.0) for p in self.phases]) for name in names}
+        """The median of each phase, over the updates that have it, in the order of one of them."""
+        names = max(self.phases, key=len, default={})
+        return {name: median(p[name] for p in self.phases if name in p) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         names = ("pauses", "errors", "baselines", "phases", "realtime", "skipped")

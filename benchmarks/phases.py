@@ -11,7 +11,7 @@ from pathlib import Path
 from cpr.phases import FILE_SIZE, NAMES, SLOT_SIZE
 
 END = "run"
-EXEC_END = "interpreter"
+EXEC, EXEC_END, AFTER = "exec", "interpreter", "imports"
 SHARED_MEMORY = "/dev/shm"
 
 
@@ -29,7 +29,9 @@ class Phases:
     def read(self, exec_end_ns: int) -> dict[str, float]:
         """The length of each phase in ms, in the order in which they came; {} without any.
 
-        `exec_end_ns` is when the exec closed the monitor's socket, as its client saw it.
+        `exec_end_ns` is when the exec closed the monitor's socket, as its client saw it.  A client
+        that was so late that the new image ran already cannot tell exec and interpreter apart:
+        both are left out then.
         """
         data = self.path.read_bytes()
         begins = {}
@@ -39,12 +41,14 @@ class Phases:
                 begins[name] = begin
         if not begins:
             return {}
-        begins[EXEC_END] = exec_end_ns
+        in_time = begins.get(EXEC, 0) < exec_end_ns < begins.get(AFTER, 0)
+        if in_time:
+            begins[EXEC_END] = exec_end_ns
         ordered = sorted(begins, key=lambda name: begins[name])
         return {
             name: (begins[following] - begins[name]) / 1e6
             for name, following in pairwise(ordered)
-            if name != END
+            if name != END and (in_time or name != EXEC)
         }
 
 

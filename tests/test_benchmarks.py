@@ -13,8 +13,10 @@ from benchmarks import cases, model, pause, report, run, sections
 from benchmarks.cases import GIB, MIB, Case
 from benchmarks.pause import Result
 from benchmarks.peer import parse_peer
+from benchmarks.phases import Phases
 from benchmarks.quantiles import percentile, student
 from benchmarks.results import Document
+from cpr.phases import NAMES
 
 HEARTBEAT = Case("mm-holder", "kvm", GIB, "4K", "lazy")
 
@@ -283,6 +285,30 @@ def test_tables_go_between_the_lines_of_a_document(tmp_path):
     with pytest.raises(ValueError, match=r"doc\.md: no lines"):
         sections.put_into(path, "new")
     assert path.read_text() == "nothing"
+
+
+def test_phases_end_where_the_next_begins(tmp_path):
+    phases = Phases(tmp_path / "phases")
+    assert phases.read(0) == {}
+    begins = range(1_000_000, 12_000_000, 1_000_000)  # a phase each millisecond
+    slots = b"".join(begin.to_bytes(8, "little") for begin in begins)
+    phases.path.write_bytes(slots)
+    in_time = phases.read(3_250_000)
+    assert list(in_time) == list(NAMES[:-1])
+    assert (in_time["exec"], in_time["interpreter"]) == (0.25, 1.75)
+    late = phases.read(5_500_000)
+    assert set(NAMES[:-1]) - set(late) == {"exec", "interpreter"}
+    assert set(late.values()) == {1.0}
+    phases.clear()
+    assert phases.read(1) == {}
+
+
+def test_phases_that_come_in_another_order(tmp_path):
+    phases = Phases(tmp_path / "phases")
+    order = ("exec", "imports", "load", "stop", "save", "resume", "run")
+    slots = [(order.index(name) + 1 if name in order else 0) * 1_000_000 for name in NAMES]
+    phases.path.write_bytes(b"".join(slot.to_bytes(8, "little") for slot in slots))
+    assert list(phases.read(1_500_000)) == ["exec", "interpreter", *order[1:-1]]
 
 
 def test_json_is_for_everybody(tmp_path):
