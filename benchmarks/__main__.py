@@ -18,10 +18,11 @@ from benchmarks.results import FOLDER, Document
 from benchmarks.settings import Interrupted, interruptible
 
 OWN_MODES = cases.MODES[1:]
+BEST_ACCEL = "kvm" if cases.kvm_is_usable() else "tcg"
 # --quick, neither, --full: what is measured where no option says otherwise.
 PRESETS = {
-    "quick": {"ram": "64M,1G", "pages": "4K", "accel": "all", "backing": "prealloc"},
-    "default": {"ram": "256M,1G,8G", "pages": "4K,2M", "accel": "all", "backing": "all"},
+    "quick": {"ram": "64M,1G", "pages": "4K", "accel": BEST_ACCEL, "backing": "prealloc"},
+    "default": {"ram": "64M,1G,8G", "pages": "4K,2M", "accel": "all", "backing": "prealloc"},
     "full": {"ram": ",".join(cases.RAM), "pages": "all", "accel": "all", "backing": "all"},
 }
 
@@ -87,7 +88,9 @@ def add_others(commands: argparse._SubParsersAction) -> None:
     add_output(parser)
     parser = commands.add_parser("save", help="time to save RAM to a tmpfs with cpr-reboot")
     parser.add_argument("--ram", type=run.sizes, default="4G", help="size of the RAM (4G)")
-    parser.add_argument("--accel", type=run.some_of(cases.ACCELS), default="kvm", help="(kvm)")
+    parser.add_argument(
+        "--accel", type=run.some_of(cases.ACCELS), default=BEST_ACCEL, help=f"({BEST_ACCEL})"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="saves of each kind (3)")
     add_qemu(parser)
     add_output(parser)

@@ -81,11 +81,15 @@ def grid(
     ]
 
 
+def kvm_is_usable() -> bool:
+    return os.access("/dev/kvm", os.R_OK | os.W_OK)
+
+
 def obstacle(case: Case, touched: bool = False) -> str | None:
     """Why this machine cannot run the case, as far as one can tell without a try."""
     if case.mode == "overlap" and case.accel != "kvm":
         return "overlap needs kvm"
-    if case.accel == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+    if case.accel == "kvm" and not kvm_is_usable():
         return "/dev/kvm is not there, or not for this user"
     if case.ram % PAGE_SIZES[case.pages]:
         return f"RAM is no multiple of {case.pages} pages"

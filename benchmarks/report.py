@@ -9,6 +9,7 @@ from benchmarks.cases import GIB, MODES, PAGES, Case, size_text
 from benchmarks.model import fit_all
 from benchmarks.pause import Result
 from benchmarks.results import Document
+from cpr.phases import NAMES
 
 CASE_COLUMNS = ("accel", "RAM", "pages", "backing", "mode")
 COLUMNS = (
@@ -92,7 +93,7 @@ def phase_table(results: list[Result]) -> str:
     shown = [r for r in results if not r.skipped and r.phase_medians()]
     if not shown:
         return ""
-    names = list(dict.fromkeys(name for r in shown for name in r.phase_medians()))
+    names = [name for name in NAMES if any(name in r.phase_medians() for r in shown)]
     rows = []
     for result in shown:
         medians = result.phase_medians()
