@@ -18,6 +18,13 @@ from benchmarks.results import FOLDER, Document
 from benchmarks.settings import Interrupted, interruptible
 
 OWN_MODES = cases.MODES[1:]
+EXAMPLES = """examples:
+  python -m benchmarks --quick
+  python -m benchmarks --qemu /usr/bin/qemu-system-x86_64
+  python -m benchmarks --ram 256M,4G --pages 2M --accel kvm --modes mm-holder,overlap
+  python -m benchmarks brownout --ram 2G --backing prealloc
+  python -m benchmarks predict --ram 32G --pages 4K
+"""
 BEST_ACCEL = "kvm" if cases.kvm_is_usable() else "tcg"
 # --quick, neither, --full: what is measured where no option says otherwise.
 PRESETS = {
@@ -121,7 +128,12 @@ def add_readers(commands: argparse._SubParsersAction) -> None:
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add_run(commands)
     add_others(commands)

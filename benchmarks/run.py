@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import brownout, pause, rate, report, rounds, save, sections
-from benchmarks.cases import Case, grid, parse_size, size_text
+from benchmarks.cases import RAM, Case, grid, parse_size, size_text
 from benchmarks.observer import calibrate
 from benchmarks.peer import Peer
 from benchmarks.progress import Progress
@@ -114,9 +114,9 @@ def finish(options: argparse.Namespace) -> None:
 
 
 def sizes(text: str) -> list[int]:
-    """For argparse: sizes with commas between."""
+    """For argparse: sizes with commas between, or all that --full has."""
     try:
-        return [parse_size(each) for each in text.split(",")]
+        return [parse_size(each) for each in (RAM if text == "all" else text.split(","))]
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
