@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.cases import HUGETLB, Case, size_text
+from benchmarks.cases import GIB, HUGETLB, Case, size_text
 from benchmarks.observer import HEARTBEAT
 from benchmarks.peer import Peer
 from benchmarks.vm import ROOT, QmpError, Vm
 
 IMAGES = ROOT / "examples" / "build"
 BOOT_TIMEOUT = 120.0  # of a BIOS under a slow KVM
-POPULATE_TIMEOUT = 60.0
+# A host may take long to give memory back that it had taken from a virtual machine.
+POPULATE_TIMEOUT_PER_GIB = 10.0
 PARAMETERS = {"plain": {"x-cpr-mm-holder": False}, "overlap": {"x-cpr-exec-overlap": True}}
 # What a case that cannot be run fails with.
 FAILURES = (OSError, RuntimeError, ValueError, QmpError)
@@ -44,9 +45,10 @@ def started(
     `phases` is the file for the VMM's phases.  Raises one of FAILURES where it does not run.
     """
     image = IMAGES / f"{guest}.img"
+    timeout = BOOT_TIMEOUT + case.ram / GIB * POPULATE_TIMEOUT_PER_GIB
     if case.mode != "qemu":
         environment = os.environ | ({"CPR_PHASES": str(phases)} if phases else {})
-        with Vm(*arguments(case, str(image)), env=environment) as vm:
+        with Vm(*arguments(case, str(image)), env=environment, timeout=timeout) as vm:
             wait_for_heartbeat(vm)
             yield vm
         return
@@ -55,7 +57,7 @@ def started(
     copy.write_bytes(image.read_bytes())
     try:
         words = arguments(case, peer.inside(copy))
-        with Vm(*words, command=peer.command, root=peer.root) as vm:
+        with Vm(*words, command=peer.command, root=peer.root, timeout=timeout) as vm:
             wait_for_heartbeat(vm)
             yield vm
     finally:
@@ -104,10 +106,11 @@ def wait_until_populated(vm: Vm, case: Case) -> None:
     """Waits until the RAM of a case with prealloc is in the VMM's page tables."""
     if case.backing != "prealloc":
         return
-    deadline = time.monotonic() + POPULATE_TIMEOUT
+    timeout = BOOT_TIMEOUT + case.ram / GIB * POPULATE_TIMEOUT_PER_GIB
+    deadline = time.monotonic() + timeout
     while vm.resident() < case.ram:
         if time.monotonic() > deadline:
-            raise RuntimeError(f"RAM is not populated after {POPULATE_TIMEOUT:.0f} s")
+            raise RuntimeError(f"RAM is not populated after {timeout:.0f} s")
         time.sleep(0.02)
 
 

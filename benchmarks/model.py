@@ -1,44 +1,51 @@
-"""The model of a pause: a + b * RAM, fitted to the single pauses of a series of cases."""
+"""The model of a pause: a + b * RAM, through the medians of the sizes of a series of cases.
+
+Pauses have a long tail, so the line goes through medians, and how far a single update may be off is
+taken from the pauses themselves: the line is fitted again to many random draws from them (a
+bootstrap), and a random residual is added to each.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from random import Random
+from statistics import fmean, median
 
 from benchmarks.cases import GIB, size_text
 from benchmarks.pause import Result
-from benchmarks.quantiles import student
+from benchmarks.quantiles import percentile
 
-CONFIDENCE = 0.95
+FEWEST = 3  # pauses that make a model
+DRAWS = 1000
+INTERVAL = (0.025, 0.975)
 Series = tuple[str, str, str, str]
+Line = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Model:
-    """pause = `intercept` ms + `slope` ms for each GiB, by least squares over `count` pauses.
+    """pause = `line[0]` ms + `line[1]` ms for each GiB, from `count` pauses.
 
-    `spread` is their standard deviation about the line in ms; `mean` and `variation` are of the
-    measured sizes in GiB, the latter as the sum of squared differences; `sizes` are those sizes
-    in bytes.
+    `drawn` are lines that the pauses allow as well, `residuals` the pauses less the line in ms;
+    `sizes` are those that were measured, in bytes.
     """
 
-    intercept: float
-    slope: float
-    count: int
-    spread: float
-    mean: float
-    variation: float
+    line: Line
+    drawn: tuple[Line, ...]
+    residuals: tuple[float, ...]
     sizes: tuple[int, ...]
 
-    def predict(self, ram: int) -> tuple[float, float]:
-        """The pause of one update in ms, and by how much it may be off (95 %)."""
-        distance = ram / GIB - self.mean
-        leverage = distance**2 / self.variation if self.variation else 0.0
-        freedom = self.count - (2 if self.variation else 1)
-        width = self.spread * math.sqrt(1 + 1 / self.count + leverage)
-        return self.intercept + self.slope * ram / GIB, student(CONFIDENCE, freedom) * width
+    @property
+    def count(self) -> int:
+        return len(self.residuals)
+
+    def predict(self, ram: int) -> tuple[float, float, float]:
+        """The typical pause in ms, and between what 95 % of updates are to be expected."""
+        random = Random(ram)  # the same answer to the same question
+        pauses = [_at(line, ram) + random.choice(self.residuals) for line in self.drawn]
+        low, high = (max(0.0, percentile(pauses, share)) for share in INTERVAL)
+        return max(0.0, _at(self.line, ram)), low, high
 
     def caution(self, ram: int) -> str:
         """What is to be said about a prediction for `ram` bytes; "" where it was measured."""
@@ -48,44 +55,54 @@ class Model:
                 f"only {size_text(low)} was measured: whether the pause grows with RAM is unknown"
             )
         if ram > high:
-            times = ram / high
             return (
-                f"extrapolated to {times:.1f} times the largest RAM measured, {size_text(high)}: "
-                "it holds if the pause goes on as a line"
+                f"extrapolated to {ram / high:.1f} times the largest RAM measured, "
+                f"{size_text(high)}: it holds if the pause goes on as a line"
             )
         if ram < low:
             return f"extrapolated below the smallest RAM measured, {size_text(low)}"
         return ""
 
 
-def fit(points: Sequence[tuple[int, float]]) -> Model:
-    """Fits the pauses in ms at sizes in bytes.  Raises ValueError for less than 3 of them."""
-    if len(points) < 3:
-        raise ValueError(f"{len(points)} pauses are too few for a model")
-    sizes = [size / GIB for size, _ in points]
-    pauses = [pause for _, pause in points]
-    mean, level = fmean(sizes), fmean(pauses)
+def _at(line: Line, ram: int) -> float:
+    return line[0] + line[1] * ram / GIB
+
+
+def _line(pauses: dict[int, list[float]]) -> Line:
+    """The least-squares line through the median at each size; flat where there is one size."""
+    sizes = [size / GIB for size in pauses]
+    medians = [median(each) for each in pauses.values()]
+    mean, level = fmean(sizes), fmean(medians)
     variation = sum((size - mean) ** 2 for size in sizes)
     slope = 0.0
     if variation:
-        products = ((s - mean) * (p - level) for s, p in zip(sizes, pauses, strict=True))
+        products = ((s - mean) * (m - level) for s, m in zip(sizes, medians, strict=True))
         slope = sum(products) / variation
-    intercept = level - slope * mean
-    residuals = (p - intercept - slope * s for s, p in zip(sizes, pauses, strict=True))
-    freedom = len(points) - (2 if variation else 1)
-    spread = math.sqrt(sum(each**2 for each in residuals) / freedom)
-    found = tuple(sorted({size for size, _ in points}))
-    return Model(intercept, slope, len(points), spread, mean, variation, found)
+    return level - slope * mean, slope
+
+
+def fit(pauses: dict[int, list[float]]) -> Model:
+    """Fits the pauses in ms by size in bytes.  Raises ValueError for less than FEWEST."""
+    count = sum(map(len, pauses.values()))
+    if count < FEWEST:
+        raise ValueError(f"{count} pauses are too few for a model")
+    line, random = _line(pauses), Random(count)
+    drawn = tuple(
+        _line({size: random.choices(each, k=len(each)) for size, each in pauses.items()})
+        for _ in range(DRAWS)
+    )
+    residuals = tuple(p - _at(line, size) for size, each in pauses.items() for p in each)
+    return Model(line, drawn, residuals, tuple(sorted(pauses)))
 
 
 def fit_all(results: Sequence[Result]) -> dict[Series, Model]:
     """A model of each series that has enough pauses."""
-    points: dict[Series, list[tuple[int, float]]] = {}
+    found: dict[Series, dict[int, list[float]]] = {}
     for result in results:
-        if not result.skipped:
-            pairs = [(result.case.ram, pause) for pause in result.pauses]
-            points.setdefault(result.case.series, []).extend(pairs)
-    return {series: fit(pairs) for series, pairs in points.items() if len(pairs) >= 3}
+        if not result.skipped and result.pauses:
+            found.setdefault(result.case.series, {})[result.case.ram] = result.pauses
+    enough = {s: p for s, p in found.items() if sum(map(len, p.values())) >= FEWEST}
+    return {series: fit(pauses) for series, pauses in enough.items()}
 
 
 def answer(models: dict[Series, Model], ram: int, wanted: Sequence[str | None]) -> str:
@@ -98,13 +115,13 @@ def answer(models: dict[Series, Model], ram: int, wanted: Sequence[str | None]) 
         if any(want not in (None, part) for want, part in zip(wanted, series, strict=True)):
             continue
         mode, accel, pages, backing = series
-        pause, width = model.predict(ram)
+        pause, low, high = model.predict(ram)
         lines.append(
-            f"{mode}, {accel}, {pages} pages, {backing}: {max(0.0, pause):.2f} ms "
-            f"± {width:.2f} ms (95 % of updates)"
+            f"{mode}, {accel}, {pages} pages, {backing}: {pause:.2f} ms; "
+            f"95 % of updates between {low:.2f} and {high:.2f} ms"
         )
         lines.append(
-            f"    {model.intercept:.2f} ms + {model.slope:.3f} ms per GiB, from {model.count} "
+            f"    {model.line[0]:.2f} ms + {model.line[1]:.3f} ms per GiB, from {model.count} "
             f"updates at {', '.join(map(size_text, model.sizes))}"
         )
         if caution := model.caution(ram):

@@ -106,11 +106,11 @@ def model_table(results: list[Result]) -> str:
     rows = []
     for (mode, accel, pages, backing), model in fit_all(results).items():
         if len(model.sizes) > 1:
-            cells = [f"{model.intercept:.2f}", f"{model.slope:.3f}", f"{model.spread:.2f}"]
+            cells = [f"{part:.3f}" for part in model.line]
             rows.append([mode, accel, pages, backing, *cells, str(model.count)])
     if not rows:
         return ""
-    columns = ("mode", "accel", "pages", "backing", "a ms", "b ms/GiB", "spread ms", "updates")
+    columns = ("mode", "accel", "pages", "backing", "a ms", "b ms/GiB", "updates")
     return table(columns, rows)
 
 
@@ -139,7 +139,7 @@ def markdown(document: Document) -> str:
     if phases := phase_table(measured):
         parts += ["Phases in ms, as the VMM reports them (medians):", phases]
     if models := model_table(measured):
-        parts += ["Pause = a + b * RAM, fitted to all the pauses:", models]
+        parts += ["Pause = a + b * RAM, through the medians:", models]
     if left_out := [line(result) for result in results if result.skipped]:
         parts += ["Left out:", "\n".join(f"- {each}" for each in left_out)]
     return "\n\n".join([*parts, summary(measured)]) + "\n"

@@ -32,11 +32,11 @@ class Qmp:
     `closed_ns` is when the other end was seen to close, which in an update is the exec.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, timeout: float = TIMEOUT) -> None:
         self.events: list[dict] = []
         self.closed_ns = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(TIMEOUT)
+        self._socket.settimeout(timeout)
         try:
             self._socket.connect(path)
             self._file = self._socket.makefile("r")
@@ -93,12 +93,19 @@ class Qmp:
 class Vm:
     """One VMM process with a QMP socket; a context manager that ends it.
 
-    `command` is another VMM's, such as QEMU's; `root` is the folder that it has as its root.
+    `command` is another VMM's, such as QEMU's; `root` is the folder that it has as its root;
+    `timeout` is for how long its monitor may be silent, in seconds.
     """
 
     def __init__(
-        self, *arguments: str, command: list[str] | None = None, root: str = "", **popen: Any
+        self,
+        *arguments: str,
+        command: list[str] | None = None,
+        root: str = "",
+        timeout: float = TIMEOUT,
+        **popen: Any,
     ) -> None:
+        self._timeout = timeout
         folder = f"{root}/tmp" if root else None
         self._directory = tempfile.TemporaryDirectory(prefix="cpr-vm-", dir=folder)
         self.directory = Path(self._directory.name)
@@ -132,16 +139,17 @@ class Vm:
 
     def connect(self) -> Qmp:
         """Connects, trying again while the VMM (or its new image) is not yet listening."""
-        deadline = time.monotonic() + TIMEOUT
+        deadline = time.monotonic() + self._timeout
         while True:
             try:
-                return Qmp(self.socket)
+                return Qmp(self.socket, self._timeout)
             except (OSError, ValueError) as error:
                 status = self.process.poll()
                 if status is not None:
                     raise RuntimeError(f"VMM ended with {status}: {self.stderr}") from error
                 if time.monotonic() > deadline:
-                    raise
+                    text = f"no monitor after {self._timeout:.0f} s: {error}"
+                    raise RuntimeError(text) from error
                 time.sleep(0.002)
 
     def reconnect(self) -> Qmp:

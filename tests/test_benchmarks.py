@@ -14,7 +14,7 @@ from benchmarks.cases import GIB, MIB, Case
 from benchmarks.pause import Result
 from benchmarks.peer import parse_peer
 from benchmarks.phases import Phases
-from benchmarks.quantiles import percentile, student
+from benchmarks.quantiles import percentile
 from benchmarks.results import Document
 from cpr.phases import NAMES
 
@@ -33,38 +33,39 @@ def test_percentile_is_a_measured_value(share, expected):
     assert percentile([float(n) for n in (3, 1, 2, 10, 9, 8, 7, 6, 5, 4)], share) == expected
 
 
-# From the table of the distribution in any handbook.
-@pytest.mark.parametrize(
-    ("freedom", "expected"), [(3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (10**6, 1.960)]
-)
-def test_student(freedom, expected):
-    assert student(0.95, freedom) == pytest.approx(expected, rel=0.01)
-
-
 def test_model_of_points_on_a_line_is_that_line():
-    points = [(size * GIB, 5.0 + 2.0 * size) for size in (1, 2, 4, 8)]
-    fitted = model.fit(points)
-    assert (fitted.intercept, fitted.slope) == pytest.approx((5.0, 2.0))
-    assert fitted.predict(16 * GIB) == pytest.approx((37.0, 0.0), abs=1e-6)
+    fitted = model.fit({size * GIB: [5.0 + 2.0 * size] for size in (1, 2, 4, 8)})
+    assert fitted.line == pytest.approx((5.0, 2.0))
+    assert fitted.predict(16 * GIB) == pytest.approx((37.0, 37.0, 37.0))
+
+
+def test_model_goes_through_medians_whatever_the_outliers():
+    pauses = {size * GIB: [size + 9.0, size + 10.0, size + 500.0] for size in (1, 4, 8)}
+    assert model.fit(pauses).line == pytest.approx((10.0, 1.0))
 
 
 def test_model_knows_how_uncertain_it_is():
-    points = [(size * GIB, 10.0 + size + error) for size in (1, 4, 8) for error in (-1, 0, 1)]
-    fitted = model.fit(points)
-    assert fitted.slope == pytest.approx(1.0)
-    inside, outside = fitted.predict(4 * GIB), fitted.predict(64 * GIB)
-    assert outside[1] > 3 * inside[1] > 0
-    assert all(
-        abs(pause - fitted.predict(ram)[0]) < fitted.predict(ram)[1] for ram, pause in points
-    )
+    pauses = {
+        size * GIB: [10.0 + size + error / 10 for error in range(-10, 11)] for size in (1, 4, 8)
+    }
+    fitted = model.fit(pauses)
+    assert fitted.line == pytest.approx((10.0, 1.0))
+    pause, low, high = fitted.predict(4 * GIB)
+    assert pause == pytest.approx(14.0)
+    for size, measured in pauses.items():
+        _, low, high = fitted.predict(size)
+        assert sum(low <= each <= high for each in measured) >= 0.9 * len(measured)
+    _, far_low, far_high = fitted.predict(256 * GIB)
+    assert far_high - far_low > 3 * (high - low) > 0
+    assert fitted.predict(256 * GIB) == fitted.predict(256 * GIB)
 
 
 def test_model_of_one_size_is_flat():
-    fitted = model.fit([(GIB, 9.0), (GIB, 10.0), (GIB, 11.0)])
-    assert (fitted.intercept, fitted.slope) == (10.0, 0.0)
+    fitted = model.fit({GIB: [9.0, 10.0, 11.0]})
+    assert fitted.line == (10.0, 0.0)
     assert "whether the pause grows with RAM is unknown" in fitted.caution(2 * GIB)
     with pytest.raises(ValueError, match="2 pauses are too few"):
-        model.fit([(GIB, 1.0), (GIB, 2.0)])
+        model.fit({GIB: [1.0, 2.0]})
 
 
 def test_prediction_says_what_it_rests_on():
@@ -73,7 +74,7 @@ def test_prediction_says_what_it_rests_on():
     models = model.fit_all(results)
     text = model.answer(models, 4 * GIB, (None, "kvm", "4K", None))
     assert "guest with 4G of RAM" in text
-    assert "mm-holder, kvm, 4K pages, lazy: 14.00 ms ± " in text
+    assert "mm-holder, kvm, 4K pages, lazy: 14.00 ms; 95 % of updates between 1" in text
     assert "10.00 ms + 1.000 ms per GiB, from 6 updates at 1G, 8G" in text
     assert "extrapolated" not in text
     text = model.answer(models, 32 * GIB, (None,) * 4)
@@ -272,7 +273,7 @@ def test_report_has_the_ratio_to_qemu_of_the_same_case(tmp_path):
     assert "| kvm | 2G | 4K | lazy | mm-holder | 5.00 | 5.00 | 5.00 | 0.50 | 0.10 | 3 |  |" in text
     assert "- kvm 1G 4K lazy overlap: left out: refused" in text
     assert "QEMU's pause is 20.0 to 20.0 times as long" in text
-    assert "| mm-holder | kvm | 4K | lazy | 1.00 | 2.000 |" in text
+    assert "| mm-holder | kvm | 4K | lazy | 1.000 | 2.000 | 6 |" in text
 
 
 def test_tables_go_between_the_lines_of_a_document(tmp_path):
