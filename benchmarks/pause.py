@@ -34,7 +34,8 @@ class Result:
 
     `errors` is by how much a pause may be off, because the observer does not look all the time;
     `baselines` the longest gap without an update, in a window of the same length before it;
-    `phases` the VMM's own report.  `skipped` is why the case could not be run.
+    `phases` the VMM's own report, and `elsewhere` how many of the pauses were, as it says, not
+    when it had stopped the guest.  `skipped` is why the case could not be run.
     """
 
     case: Case
@@ -42,6 +43,7 @@ class Result:
     errors: list[float] = field(default_factory=list)
     baselines: list[float] = field(default_factory=list)
     phases: list[dict[str, float]] = field(default_factory=list)
+    elsewhere: int = 0
     realtime: bool = True
     skipped: str = ""
 
@@ -63,7 +65,7 @@ class Result:
         return {name: median(p[name] for p in self.phases if name in p) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        names = ("pauses", "errors", "baselines", "phases", "realtime", "skipped")
+        names = ("pauses", "errors", "baselines", "phases", "elsewhere", "realtime", "skipped")
         return self.case.to_dict() | {name: getattr(self, name) for name in names}
 
     @classmethod
@@ -106,6 +108,7 @@ class Subject:
         self.result.errors.append(pause.error_ns / 1e6)
         self.result.baselines.append(baseline.milliseconds)
         self.result.phases.append(self._phases.read(self._vm.closed_ns))
+        self.result.elsewhere += self._phases.exclude(pause.start_ns, pause.length_ns)
         self._vm.qmp.command("stop")
 
     def _end_of_pause(self) -> Window:

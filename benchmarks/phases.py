@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cpr.phases import FILE_SIZE, NAMES, SLOT_SIZE
 
-END = "run"
+START, END = "stop", "run"
 EXEC, EXEC_END, AFTER = "exec", "interpreter", "imports"
 SHARED_MEMORY = "/dev/shm"
 
@@ -26,6 +26,19 @@ class Phases:
         with open(self.path, "r+b" if self.path.exists() else "wb") as file:
             file.write(bytes(FILE_SIZE))
 
+    def _begins(self) -> dict[str, int]:
+        data = self.path.read_bytes()
+        slots = (data[at : at + SLOT_SIZE] for at in range(0, FILE_SIZE, SLOT_SIZE))
+        begins = (int.from_bytes(slot, "little") for slot in slots)
+        return {name: begin for name, begin in zip(NAMES, begins, strict=True) if begin}
+
+    def exclude(self, start_ns: int, length_ns: int) -> bool:
+        """Whether the VMM says that the guest ran all through this gap."""
+        begins = self._begins()
+        if START not in begins or END not in begins:
+            return False
+        return start_ns >= begins[END] or start_ns + length_ns <= begins[START]
+
     def read(self, exec_end_ns: int) -> dict[str, float]:
         """The length of each phase in ms, in the order in which they came; {} without any.
 
@@ -33,12 +46,7 @@ class Phases:
         that was so late that the new image ran already cannot tell exec and interpreter apart:
         both are left out then.
         """
-        data = self.path.read_bytes()
-        begins = {}
-        for number, name in enumerate(NAMES):
-            slot = data[number * SLOT_SIZE : (number + 1) * SLOT_SIZE]
-            if begin := int.from_bytes(slot, "little"):
-                begins[name] = begin
+        begins = self._begins()
         if not begins:
             return {}
         in_time = begins.get(EXEC, 0) < exec_end_ns < begins.get(AFTER, 0)

@@ -98,8 +98,9 @@ def phase_table(results: list[Result]) -> str:
     for result in shown:
         medians = result.phase_medians()
         cells = [milliseconds(medians[name]) if name in medians else "" for name in names]
-        rows.append([result.case.label, milliseconds(result.median), *cells])
-    return table(["case", "pause (observer)", *names], rows)
+        head = [result.case.label, milliseconds(result.median), str(result.elsewhere)]
+        rows.append([*head, *cells])
+    return table(["case", "pause (observer)", "elsewhere", *names], rows)
 
 
 def model_table(results: list[Result]) -> str:

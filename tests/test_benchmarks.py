@@ -300,8 +300,14 @@ def test_phases_end_where_the_next_begins(tmp_path):
     late = phases.read(5_500_000)
     assert set(NAMES[:-1]) - set(late) == {"exec", "interpreter"}
     assert set(late.values()) == {1.0}
+    last = len(NAMES) * 1_000_000
+    assert not phases.exclude(500_000, 600_000)
+    assert not phases.exclude(last - 1, 10)
+    assert phases.exclude(500_000, 400_000)
+    assert phases.exclude(last, 10)
     phases.clear()
     assert phases.read(1) == {}
+    assert not phases.exclude(0, 1)
 
 
 def test_phases_that_come_in_another_order(tmp_path):
