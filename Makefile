@@ -87,7 +87,7 @@ $(VENV)/.built: $(NATIVE) | $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -e '.[tcg,dev]'
+	$(BIN)/python -m pip install -q -e '.[tcg,dev,bench]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.installed

@@ -1,15 +1,23 @@
-/* Watches a guest's heartbeat from another process and reports how long it stands still.
+/* Watches a guest's heartbeat from another process and tells how long it stood still.
  *
- *     observer PATH OFFSET POLL_US THRESHOLD_US
+ *     observer PATH OFFSET POLL_US
  *
  * PATH is the guest's RAM (/proc/PID/fd/N), OFFSET the byte offset of a 32-bit counter in it.
- * The counter is polled every POLL_US (0: without a break).  One line on stdout for each gap of
- * at least THRESHOLD_US between two changes, and a last line when stdin is closed:
+ * The counter is polled every POLL_US (0: without a break).  First it says
  *
- *     ready COUNTER
- *     gap START_NS LENGTH_NS BEFORE AFTER
- *     backwards AT_NS BEFORE AFTER
- *     end COUNTER POLLS
+ *     ready COUNTER REALTIME
+ *
+ * REALTIME is 1 if it runs under SCHED_FIFO, so that nothing keeps it from looking.  For each line
+ * on stdin it tells of the time since the line before, a window, in one line, and it ends when
+ * stdin is closed:
+ *
+ *     window START_NS LENGTH_NS ERROR_NS BEFORE AFTER OPEN_NS BACKWARDS POLLS LATEST_NS
+ *
+ * START, LENGTH: the longest gap between two changes that ended in the window: from the poll that
+ *     saw BEFORE first to the one that saw AFTER.  ERROR is the sum of the two poll intervals in
+ *     which the counter stopped and went on, out of sight.  All 0 if it never changed.
+ * OPEN: how long it has stood still now.  BACKWARDS: how often it went back since the start.
+ * POLLS, LATEST: how often it was looked at, and the longest interval between two looks.
  *
  * Times are CLOCK_MONOTONIC.
  */
@@ -17,6 +25,7 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -28,7 +37,17 @@
 #include <unistd.h>
 
 #define NS_PER_US 1000
-#define STDIN_CHECK_NS 5000000 /* how often stdin is looked at */
+#define STDIN_CHECK_NS 1000000 /* how often stdin is looked at */
+
+struct gap {
+    uint64_t start, length, error;
+    uint32_t before, after;
+};
+
+struct window {
+    struct gap longest;
+    uint64_t polls, latest;
+};
 
 static uint64_t now_ns(void)
 {
@@ -38,12 +57,19 @@ static uint64_t now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-static int stdin_closed(void)
+/* 1: a line has come, -1: stdin is closed, 0: neither. */
+static int asked(void)
 {
     struct pollfd in = {.fd = 0, .events = POLLIN};
     char byte;
 
-    return poll(&in, 1, 0) > 0 && read(0, &byte, 1) == 0;
+    if (poll(&in, 1, 0) <= 0) {
+        return 0;
+    }
+    if (read(0, &byte, 1) <= 0) {
+        return -1;
+    }
+    return byte == '\n';
 }
 
 static const volatile uint32_t *map_counter(const char *path, uint64_t offset)
@@ -68,57 +94,85 @@ static const volatile uint32_t *map_counter(const char *path, uint64_t offset)
     return (const volatile uint32_t *)(base + (offset - start));
 }
 
-static void watch(const volatile uint32_t *counter, uint64_t poll_ns, uint64_t threshold_ns)
+static void tell(const struct window *window, uint64_t open, uint64_t backwards)
+{
+    const struct gap *gap = &window->longest;
+
+    printf("window %" PRIu64 " %" PRIu64 " %" PRIu64 " %" PRIu32 " %" PRIu32, gap->start,
+           gap->length, gap->error, gap->before, gap->after);
+    printf(" %" PRIu64 " %" PRIu64 " %" PRIu64 " %" PRIu64 "\n", open, backwards, window->polls,
+           window->latest);
+}
+
+static void watch(const volatile uint32_t *counter, uint64_t poll_ns)
 {
     struct timespec pause = {.tv_nsec = (long)poll_ns};
+    struct window window = {0};
     uint32_t last = *counter;
-    uint64_t changed = now_ns(), checked = changed, polls = 0;
+    uint64_t changed = now_ns(), polled = changed, checked = changed;
+    uint64_t before_change = 0; /* the poll interval in which the counter became `last` */
+    uint64_t backwards = 0;
+    int question;
 
-    printf("ready %" PRIu32 "\n", last);
     for (;;) {
         uint32_t value = *counter;
-        uint64_t now = now_ns();
+        uint64_t now = now_ns(), interval = now - polled;
 
-        polls++;
+        polled = now;
+        window.polls++;
+        if (interval > window.latest) {
+            window.latest = interval;
+        }
         if (value != last) {
-            if ((int32_t)(value - last) < 0) {
-                printf("backwards %" PRIu64 " %" PRIu32 " %" PRIu32 "\n", now, last, value);
-            }
-            if (now - changed >= threshold_ns) {
-                printf("gap %" PRIu64 " %" PRIu64 " %" PRIu32 " %" PRIu32 "\n", changed,
-                       now - changed, last, value);
+            backwards += (int32_t)(value - last) < 0;
+            if (now - changed > window.longest.length) {
+                window.longest =
+                    (struct gap){changed, now - changed, before_change + interval, last, value};
             }
             last = value;
             changed = now;
+            before_change = interval;
         }
         if (now - checked >= STDIN_CHECK_NS) {
             checked = now;
-            if (stdin_closed()) {
-                break;
+            question = asked();
+            if (question < 0) {
+                return;
+            }
+            if (question > 0) {
+                tell(&window, now - changed, backwards);
+                window = (struct window){0};
             }
         }
         if (poll_ns) {
             nanosleep(&pause, NULL);
         }
     }
-    printf("end %" PRIu32 " %" PRIu64 "\n", last, polls);
 }
 
 int main(int argc, char **argv)
 {
+    const struct sched_param lowest = {.sched_priority = 1};
     const volatile uint32_t *counter;
+    uint64_t poll_ns;
+    int realtime = 0;
 
-    if (argc != 5) {
-        fprintf(stderr, "usage: observer PATH OFFSET POLL_US THRESHOLD_US\n");
+    if (argc != 4) {
+        fprintf(stderr, "usage: observer PATH OFFSET POLL_US\n");
         return 2;
     }
     setvbuf(stdout, NULL, _IOLBF, 0);
     prctl(PR_SET_TIMERSLACK, 1);
+    mlockall(MCL_CURRENT);
     counter = map_counter(argv[1], strtoull(argv[2], NULL, 0));
     if (counter == NULL) {
         return 1;
     }
-    watch(counter, strtoull(argv[3], NULL, 0) * NS_PER_US,
-          strtoull(argv[4], NULL, 0) * NS_PER_US);
+    poll_ns = strtoull(argv[3], NULL, 0) * NS_PER_US;
+    if (poll_ns) { /* a real-time process that never sleeps would starve its CPU */
+        realtime = sched_setscheduler(0, SCHED_FIFO, &lowest) == 0;
+    }
+    printf("ready %" PRIu32 " %d\n", *counter, realtime);
+    watch(counter, poll_ns);
     return 0;
 }

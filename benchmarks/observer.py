@@ -4,25 +4,43 @@ from __future__ import annotations
 
 import os
 import subprocess
-import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path(__file__).with_name("observer.c")
 BINARY = ROOT / "build" / "observer"
 HEARTBEAT = 0x8000
-THRESHOLD_US = 200
+POLL_US = 50  # 10 would take more than half of a CPU in a virtual machine
+CALIBRATION = 0.5  # seconds
 
 
 @dataclass(frozen=True)
-class Gap:
-    """The counter stood still from `start_ns` (CLOCK_MONOTONIC) for `length_ns`."""
+class Window:
+    """The time between two questions.
+
+    The longest gap that ended in it: the counter stood still from `start_ns` (CLOCK_MONOTONIC)
+    for `length_ns`, give or take `error_ns`, at `before`, and went on as `after`.  `open_ns`: it
+    stands still since then.  `backwards`: how often it ever went back.  `polls` and `latest_ns`:
+    how often the observer looked, and the longest time that it did not.
+    """
 
     start_ns: int
     length_ns: int
+    error_ns: int
     before: int
     after: int
+    open_ns: int
+    backwards: int
+    polls: int
+    latest_ns: int
+
+    @property
+    def milliseconds(self) -> float:
+        """The longest gap."""
+        return self.length_ns / 1e6
 
 
 def build() -> Path:
@@ -35,40 +53,94 @@ def build() -> Path:
 
 
 class Observer:
-    """Watches the 32-bit counter at `offset` in the RAM behind `path` until `stop`."""
+    """Watches the 32-bit counter at `offset` in the RAM behind `path`; a context manager.
 
-    def __init__(self, path: str, offset: int = HEARTBEAT, poll_us: int = 20) -> None:
-        command = [str(build()), path, hex(offset), str(poll_us), str(THRESHOLD_US)]
+    It runs on the last CPU that this process may use, and where it may under SCHED_FIFO
+    (`realtime`), so that a busy machine does not keep it from looking.  Raises RuntimeError where
+    it cannot start.
+    """
+
+    def __init__(self, path: str, offset: int = HEARTBEAT, poll_us: int = POLL_US) -> None:
+        command = [str(build()), path, hex(offset), str(poll_us)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        self.gaps: list[Gap] = []
         self.backwards = 0
-        self._ready = threading.Event()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        if not self._ready.wait(10):
-            raise RuntimeError("the observer did not start")
-        os.sched_setaffinity(self._process.pid, {max(os.sched_getaffinity(0))})
+        try:
+            os.sched_setaffinity(self._process.pid, {max(os.sched_getaffinity(0))})
+            self.realtime = bool(self._answer("ready")[1])
+        except BaseException:
+            self.__exit__()
+            raise
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            word, *numbers = line.split()
-            if word == "gap":
-                self.gaps.append(Gap(*map(int, numbers)))
-            elif word == "backwards":
-                self.backwards += 1
-            self._ready.set()
+    def _answer(self, expected: str) -> list[int]:
+        assert self._process.stdout is not None and self._process.stderr is not None
+        word, *numbers = self._process.stdout.readline().split() or [""]
+        if word != expected:
+            raise RuntimeError(self._process.stderr.read().strip() or "the observer has ended")
+        return [int(number) for number in numbers]
 
-    def longest_since(self, start_ns: int) -> Gap | None:
-        """The longest gap that ended after `start_ns`."""
-        gaps = [gap for gap in list(self.gaps) if gap.start_ns + gap.length_ns >= start_ns]
-        return max(gaps, key=lambda gap: gap.length_ns, default=None)
+    def window(self) -> Window:
+        """Ends the window that began with the last call, and begins the next."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        window = Window(*self._answer("window"))
+        self.backwards = window.backwards
+        return window
+
+    def window_of(self, seconds: float) -> Window:
+        """A window of its own."""
+        self.window()
+        time.sleep(seconds)
+        return self.window()
+
+    def cpu_ns(self) -> int:
+        """The CPU time that it has taken so far."""
+        with open(f"/proc/{self._process.pid}/schedstat") as file:
+            return int(file.read().split()[0])
 
     def stop(self) -> None:
-        """Ends the observer and takes in what it still had to say."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._reader.join(10)
         self._process.wait(10)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for file in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert file is not None
+            file.close()
+
+
+def calibrate(poll_us: int) -> dict[str, float | bool]:
+    """What an observer is worth here, and what it takes from the others.
+
+    The mean and longest interval between two looks in µs, the share of a CPU that they take, and
+    whether it is under SCHED_FIFO.
+    """
+    fd = os.memfd_create("calibration")
+    try:
+        os.ftruncate(fd, HEARTBEAT + 4)
+        with Observer(f"/proc/{os.getpid()}/fd/{fd}", HEARTBEAT, poll_us) as observer:
+            observer.window()
+            begin, used = time.monotonic_ns(), observer.cpu_ns()
+            time.sleep(CALIBRATION)
+            window = observer.window()
+            length, used = time.monotonic_ns() - begin, observer.cpu_ns() - used
+            return {
+                "interval_us": length / window.polls / 1e3,
+                "latest_us": window.latest_ns / 1e3,
+                "cpu_share": used / length,
+                "realtime": observer.realtime,
+            }
+    finally:
+        os.close(fd)

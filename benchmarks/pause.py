@@ -1,170 +1,136 @@
-"""The pause of an update as the observer sees it, against RAM size, page size and accelerator."""
+"""The pause of an update as the observer sees it."""
 
 from __future__ import annotations
 
-import os
-import shlex
-import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
+from statistics import median
+from typing import Any
 
-from benchmarks.observer import HEARTBEAT, Observer
-from benchmarks.vm import ROOT, Vm
+from benchmarks.cases import Case
+from benchmarks.machines import (
+    choose_mode,
+    started,
+    update,
+    wait_for_heartbeat,
+    wait_until_populated,
+)
+from benchmarks.observer import POLL_US, Observer, Window
+from benchmarks.peer import Peer
+from benchmarks.phases import phase_file
+from benchmarks.quantiles import percentile
+from benchmarks.rounds import Progress, take_turns
+from benchmarks.settings import shmem_hugepages
 
-MIB = 1 << 20
-HUGEPAGE_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-IMAGE = ROOT / "examples" / "build" / "heartbeat.img"
-SETTLE = 0.25
-BOOT_TIMEOUT = 60.0  # of a BIOS under a slow KVM
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A real QEMU: its command, and the folder that it has as its root ("" for none)."""
-
-    command: list[str]
-    root: str
-
-
-@dataclass(frozen=True)
-class Case:
-    """One thing to measure: `ram` in bytes, `pages` "4K" or "2M", `vmm` "cpr" or "qemu"."""
-
-    vmm: str
-    accel: str
-    ram: int
-    pages: str
-    prealloc: bool
-
-    @property
-    def label(self) -> str:
-        backing = "prealloc" if self.prealloc else "lazy"
-        return f"{self.vmm} {self.accel} {self.ram // MIB} MiB {self.pages} {backing}"
+SETTLE = 0.1  # how long a window goes on behind the update
+LONGEST_BASELINE = 0.5
+MOVE_TIMEOUT = 20.0
 
 
 @dataclass
 class Result:
-    """Pauses in ms of each update; `baseline` is the longest gap without an update, `skipped` why
-    the case could not be run."""
+    """What one case gave; in ms, and one entry for each update.
+
+    `errors` is by how much a pause may be off, because the observer does not look all the time;
+    `baselines` the longest gap without an update, in a window of the same length before it;
+    `phases` the VMM's own report, and `elsewhere` how many of the pauses were, as it says, not
+    when it had stopped the guest.  `skipped` is why the case could not be run.
+    """
 
     case: Case
     pauses: list[float] = field(default_factory=list)
-    baseline: float = 0.0
+    errors: list[float] = field(default_factory=list)
+    baselines: list[float] = field(default_factory=list)
+    phases: list[dict[str, float]] = field(default_factory=list)
+    elsewhere: int = 0
+    realtime: bool = True
     skipped: str = ""
 
     @property
     def median(self) -> float:
-        return statistics.median(self.pauses)
+        return median(self.pauses)
 
     @property
     def p99(self) -> float:
-        return sorted(self.pauses)[min(len(self.pauses) - 1, int(len(self.pauses) * 0.99))]
+        return percentile(self.pauses, 0.99)
+
+    @property
+    def baseline(self) -> float:
+        return median(self.baselines)
+
+    def phase_medians(self) -> dict[str, float]:
+        """The median of each phase, over the updates that have it, in the order of one of them."""
+        names = max(self.phases, key=len, default={})
+        return {name: median(p[name] for p in self.phases if name in p) for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        names = ("pauses", "errors", "baselines", "phases", "elsewhere", "realtime", "skipped")
+        return self.case.to_dict() | {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Result:
+        names = set(cls.__dataclass_fields__) - {"case"}
+        return cls(Case.from_dict(values), **{name: values[name] for name in names})
 
 
-@contextmanager
-def hugepages(count: int) -> Iterator[None]:
-    """Makes `count` huge pages of 2 MiB available, and gives them back in any case."""
-    if not count:
-        yield
-        return
-    before = HUGEPAGE_POOL.read_text()
-    try:
-        HUGEPAGE_POOL.write_text(str(count))
-        got = int(HUGEPAGE_POOL.read_text())
-        if got < count:
-            raise RuntimeError(f"only {got} of {count} huge pages of 2 MiB can be had")
-        yield
-    finally:
-        HUGEPAGE_POOL.write_text(before)
+class Subject:
+    """A VM under its observer, stopped between its turns.  Owned by `stack`."""
+
+    def __init__(self, result: Result, peer: Peer | None, poll_us: int, stack: ExitStack) -> None:
+        self.case = case = result.case
+        self.result = result
+        self._peer = peer
+        self._phases = stack.enter_context(phase_file())
+        huge_before = shmem_hugepages()
+        self._vm = stack.enter_context(started(case, peer, phases=self._phases.path))
+        self._observer = stack.enter_context(Observer(self._vm.ram_path(), poll_us=poll_us))
+        self.result.realtime = self._observer.realtime
+        if case.pages == "THP" and shmem_hugepages() == huge_before:
+            raise RuntimeError("the kernel gave the RAM no transparent huge pages")
+        choose_mode(self._vm, case)
+        self._length = 2 * SETTLE
+        self._vm.qmp.command("stop")
+
+    def turn(self) -> None:
+        """One window without an update, and one with.  Raises one of FAILURES."""
+        self._vm.qmp.command("cont")
+        wait_for_heartbeat(self._vm)
+        self._phases.clear()
+        baseline = self._observer.window_of(min(self._length, LONGEST_BASELINE))
+        begin = time.monotonic()
+        update(self._vm, self.case, self._peer)
+        pause = self._end_of_pause()
+        self._length = time.monotonic() - begin
+        if self._observer.backwards:
+            raise RuntimeError("the guest's counter went back")
+        self.result.pauses.append(pause.milliseconds)
+        self.result.errors.append(pause.error_ns / 1e6)
+        self.result.baselines.append(baseline.milliseconds)
+        self.result.phases.append(self._phases.read(self._vm.closed_ns))
+        self.result.elsewhere += self._phases.exclude(pause.start_ns, pause.length_ns)
+        self._vm.qmp.command("stop")
+
+    def _end_of_pause(self) -> Window:
+        wait_for_heartbeat(self._vm, MOVE_TIMEOUT)
+        wait_until_populated(self._vm, self.case)
+        time.sleep(SETTLE)
+        return self._observer.window()
 
 
-def arguments(case: Case, image: str) -> list[str]:
-    """The options of the VM, the same for every VMM."""
-    backend = f"memory-backend-memfd,id=ram0,size={case.ram},share=on"
-    if case.pages == "2M":
-        backend += ",hugetlb=on,hugetlbsize=2M"
-    if case.prealloc:
-        backend += ",prealloc=on"
-    return [
-        *("-nodefaults", "-display", "none", "-accel", case.accel, "-m", f"{case.ram // MIB}M"),
-        *("-object", backend, "-machine", "pc,memory-backend=ram0,aux-ram-share=on"),
-        *("-drive", f"file={image},format=raw,if=floppy"),
-    ]
+def measure(
+    group: list[Case],
+    updates: int,
+    peer: Peer | None,
+    progress: Progress = lambda text: None,
+    poll_us: int = POLL_US,
+) -> list[Result]:
+    """Runs the cases of a group.  What cannot be run is left out, with the reason in the result."""
+    results = {case: Result(case) for case in group}
 
+    def start(case: Case, stack: ExitStack) -> Subject:
+        return Subject(results[case], peer, poll_us, stack)
 
-@contextmanager
-def started(case: Case, peer: Peer | None) -> Iterator[Vm]:
-    if case.vmm == "cpr":
-        with Vm(*arguments(case, str(IMAGE))) as vm:
-            yield vm
-        return
-    assert peer is not None
-    copy = Path(f"{peer.root}/tmp/heartbeat-{os.getpid()}.img")
-    copy.write_bytes(IMAGE.read_bytes())
-    try:
-        path = str(copy).removeprefix(peer.root)
-        with Vm(*arguments(case, path), command=peer.command, root=peer.root) as vm:
-            yield vm
-    finally:
-        copy.unlink()
-
-
-def update(vm: Vm, case: Case, peer: Peer | None) -> None:
-    """One cpr-exec, as each VMM offers it."""
-    if case.vmm == "cpr":
-        vm.update()
-        return
-    assert peer is not None
-    # Inside its root QEMU is called by its own name; what precedes that is how to get there.
-    words = vm.words[len(peer.command) - 1 :]
-    state = f"{str(vm.directory).removeprefix(peer.root)}/state"
-    command = [*words, "-incoming", f"file:{state}"]
-    vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=command)
-    vm.qmp.command("migrate", uri=f"file:{state}")
-    vm.reconnect()
-
-
-def wait_for_heartbeat(vm: Vm) -> None:
-    """Waits until the guest counts; raises RuntimeError if it never does."""
-    deadline = time.monotonic() + BOOT_TIMEOUT
-    first = vm.u32(HEARTBEAT)
-    while vm.u32(HEARTBEAT) == first:
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"the guest does not count: {vm.stderr}")
-        time.sleep(0.01)
-
-
-def measure(case: Case, updates: int, peer: Peer | None) -> Result:
-    """Runs one case.  What cannot be run is left out, with the reason in the result."""
-    result = Result(case)
-    need = case.ram // (2 * MIB) if case.pages == "2M" else 0
-    try:
-        with hugepages(need), started(case, peer) as vm:
-            observer = Observer(vm.ram_path())
-            wait_for_heartbeat(vm)
-            time.sleep(SETTLE)
-            begin = time.monotonic_ns()
-            time.sleep(SETTLE)
-            gap = observer.longest_since(begin)
-            result.baseline = gap.length_ns / 1e6 if gap else 0.0
-            for _ in range(updates):
-                start = time.monotonic_ns()
-                update(vm, case, peer)
-                time.sleep(SETTLE)
-                gap = observer.longest_since(start)
-                if gap is None:
-                    raise RuntimeError(f"no pause seen: {vm.stderr}")
-                result.pauses.append(gap.length_ns / 1e6)
-            observer.stop()
-    except (OSError, RuntimeError, ValueError) as error:
-        result.skipped = str(error).strip().splitlines()[-1]
-    return result
-
-
-def parse_peer(command: str) -> Peer:
-    """`/usr/bin/qemu-system-x86_64`, or `chroot FOLDER qemu-system-x86_64`."""
-    words = shlex.split(command)
-    return Peer(words, words[1] if words[0].endswith("chroot") else "")
+    for case, why in take_turns(group, start, updates, progress).items():
+        results[case].skipped = why
+    return list(results.values())

@@ -1,4 +1,4 @@
-"""Copying and saving of guest RAM against the machine's ceilings: `python -m benchmarks.ram_copy`.
+"""Copying and saving of guest RAM against the machine's ceilings: `python -m benchmarks ram-copy`.
 
 All the ways are measured once in each round, one after the other; a ratio is of two measurements
 of one round, so that whatever else the machine does is in both.  Ceilings are libc's memcpy, a
@@ -13,14 +13,14 @@ import mmap
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+from benchmarks.cases import available_memory
 from cpr.errors import CprError
 from cpr.pages import (
     INSTRUCTION_SETS,
@@ -135,6 +135,18 @@ class Results:
         self.seconds.setdefault(name, []).append(seconds)
         self.sizes[name] = size
         self.ceilings[name] = ceiling
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All of it as JSON."""
+        return [
+            {
+                "name": name,
+                "size": self.sizes[name],
+                "ceiling": self.ceilings[name],
+                "seconds": seconds,
+            }
+            for name, seconds in self.seconds.items()
+        ]
 
     def ratios(self, name: str) -> list[float]:
         """The bandwidth of `name` as a part of its ceiling's, by round."""
@@ -308,18 +320,7 @@ def measure_saving(
         pool.close()
 
 
-def available() -> int:
-    """Bytes of memory that can be had."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, value, *_ = line.split()
-        if name == "MemAvailable:":
-            return int(value) << 10
-    return 0
-
-
-def main() -> int:
-    """Prints the table; 1 where there is not enough memory."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ram_copy", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", type=int, default=1024, help="MiB of each RAM to copy")
     parser.add_argument("--save", type=int, default=4096, help="MiB of RAM to save; 0: none")
     parser.add_argument("--rounds", type=int, default=5)
@@ -331,19 +332,25 @@ def main() -> int:
         nargs="+",
         default=sorted({1, len(os.sched_getaffinity(0))}),
     )
-    options = parser.parse_args()
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One entry for each way.  Raises RuntimeError where there is not enough memory."""
     need = max(3 * options.memory, 3 * options.save) * MIB
-    if available() < need * 5 // 4:
-        print(f"not enough memory: {need // MIB} MiB are needed; see --memory and --save")
-        return 1
+    if available_memory() < need * 5 // 4:
+        raise RuntimeError(f"{need // MIB} MiB of memory are needed; see --memory and --save")
     results = Results()
     measure_copying(results, options.memory * MIB, options.rounds, options.threads)
     if options.save:
         arguments = (options.folder, options.save * MIB, options.save_rounds, options.threads)
         measure_saving(results, *arguments)
-    print(results.table())
-    return 0
+    return results.entries()
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def markdown(entries: list[dict[str, Any]]) -> str:
+    """A row for each way."""
+    results = Results()
+    for entry in entries:
+        for seconds in entry["seconds"]:
+            results.add(entry["name"], entry["size"], seconds, entry["ceiling"])
+    return results.table()

@@ -29,12 +29,16 @@ class QmpError(Exception):
 
 
 class Qmp:
-    """A QMP connection that has left capabilities negotiation; events are kept in `events`."""
+    """A QMP connection that has left capabilities negotiation; events are kept in `events`.
 
-    def __init__(self, path: str) -> None:
+    `closed_ns` is when the other end was seen to close, which in an update is the exec.
+    """
+
+    def __init__(self, path: str, timeout: float = TIMEOUT) -> None:
         self.events: list[dict] = []
+        self.closed_ns = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(TIMEOUT)
+        self._socket.settimeout(timeout)
         try:
             self._socket.connect(path)
             self._file = self._socket.makefile("r")
@@ -80,6 +84,7 @@ class Qmp:
                 if "event" in message:
                     self.events.append(message)
         except OSError:
+            self.closed_ns = time.monotonic_ns()
             self.close()
 
     def close(self) -> None:
@@ -90,12 +95,19 @@ class Qmp:
 class Vm:
     """One VMM process with a QMP socket; a context manager that ends it.
 
-    `command` is another VMM's, such as QEMU's; `root` is the folder that it has as its root.
+    `command` is another VMM's, such as QEMU's; `root` is the folder that it has as its root;
+    `timeout` is for how long its monitor may be silent, in seconds.
     """
 
     def __init__(
-        self, *arguments: str, command: list[str] | None = None, root: str = "", **popen: Any
+        self,
+        *arguments: str,
+        command: list[str] | None = None,
+        root: str = "",
+        timeout: float = TIMEOUT,
+        **popen: Any,
     ) -> None:
+        self._timeout = timeout
         folder = f"{root}/tmp" if root else None
         self._directory = tempfile.TemporaryDirectory(prefix="cpr-vm-", dir=folder)
         self.directory = Path(self._directory.name)
@@ -115,6 +127,7 @@ class Vm:
                 **popen,
             )
         self.pid = self.process.pid
+        self.closed_ns = 0  # when the latest update closed the monitor
         self._ram: mmap.mmap | None = None
         try:
             self.qmp = self.connect()
@@ -128,20 +141,22 @@ class Vm:
 
     def connect(self) -> Qmp:
         """Connects, trying again while the VMM (or its new image) is not yet listening."""
-        deadline = time.monotonic() + TIMEOUT
+        deadline = time.monotonic() + self._timeout
         while True:
             try:
-                return Qmp(self.socket)
+                return Qmp(self.socket, self._timeout)
             except (OSError, ValueError) as error:
                 status = self.process.poll()
                 if status is not None:
                     raise RuntimeError(f"VMM ended with {status}: {self.stderr}") from error
                 if time.monotonic() > deadline:
-                    raise
+                    text = f"no monitor after {self._timeout:.0f} s: {error}"
+                    raise RuntimeError(text) from error
                 time.sleep(0.002)
 
     def reconnect(self) -> Qmp:
         self.qmp.wait_closed()
+        self.closed_ns = self.qmp.closed_ns
         self.qmp = self.connect()
         return self.qmp
 
@@ -192,6 +207,12 @@ class Vm:
         except OSError:
             return []
         return [int(word) for word in text.split()]
+
+    def resident(self) -> int:
+        """Bytes of shared memory in the VMM's page tables, huge pages included."""
+        with open(f"/proc/{self.pid}/status") as file:
+            values = dict(line.split(":", 1) for line in file)
+        return sum(int(values[key].split()[0]) << 10 for key in ("RssShmem", "HugetlbPages"))
 
     def close(self) -> None:
         if self._ram is not None:

@@ -34,6 +34,7 @@ from cpr.devices.system import KvmClock, Timers, VCpuState
 from cpr.errors import ConfigError, CprError
 from cpr.machine import Machine
 from cpr.memory import GuestMemory
+from cpr.phases import mark
 from cpr.ram import (
     create_aux_block,
     create_backend_block,
@@ -84,6 +85,7 @@ def build(
     or KernelError; then everything that was made is freed again.
     """
     _check(config)
+    mark("map")
     accel = _create_accel(config.accels, resumed)
     memory = GuestMemory()
     machine = Machine(config, accel, memory, loop, events)
@@ -92,6 +94,7 @@ def build(
         for section in memory.sections:
             host = section.block.host + section.offset
             accel.map_ram(section.start, section.size, host, section.readonly)
+        mark("vcpu")
         accel.create_irqchip()
         for index in range(config.smp):
             machine.vcpus.append(accel.create_vcpu(index))

@@ -13,9 +13,9 @@ from cpr.state.ram_section import END as RAM_END
 from cpr.state.ram_section import PAGE_SIZE, Block
 from cpr.state.stream import SWITCHOVER_START, StreamWriter
 from cpr.state.vmstate import VMStateDescription, buffer, i32, u8
-from cpr.vmm.main import main
 from cpr.vmm.inspect import source
 from cpr.vmm.inspect.source import Source
+from cpr.vmm.main import main
 
 STATES = sorted(path.name for path in DATA.glob("*.cprstate.bin"))
 FILES = STATES + [f"{name}.vmstate" for name in STREAMS]

@@ -117,7 +117,16 @@ def test_configuration_boots_its_guest_in_shared_memory(build: Path, path: Path)
 
 def test_every_guest_that_runs_on_has_a_configuration() -> None:
     names = {path.stem for path in CONFIGURATIONS}
-    assert names == {"churn", "console", "halt", "heartbeat", "lapic-timer", "smp", "timer"}
+    assert names == {
+        "churn",
+        "console",
+        "halt",
+        "heartbeat",
+        "lapic-timer",
+        "smp",
+        "sweep",
+        "timer",
+    }
 
 
 class Churn:

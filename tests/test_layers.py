@@ -29,15 +29,8 @@ LAYERS = (
     ("cpr.ram",),
     ("cpr.config",),
     ("cpr.state",),
-    (
-        "cpr.uapi",
-        "cpr.launcher",
-        "cpr.fd_list",
-        "cpr.runstate",
-        "cpr.events",
-        "cpr.mainloop",
-        "cpr.clock",
-    ),
+    ("cpr.uapi", "cpr.runstate", "cpr.events", "cpr.mainloop", "cpr.clock"),
+    ("cpr.launcher", "cpr.fd_list", "cpr.phases"),
     ("cpr.errors", "cpr._native"),
 )
 ONLY = {
@@ -135,6 +128,7 @@ BEFORE_THE_GUEST_RUNS = {
     "cpr.accel.kvm_resume",
     "cpr.fd_list",
     "cpr.launcher",
+    "cpr.phases",
     "cpr.vmm",
     "cpr.vmm.early",
     "__future__",

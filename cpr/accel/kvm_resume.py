@@ -16,6 +16,7 @@ from _thread import allocate_lock, start_new_thread
 
 from cpr import fd_list
 from cpr._native._cpr import ffi, lib
+from cpr.phases import mark
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,11 +73,13 @@ class ResumedVm:
         self.image = image
         self.overlap = image.mode == lib.CPR_VM_OVERLAP
         self.struct = ffi.new("struct cpr_vm *")
+        mark("map")
         error = lib.cpr_vm_create(image, self.struct)
         if error:
             raise OSError(-error, ffi.string(self.struct.failed).decode())
         count = image.vcpus
         self.go = ffi.new("uint32_t[]", count)
+        mark("vcpu")
         lib.cpr_kick_install()
         self.vcpus = [ResumedVCpu(self, index) for index in range(count)]
         self.sections = {
@@ -100,13 +103,16 @@ class ResumedVm:
     def restore(self) -> int:
         """Writes the image's state to the VM; returns 0 or -errno of image.failed_step."""
         vm = self.struct
+        mark("load")
         error: int = lib.cpr_vm_image_restore(self.image, vm.vm_fd, vm.vcpu_fds)
         return error
 
     def run(self, what: list[int]) -> None:
         """Lets each vCPU do what it is to do, an enum cpr_vcpu_go."""
         self.image.resumed_ns = time.monotonic_ns()
+        mark("resume")
         lib.cpr_kvm_go(self.go, what, len(what))
+        mark("run")
 
     def mappings(self) -> dict[int, int]:
         """Where each preserved descriptor is mapped."""

@@ -15,6 +15,7 @@ from cpr._native._cpr import ffi, lib
 from cpr.accel.kvm_exit import serve
 from cpr.accel.vm_image import CPU_SET_SIZE, NAME, REQUEST, STREAM, VmImage
 from cpr.errors import CprError, KernelError, MigrationError
+from cpr.phases import mark
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ def take_over(accel: KvmAccelerator, bus: Bus) -> None:
     child = _open_child(image.child)
     try:
         restore_affinity(image)
+        mark("stop")
         _capture(accel, image, child, bus)
         error = resumed.restore()
         if error:

@@ -20,6 +20,7 @@ from cpr import launcher, runstate
 from cpr.config import parse_command_line, strip_options
 from cpr.errors import CprError, KernelError, MigrationError
 from cpr.migration.mode import EXEC, Mode, cpr_blockers
+from cpr.phases import mark
 from cpr.uapi.mm_holder import MmHolder
 
 TYPE_CHECKING = False
@@ -163,6 +164,7 @@ class Exec(Mode):
         try:
             if not self.command[0]:
                 raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+            mark("exec")
             os.execvp(self.command[0], self.command)
         except (OSError, ValueError) as error:
             text = error.strerror if isinstance(error, OSError) else str(error)

@@ -10,6 +10,7 @@ from cpr import runstate
 from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.migration import address as addresses
 from cpr.migration import channel, savevm
+from cpr.phases import mark
 from cpr.state.reader import StreamError
 
 TYPE_CHECKING = False
@@ -169,6 +170,7 @@ class Incoming:
 
     def _load(self, source: channel.Channel) -> None:
         """Loads the stream and brings the VM up as it was."""
+        mark("load")
         migration = self._migration
         migration.set_incoming_status("active")
         try:
@@ -185,7 +187,9 @@ class Incoming:
             from cpr.migration.cpr_transfer import HAND_OVER_NS, take_guest
 
             take_guest(migration.machine, HAND_OVER_NS)
+        mark("resume")
         self._come_up(old_state)
+        mark("run")
         migration.set_incoming_status("completed")
         self.on_loaded()
 

@@ -21,6 +21,7 @@ from cpr.migration.incoming import Incoming
 from cpr.migration.mode import EXEC, NORMAL, TRANSFER, Mode
 from cpr.migration.parameters import Capabilities, Parameters
 from cpr.migration.statistics import RamCounters, Times
+from cpr.phases import mark
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -308,7 +309,9 @@ class Migration:
     def _stop_guest(self) -> None:
         assert self._mode is not None
         self._times.stop()
+        mark("stop")
         self._mode.stop(self.machine)
+        mark("save")
 
     def _run(self, address: dict | None) -> None:
         """The migration thread; `address` is what is still to be connected to."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import posix
 
 from cpr.fd_list import ENVIRONMENT_NAME
+from cpr.phases import mark
 
+mark("imports")
 resumed = False
 
 

@@ -20,6 +20,7 @@ from cpr.migration.address import connects_in_background
 from cpr.migration.incoming import Sources
 from cpr.migration.migration import Migration
 from cpr.monitor.passed_fds import PassedFds
+from cpr.phases import mark
 from cpr.state.fds import PreservedFds
 from cpr.uapi import mm_holder
 from cpr.vmm import way_back
@@ -129,6 +130,7 @@ def run_vmm(arguments: list[str]) -> int:
 
     Raises CprError where it cannot start.
     """
+    mark("config")
     config = parse_command_line(arguments)
     if config.action is not None:
         print(config.action_text, end="")
