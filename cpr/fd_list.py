@@ -15,7 +15,8 @@ MAX_SIZE = 1 << 20
 def read() -> bytes:
     """The CPR state that the environment names; nothing where there is none."""
     try:
-        return posix.pread(int(posix.environ[ENVIRONMENT_NAME.encode()]), MAX_SIZE, 0)
+        fd = int(posix.environ[ENVIRONMENT_NAME.encode()])
+        return posix.pread(fd, min(posix.fstat(fd).st_size, MAX_SIZE), 0)
     except (KeyError, ValueError, OSError):
         return b""
 
