@@ -143,8 +143,11 @@ class Accelerator:
         """The inverse of `add_irqfd`; from now on the eventfd counts."""
         raise NotImplementedError
 
-    def add_message(self, address: int, data: int) -> int:
-        """Makes a GSI that stands for the MSI of `data` to `address`; `remove_message` ends it."""
+    def add_messages(self, messages: list[tuple[int, int]]) -> list[int]:
+        """Makes GSIs that stand for MSIs, each (address, data), in their order.
+
+        `remove_message` is the inverse, one by one.
+        """
         raise NotImplementedError
 
     def set_message(self, gsi: int, address: int, data: int) -> None:

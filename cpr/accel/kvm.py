@@ -239,8 +239,8 @@ class KvmAccelerator(base.Accelerator):
     def remove_irqfd(self, gsi: int, eventfd: int) -> None:
         self.interrupts.remove_irqfd(gsi, eventfd)
 
-    def add_message(self, address: int, data: int) -> int:
-        return self.interrupts.add_message(address, data)
+    def add_messages(self, messages: list[tuple[int, int]]) -> list[int]:
+        return self.interrupts.add_messages(messages)
 
     def set_message(self, gsi: int, address: int, data: int) -> None:
         self.interrupts.set_message(gsi, address, data)

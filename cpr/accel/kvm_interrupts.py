@@ -55,29 +55,37 @@ class KvmInterrupts:
         kvm.deassign_irqfd(self._vm, gsi, eventfd)
         self.irqfds = [each for each in self.irqfds if (each.gsi, each.eventfd) != (gsi, eventfd)]
 
-    def add_message(self, address: int, data: int) -> int:
+    def add_messages(self, messages: list[tuple[int, int]]) -> list[int]:
+        before = dict(self._messages)
+        gsis = []
         gsi = FIRST_MESSAGE_GSI
-        while gsi in self._messages:
-            gsi += 1
-        self.set_message(gsi, address, data)
-        return gsi
+        for message in messages:
+            while gsi in self._messages:
+                gsi += 1
+            self._messages[gsi] = message
+            gsis.append(gsi)
+        self._change(before)
+        return gsis
 
     def set_message(self, gsi: int, address: int, data: int) -> None:
-        old = self._messages.get(gsi)
-        if old == (address, data):
-            return
+        before = dict(self._messages)
         self._messages[gsi] = (address, data)
+        self._change(before)
+
+    def remove_message(self, gsi: int) -> None:
+        before = dict(self._messages)
+        del self._messages[gsi]
+        self._change(before)
+
+    def _change(self, before: dict[int, tuple[int, int]]) -> None:
+        """Gives KVM the table, if it is another one; what KVM refuses is as it was."""
+        if self._messages == before:
+            return
         try:
             self._set_routing()
         except KernelError:
-            del self._messages[gsi]
-            if old is not None:
-                self._messages[gsi] = old
+            self._messages = before
             raise
-
-    def remove_message(self, gsi: int) -> None:
-        del self._messages[gsi]
-        self._set_routing()
 
     def _set_routing(self) -> None:
         pins = [(gsi, lib.KVM_IRQCHIP_IOAPIC, gsi) for gsi in range(IOAPIC_PINS)]

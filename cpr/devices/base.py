@@ -7,6 +7,9 @@ stream.  The machine calls nothing but this interface.
 
 from __future__ import annotations
 
+DESCRIPTORS_KEPT = frozenset({"cpr-exec", "cpr-transfer"})
+"""The modes in which a device's descriptors go over to the new VMM."""
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable

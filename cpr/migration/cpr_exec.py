@@ -78,6 +78,7 @@ class Exec(Mode):
         import signal
 
         self.before_exec()
+        self._fds.refresh()
         sys.stdout.flush()
         sys.stderr.flush()
         # Python ignores it; the new program shall not.
