@@ -36,6 +36,9 @@ ONLY = {
     "cpr._native": ("cpr.uapi", "cpr.ram", "cpr.pages", "cpr.accel", "cpr._native"),
     "cpr.uapi.kvm": ("cpr.accel",),
     "cpr.uapi.seccomp": ("cpr.vmm",),
+    "cpr.uapi.vfio": ("cpr.devices.vfio",),
+    "cpr.uapi.vfio_sysfs": ("cpr.devices.vfio", "cpr.uapi"),
+    "cpr.uapi.iommufd": ("cpr.devices.iommufd",),
     "cpr.accel.kvm": ("cpr.pc",),
     "cpr.accel.tcg": ("cpr.pc",),
 }

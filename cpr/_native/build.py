@@ -2,7 +2,8 @@
 
 Kernel constants and structs come from the system's headers through `cdef.h`.  Each C file has a
 header of the same name that holds declarations only; the header is both what C includes and what
-cffi parses, so that the two cannot differ.
+cffi parses, so that the two cannot differ.  A header *_abi.h holds what the system's headers may
+lack; cffi knows it through `cdef.h` too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-HEADERS = sorted(path.name for path in HERE.glob("*.h") if path.name != "cdef.h")
+ABI = sorted(path.name for path in HERE.glob("*_abi.h"))
+HEADERS = sorted(path.name for path in HERE.glob("*.h") if path.name not in ("cdef.h", *ABI))
 SOURCES = sorted(path.name for path in HERE.glob("*.c") if path.name != "_cpr.c")
 
 PRELUDE = """
@@ -22,6 +24,7 @@ PRELUDE = """
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <linux/kvm.h>
+#include <linux/vfio.h>
 """
 
 
@@ -37,10 +40,10 @@ ffibuilder = FFI()
 ffibuilder.cdef("\n".join(declarations(name) for name in ["cdef.h", *HEADERS]))
 ffibuilder.set_source(
     "cpr._native._cpr",
-    PRELUDE + "".join(f'#include "{name}"\n' for name in HEADERS),
+    PRELUDE + "".join(f'#include "{name}"\n' for name in [*ABI, *HEADERS]),
     sources=[f"cpr/_native/{name}" for name in SOURCES],
     include_dirs=["cpr/_native"],
-    depends=[f"cpr/_native/{name}" for name in ["cdef.h", *HEADERS]],
+    depends=[f"cpr/_native/{name}" for name in ["cdef.h", *ABI, *HEADERS]],
     extra_compile_args=["-O2", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror"],
     libraries=["dl", "pthread"],
 )
