@@ -10,6 +10,8 @@ E1000E = "0000:00:05.0"
 NVME = "0000:00:07.0"
 SECOND_EDU = "0000:00:08.0"
 
+DEVICES = (EDU, E1000E, NVME, SECOND_EDU)
+
 PCI = Path("/sys/bus/pci")
 DRIVER = "vfio-pci"
 
@@ -44,3 +46,14 @@ def unbind(address: str) -> None:
 def group(address: str) -> int:
     """The number of the device's IOMMU group: /dev/vfio/NUMBER."""
     return int((device(address) / "iommu_group").resolve().name)
+
+
+def cdev(address: str) -> str:
+    """The device's own character device, /dev/vfio/devices/vfioN; only with iommufd."""
+    (name,) = (each.name for each in (device(address) / "vfio-dev").iterdir())
+    return f"/dev/vfio/devices/{name}"
+
+
+def command(address: str) -> int:
+    """PCI_COMMAND as the device itself has it."""
+    return int.from_bytes((device(address) / "config").read_bytes()[4:6], "little")
