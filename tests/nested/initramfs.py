@@ -65,7 +65,11 @@ def _opened_folders(needed: list[Path]) -> str:
 
 
 def init_script(
-    kernel: Kernel, command: list[str], folder: Path, environment: dict[str, str], needed: list[Path]
+    kernel: Kernel,
+    command: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    needed: list[Path],
 ) -> str:
     """The text of /init: `command` runs in `folder` of the host's tree, then the VM ends."""
     words = " ".join(shlex.quote(word) for word in command)

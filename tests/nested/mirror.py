@@ -78,7 +78,11 @@ class Mirror:
         kernel = KERNELS[name](self.say)
         command = [sys.executable, "-m", "pytest", "-p", "tests.nested.inner"]
         command += ["-p", "no:cacheprovider", "-p", "no:terminal", "-o", "addopts="]
-        command += [f"--rootdir={ROOT}", f"--timeout={SECONDS_OF_A_TEST}", "--timeout-method=signal"]
+        command += [
+            f"--rootdir={ROOT}",
+            f"--timeout={SECONDS_OF_A_TEST}",
+            "--timeout-method=signal",
+        ]
         environment = {
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME": "/dev/shm",
@@ -94,7 +98,9 @@ class Mirror:
         self.folder = tempfile.TemporaryDirectory(prefix="cpr-nested-")
         archive = build(kernel, init, Path(self.folder.name))
         console, log = (CACHE / f"last-{name}.{kind}" for kind in ("console", "jsonl"))
-        self.facts.append(f"kernel {kernel.release}; console and events are in {CACHE}/last-{name}.*")
+        self.facts.append(
+            f"kernel {kernel.release}; console and events are in {CACHE}/last-{name}.*"
+        )
         self.say(f"booting kernel {kernel.release} with {len(nodeids)} tests")
         self.vm = NestedVm(kernel, archive, console, log)
 
@@ -114,7 +120,9 @@ class Mirror:
                 hook = self.config.hook
                 yield hook.pytest_report_from_serializable(config=self.config, data=event["report"])
             elif event["event"] in ("failed", "exit"):
-                text = event.get("text", f"the inner pytest ended with status {event.get('status')}")
+                text = event.get(
+                    "text", f"the inner pytest ended with status {event.get('status')}"
+                )
                 self.ended = self.ended or text
                 yield self._failure(item, text)
                 return

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,3 +53,10 @@ def user(request: pytest.FixtureRequest) -> User:
     user = User(request.param)
     give_devices(0 if user.name == "root" else UNPRIVILEGED)
     return user
+
+
+@pytest.fixture
+def fact(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Shows a line in the summary of the run outside."""
+    reporter: Any = request.config.pluginmanager.get_plugin("nested_reporter")
+    return lambda text: reporter.send("fact", text=text)

@@ -19,7 +19,14 @@ MORE_KIB = 2 << 10
 
 def across_exec(kind: str, address: str, before: list[str] | None = None) -> list[dict]:
     """Runs the process, with `before` in front; returns the facts of its two images."""
-    words = [*(before or []), sys.executable, "-m", "tests.nested.inside.across_exec", kind, address]
+    words = [
+        *(before or []),
+        sys.executable,
+        "-m",
+        "tests.nested.inside.across_exec",
+        kind,
+        address,
+    ]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
