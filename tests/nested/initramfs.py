@@ -14,7 +14,7 @@ from pathlib import Path
 from .kernels import Kernel
 
 BUSYBOX = "/bin/busybox"
-APPLETS = ("sh", "mount", "mkdir", "insmod", "chroot", "cat", "poweroff", "ip", "stty")
+APPLETS = ("sh", "mount", "mkdir", "insmod", "chroot", "cat", "poweroff", "ip", "stty", "sleep")
 MOUNT_TAG = "host"
 RESULTS = "/dev/ttyS1"  # one JSON object a line; the kernel's console is ttyS0
 

@@ -33,7 +33,7 @@ enum {
 MAILBOX rounds = 0;
 MAILBOX mismatches = 0;         /* dwords of the pattern that came back wrong */
 MAILBOX wrong_factorials = 0;
-MAILBOX dma_busy = 0;           /* a DMA was started and its interrupt has not come yet */
+MAILBOX dma_busy = 0;           /* a DMA's interrupt is awaited: 1 out of RAM, 2 into RAM */
 MAILBOX dma_source = SOURCE;    /* page that is sent; a test may move it */
 MAILBOX dma_destination = DESTINATION;
 MAILBOX causes = 0;             /* all bits that were seen in the interrupt status */
@@ -57,7 +57,7 @@ static void dma(u32 source, u32 destination, u32 direction)
     write32(edu + DMA_COUNT, BYTES);
     barrier();
     triggered++;
-    dma_busy = 1;
+    dma_busy = direction ? 2 : 1;
     write32(edu + DMA_COMMAND, DMA_RUN | DMA_INTERRUPT | direction);
     wait_for(&interrupts, triggered);
     dma_busy = 0;

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.vm import VMM
+
 from . import machine
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
@@ -36,6 +38,13 @@ class User:
             return []
         who = [f"--reuid={UNPRIVILEGED}", f"--regid={UNPRIVILEGED}", "--clear-groups"]
         return ["prlimit", f"--memlock={memlock}:{memlock}", "setpriv", *who]
+
+    def vmm(self, kind: str) -> list[str]:
+        """The command of this checkout's VMM, run by this user, whose folder is its own."""
+        if self.name == "root":
+            return VMM
+        owner = f'chown {UNPRIVILEGED} "$TMPDIR" "$TMPDIR/stderr" && exec "$@"'
+        return ["sh", "-c", owner, "sh", *self.words(MEMLOCK[kind]), *VMM]
 
 
 def give_devices(uid: int) -> None:

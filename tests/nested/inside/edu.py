@@ -25,9 +25,14 @@ class Edu:
     def __init__(self, device: Fd) -> None:
         self.device = device
         region = vfio.region_info(device, BAR)
-        bar = mmap.mmap(device.number, region.size, offset=region.offset)
-        self.registers = memoryview(bar).cast("I")
+        self._bar = mmap.mmap(device.number, region.size, offset=region.offset)
+        self.registers = memoryview(self._bar).cast("I")
         self.config = vfio.region_info(device, vfio.CONFIG_REGION)
+
+    def close(self) -> None:
+        """Unmaps the registers."""
+        self.registers.release()
+        self._bar.close()
 
     def enable(self) -> None:
         """Memory and bus mastering on, as a guest's driver does it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,9 @@ class Guest:
         except AssertionError as error:
             raise AssertionError(f"{error}; {self.all()}; {self.vm.stderr}") from None
 
+    def wait_while(self, word: str, value: int) -> None:
+        wait_for(lambda: self[word] != value, f"{word} is no longer {value}", SECONDS)
+
     def hold(self) -> None:
         """Has the guest stand still between two rounds; `go_on` is the inverse."""
         self["hold"] = 1
@@ -109,9 +112,36 @@ def update_by_migrate(vm: Vm, command: list[str], stream: str) -> None:
     vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=command)
     vm.qmp.send("migrate", uri=f"file:{stream}")
     vm.reconnect()
+    wait_for_running(vm)
+
+
+def wait_for_running(vm: Vm) -> None:
+    """Waits until a new image has taken the guest over."""
     wait_for(
         lambda: vm.qmp.command("query-status")["running"], "the new image runs the guest", SECONDS
     )
+
+
+@contextmanager
+def stopped_new_image(vm: Vm) -> Iterator[Callable[[], None]]:
+    """An update whose new image waits for its stream: it has all descriptors and maps nothing.
+
+    What is yielded has it load the stream and run the guest.
+    """
+    stream = f"{vm.directory}/stream"
+    vm.qmp.command(
+        "migrate-set-parameters",
+        mode="cpr-exec",
+        cpr_exec_command=[*own_words(vm), "-incoming", "defer"],
+    )
+    vm.qmp.send("migrate", uri=f"file:{stream}")
+    vm.reconnect()
+
+    def finish() -> None:
+        vm.qmp.command("migrate-incoming", uri=f"file:{stream}")
+        wait_for_running(vm)
+
+    yield finish
 
 
 def inspected(file: Path) -> dict[str, Any]:

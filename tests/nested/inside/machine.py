@@ -9,8 +9,9 @@ EDU = "0000:00:04.0"
 E1000E = "0000:00:05.0"
 NVME = "0000:00:07.0"
 SECOND_EDU = "0000:00:08.0"
+TWINS = ("0000:00:09.0", "0000:00:09.1")  # two edu that share a group
 
-DEVICES = (EDU, E1000E, NVME, SECOND_EDU)
+DEVICES = (EDU, E1000E, NVME, SECOND_EDU, *TWINS)
 
 PCI = Path("/sys/bus/pci")
 DRIVER = "vfio-pci"

@@ -8,7 +8,7 @@ import pytest
 
 from cpr.uapi import kvm
 
-from .machine import E1000E, EDU, NVME, SECOND_EDU, bind, driver, group, unbind
+from .machine import E1000E, EDU, NVME, SECOND_EDU, TWINS, bind, driver, group, unbind
 
 pytestmark = pytest.mark.nested_smoke
 
@@ -20,6 +20,11 @@ def test_each_device_is_bound_in_a_group_of_its_own(address: str) -> None:
     assert driver(address) == "vfio-pci"
     assert os.path.exists(f"/dev/vfio/{group(address)}")
     assert os.listdir(f"/sys/kernel/iommu_groups/{group(address)}/devices") == [address]
+
+
+def test_the_two_functions_of_a_slot_share_a_group() -> None:
+    assert group(TWINS[0]) == group(TWINS[1])
+    assert len(os.listdir(f"/sys/kernel/iommu_groups/{group(TWINS[0])}/devices")) == 2
 
 
 def test_kvm_has_what_the_vmm_needs() -> None:
