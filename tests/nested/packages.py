@@ -49,7 +49,8 @@ def run(*command: str | Path, cwd: Path | None = None, seconds: float = DOWNLOAD
         raise Unavailable(f"{name}: {error}") from error
     if done.returncode:
         last = " / ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
-        raise Unavailable(f"{name} {' '.join(map(str, command[1:]))[:80]}: {last}")
+        words = " ".join(str(word) for word in command[1:] if not str(word).startswith("-o"))
+        raise Unavailable(f"{name} {words[:80]}: {last}")
     return done.stdout
 
 
@@ -105,6 +106,7 @@ class Archive:
             "Dir::Cache": f"{self.folder}/cache",
             "APT::Sandbox::User": "",
             "APT::Update::Post-Invoke-Success": "",
+            "APT::Update::Error-Mode": "any",  # a mirror that does not answer is an error
         }
         options = [f"-o{name}={value}" for name, value in own.items()]
         return run(program, *options, *arguments, cwd=cwd)
