@@ -127,7 +127,8 @@ class IommufdBackend(Device):
 
     def section_removed(self, section: Section) -> None:
         self._locked -= section.size
-        self._kernel.unmap(self.fd, self.ioas_id, section.start, section.size)
+        if not self.needed():  # after a cpr-transfer they are another VMM's
+            self._kernel.unmap(self.fd, self.ioas_id, section.start, section.size)
 
     def _map(self, section: Section) -> None:
         block = section.block

@@ -73,7 +73,8 @@ class Type1Container(Device):
         self._sections.remove(section)
         if section in self._stale:
             self._stale.remove(section)
-        self._kernel.unmap_dma(self.fd, section.start, section.size)
+        if not self.needed():  # after a cpr-transfer they are another VMM's
+            self._kernel.unmap_dma(self.fd, section.start, section.size)
 
     def needed(self) -> bool:
         return self._mode in DESCRIPTORS_KEPT

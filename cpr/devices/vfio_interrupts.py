@@ -265,6 +265,12 @@ class Interrupts:
             self._kernel.disable_irqs(self._device, INDICES[self.mode])
         self._free()
 
+    def abandon(self) -> None:
+        """Another VMM has the interrupts: what is this one's goes, and nothing else changes."""
+        self._vectors.clear()
+        self._intx_listens = False
+        self.mode = NONE
+
     def _free(self) -> None:
         self._unlisten_intx()
         self._notifiers.close(INTX_INTERRUPT)

@@ -230,7 +230,10 @@ class VfioPci(Device, PciFunction):
                 if fd is not None:
                     self._platform.loop.unwatch(fd)
             if hasattr(self, "_interrupts"):
-                self._interrupts.disable()
+                if self.needed():  # after a cpr-transfer they are another VMM's
+                    self._interrupts.abandon()
+                else:
+                    self._interrupts.disable()
             if hasattr(self, "_notifiers"):
                 self._notifiers.close_all()
             self._bus.remove(self)
