@@ -1,6 +1,6 @@
 """The inner tests of the last runs, one column a kernel, as a Markdown table.
 
-    python -m tests.nested.table
+python -m tests.nested.table
 """
 
 from __future__ import annotations
