@@ -11,7 +11,7 @@ import pytest
 from cpr._native._cpr import ffi, lib
 
 from cpr.errors import KernelError
-from cpr.uapi import iommufd, vfio, vfio_sysfs
+from cpr.uapi import iommufd, memlock, vfio, vfio_sysfs
 from cpr.uapi.fd import Fd
 
 # From the kernel's include/uapi/linux/iommufd.h and vfio.h: type ';', numbers and sizes in bytes.
@@ -111,7 +111,7 @@ def make_device(
 
 def test_memlock_remedy_names_the_limit() -> None:
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    text = vfio_sysfs.memlock_remedy(64 << 20)
+    text = memlock.memlock_remedy(64 << 20)
     assert text.startswith("65536 KiB more must be locked")
     assert ("unlimited" if limit == resource.RLIM_INFINITY else str(limit >> 10)) in text
 

@@ -23,6 +23,9 @@ PRELUDE = """
 #include <stdint.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <linux/kcmp.h>
 #include <linux/kvm.h>
 #include <linux/vfio.h>
 """

@@ -3,6 +3,9 @@
 int ioctl(int fd, unsigned long request, ...);
 void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset);
 int munmap(void *addr, size_t length);
+long syscall(long number, ...);
+#define SYS_kcmp ...
+#define KCMP_FILE ...
 int madvise(void *addr, size_t length, int advice);
 
 #define PROT_NONE ...

@@ -71,13 +71,14 @@ class Exec(Mode):
         return False
 
     def blockers(self, machine: Machine) -> list[str]:
-        return cpr_blockers(machine, regenerates=True)
+        return cpr_blockers(machine, self.name, regenerates=True)
 
     def finish(self, machine: Machine) -> None:
         """Becomes the command under this PID.  Comes back only with MigrationError."""
         import signal
 
         self.before_exec()
+        self._fds.refresh()
         sys.stdout.flush()
         sys.stderr.flush()
         # Python ignores it; the new program shall not.

@@ -12,7 +12,7 @@ import os
 from cpr._native._cpr import ffi, lib
 from cpr.errors import KernelError
 from cpr.uapi.fd import Fd
-from cpr.uapi.vfio_sysfs import memlock_remedy
+from cpr.uapi.memlock import memlock_remedy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

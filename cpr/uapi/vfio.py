@@ -12,7 +12,8 @@ import os
 from cpr._native._cpr import ffi, lib
 from cpr.errors import KernelError
 from cpr.uapi.fd import Fd
-from cpr.uapi.vfio_sysfs import DIRECTORY, bind_remedy, memlock_remedy, viable_remedy
+from cpr.uapi.memlock import memlock_remedy
+from cpr.uapi.vfio_sysfs import DIRECTORY, bind_remedy, viable_remedy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -358,11 +359,15 @@ def reset(device: Fd) -> None:
 
 def read_region(device: Fd, region: RegionInfo, offset: int, size: int) -> int:
     """A little-endian value of `size` bytes; raises KernelError where it cannot be read."""
+    return int.from_bytes(read_bytes(device, region, offset, size), "little")
+
+
+def read_bytes(device: Fd, region: RegionInfo, offset: int, size: int) -> bytes:
+    """Bytes of the region; raises KernelError where they cannot be read."""
     try:
-        data = os.pread(device.number, size, region.offset + offset)
+        return os.pread(device.number, size, region.offset + offset).ljust(size, b"\0")
     except OSError as error:
         raise KernelError(f"read of {device.name} at {offset:#x}", error.errno or 0) from None
-    return int.from_bytes(data, "little")
 
 
 def write_region(device: Fd, region: RegionInfo, offset: int, size: int, value: int) -> None:

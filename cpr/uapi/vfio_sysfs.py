@@ -74,15 +74,3 @@ def is_mdev(sysfs: str) -> bool:
     except OSError:
         return False
     return subsystem == "mdev"
-
-
-def memlock_remedy(size: int) -> str:
-    """What to do where `size` bytes more could not be locked."""
-    import resource
-
-    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    has = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit >> 10} KiB"
-    return (
-        f"{size >> 10} KiB more must be locked in memory and RLIMIT_MEMLOCK is {has}: raise it "
-        "(ulimit -l, LimitMEMLOCK= of systemd) above all of the guest's RAM"
-    )
