@@ -583,6 +583,38 @@ def test_iommufd_that_cannot_change_hands_fails_the_save(make, host: FakeHost) -
     vmm.walk_back()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_device_twice(host: FakeHost, kind: str) -> None:
+    vmm = Vmm(host, kind, [NAME])
+    before = names_and_ids(vmm)
+    again = VfioPci(NAME, "", None, vmm.pci[NAME]._backend, vmm.bus, vmm.fds, False, host, host)
+    with pytest.raises(ConfigError, match=f"vfio {NAME}: device is already attached|no iommu"):
+        again._sysfs = f"/{NAME}"
+        again.realize(vmm.platform)
+    assert names_and_ids(vmm) == before
+    assert vmm.bus._find(0) is not None, "the host bridge stays"
+    vmm.close()
+
+
+def test_vectors_that_the_host_refuses_cost_the_guest_interrupts_only(make, host, capsys) -> None:
+    vmm = make()
+    host.fail["set_triggers"] = lambda index: errno.ENOSPC if index == vfio.MSIX_IRQ else 0
+    vmm.enable_msix(NAME)
+    assert f"warning: vfio {NAME}" in capsys.readouterr().err
+    host.fail.clear()
+    vmm.write(NAME, MSIX_AT + 2, 2, 0)
+    vmm.enable_msix(NAME)
+    host.devices[NAME].raise_irq(vfio.MSIX_IRQ, 0)
+    assert vmm.taken() == [(MSI_ADDRESS, 0x40)]
+
+
+def test_device_that_has_gone_at_the_end(host: FakeHost) -> None:
+    vmm = Vmm(host, "type1", [NAME])
+    host.fail["disable_irqs"] = lambda index: errno.ENODEV
+    vmm.close()
+    assert vmm.fds.entries() == []
+
+
 # Groups and containers.
 
 

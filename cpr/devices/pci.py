@@ -106,8 +106,9 @@ class PciHost(Device):
         self._functions[slot] = function
 
     def remove(self, function: PciFunction) -> None:
-        """The inverse of `add`."""
-        self._functions.pop(function.slot, None)
+        """The inverse of `add`; nothing happens where that has not been."""
+        if self._functions.get(function.slot) is function:
+            del self._functions[function.slot]
 
     def irq_of(self, slot: int, pin: int) -> int:
         """The GSI of INTA…INTD (1…4) of the device in `slot`."""

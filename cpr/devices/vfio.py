@@ -201,10 +201,10 @@ class Type1:
                 f"vfio {name}: no iommu_group found; switch the IOMMU on (intel_iommu=on) and "
                 f"{self._sysfs.bind_remedy(name)}"
             )
-        if self._fds.incoming:
-            self._require(name, 0)
+        found = self._require(name, 0) if self._fds.incoming else self._fds.find(name, 0)
+        if found is not None and not self._fds.incoming:
+            raise already_attached(name)
         group = self._groups.get(number) or self._open_group(number, name)
-        found = self._fds.find(name, 0)
         if found is not None:
             return self._kernel.adopt(found, name)
         device = self._kernel.get_device_fd(group.fd, name)
@@ -277,6 +277,10 @@ class Type1:
         if fd is None:
             raise missing_fd(name, id)
         return fd
+
+
+def already_attached(name: str) -> ConfigError:
+    return ConfigError(f"vfio {name}: device is already attached")
 
 
 def missing_fd(name: str, id: int) -> StateError:

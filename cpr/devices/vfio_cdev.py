@@ -7,7 +7,7 @@ Its ids in the iommufd are in the CPR state too: there the new VMM finds them, a
 
 from __future__ import annotations
 
-from cpr.devices.vfio import missing_fd
+from cpr.devices.vfio import already_attached, missing_fd
 from cpr.errors import ConfigError, CprError, StateError
 from cpr.state.cpr_state import VfioDevice
 from cpr.uapi import vfio, vfio_sysfs
@@ -48,6 +48,8 @@ class Cdev:
         """
         if self._fds.incoming:
             return self._claim(name)
+        if self._fds.find(name, 0) is not None:
+            raise already_attached(name)
         device = self._open(name, sysfs)
         try:
             self._accel.add_vfio_file(device.number)

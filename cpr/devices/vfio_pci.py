@@ -88,6 +88,8 @@ class VfioPci(Device, PciFunction):
         self._device: Fd | None = None
         self._mode = ""
         self.required = fds.incoming
+        self._notifiers = Notifiers(name, fds)
+        self._connection: Interrupts | None = None
         self._bars: list[BarRegion] = []
         self._msi: MsiCapability | None = None
         self._msix: MsixCapability | None = None
@@ -108,7 +110,6 @@ class VfioPci(Device, PciFunction):
         kernel = self._kernel
         claimed = self._fds.incoming
         self._device = device = self._backend.open(self.name, self._sysfs)
-        self._notifiers = Notifiers(self.name, self._fds)
         info = kernel.device_info(device)
         if not info.is_pci:
             raise ConfigError(f"vfio {self.name}: isn't a PCI device")
@@ -125,7 +126,7 @@ class VfioPci(Device, PciFunction):
         pin = self._device_read(pci_config.INTERRUPT_PIN, 1)
         irq = self._bus.irq_of(self.slot, pin) if pin else -1
         self._irq = irq
-        self._interrupts = Interrupts(device, self._notifiers, platform, irq, kernel)
+        self._connection = Interrupts(device, self._notifiers, platform, irq, kernel)
         self._emulate_header()
         self._emulate_capabilities()
         self._create_bars()
@@ -229,17 +230,27 @@ class VfioPci(Device, PciFunction):
                 fd = self._fds.find(f"{self.name}_{kind}", 0)
                 if fd is not None:
                     self._platform.loop.unwatch(fd)
-            if hasattr(self, "_interrupts"):
-                if self.needed():  # after a cpr-transfer they are another VMM's
-                    self._interrupts.abandon()
-                else:
-                    self._interrupts.disable()
-            if hasattr(self, "_notifiers"):
-                self._notifiers.close_all()
+            if self._connection is not None:
+                self._disconnect(self._connection)
+            self._notifiers.close_all()
             self._bus.remove(self)
             self._backend.close(self.name, self._device)
             self._device = None
         self._platform = None
+
+    def _disconnect(self, interrupts: Interrupts) -> None:
+        if self.needed():  # after a cpr-transfer they are another VMM's
+            interrupts.abandon()
+            return
+        try:
+            interrupts.disable()
+        except KernelError:  # the device has gone
+            interrupts.abandon()
+
+    @property
+    def _interrupts(self) -> Interrupts:
+        assert self._connection is not None
+        return self._connection
 
     # The guest's side.
 
@@ -279,6 +290,13 @@ class VfioPci(Device, PciFunction):
             bar.update(self.config, command)
 
     def _update_messages(self, messages: Any, mode: str) -> None:
+        """Follows the capability; what the host refuses costs the guest interrupts only."""
+        try:
+            self._follow(messages, mode)
+        except KernelError as error:
+            print(f"cpr-vmm: warning: vfio {self.name}: {error}", file=sys.stderr)
+
+    def _follow(self, messages: Any, mode: str) -> None:
         if messages.enabled and self._interrupts.mode != mode:
             self._interrupts.enable_messages(messages, mode)
         elif messages.enabled:

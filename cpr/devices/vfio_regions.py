@@ -160,14 +160,23 @@ class BarRegion:
             return (1 << 8 * size) - 1
         return value
 
+    def _follow(self, vector: int) -> None:
+        """The guest has changed an entry of the MSI-X table."""
+        if self._interrupts is None:
+            return
+        try:
+            self._interrupts.update_vector(vector)
+        except KernelError as error:
+            name = self._device.name
+            print(f"cpr-vmm: warning: vfio {name} vector {vector}: {error}", file=sys.stderr)
+
     def write(self, offset: int, size: int, value: int) -> None:
         """A trapped write; what the device refuses vanishes."""
         if self._msix is not None:
             start, length = self._table
             if start <= offset < start + length:
                 vector = self._msix.write_table(offset - start, size, value)
-                if self._interrupts is not None:
-                    self._interrupts.update_vector(vector)
+                self._follow(vector)
                 return
             start, length = self._pba
             if start <= offset < start + length:
