@@ -10,7 +10,7 @@ import pytest
 from . import guest as own
 from . import qemu
 from .guest import Guest, captured_update, device_words
-from .machine import E1000E, EDU, NVME
+from .machine import E1000E, EDU, NVME, command
 from .nvme import ENABLED
 
 KINDS = ["type1", pytest.param("iommufd", marks=pytest.mark.iommufd)]
@@ -42,12 +42,18 @@ def vfio_devices(state: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**each, "offset": None} for each in state["vfio_devices"]]
 
 
-def of_qemu(name: str, options: list[str]) -> dict[str, Any]:
+def of_qemu(
+    name: str, address: str, options: list[str], fact: Callable[[str], None]
+) -> dict[str, Any]:
+    """A device that has no function-level reset does not survive in QEMU 11.1.3: told, not held."""
     with qemu.mounted() as folder, qemu.running(name, folder, *options) as guest:
         use(guest, name)
+        before = command(address)
         directory = "/" + guest.vm.directory.relative_to(folder).as_posix()
         state = captured_update(guest.vm, directory, str(folder))
-        use(guest, name)
+        fact(f"{name}: PCI_COMMAND {before:#x}, after QEMU's update {command(address):#x}")
+        if name == "nvme":
+            use(guest, name)
     return state
 
 
@@ -65,10 +71,7 @@ def test_names_and_ids_are_qemus(
     name: str, address: str, kind: str, fact: Callable[[str], None]
 ) -> None:
     options = device_words(kind, address)
-    theirs = of_qemu(name, options)
-    fact(f"| {name}, {kind} | QEMU | cpr |")
-    for entry in sorted(of_devices(theirs)):
-        fact(f"| {entry[0]} | {entry[1]} | |")
+    theirs = of_qemu(name, address, options, fact)
     ours = of_this(name, options)
     fact(f"| {name}, {kind} | QEMU | cpr |")
     for entry in sorted(of_devices(theirs) | of_devices(ours)):
