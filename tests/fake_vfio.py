@@ -20,7 +20,7 @@ from cpr.ram import RAMBlock
 from cpr.state.fds import PreservedFds
 from cpr.uapi import vfio
 from cpr.uapi.fd import Fd, same_file
-from cpr.uapi.vfio import DeviceInfo, IrqInfo, RegionInfo
+from cpr.uapi.vfio_info import DeviceInfo, IrqInfo, RegionInfo
 
 CONFIG_OFFSET = 1 << 40
 BAR_SIZE = 0x4000

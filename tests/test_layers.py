@@ -37,6 +37,7 @@ ONLY = {
     "cpr.uapi.kvm": ("cpr.accel",),
     "cpr.uapi.seccomp": ("cpr.vmm",),
     "cpr.uapi.vfio": ("cpr.devices.vfio",),
+    "cpr.uapi.vfio_info": ("cpr.uapi",),
     "cpr.uapi.vfio_sysfs": ("cpr.devices.vfio", "cpr.uapi"),
     "cpr.uapi.iommufd": ("cpr.devices.iommufd",),
     "cpr.accel.kvm": ("cpr.pc",),

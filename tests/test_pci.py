@@ -14,7 +14,7 @@ from cpr.devices.pci_msi import MsiCapability, MsixCapability
 from cpr.devices.vfio_options import parse_host
 from cpr.devices.vfio_regions import PAGE, mappable
 from cpr.errors import ConfigError
-from cpr.uapi.vfio import RegionInfo
+from cpr.uapi.vfio_info import RegionInfo
 
 
 class Registers(PciFunction):
