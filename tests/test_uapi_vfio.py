@@ -116,6 +116,18 @@ def test_memlock_remedy_names_the_limit() -> None:
     assert ("unlimited" if limit == resource.RLIM_INFINITY else str(limit >> 10)) in text
 
 
+def test_room_for_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (64 << 20, 64 << 20))
+    assert memlock.has_room(64 << 20)
+    with open("/proc/self/status") as file:
+        effective = next(line for line in file if line.startswith("CapEff:"))
+    may_lock = bool(int(effective.split()[1], 16) >> 14 & 1)  # CAP_IPC_LOCK
+    assert memlock.has_room((64 << 20) + 1) == may_lock
+    unlimited = resource.RLIM_INFINITY
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (unlimited, unlimited))
+    assert memlock.has_room(1 << 60)
+
+
 @pytest.mark.parametrize(
     ("call", "operation"),
     [
