@@ -9,7 +9,8 @@ NATIVE := $(filter-out cpr/_native/_cpr.c,$(NATIVE))
 GUEST ?= examples/heartbeat.cfg
 ARGS ?=
 
-.PHONY: setup setup-dev guests compiled run demo test conformance sanitize lint format bench clean
+.PHONY: setup setup-dev guests compiled run demo test test-nested test-nested-iommufd nested-guests \
+	conformance sanitize lint format bench clean
 
 setup: $(VENV)/.built guests compiled
 
@@ -30,6 +31,15 @@ demo: setup
 
 test: setup-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# VFIO, IOMMUFD and KVM on the real kernel interfaces, inside a VM: with Debian's kernel, and with
+# one that has iommufd, which is built once.  QEMU_ROOT=FOLDER: a QEMU there is compared with.
+test-nested test-nested-iommufd: setup-dev nested-guests
+	$(BIN)/python -m pytest tests/nested -v --nested=$(if $(@:test-nested=),iommufd,type1) \
+		$(if $(QEMU_ROOT),--qemu-root '$(QEMU_ROOT)') $(ARGS)
+
+nested-guests: | $(VENV)/.checked
+	@$(MAKE) --no-print-directory -s -C tests/nested/guests
 
 # The table of QEMU's behaviour, on this VMM and, with QEMU=COMMAND, on a real QEMU beside it.
 conformance: setup-dev
@@ -56,6 +66,7 @@ clean:
 	rm -rf $(VENV) build cpr_vmm.egg-info cpr/_native/_cpr.c cpr/_native/*.o \
 		cpr/_native/_cpr*.so
 	$(MAKE) -C examples clean
+	$(MAKE) -C tests/nested/guests clean
 
 # What the build needs from the system: installed where we may, else named.
 $(VENV)/.checked:

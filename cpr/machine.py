@@ -138,6 +138,15 @@ class Machine:
         """Puts the VM to sleep soon (ACPI S3); from any thread."""
         self.loop.call_soon(self._suspend)
 
+    def request_error(self, error: CprError) -> None:
+        """Stops the VM in runstate internal-error; from any thread."""
+        self._on_vcpu_error(error)
+
+    @property
+    def suspended(self) -> bool:
+        state = self.runstate.current
+        return state == runstate.SUSPENDED or (state not in runstate.LIVE and self.was_suspended)
+
     def request_exit(self, status: int) -> None:
         self.loop.call_soon(lambda: self.on_exit(status))
 
@@ -365,7 +374,22 @@ class Machine:
 
     def sections(self) -> list[Device]:
         """The devices with state, in the order in which they are saved and restored."""
-        return [device for device in self.devices if device.vmstate is not None]
+        devices = [device for device in self.devices if device.vmstate is not None]
+        return sorted(devices, key=lambda device: device.saved_last)
+
+    def cpr_prepare(self, mode: str) -> None:
+        """Has the devices make themselves ready for being saved in `mode`, the guest stopped.
+
+        Raises CprError where one refuses; `cpr_walk_back` is the inverse in that case too.
+        """
+        with self.lock:
+            for device in self.devices:
+                device.cpr_prepare(mode)
+
+    def cpr_walk_back(self) -> None:
+        with self.lock:
+            for device in reversed(self.devices):
+                device.cpr_walk_back()
 
     def close(self) -> None:
         """Frees everything; the VM must not be running."""

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from cpr.errors import CprError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Protocol
 
     from cpr.ram import RAMBlock
+
+    class MemoryListener(Protocol):
+        """Who is told of every section that comes and goes; what it raises stops the change."""
+
+        def section_added(self, section: Section) -> None: ...
+        def section_removed(self, section: Section) -> None: ...
+
 
 OFFSET_ALIGNMENT = 64 * 4096  # ram_addr_t granularity of QEMU's ram_list, seen in info ramblock
 
@@ -33,6 +42,7 @@ class GuestMemory:
     def __init__(self) -> None:
         self.blocks: list[RAMBlock] = []
         self.sections: list[Section] = []
+        self._listeners: list[MemoryListener] = []
         self._next_offset = 0
 
     def add_block(self, block: RAMBlock) -> RAMBlock:
@@ -47,8 +57,41 @@ class GuestMemory:
         self, start: int, size: int, block: RAMBlock, offset: int, readonly: bool, name: str
     ) -> Section:
         section = Section(start, size, block, offset, readonly, name)
+        for done, listener in enumerate(self._listeners):
+            try:
+                listener.section_added(section)
+            except CprError:
+                for told in self._listeners[:done]:
+                    told.section_removed(section)
+                raise
         self.sections.append(section)
         return section
+
+    def remove_section(self, section: Section) -> None:
+        """The inverse of `add_section`."""
+        self.sections.remove(section)
+        for listener in self._listeners:
+            listener.section_removed(section)
+
+    def add_listener(self, listener: MemoryListener) -> None:
+        """Tells `listener` of the sections there are, and from now on of every change.
+
+        What it raises passes through; then it has been told of the opposite again.
+        """
+        for done, section in enumerate(self.sections):
+            try:
+                listener.section_added(section)
+            except CprError:
+                for told in self.sections[:done]:
+                    listener.section_removed(told)
+                raise
+        self._listeners.append(listener)
+
+    def remove_listener(self, listener: MemoryListener) -> None:
+        """The inverse of `add_listener`: as if all the sections had gone."""
+        self._listeners.remove(listener)
+        for section in self.sections:
+            listener.section_removed(section)
 
     def find(self, address: int) -> Section | None:
         """The section that holds guest-physical `address`."""

@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from cpr.accel.base import Accelerator
     from cpr.accel.kvm_resume import ResumedVm
     from cpr.config import Config, DeviceConfig
+    from cpr.devices.iommufd import IommufdBackend
+    from cpr.devices.pci import PciHost
+    from cpr.devices.vfio import Type1
     from cpr.events import EventBus
     from cpr.mainloop import MainLoop
     from cpr.ram import RAMBlock
@@ -98,7 +101,7 @@ def build(
         accel.create_irqchip()
         for index in range(config.smp):
             machine.vcpus.append(accel.create_vcpu(index))
-        _create_devices(config, machine)
+        _create_devices(Board(config, machine, fds))
         machine.boot_image = lambda: boot.create(config)
         machine.create_threads()
     except CprError:
@@ -195,7 +198,51 @@ def _write_bios(view: Any) -> None:
     view[RESET_VECTOR : RESET_VECTOR + len(JUMP_TO_BOOT)] = JUMP_TO_BOOT
 
 
-def _create_devices(config: Config, machine: Machine) -> None:
+class Board:
+    """What a device is made with: the machine, and what several devices share, made on demand."""
+
+    def __init__(self, config: Config, machine: Machine, fds: PreservedFds) -> None:
+        self.config = config
+        self.machine = machine
+        self.fds = fds
+        self._pci_host: PciHost | None = None
+        self._type1: Type1 | None = None
+        self._iommufds: dict[str, IommufdBackend] = {}
+
+    def pci_host(self) -> PciHost:
+        """The PCI bus; a machine has one as soon as it has a PCI device."""
+        if self._pci_host is None:
+            from cpr.devices.pci import PciHost
+
+            self._pci_host = PciHost()
+            self.machine.add_device(self._pci_host)
+        return self._pci_host
+
+    def type1(self) -> Type1:
+        if self._type1 is None:
+            from cpr.devices.vfio import Type1
+
+            self._type1 = Type1(self.fds, self.machine.add_device)
+        return self._type1
+
+    def iommufd(self, identifier: str) -> IommufdBackend:
+        """The backend of -object iommufd,id=`identifier`, opened.  Raises CprError."""
+        from cpr.devices.iommufd import IommufdBackend, passed_fd
+
+        if identifier not in self._iommufds:
+            objects = {o.id: o for o in self.config.objects if o.qom_type == "iommufd"}
+            if identifier not in objects:
+                raise ConfigError(f"Device '{identifier}' not found")
+            passed = passed_fd(objects[identifier].properties.get("fd"))
+            number = len(self._iommufds)
+            backend = IommufdBackend(identifier, passed, self.fds, number)
+            self.machine.add_device(backend)
+            self._iommufds[identifier] = backend
+        return self._iommufds[identifier]
+
+
+def _create_devices(board: Board) -> None:
+    config, machine = board.config, board.machine
     machine.add_device(Timers())
     for vcpu in machine.vcpus:
         machine.add_device(VCpuState(vcpu))
@@ -213,8 +260,8 @@ def _create_devices(config: Config, machine: Machine) -> None:
                 "name"
             )
         try:
-            create(machine, device_config)
-        except (ConfigError, ValueError) as error:
+            create(board, device_config)
+        except (CprError, ValueError) as error:
             raise ConfigError(f"{device_config.location}: {error}") from None
 
 
@@ -246,8 +293,8 @@ def _add_serial(
     machine.frontends.append((serial, chardev))
 
 
-def _isa_serial(machine: Machine, config: DeviceConfig) -> None:
-    properties = config.properties
+def _isa_serial(board: Board, config: DeviceConfig) -> None:
+    machine, properties = board.machine, config.properties
     used = {device.instance_id for device in machine.devices if device.idstr == Serial.idstr}
     free = [index for index in range(len(PORTS)) if index not in used]
     index = properties.get("index", free[0] if free else len(PORTS))
@@ -255,27 +302,34 @@ def _isa_serial(machine: Machine, config: DeviceConfig) -> None:
     _add_serial(machine, index, chardev, port, properties.get("irq", 0))
 
 
-def _isa_debugcon(machine: Machine, config: DeviceConfig) -> None:
+def _isa_debugcon(board: Board, config: DeviceConfig) -> None:
     properties = config.properties
     device = DebugCon(
         int(properties.get("iobase", DEBUGCON_PORT)),
         int(properties.get("readback", DEBUGCON_READBACK)),
     )
-    machine.add_device(device)
-    machine.frontends.append((device, properties.get("chardev")))
+    board.machine.add_device(device)
+    board.machine.frontends.append((device, properties.get("chardev")))
 
 
-def _isa_debug_exit(machine: Machine, config: DeviceConfig) -> None:
+def _isa_debug_exit(board: Board, config: DeviceConfig) -> None:
     properties = config.properties
-    machine.add_device(
+    board.machine.add_device(
         DebugExit(
             int(properties.get("iobase", EXIT_PORT)), int(properties.get("iosize", EXIT_SIZE))
         )
     )
 
 
-DEVICES: dict[str, Callable[[Machine, DeviceConfig], None]] = {
+def _vfio_pci(board: Board, config: DeviceConfig) -> None:
+    from cpr.devices.vfio_options import create
+
+    create(board, config)
+
+
+DEVICES: dict[str, Callable[[Board, DeviceConfig], None]] = {
     "isa-serial": _isa_serial,
     "isa-debugcon": _isa_debugcon,
     "isa-debug-exit": _isa_debug_exit,
+    "vfio-pci": _vfio_pci,
 }

@@ -7,8 +7,10 @@ from typing import Any
 
 from cpr.bus import IOBus, Region
 from cpr.clock import VirtualClock
+from cpr.errors import CprError
 from cpr.events import EventBus
 from cpr.mainloop import MainLoop
+from cpr.memory import GuestMemory
 
 
 class FakePlatform:
@@ -21,6 +23,9 @@ class FakePlatform:
         self.clock.enable()
         self.events = EventBus()
         self.accel: Any = None
+        self.memory = GuestMemory()
+        self.suspended = False
+        self.errors: list[CprError] = []
         self.vcpus: list[Any] = []
         self.bus = IOBus(self.lock)
         self.irqs: dict[int, bool] = {}
@@ -56,6 +61,9 @@ class FakePlatform:
 
     def request_reset(self, guest: bool, reason: str) -> None:
         self.requests.append(("reset", guest, reason))
+
+    def request_error(self, error: CprError) -> None:
+        self.errors.append(error)
 
     def request_exit(self, status: int) -> None:
         self.requests.append(("exit", status))

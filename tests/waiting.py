@@ -10,9 +10,9 @@ TIMEOUT = 20.0
 ACCEPTS_CONNECTIONS = 1 << 16  # __SO_ACCEPTCON in the flags of /proc/net/unix (linux/net.h)
 
 
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    """Polls until `condition()` is true; fails naming `what` after TIMEOUT seconds."""
-    deadline = time.monotonic() + TIMEOUT
+def wait_for(condition: Callable[[], object], what: str, seconds: float = TIMEOUT) -> None:
+    """Polls until `condition()` is true; fails naming `what` after `seconds`."""
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"timed out: {what}"
         time.sleep(0.002)

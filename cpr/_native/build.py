@@ -2,7 +2,8 @@
 
 Kernel constants and structs come from the system's headers through `cdef.h`.  Each C file has a
 header of the same name that holds declarations only; the header is both what C includes and what
-cffi parses, so that the two cannot differ.  `raw_syscall.h` has code, and is for C only.
+cffi parses, so that the two cannot differ.  A header *_abi.h holds what the system's headers may
+lack; cffi knows it through `cdef.h` too.  `raw_syscall.h` has code, and is for C only.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-C_ONLY = {"cdef.h", "raw_syscall.h"}
+ABI = sorted(path.name for path in HERE.glob("*_abi.h"))
+C_ONLY = {"cdef.h", "raw_syscall.h", *ABI}
 HEADERS = sorted(path.name for path in HERE.glob("*.h") if path.name not in C_ONLY)
 SOURCES = sorted(path.name for path in HERE.glob("*.c") if path.name != "_cpr.c")
 
@@ -22,7 +24,11 @@ PRELUDE = """
 #include <stdint.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <linux/kcmp.h>
 #include <linux/kvm.h>
+#include <linux/vfio.h>
 """
 
 
@@ -38,7 +44,7 @@ ffibuilder = FFI()
 ffibuilder.cdef("\n".join(declarations(name) for name in ["cdef.h", *HEADERS]))
 ffibuilder.set_source(
     "cpr._native._cpr",
-    PRELUDE + "".join(f'#include "{name}"\n' for name in HEADERS),
+    PRELUDE + "".join(f'#include "{name}"\n' for name in [*ABI, *HEADERS]),
     sources=[f"cpr/_native/{name}" for name in SOURCES],
     include_dirs=["cpr/_native"],
     depends=[f"cpr/_native/{name}" for name in [*C_ONLY, *HEADERS]],

@@ -7,7 +7,9 @@ the same for every accelerator.
 
 from __future__ import annotations
 
-from cpr.errors import MigrationError
+import errno
+
+from cpr.errors import KernelError, MigrationError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -161,6 +163,50 @@ class Accelerator:
 
         Raises CprError; then the guest goes on where it was.
         """
+
+    # Interrupts by eventfd.  Eventfds are non-blocking ones and stay the caller's.
+
+    def check_irqfds(self) -> None:
+        """Raises KernelError where this accelerator has none of the following."""
+        raise KernelError(
+            f"-accel {self.name} has no interrupts by eventfd", errno.ENOTSUP, "use -accel kvm"
+        )
+
+    def add_irqfd(self, gsi: int, eventfd: int, resamplefd: int = -1) -> None:
+        """Has a write to `eventfd` raise `gsi`; what was written before is one interrupt.
+
+        With `resamplefd` it is level-triggered, and resamplefd is written when the guest has
+        ended it.
+        """
+        raise NotImplementedError
+
+    def remove_irqfd(self, gsi: int, eventfd: int) -> None:
+        """The inverse of `add_irqfd`; from now on the eventfd counts."""
+        raise NotImplementedError
+
+    def add_messages(self, messages: list[tuple[int, int]]) -> list[int]:
+        """Makes GSIs that stand for MSIs, each (address, data), in their order.
+
+        `remove_message` is the inverse, one by one.
+        """
+        raise NotImplementedError
+
+    def set_message(self, gsi: int, address: int, data: int) -> None:
+        raise NotImplementedError
+
+    def remove_message(self, gsi: int) -> None:
+        raise NotImplementedError
+
+    def signal_message(self, address: int, data: int) -> None:
+        """Delivers one MSI now."""
+        raise NotImplementedError
+
+    def add_vfio_file(self, fd: int) -> None:
+        """Tells the VM of a VFIO group or device; `remove_vfio_file` is the inverse."""
+        raise NotImplementedError
+
+    def remove_vfio_file(self, fd: int) -> None:
+        raise NotImplementedError
 
     def close(self) -> None:
         """Frees the VM; the vCPUs are closed before."""

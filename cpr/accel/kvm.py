@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from cpr.accel.base import Bus
+    from cpr.accel.kvm_interrupts import Irqfd, KvmInterrupts
     from cpr.accel.kvm_resume import ResumedVCpu, ResumedVm
     from cpr.accel.overlap import Overlap
     from cpr.accel.vm_image import VmImage
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
 # Three pages for KVM's own TSS and one for its identity map, below the BIOS, as on every PC VMM.
 IDENTITY_MAP_ADDRESS = 0xFEFFC000
 TSS_ADDRESS = 0xFEFFD000
+
+# What devices need that raise interrupts by eventfd.  KVM_CAP_DEVICE_CTRL is not among them: older
+# kernels have the devices on x86 and do not say so.
+IRQFD_CAPABILITIES = (
+    ("KVM_CAP_IRQ_ROUTING", lib.KVM_CAP_IRQ_ROUTING),
+    ("KVM_CAP_IRQFD", lib.KVM_CAP_IRQFD),
+    ("KVM_CAP_IRQFD_RESAMPLE", lib.KVM_CAP_IRQFD_RESAMPLE),
+    ("KVM_CAP_SIGNAL_MSI", lib.KVM_CAP_SIGNAL_MSI),
+)
 
 CPUID_APIC_ID_LEAF = 1
 CPUID_TOPOLOGY_LEAVES = (0xB, 0x1F)
@@ -185,6 +195,7 @@ class KvmAccelerator(base.Accelerator):
         self.vcpus: list[KvmVCpu] = []
         self._early_irqs: list[tuple[int, bool]] = []
         self._slots: dict[tuple[int, int], int] = {}
+        self._interrupts: KvmInterrupts | None = None
         self._msr_indices: list[int] | None = None
         self._readable_msrs: list[int] | None = None
         self._has_tsc_offset: bool | None = None
@@ -340,6 +351,51 @@ class KvmAccelerator(base.Accelerator):
         ffi.buffer(lapic.regs)[:] = registers
         vcpu.fd.ioctl(lib.KVM_SET_LAPIC, "KVM_SET_LAPIC", lapic)
 
+    # Interrupts by eventfd; the module is imported where there is a device that has them.
+
+    @property
+    def interrupts(self) -> KvmInterrupts:
+        if self._interrupts is None:
+            from cpr.accel.kvm_interrupts import KvmInterrupts
+
+            self._interrupts = KvmInterrupts(self.vm)
+        return self._interrupts
+
+    @property
+    def irqfds(self) -> list[Irqfd]:
+        return [] if self._interrupts is None else list(self._interrupts.irqfds)
+
+    def check_irqfds(self) -> None:
+        for name, capability in IRQFD_CAPABILITIES:
+            if kvm.check_extension(self.vm, capability) <= 0:
+                raise KernelError(f"{kvm.DEVICE} lacks {name}", errno.ENOTSUP)
+
+    def add_irqfd(self, gsi: int, eventfd: int, resamplefd: int = -1) -> None:
+        self.interrupts.add_irqfd(gsi, eventfd, resamplefd)
+
+    def remove_irqfd(self, gsi: int, eventfd: int) -> None:
+        self.interrupts.remove_irqfd(gsi, eventfd)
+
+    def add_messages(self, messages: list[tuple[int, int]]) -> list[int]:
+        return self.interrupts.add_messages(messages)
+
+    def set_message(self, gsi: int, address: int, data: int) -> None:
+        self.interrupts.set_message(gsi, address, data)
+
+    def remove_message(self, gsi: int) -> None:
+        self.interrupts.remove_message(gsi)
+
+    def signal_message(self, address: int, data: int) -> None:
+        kvm.signal_msi(self.vm, address, data)
+
+    def add_vfio_file(self, fd: int) -> None:
+        self.interrupts.add_vfio_file(fd)
+
+    def remove_vfio_file(self, fd: int) -> None:
+        self.interrupts.remove_vfio_file(fd)
+
     def close(self) -> None:
+        if self._interrupts is not None:
+            self._interrupts.close()
         self.vm.close()
         self.device.close()

@@ -30,6 +30,13 @@ DEVICES: dict[str, dict[str, Kind]] = {
         "irq": INT,
         "wakeup": BOOL,
     },
+    "vfio-pci": {
+        "addr": STRING,
+        "fd": STRING,
+        "host": STRING,
+        "iommufd": STRING,
+        "sysfsdev": STRING,
+    },
 }
 
 

@@ -30,6 +30,7 @@ MEMORY_BACKEND: dict[str, Kind] = {
 }
 
 OBJECTS: dict[str, dict[str, Kind]] = {
+    "iommufd": {"fd": STRING},
     "memory-backend-file": {
         **MEMORY_BACKEND,
         "mem-path": STRING,
@@ -68,7 +69,8 @@ DEFAULT_ONLY = {
 
 class ObjectConfig(Record):
     """One -object.  `properties` holds what was given: sizes (bytes) and integers as int, on|off
-    as bool, the rest as str.  `size` is always there, and `mem-path` for memory-backend-file.
+    as bool, the rest as str.  Of a memory backend `size` is always there, and `mem-path` of
+    memory-backend-file.
     """
 
     __slots__ = ("qom_type", "id", "properties")  # noqa: RUF023 - the order of the constructor

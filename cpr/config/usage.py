@@ -33,8 +33,9 @@ The machine
   -m [size=]N    size of RAM in MiB, or with a suffix: 256M, 1.5G (default: 128M)
   -smp [cpus=]N[,maxcpus=...][,sockets=...][,cores=...][,threads=...]
   -object memory-backend-memfd|-shm|-file|-ram,id=ID,size=SIZE[,share=on|off]...
-                 or the same in JSON
+                 or the same in JSON; -object iommufd,id=ID for devices of the host
   -device isa-serial|isa-debugcon|isa-debug-exit[,prop=value]...
+  -device vfio-pci,host=[DDDD:]BB:DD.F[,iommufd=ID]
   -global DRIVER.PROPERTY=VALUE
                  a default for a device's property, or a property of the migration
   -uuid UUID, -name [guest=]NAME[,process=NAME], -boot [order=]LETTERS, -rtc base=...

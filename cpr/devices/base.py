@@ -7,6 +7,9 @@ stream.  The machine calls nothing but this interface.
 
 from __future__ import annotations
 
+DESCRIPTORS_KEPT = frozenset({"cpr-exec", "cpr-transfer"})
+"""The modes in which a device's descriptors go over to the new VMM."""
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,8 +17,10 @@ if TYPE_CHECKING:
 
     from cpr.accel.base import Accelerator, VCpu
     from cpr.clock import VirtualClock
+    from cpr.errors import CprError
     from cpr.events import EventBus
     from cpr.mainloop import MainLoop
+    from cpr.memory import GuestMemory
     from cpr.state.vmstate import VMStateDescription
 
     class Platform(Protocol):
@@ -26,7 +31,12 @@ if TYPE_CHECKING:
         clock: VirtualClock
         events: EventBus
         accel: Accelerator
+        memory: GuestMemory
         vcpus: list[VCpu]
+
+        @property
+        def suspended(self) -> bool:
+            """Whether the guest sleeps, or slept when it was stopped."""
 
         def register_io(
             self,
@@ -68,6 +78,9 @@ if TYPE_CHECKING:
             """The guest goes to sleep, with its RAM kept."""
 
         def request_reset(self, guest: bool, reason: str) -> None: ...
+        def request_error(self, error: CprError) -> None:
+            """Stops the VM soon, in runstate internal-error."""
+
         def request_exit(self, status: int) -> None:
             """Ends the whole VMM with `status`, as isa-debug-exit does."""
 
@@ -76,7 +89,8 @@ class Device:
     """A device without state of its own; subclasses say what they have.
 
     `idstr` and `instance_id` name its section in the stream; `vmstate` is None where there is
-    nothing to save.
+    nothing to save.  `saved_last`: its section comes behind those of the other devices.
+    `required`: a stream without its section is refused.
     """
 
     idstr = ""
@@ -84,6 +98,10 @@ class Device:
     vmstate: VMStateDescription | None = None
     in_vcpu = False
     """Whether the state is a vCPU's own, and so can be read only while that does not run."""
+    can_wait = True
+    """Whether the guest may run before the new VMM has this device: its accesses are held."""
+    saved_last = False
+    required = False
 
     def realize(self, platform: Platform) -> None:
         """Registers the device with the machine; its resources are freed by `unrealize`."""
@@ -110,6 +128,21 @@ class Device:
     def on_powerdown(self) -> None:
         """Somebody pressed the power button."""
 
-    def cpr_blocker(self) -> str | None:
-        """Why this device would not survive an update, or None."""
+    def needed(self) -> bool:
+        """Whether the stream that is being saved gets this device's section."""
+        return True
+
+    # An update or a migration, whose `mode` is one of QEMU's names: "normal", "cpr-exec"…
+
+    def cpr_blocker(self, mode: str) -> str | None:
+        """Why this device would not survive it, or None."""
         return None
+
+    def cpr_prepare(self, mode: str) -> None:
+        """The guest is stopped and will be saved: what must come before that.
+
+        Raises CprError where the device refuses; `cpr_walk_back` is the inverse.
+        """
+
+    def cpr_walk_back(self) -> None:
+        """It has failed, and the guest goes on here; also called without `cpr_prepare`."""

@@ -76,9 +76,10 @@ class Exec(Mode):
         Raises MigrationError where an overlap was asked for and this VM cannot have one.
         """
         if machine.runstate.current == runstate.RUNNING:
+            can_wait = all(device.can_wait for device in machine.devices)
             if self.overlaps:
                 self._prepare_overlap(machine)
-            elif self.early_resume and is_same_vmm(self.command, machine.config):
+            elif self.early_resume and can_wait and is_same_vmm(self.command, machine.config):
                 self._prepare_image(machine)
         if self.hold_memory and self._overlap is None:
             try:
@@ -143,9 +144,12 @@ class Exec(Mode):
         return False
 
     def blockers(self, machine: Machine) -> list[str]:
-        reasons = cpr_blockers(machine, regenerates=True)
+        reasons = cpr_blockers(machine, self.name, regenerates=True)
         if self.overlaps:
             reason = machine.accel.overlap_blocker(machine.memory)
+            names = [device.idstr for device in machine.devices if not device.can_wait]
+            if names:
+                reason = f"device {names[0]} must be there before the guest runs"
             reasons += [f"x-cpr-exec-overlap: {reason}"] if reason else []
         return reasons
 
@@ -155,6 +159,7 @@ class Exec(Mode):
 
         self.before_exec()
         self._finish_image()
+        self._fds.refresh()
         sys.stdout.flush()
         sys.stderr.flush()
         # Python ignores it; the new program shall not.

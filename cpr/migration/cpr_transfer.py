@@ -78,7 +78,7 @@ class Transfer(Mode):
         return False
 
     def blockers(self, machine: Machine) -> list[str]:
-        return cpr_blockers(machine, regenerates=False)
+        return cpr_blockers(machine, self.name, regenerates=False)
 
     def finish(self, machine: Machine) -> None:
         give_guest_away(machine)

@@ -248,6 +248,7 @@ class Migration:
                 print(f"cpr-vmm: {error}", file=sys.stderr)
                 print(f"Is another process using the image [{drive}]?", file=sys.stderr)
                 raise
+            self.machine.cpr_walk_back()
 
     def _let_go(self) -> None:
         if self._switchover.locked():
@@ -325,6 +326,7 @@ class Migration:
             self._set_status("active")
             if not self._mode.stops_first:
                 self._stop_guest()
+            self.machine.cpr_prepare(self._mode.name)
             self._saver = savevm.Saver(
                 self.machine, self.capabilities, self._old_state, self._mode, self._channel
             )
@@ -418,6 +420,7 @@ class Migration:
         if self._mode is not None:
             self._mode.walk_back()
             self._mode = None
+        self.machine.cpr_walk_back()
         self.error = error
         exec_failed = self.status == "completed"
         if exec_failed:

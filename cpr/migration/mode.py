@@ -64,7 +64,7 @@ class Mode:
 
     def blockers(self, machine: Machine) -> list[str]:
         """Why the guest would not survive this."""
-        return []
+        return device_blockers(machine, self.name)
 
     def finish(self, machine: Machine) -> None:
         """The stream is written and closed.  Raises MigrationError where the end fails."""
@@ -74,8 +74,13 @@ class Mode:
         """The inverse of `hold` and `begin`; may be called at any time."""
 
 
-def cpr_blockers(machine: Machine, regenerates: bool) -> list[str]:
-    """The texts for RAM and for devices that would not survive; see RAMBlock.cpr_blocker."""
-    reasons = [device.cpr_blocker() for device in machine.devices]
-    reasons += [block.cpr_blocker(regenerates) for block in machine.blocks]
+def device_blockers(machine: Machine, mode: str) -> list[str]:
+    """The texts of the devices that would not survive `mode`."""
+    reasons = [device.cpr_blocker(mode) for device in machine.devices]
     return [reason for reason in reasons if reason]
+
+
+def cpr_blockers(machine: Machine, mode: str, regenerates: bool) -> list[str]:
+    """The same, and those of RAM; see RAMBlock.cpr_blocker."""
+    reasons = [block.cpr_blocker(regenerates) for block in machine.blocks]
+    return device_blockers(machine, mode) + [reason for reason in reasons if reason]

@@ -137,7 +137,8 @@ class Saver:
         writer.command(stream.SWITCHOVER_START)
         writer.end(RAM_SECTION_ID, ram_section.END)
         with machine.lock:
-            for number, device in enumerate(machine.sections()):
+            saved = [device for device in machine.sections() if device.needed()]
+            for number, device in enumerate(saved):
                 assert device.vmstate is not None
                 if device.in_vcpu and self._mode.lends_vcpus:
                     continue
@@ -148,7 +149,7 @@ class Saver:
                     device.vmstate,
                     device.save(),
                 )
-        last_id = FIRST_DEVICE_ID + len(machine.sections())
+        last_id = FIRST_DEVICE_ID + len(saved)
         state = _globalstate(self._old_state, machine.was_suspended)
         writer.device(last_id, VMSTATE_GLOBALSTATE.name, 0, VMSTATE_GLOBALSTATE, state)
         writer.eof()
@@ -190,6 +191,9 @@ def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
     finally:
         bulk.close()
     _check_content(machine, had_pages)
+    for key, device in devices.items():
+        if device.required and key not in states:
+            raise StreamError(f"there is no section '{key[0]}' instance {key[1]} in the stream")
     reader.vmdescription()
     for warning in (*warnings, *reader.warnings):
         print(f"cpr-vmm: {warning}", file=sys.stderr)

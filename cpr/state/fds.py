@@ -126,6 +126,20 @@ class PreservedFds:
         self.state_fd = fd
         return fd
 
+    def refresh(self) -> None:
+        """Writes the state to its memfd again, as it is now.
+
+        A device may have opened or closed a descriptor since `persist`, while the guest still
+        ran.  Raises KernelError.
+        """
+        data = self.state().encode()
+        try:
+            os.lseek(self.state_fd, 0, os.SEEK_SET)
+            os.ftruncate(self.state_fd, 0)
+            _write_all(self.state_fd, data)
+        except OSError as error:
+            raise KernelError(f"write to memfd {STATE_NAME}", error.errno or 0) from error
+
     def unpersist(self, environ: MutableMapping[str, str] = os.environ) -> None:
         """The inverse of `persist`: closes the memfd and unsets the variable, if there are any."""
         environ.pop(STATE_NAME, None)

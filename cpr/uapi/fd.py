@@ -44,3 +44,13 @@ class Fd:
     def close(self) -> None:
         if self.number >= 0:
             os.close(self.release())
+
+
+def same_file(first: int, second: int) -> bool:
+    """Whether two descriptors of this process are one open file, as copies of each other are."""
+    if first == second:
+        return True
+    pid = ffi.cast("long", os.getpid())
+    arguments = (ffi.cast("unsigned long", number) for number in (first, second))
+    kind = ffi.cast("long", lib.KCMP_FILE)
+    return bool(lib.syscall(lib.SYS_kcmp, pid, pid, kind, *arguments) == 0)

@@ -186,3 +186,77 @@ def msr_array(entries: list[tuple[int, int]]) -> Any:
         msrs.entries[i].index = index
         msrs.entries[i].data = data
     return msrs
+
+
+# Interrupts by eventfd, and VFIO.
+
+
+def assign_irqfd(vm: Fd, gsi: int, eventfd: int, resamplefd: int = -1) -> None:
+    """Has a write to `eventfd` raise `gsi`.
+
+    With `resamplefd` the interrupt is level-triggered: it stays up until the guest has ended it,
+    which writes resamplefd.  Both stay the caller's.  If eventfd has been written before, the
+    interrupt is raised at once, and the eventfd keeps its count.
+    """
+    _irqfd(vm, gsi, eventfd, resamplefd, 0)
+
+
+def deassign_irqfd(vm: Fd, gsi: int, eventfd: int) -> None:
+    """The inverse of `assign_irqfd`; when it returns, no interrupt comes any more."""
+    _irqfd(vm, gsi, eventfd, -1, lib.KVM_IRQFD_FLAG_DEASSIGN)
+
+
+def set_gsi_routing(
+    vm: Fd, pins: list[tuple[int, int, int]], messages: list[tuple[int, int, int]]
+) -> None:
+    """Replaces the whole table: (gsi, irqchip, pin) and (gsi, MSI address, MSI data)."""
+    count = len(pins) + len(messages)
+    table = ffi.new("struct kvm_irq_routing *", {"nr": count, "entries": count})
+    for i, (gsi, chip, pin) in enumerate(pins):
+        entry = table.entries[i]
+        entry.gsi, entry.type = gsi, lib.KVM_IRQ_ROUTING_IRQCHIP
+        entry.u.irqchip.irqchip, entry.u.irqchip.pin = chip, pin
+    for i, (gsi, address, data) in enumerate(messages, len(pins)):
+        entry = table.entries[i]
+        entry.gsi, entry.type = gsi, lib.KVM_IRQ_ROUTING_MSI
+        entry.u.msi.address_lo, entry.u.msi.address_hi = address & 0xFFFFFFFF, address >> 32
+        entry.u.msi.data = data
+    vm.ioctl(lib.KVM_SET_GSI_ROUTING, "KVM_SET_GSI_ROUTING", table)
+
+
+def signal_msi(vm: Fd, address: int, data: int) -> None:
+    message = ffi.new("struct kvm_msi *", {"address_lo": address & 0xFFFFFFFF, "data": data})
+    message.address_hi = address >> 32
+    vm.ioctl(lib.KVM_SIGNAL_MSI, "KVM_SIGNAL_MSI", message)
+
+
+def create_vfio_device(vm: Fd) -> Fd:
+    """The KVM-VFIO device, which tells VFIO of the VM that its devices are for."""
+    request = ffi.new("struct kvm_create_device *", {"type": lib.KVM_DEV_TYPE_VFIO})
+    vm.ioctl(lib.KVM_CREATE_DEVICE, "KVM_CREATE_DEVICE of type VFIO", request)
+    return Fd(int(request.fd), "kvm-vfio")
+
+
+def add_vfio_file(vfio: Fd, fd: int) -> None:
+    """Registers a VFIO group or a VFIO device; `delete_vfio_file` is the inverse."""
+    _vfio_file(vfio, fd, lib.KVM_DEV_VFIO_GROUP_ADD, "KVM_DEV_VFIO_FILE_ADD")
+
+
+def delete_vfio_file(vfio: Fd, fd: int) -> None:
+    _vfio_file(vfio, fd, lib.KVM_DEV_VFIO_GROUP_DEL, "KVM_DEV_VFIO_FILE_DEL")
+
+
+def _irqfd(vm: Fd, gsi: int, eventfd: int, resamplefd: int, flags: int) -> None:
+    request = ffi.new("struct kvm_irqfd *", {"fd": eventfd, "gsi": gsi, "flags": flags})
+    if resamplefd >= 0:
+        request.flags |= lib.KVM_IRQFD_FLAG_RESAMPLE
+        request.resamplefd = resamplefd
+    vm.ioctl(lib.KVM_IRQFD, f"KVM_IRQFD of GSI {gsi}", request)
+
+
+def _vfio_file(vfio: Fd, fd: int, attribute: int, operation: str) -> None:
+    number = ffi.new("int32_t *", fd)
+    request = ffi.new("struct kvm_device_attr *", {"group": lib.KVM_DEV_VFIO_GROUP})
+    request.attr = attribute
+    request.addr = int(ffi.cast("uintptr_t", number))
+    vfio.ioctl(lib.KVM_SET_DEVICE_ATTR, operation, request)

@@ -1,0 +1,124 @@
+"""Interrupts that devices raise by eventfd, without the VMM: irqfds, message routes, KVM-VFIO.
+
+KVM's table of routes is replaced as a whole at every change.  It keeps the wiring of the in-kernel
+chips as KVM made it: GSI n is pin n of the I/O APIC, and below 16 also of the PICs.
+"""
+
+from __future__ import annotations
+
+import os
+
+from cpr._native._cpr import lib
+from cpr.errors import KernelError
+from cpr.uapi import kvm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cpr.uapi.fd import Fd
+
+IOAPIC_PINS = 24
+PIC_PINS = 8
+FIRST_MESSAGE_GSI = IOAPIC_PINS
+
+
+class Irqfd:
+    """`eventfd` raises `gsi`; `resamplefd` is -1 for an edge-triggered one.  Owns neither."""
+
+    __slots__ = ("eventfd", "gsi", "resamplefd")
+
+    def __init__(self, gsi: int, eventfd: int, resamplefd: int) -> None:
+        self.gsi = gsi
+        self.eventfd = eventfd
+        self.resamplefd = resamplefd
+
+
+class KvmInterrupts:
+    """The irqfds, message routes and VFIO files of one VM, whose descriptor stays the caller's."""
+
+    def __init__(self, vm: Fd) -> None:
+        self._vm = vm
+        self.irqfds: list[Irqfd] = []
+        self._messages: dict[int, tuple[int, int]] = {}
+        self._vfio: Fd | None = None
+        self._vfio_files: set[int] = set()
+
+    def add_irqfd(self, gsi: int, eventfd: int, resamplefd: int) -> None:
+        """What the eventfd has counted before is delivered as one interrupt."""
+        came = drain(eventfd)
+        kvm.assign_irqfd(self._vm, gsi, eventfd, resamplefd)
+        self.irqfds.append(Irqfd(gsi, eventfd, resamplefd))
+        if came:  # KVM takes it out of the eventfd, so that it comes once only
+            os.eventfd_write(eventfd, 1)
+
+    def remove_irqfd(self, gsi: int, eventfd: int) -> None:
+        drain(eventfd)  # what is in there while KVM listens is in the guest already
+        kvm.deassign_irqfd(self._vm, gsi, eventfd)
+        self.irqfds = [each for each in self.irqfds if (each.gsi, each.eventfd) != (gsi, eventfd)]
+
+    def add_messages(self, messages: list[tuple[int, int]]) -> list[int]:
+        before = dict(self._messages)
+        gsis = []
+        gsi = FIRST_MESSAGE_GSI
+        for message in messages:
+            while gsi in self._messages:
+                gsi += 1
+            self._messages[gsi] = message
+            gsis.append(gsi)
+        self._change(before)
+        return gsis
+
+    def set_message(self, gsi: int, address: int, data: int) -> None:
+        before = dict(self._messages)
+        self._messages[gsi] = (address, data)
+        self._change(before)
+
+    def remove_message(self, gsi: int) -> None:
+        before = dict(self._messages)
+        del self._messages[gsi]
+        self._change(before)
+
+    def _change(self, before: dict[int, tuple[int, int]]) -> None:
+        """Gives KVM the table, if it is another one; what KVM refuses is as it was."""
+        if self._messages == before:
+            return
+        try:
+            self._set_routing()
+        except KernelError:
+            self._messages = before
+            raise
+
+    def _set_routing(self) -> None:
+        pins = [(gsi, lib.KVM_IRQCHIP_IOAPIC, gsi) for gsi in range(IOAPIC_PINS)]
+        pins += [(gsi, lib.KVM_IRQCHIP_PIC_MASTER, gsi) for gsi in range(PIC_PINS)]
+        pins += [(PIC_PINS + pin, lib.KVM_IRQCHIP_PIC_SLAVE, pin) for pin in range(PIC_PINS)]
+        messages = [(gsi, address, data) for gsi, (address, data) in self._messages.items()]
+        kvm.set_gsi_routing(self._vm, pins, messages)
+
+    def add_vfio_file(self, fd: int) -> None:
+        if self._vfio is None:
+            self._vfio = kvm.create_vfio_device(self._vm)
+        kvm.add_vfio_file(self._vfio, fd)
+        self._vfio_files.add(fd)
+
+    def remove_vfio_file(self, fd: int) -> None:
+        """With the last file the KVM-VFIO device goes too: it would outlive an exec otherwise."""
+        if self._vfio is None or fd not in self._vfio_files:
+            return
+        kvm.delete_vfio_file(self._vfio, fd)
+        self._vfio_files.discard(fd)
+        if not self._vfio_files:
+            self._vfio.close()
+            self._vfio = None
+
+    def close(self) -> None:
+        if self._vfio is not None:
+            self._vfio.close()
+            self._vfio = None
+
+
+def drain(eventfd: int) -> int:
+    """Takes what a non-blocking eventfd has counted, and returns it."""
+    try:
+        return os.eventfd_read(eventfd)
+    except BlockingIOError:
+        return 0

@@ -1,0 +1,175 @@
+"""The PCI host: configuration mechanism #1, ECAM, a host bridge at 00:00.0, and INTx wiring.
+
+    0x0cf8      configuration address: bit 31 enable, bus, device, function, register
+    0x0cfc      configuration data, 4 bytes
+    0xe0000000  ECAM, 256 MiB: 4 KiB for every function of every bus (PCI Express base spec. 7.2.2)
+
+There is one bus.  The host bridge has the ids and the PCIEXBAR register (60h) of Q35's, so that a
+guest finds ECAM in the usual way; there is no firmware that would move it, and so it does not move.
+RAM of this machine never reaches it.  INTx is wired as on the PIIX: pin and slot make one of four
+PIRQs, and these are where a PC's firmware puts them, on IRQ 10, 10, 11 and 11.
+"""
+
+from __future__ import annotations
+
+from cpr.devices.base import Device
+from cpr.errors import ConfigError
+from cpr.state.vmstate import VMStateDescription, u32
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cpr.devices.base import Platform
+
+CONFIG_ADDRESS = 0xCF8
+CONFIG_DATA = 0xCFC
+ECAM_BASE = 0xE0000000
+ECAM_SIZE = 256 << 20
+FUNCTION_SIZE = 4096
+SLOTS = 32
+PIRQ_IRQS = (10, 10, 11, 11)
+
+BRIDGE_IDS = 0x29C08086  # device and vendor
+BRIDGE_CLASS = 0x06000000  # host bridge, revision 0
+PCIEXBAR = 0x60
+PCIEXBAR_ENABLE = 1  # and 256 buses
+
+
+class PciFunction:
+    """One function of a device in `slot`; single-function devices have no other.
+
+    Offsets are below `FUNCTION_SIZE`, sizes 1, 2 or 4 bytes; an access never crosses 4 bytes.
+    """
+
+    slot = 0
+
+    def config_read(self, offset: int, size: int) -> int:
+        raise NotImplementedError
+
+    def config_write(self, offset: int, size: int, value: int) -> None:
+        raise NotImplementedError
+
+
+class HostBridge(PciFunction):
+    """00:00.0: read-only."""
+
+    def __init__(self) -> None:
+        registers = {0x00: BRIDGE_IDS, 0x08: BRIDGE_CLASS, PCIEXBAR: ECAM_BASE | PCIEXBAR_ENABLE}
+        self._config = bytearray(FUNCTION_SIZE)
+        for offset, value in registers.items():
+            self._config[offset : offset + 4] = value.to_bytes(4, "little")
+
+    def config_read(self, offset: int, size: int) -> int:
+        return int.from_bytes(self._config[offset : offset + size], "little")
+
+    def config_write(self, offset: int, size: int, value: int) -> None:
+        pass
+
+
+class PciHost(Device):
+    """The bus; its functions are added by the devices that have them."""
+
+    idstr = "PCIHost"
+    vmstate = VMStateDescription("PCIHost", 1, 1, (u32("config_reg"),))
+
+    def __init__(self) -> None:
+        self._platform: Platform | None = None
+        self._config_reg = 0
+        self._functions: dict[int, PciFunction] = {0: HostBridge()}
+
+    def realize(self, platform: Platform) -> None:
+        self._platform = platform
+        platform.register_io(
+            CONFIG_ADDRESS, 4, self._read_address, self._write_address, "pci-conf-idx", 4
+        )
+        platform.register_io(CONFIG_DATA, 4, self._read_data, self._write_data, "pci-conf-data", 4)
+        platform.register_mmio(
+            ECAM_BASE, ECAM_SIZE, self._read_ecam, self._write_ecam, "pcie-mmcfg-mmio"
+        )
+
+    def unrealize(self) -> None:
+        if self._platform is not None:
+            self._platform.unregister_io(CONFIG_ADDRESS, 4)
+            self._platform.unregister_io(CONFIG_DATA, 4)
+            self._platform.unregister_mmio(ECAM_BASE, ECAM_SIZE)
+            self._platform = None
+
+    def add(self, function: PciFunction, slot: int | None = None) -> None:
+        """Puts `function` into `slot`, or the first that is free.  Raises ConfigError."""
+        if slot is None:
+            free = [number for number in range(SLOTS) if number not in self._functions]
+            if not free:
+                raise ConfigError("PCI: no slot/function available, all in use or reserved")
+            slot = free[0]
+        elif slot in self._functions:
+            raise ConfigError(f"PCI: slot {slot} function 0 not available, in use")
+        function.slot = slot
+        self._functions[slot] = function
+
+    def remove(self, function: PciFunction) -> None:
+        """The inverse of `add`; nothing happens where that has not been."""
+        if self._functions.get(function.slot) is function:
+            del self._functions[function.slot]
+
+    def irq_of(self, slot: int, pin: int) -> int:
+        """The GSI of INTA…INTD (1…4) of the device in `slot`."""
+        return PIRQ_IRQS[(slot - 1 + pin - 1) % len(PIRQ_IRQS)]
+
+    def reset(self) -> None:
+        self._config_reg = 0
+
+    def save(self) -> dict:
+        return {"config_reg": self._config_reg}
+
+    def restore(self, state: dict) -> None:
+        self._config_reg = state["config_reg"]
+
+    def _read_address(self, offset: int, size: int) -> int:
+        return self._config_reg if size == 4 else (1 << 8 * size) - 1
+
+    def _write_address(self, offset: int, size: int, value: int) -> None:
+        if size == 4:  # shorter ones are not for the host bridge
+            self._config_reg = value & 0x80FFFFFC | value & 3
+
+    def _read_data(self, offset: int, size: int) -> int:
+        if not self._config_reg >> 31:
+            return (1 << 8 * size) - 1
+        return self._read(self._config_reg >> 8 & 0xFFFF, self._config_reg & 0xFC | offset, size)
+
+    def _write_data(self, offset: int, size: int, value: int) -> None:
+        if self._config_reg >> 31:
+            place = self._config_reg & 0xFC | offset
+            self._write(self._config_reg >> 8 & 0xFFFF, place, size, value)
+
+    def _read_ecam(self, offset: int, size: int) -> int:
+        return self._read(offset // FUNCTION_SIZE, offset % FUNCTION_SIZE, size)
+
+    def _write_ecam(self, offset: int, size: int, value: int) -> None:
+        self._write(offset // FUNCTION_SIZE, offset % FUNCTION_SIZE, size, value)
+
+    def _find(self, bdf: int) -> PciFunction | None:
+        """The function of bus, device and function number; only function 0 of bus 0 is there."""
+        bus, slot, function = bdf >> 8, bdf >> 3 & 0x1F, bdf & 7
+        return None if bus or function else self._functions.get(slot)
+
+    def _read(self, bdf: int, offset: int, size: int) -> int:
+        function = self._find(bdf)
+        return (1 << 8 * size) - 1 if function is None else function.config_read(offset, size)
+
+    def _write(self, bdf: int, offset: int, size: int, value: int) -> None:
+        function = self._find(bdf)
+        if function is not None:
+            function.config_write(offset, size, value)
+
+
+def parse_slot(text: str) -> int:
+    """-device addr=SLOT[.FUNCTION], both hexadecimal.  Raises ConfigError."""
+    slot, _, function = text.partition(".")
+    try:
+        number, which = int(slot, 16), int(function or "0", 16)
+    except ValueError:
+        raise ConfigError(f"Property 'addr' doesn't take value '{text}'") from None
+    if not 0 < number < SLOTS or which:
+        raise ConfigError(
+            f"Property 'addr' doesn't take value '{text}': give slot 1 to 1f, function 0"
+        )
+    return number

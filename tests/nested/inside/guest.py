@@ -1,0 +1,166 @@
+"""Guests that drive a passed-through device, under this VMM or a QEMU, and their mailboxes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from waiting import wait_for
+
+from benchmarks.vm import VMM, Vm
+
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
+BUILD = Path(__file__).resolve().parent.parent / "guests" / "build"
+READY = 2
+RAM_MIB = 64
+SECONDS = 60.0
+# Writes what the new image is given to a file, and becomes the new image.
+CAPTURE = 'cat /proc/self/fd/$QEMU_CPR_EXEC_STATE >"$0"; exec "$@"'
+
+
+def machine_words(program: str | Path) -> list[str]:
+    """The machine of every guest: 64 MiB in a memfd, KVM, and the guest's program."""
+    return [
+        *("-accel", "kvm", "-nodefaults", "-display", "none", "-m", f"{RAM_MIB}M"),
+        *("-object", f"memory-backend-memfd,id=ram0,size={RAM_MIB}M,share=on"),
+        *("-machine", "pc,memory-backend=ram0,aux-ram-share=on"),
+        *("-kernel", str(program)),
+    ]
+
+
+def device_words(kind: str, address: str) -> list[str]:
+    """The options that give the guest a host's device by type1 or by iommufd."""
+    if kind == "type1":
+        return ["-device", f"vfio-pci,host={address}"]
+    return [
+        *("-object", "iommufd,id=iommufd0"),
+        *("-device", f"vfio-pci,host={address},iommufd=iommufd0"),
+    ]
+
+
+class Guest:
+    """A VMM that runs the guest `name`; its mailbox is read and written by the variables' names."""
+
+    def __init__(self, name: str, vm: Vm) -> None:
+        self.vm = vm
+        lines = (BUILD / f"{name}.sym").read_text().splitlines()
+        self.addresses = {word: int(address, 16) for address, word in map(str.split, lines)}
+
+    def __getitem__(self, word: str) -> int:
+        return self.vm.u32(self.addresses[word])
+
+    def __setitem__(self, word: str, value: int) -> None:
+        address = self.addresses[word]
+        self.vm.ram[address : address + 4] = value.to_bytes(4, "little")
+
+    def all(self) -> dict[str, int]:
+        return {word: self[word] for word in self.addresses}
+
+    def wait(self, word: str, value: int) -> None:
+        """Waits until a counter has come to `value`; fails with the whole mailbox."""
+
+        def reached() -> bool:
+            assert not self["failed"], f"the guest's check in line {self['failed']} failed"
+            return self[word] >= value
+
+        try:
+            wait_for(reached, f"{word} comes to {value}", SECONDS)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {self.all()}; {self.vm.stderr}") from None
+
+    def wait_while(self, word: str, value: int) -> None:
+        wait_for(lambda: self[word] != value, f"{word} is no longer {value}", SECONDS)
+
+    def hold(self) -> None:
+        """Has the guest stand still between two rounds; `go_on` is the inverse."""
+        self["hold"] = 1
+        self.wait("held", 1)
+
+    def go_on(self) -> None:
+        self["hold"] = 0
+
+
+@contextmanager
+def running(name: str, *options: str, command: list[str] | None = None) -> Iterator[Guest]:
+    """Boots the guest with this checkout's VMM, or another's `command`, until it has its device."""
+    words = [*machine_words(BUILD / f"{name}.elf"), *options]
+    with Vm(*words, command=command or VMM) as vm:
+        guest = Guest(name, vm)
+        guest.wait("stage", READY)
+        yield guest
+
+
+def locked(pid: int) -> int:
+    """VmLck of a process, in KiB."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmLck:"):
+            return int(line.split()[1])
+    raise AssertionError(f"process {pid} is gone")
+
+
+def own_words(vm: Vm) -> list[str]:
+    return Path(f"/proc/{vm.pid}/cmdline").read_text().split("\0")[:-1]
+
+
+def update_by_migrate(vm: Vm, command: list[str], stream: str) -> None:
+    """One cpr-exec as QEMU has it: a command, and a stream that it is told to load."""
+    vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=command)
+    vm.qmp.send("migrate", uri=f"file:{stream}")
+    vm.reconnect()
+    wait_for_running(vm)
+
+
+def wait_for_running(vm: Vm) -> None:
+    """Waits until a new image has taken the guest over."""
+    wait_for(
+        lambda: vm.qmp.command("query-status")["running"], "the new image runs the guest", SECONDS
+    )
+
+
+@contextmanager
+def stopped_new_image(vm: Vm) -> Iterator[Callable[[], None]]:
+    """An update whose new image waits for its stream: it has all descriptors and maps nothing.
+
+    What is yielded has it load the stream and run the guest.
+    """
+    stream = f"{vm.directory}/stream"
+    vm.qmp.command(
+        "migrate-set-parameters",
+        mode="cpr-exec",
+        cpr_exec_command=[*own_words(vm), "-incoming", "defer"],
+    )
+    vm.qmp.send("migrate", uri=f"file:{stream}")
+    vm.reconnect()
+
+    def finish() -> None:
+        vm.qmp.command("migrate-incoming", uri=f"file:{stream}")
+        wait_for_running(vm)
+
+    yield finish
+
+
+def inspected(file: Path) -> dict[str, Any]:
+    """What the verb `inspect` says of a CprState."""
+    words = [sys.executable, "-m", "cpr.vmm", "inspect", "--json", str(file)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def captured_update(vm: Vm, folder: str, root: str = "") -> dict[str, Any]:
+    """Updates by `migrate`; returns what `inspect` says of the CprState that was handed over.
+
+    `folder` is where the VMM may write, as it sees it from its `root`.
+    """
+    state, stream = f"{folder}/cprstate", f"{folder}/stream"
+    words = own_words(vm)
+    if "-incoming" not in words:
+        words += ["-incoming", f"file:{stream}"]
+    update_by_migrate(vm, ["/bin/sh", "-c", CAPTURE, state, *words], stream)
+    return inspected(Path(root + state))

@@ -1,0 +1,162 @@
+"""What a migration asks of the devices: to get ready, to be saved or not, to walk back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from conftest import missing_kvm
+from waiting import TIMEOUT
+
+from cpr import pc, runstate
+from cpr.config import parse_command_line
+from cpr.devices.base import Device
+from cpr.devices.serial import Serial
+from cpr.errors import MigrationError
+from cpr.events import EventBus
+from cpr.mainloop import MainLoop
+from cpr.migration.migration import Migration
+from cpr.monitor.passed_fds import PassedFds
+from cpr.state.cpr_state import CprState
+from cpr.state.fds import PreservedFds
+from cpr.state.vmstate import VMStateDescription
+
+WORDS = (
+    "-nodefaults -m 16M -object memory-backend-memfd,id=ram0,size=16M "
+    "-machine pc,memory-backend=ram0,aux-ram-share=on"
+)
+
+
+class Recorder(Device):
+    """Records what it is asked; `problem` is raised by `cpr_prepare`."""
+
+    idstr = "recorder"
+    vmstate = VMStateDescription("recorder", 0, 0, ())
+    saved_last = True
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.problem: MigrationError | None = None
+        self.blocker: str | None = None
+        self.is_needed = True
+
+    def needed(self) -> bool:
+        return self.is_needed
+
+    def cpr_blocker(self, mode: str) -> str | None:
+        return self.blocker
+
+    def cpr_prepare(self, mode: str) -> None:
+        self.calls.append(f"prepare {mode}")
+        if self.problem is not None:
+            raise self.problem
+
+    def cpr_walk_back(self) -> None:
+        self.calls.append("walk back")
+
+    def save(self) -> dict:
+        self.calls.append("save")
+        return {}
+
+    def on_run(self) -> None:
+        self.calls.append("run")
+
+    def on_stop(self) -> None:
+        self.calls.append("stop")
+
+
+class Source:
+    """A whole VM of this process with a Recorder, whose guest runs."""
+
+    def __init__(self, image: str) -> None:
+        accel = "tcg" if missing_kvm() else "kvm"
+        words = [*WORDS.split(), "-accel", accel, "-drive", f"file={image},format=raw,if=floppy"]
+        self.fds = PreservedFds()
+        self.loop = MainLoop()
+        events = EventBus()
+        self.machine = pc.build(parse_command_line(words), self.fds, self.loop, events)
+        self.device = Recorder()
+        self.machine.add_device(self.device)
+        self.machine.add_device(Serial(0))
+        self.migration = Migration(self.machine, self.fds, self.loop, events, PassedFds())
+        self.machine.load_boot_image()
+        self.machine.cont()
+        self.device.calls.clear()
+
+    def run_to_the_end(self) -> None:
+        ended: list[bool] = []
+        self.migration.add_finish_callback(lambda: ended.append(True))
+        for _ in range(int(TIMEOUT * 10)):
+            self.loop.iterate(100_000_000)
+            if ended:
+                return
+        raise AssertionError(f"the migration does not end: {self.migration.status}")
+
+
+@pytest.fixture
+def source(guests) -> Iterator[Source]:
+    source = Source(str(guests / "heartbeat.img"))
+    yield source
+    source.machine.pause_vcpus()
+    source.machine.close()
+    source.loop.close()
+
+
+def test_order_where_the_exec_fails(source: Source) -> None:
+    source.migration.start_cpr_exec(["/nonexistent"])
+    source.run_to_the_end()
+    assert source.migration.error == "execvp /nonexistent failed: No such file or directory"
+    assert source.device.calls == ["stop", "prepare cpr-exec", "save", "walk back", "run"]
+    assert source.machine.runstate.current == runstate.RUNNING
+
+
+def test_device_that_refuses_when_it_is_asked(source: Source, tmp_path) -> None:
+    source.device.problem = MigrationError("not now")
+    source.migration.parameters.set({"mode": "cpr-reboot"})
+    source.migration.migrate(f"file:{tmp_path}/stream")
+    source.run_to_the_end()
+    assert (source.migration.status, source.migration.error) == ("failed", "not now")
+    assert source.device.calls == ["stop", "prepare cpr-reboot", "walk back", "run"]
+    assert source.machine.runstate.current == runstate.RUNNING
+
+
+def test_device_that_blocks_is_never_asked(source: Source) -> None:
+    source.device.blocker = "no"
+    assert source.migration.query() == {"blocked-reasons": ["no"]}
+    with pytest.raises(MigrationError, match="no"):
+        source.migration.start_cpr_exec(["/nonexistent"])
+    assert source.device.calls == []
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_section_that_is_not_needed_is_not_there(source: Source, tmp_path, needed: bool) -> None:
+    source.device.is_needed = needed
+    source.migration.migrate(f"file:{tmp_path}/stream")
+    source.run_to_the_end()
+    assert source.migration.status == "completed"
+    stream = (tmp_path / "stream").read_bytes()
+    assert (b"\x08recorder" in stream) == needed
+    if needed:
+        assert stream.index(b"\x08recorder") > stream.index(b"\x06serial")
+
+
+def test_state_has_what_was_opened_after_the_migration_began(source: Source, monkeypatch) -> None:
+    """A guest that unmasks a vector while the migration is being set up."""
+    seen: list[CprState] = []
+    opened = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def prepare(mode: str) -> None:
+        source.fds.save("0000:00:04.0_interrupt", 1, opened)
+
+    def execvp(file: str, words: list[str]) -> None:
+        data = os.pread(source.fds.state_fd, 1 << 16, 0)
+        seen.append(CprState.decode(data))
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(source.device, "cpr_prepare", prepare)
+    monkeypatch.setattr(os, "execvp", execvp)
+    source.migration.start_cpr_exec(["/nonexistent"])
+    source.run_to_the_end()
+    assert ("0000:00:04.0_interrupt", 1, opened) in seen[0].fds
+    os.close(opened)
