@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 IDENTITY_MAP_ADDRESS = 0xFEFFC000
 TSS_ADDRESS = 0xFEFFD000
 
+PAGE_SIZE = 4096
+BITMAP_ALIGNMENT = 64 * PAGE_SIZE  # what a 64-bit word of a dirty log is for
+
 CPUID_APIC_ID_LEAF = 1
 CPUID_TOPOLOGY_LEAVES = (0xB, 0x1F)
 
@@ -136,11 +139,23 @@ class KvmVCpu(base.VCpu):
         self._fd.close()
 
 
+class Memslot:
+    """A memslot as it was set: its number, flags (KVM_MEM_…) and host address."""
+
+    __slots__ = ("flags", "host_address", "number")
+
+    def __init__(self, number: int, flags: int, host_address: int) -> None:
+        self.number = number
+        self.flags = flags
+        self.host_address = host_address
+
+
 class KvmAccelerator(base.Accelerator):
     """One KVM VM; owns /dev/kvm and the VM descriptor."""
 
     name = "kvm"
     kernel_irqchip = True
+    dirty_log = True
 
     def __init__(self) -> None:
         self.device = kvm.open_device()
@@ -150,7 +165,7 @@ class KvmAccelerator(base.Accelerator):
             self.device.close()
             raise
         self.run_size = kvm.vcpu_mmap_size(self.device)
-        self._slots: dict[tuple[int, int], int] = {}
+        self._slots: dict[tuple[int, int], Memslot] = {}
         self._msr_indices: list[int] | None = None
         self.vm.ioctl(lib.KVM_SET_TSS_ADDR, "KVM_SET_TSS_ADDR", TSS_ADDRESS)
         identity = ffi.new("uint64_t *", IDENTITY_MAP_ADDRESS)
@@ -158,15 +173,39 @@ class KvmAccelerator(base.Accelerator):
         lib.cpr_kick_install()
 
     def map_ram(self, address: int, size: int, host_address: int, readonly: bool = False) -> None:
-        used = set(self._slots.values())
-        slot = next(number for number in range(len(used) + 1) if number not in used)
-        flags = lib.KVM_MEM_READONLY if readonly else 0
-        kvm.set_memory_region(self.vm, slot, flags, address, size, host_address)
+        used = {slot.number for slot in self._slots.values()}
+        number = next(each for each in range(len(used) + 1) if each not in used)
+        slot = Memslot(number, lib.KVM_MEM_READONLY if readonly else 0, host_address)
+        self._set_slot(address, size, slot)
         self._slots[address, size] = slot
 
     def unmap_ram(self, address: int, size: int) -> None:
         slot = self._slots.pop((address, size))
-        kvm.set_memory_region(self.vm, slot, 0, address, 0, 0)
+        kvm.set_memory_region(self.vm, slot.number, 0, address, 0, 0)
+
+    def _set_slot(self, address: int, size: int, slot: Memslot) -> None:
+        kvm.set_memory_region(self.vm, slot.number, slot.flags, address, size, slot.host_address)
+
+    def start_dirty_log(self) -> None:
+        try:
+            for (address, size), slot in self._slots.items():
+                if not slot.flags & lib.KVM_MEM_READONLY:
+                    slot.flags |= lib.KVM_MEM_LOG_DIRTY_PAGES
+                    self._set_slot(address, size, slot)
+        except KernelError:
+            self.stop_dirty_log()
+            raise
+
+    def stop_dirty_log(self) -> None:
+        for (address, size), slot in self._slots.items():
+            if slot.flags & lib.KVM_MEM_LOG_DIRTY_PAGES:
+                slot.flags &= ~lib.KVM_MEM_LOG_DIRTY_PAGES
+                self._set_slot(address, size, slot)
+
+    def take_dirty_log(self, address: int, size: int) -> bytearray:
+        bitmap = bytearray((size + BITMAP_ALIGNMENT - 1) // BITMAP_ALIGNMENT * 8)
+        kvm.get_dirty_log(self.vm, self._slots[address, size].number, bitmap)
+        return bitmap
 
     def create_irqchip(self) -> None:
         self.vm.ioctl(lib.KVM_CREATE_IRQCHIP, "KVM_CREATE_IRQCHIP")
