@@ -44,6 +44,7 @@ from cpr.ram import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
     from cpr.accel.base import Accelerator
     from cpr.config import Config, DeviceConfig
     from cpr.events import EventBus

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PAGE_SIZE = 4096
 HUGE_ALIGNMENT = 2 << 20  # so that the kernel can use transparent huge pages
 DEFAULT_HUGEPAGE = 2 << 20
+HUGEPAGES = "/sys/kernel/mm/hugepages"
 POPULATE_CHUNK = 2 << 20  # of a guest that runs: the mmap lock is not held for long
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -125,11 +126,15 @@ class RAMBlock:
             "memory-backend objects, and aux-ram-share=on is required."
         )
 
-    def close(self) -> None:
-        """Unmaps the block and closes its descriptor."""
+    def unmap(self) -> None:
+        """Unmaps the block; its descriptor stays."""
         if self.host:
             lib.munmap(ffi.cast("void *", self.host), self.max_length)
             self.host = 0
+
+    def close(self) -> None:
+        """Unmaps the block and closes its descriptor."""
+        self.unmap()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -302,6 +307,17 @@ def _open_file(block: RAMBlock, properties: dict[str, Any]) -> int:
     return fd
 
 
+def page_sizes() -> list[int]:
+    """The page sizes that memfds can have on this host, in bytes, ascending."""
+    try:
+        names = os.listdir(HUGEPAGES)
+    except OSError:
+        names = []
+    prefix, suffix = "hugepages-", "kB"
+    huge = [int(name.removeprefix(prefix).removesuffix(suffix)) << 10 for name in names]
+    return [PAGE_SIZE, *sorted(huge)]
+
+
 def _page_size(fd: int) -> int:
     """The page size of a file: that of hugetlbfs where it is in one."""
     size = os.fstatvfs(fd).f_bsize
@@ -363,7 +379,7 @@ def _no_memory(block: RAMBlock, error: OSError) -> ConfigError:
     if block.page_size == PAGE_SIZE:
         return ConfigError(f"cannot set up guest memory '{block.idstr}': {error.strerror}")
     kib = block.page_size >> 10
-    pool = f"/sys/kernel/mm/hugepages/hugepages-{kib}kB"
+    pool = f"{HUGEPAGES}/hugepages-{kib}kB"
     need = block.size // block.page_size
     return ConfigError(
         f"unable to map backing store for guest RAM: {error.strerror}; '{block.idstr}' needs "

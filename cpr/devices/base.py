@@ -111,3 +111,7 @@ class Device:
     def cpr_blocker(self) -> str | None:
         """Why this device would not survive an update, or None."""
         return None
+
+    def copy_blocker(self) -> str | None:
+        """Why RAM cannot be copied while this device runs (DMA that no log tells of), or None."""
+        return None

@@ -71,7 +71,7 @@ class Exec(Mode):
         return False
 
     def blockers(self, machine: Machine) -> list[str]:
-        return cpr_blockers(machine, regenerates=True)
+        return cpr_blockers(machine, self)
 
     def finish(self, machine: Machine) -> None:
         """Becomes the command under this PID.  Comes back only with MigrationError."""

@@ -24,14 +24,17 @@ class Mode:
     """One migration's mode; this one is `normal` or `cpr-reboot`.
 
     `stops_first`: the guest is stopped before the migration is `active`.  `ends_process`: after
-    `finish` there is another image, or an error.
+    `finish` there is another image, or an error.  `regenerates`: the new image makes the machine's
+    own blocks again.  `stages`: RAM that it could not map is copied for it.
     """
 
     ends_process = False
+    regenerates = True
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.stops_first = name != NORMAL
+        self.stages = False
 
     def hold(self) -> None:
         """What is done while the guest still runs, before anything is stopped or opened."""
@@ -60,8 +63,9 @@ class Mode:
         """The inverse of `hold` and `begin`; may be called at any time."""
 
 
-def cpr_blockers(machine: Machine, regenerates: bool) -> list[str]:
+def cpr_blockers(machine: Machine, mode: Mode) -> list[str]:
     """The texts for RAM and for devices that would not survive; see RAMBlock.cpr_blocker."""
     reasons = [device.cpr_blocker() for device in machine.devices]
-    reasons += [block.cpr_blocker(regenerates) for block in machine.blocks]
+    if not mode.stages:
+        reasons += [block.cpr_blocker(mode.regenerates) for block in machine.blocks]
     return [reason for reason in reasons if reason]

@@ -193,6 +193,17 @@ PARAMETERS = (
 EXTENSIONS: tuple[Parameter, ...] = (
     # cpr-exec leaves a child behind that frees the old memory while the guest runs again.
     Parameter("x-cpr-mm-holder", BOOL, True),
+    # cpr-exec and cpr-transfer copy RAM that is not shared, while the guest runs.
+    Parameter("x-cpr-ram-staging", BOOL, False),
+    # They copy RAM to pages of this size, whatever it has; 0 is as it is.
+    Parameter(
+        "x-cpr-ram-pagesize",
+        SIZE,
+        0,
+        " bytes",
+        lambda value: value == 0 or (value >= PAGE_SIZE and not value & value - 1),
+        "0 or a power of two no less than 4096",
+    ),
 )
 
 # The spelling in an error text where it is not the name itself.

@@ -221,7 +221,7 @@ def query_memdev(vmm: Any) -> list[dict]:
             "size": block.size,
             "merge": True,
             "dump": True,
-            "prealloc": block.populate,
+            "prealloc": block.prealloc,
             "share": block.shared,
             "reserve": True,
             "host-nodes": [],

@@ -113,6 +113,7 @@ class Vmm:
 
     def close(self) -> None:
         """Stops the guest and frees everything, the terminal's settings included."""
+        self.migration.close()
         self.machine.pause_vcpus()
         for chardev in self.chardevs.values():
             chardev.flush(FLUSH_NS)
