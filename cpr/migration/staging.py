@@ -240,8 +240,8 @@ class Staging:
                 budget = self._rate.budget() if limited else NO_LIMIT
                 if budget:
                     self._account(self._copy(each, pages, budget), done)
-            if limited:
-                self._counters.precopy = self._counters.copied
+                if limited:
+                    self._counters.precopy = self._counters.copied
             if not self._cancelled:
                 each.dirty.clear()
         self._copied = True
