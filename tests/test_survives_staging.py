@@ -18,6 +18,8 @@ MIB = 1 << 20
 HUGE = 2 * MIB
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 STAGING = {"x-cpr-ram-staging": True}
+# Does not end while the guest writes: its passes are so long that it writes something in each.
+ENDLESS = {**STAGING, "downtime_limit": 0, "max_bandwidth": 64 * MIB}
 # Without a dirty log RAM is copied in the pause, as fast as it can be.
 logged = pytest.mark.parametrize("accel", ["kvm"], indirect=True)
 BACKENDS = [
@@ -80,9 +82,9 @@ def test_all_of_ram_goes_over_while_the_guest_writes(start, accel, tmp_path, bac
     name = "memory-backend-memfd" if backend and "memfd" in backend else idstr
     own_inodes = inodes(vm, name)
     capabilities(vm, "events", "pause-before-switchover")
-    parameters(vm, **STAGING, downtime_limit=0)
+    parameters(vm, **ENDLESS)
     vm.qmp.command("cpr-exec")
-    if accel == "kvm":  # what the guest writes all the time never fits no downtime at all
+    if accel == "kvm":
         wait_for(lambda: ram(vm)["dirty-sync-count"] >= 4, "passes")
         assert vm.qmp.command("query-status")["running"]
         assert status(vm) == "active"
@@ -225,10 +227,8 @@ def test_the_rate_limit_is_kept_and_may_change(start, accel):
         last = transferred
     assert "transferred=" in vm.qmp.hmp("info migrate")
     vm.qmp.hmp("migrate_set_parameter max-bandwidth 0")
-    wait_for(lambda: ram(vm)["dirty-sync-count"] > 3, "then it is fast")
-    assert ram(vm)["precopy-bytes"] == ram(vm)["transferred"]
     vm.qmp.hmp("migrate_set_parameter downtime-limit 2000")
-    vm.reconnect()
+    vm.reconnect()  # in time: 24 MiB would have taken 6 s
     wait_round(vm)
 
 
@@ -236,7 +236,7 @@ def test_the_rate_limit_is_kept_and_may_change(start, accel):
 def test_stop_cont_and_reset_while_it_is_copied(start, accel):
     vm = start(*words(accel, None))
     wait_round(vm)
-    parameters(vm, **STAGING, downtime_limit=0)
+    parameters(vm, **ENDLESS)
     vm.qmp.command("cpr-exec")
     wait_for(lambda: ram(vm)["dirty-sync-count"] > 2, "passes")
     vm.qmp.command("system_reset")  # writes the boot sector again
@@ -252,7 +252,7 @@ def test_stop_cont_and_reset_while_it_is_copied(start, accel):
 def test_quit_while_it_is_copied(start, accel):
     vm = start(*words(accel, None))
     wait_round(vm)
-    parameters(vm, **STAGING, downtime_limit=0)
+    parameters(vm, **ENDLESS)
     vm.qmp.command("cpr-exec")
     wait_for(lambda: ram(vm)["dirty-sync-count"] > 2, "passes")
     vm.qmp.send("quit")
