@@ -164,16 +164,15 @@ class Staging:
             each.block.written = PageBitmap(each.dirty.pages)
         self._machine.accel.start_dirty_log()
         self._logging = True
-        began = self._synced = time.monotonic_ns()
+        self._synced = time.monotonic_ns()
         self._begin_pass(self._counters.total // PAGE_SIZE)
-        self._pass(limited=True)
-        while not self._cancelled:
+        while True:
+            self._pass(limited=True)
+            if self._wait(self._synced + LEAST_PASS_NS - time.monotonic_ns()):
+                return
             self._sync()
             if self._fits():
                 return
-            self._wait(began + LEAST_PASS_NS - time.monotonic_ns())
-            began = time.monotonic_ns()
-            self._pass(limited=True)
 
     def finish(self) -> None:
         """Copies what is left of a guest that has stopped; without a limit.  Raises KernelError."""
