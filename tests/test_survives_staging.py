@@ -142,10 +142,9 @@ def test_a_second_update_with_staging_on_copies_nothing(start, accel):
     wait_round(vm)
 
 
-@pytest.mark.parametrize("above", [1, 1025])
-def test_more_than_four_gigabytes(start, accel, above):
-    """RAM in several parts, the last of which begins or ends within a word of the bitmap."""
-    size = 4096 + above
+def test_more_than_four_gigabytes(start, accel):
+    """RAM in several parts of the guest's address space."""
+    size = 4097
     vm = start(*words(accel, None, f"{size}M"))
     wait_round(vm)
     marks = {offset: os.urandom(8192) for offset in (2 << 30, (3 << 30) - 4096, size * MIB - 8192)}
