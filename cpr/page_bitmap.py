@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 from cpr._native._cpr import ffi, lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+PAGE_SIZE = 4096
 WORD_BITS = 64
+ENTRY_SIZE = 8  # bytes of an entry of /proc/PID/pagemap
+READ_PAGES = 1 << 16
 
 
 class PageBitmap:
@@ -51,3 +56,26 @@ class PageBitmap:
 
     def clear(self) -> None:
         ffi.memmove(self._words, bytes(len(self.words)), len(self.words))
+
+
+def existing_pages(host: int, pages: int) -> PageBitmap:
+    """Which of the pages at address `host` of this process are in memory or in swap.
+
+    In private anonymous memory the others are zero, and reading them would cost page tables.
+    Raises OSError.
+    """
+    result = PageBitmap(pages)
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        done = 0
+        while done < pages:
+            size = min(READ_PAGES, pages - done) * ENTRY_SIZE
+            data = os.pread(fd, size, (host // PAGE_SIZE + done) * ENTRY_SIZE)
+            if not data:
+                raise OSError(f"/proc/self/pagemap has no page at {host + done * PAGE_SIZE:#x}")
+            entries: Any = ffi.from_buffer("uint64_t[]", data)
+            lib.cpr_bitmap_merge_pagemap(result._words, done, entries, len(entries))
+            done += len(entries)
+    finally:
+        os.close(fd)
+    return result

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpr.page_bitmap import PageBitmap
+from cpr.page_bitmap import READ_PAGES, PageBitmap, existing_pages
 
 
 def number(bitmap: PageBitmap) -> int:
@@ -73,3 +75,17 @@ def test_what_is_not_in_it_is_refused(first, count):
 def test_a_bitmap_that_does_not_fit_is_refused(first, size, count):
     with pytest.raises(ValueError, match="pages at"):
         PageBitmap(64).merge(first, bytearray(size), count)
+
+
+def test_pages_that_exist():
+    pages = 2 * READ_PAGES + 70
+    written = [0, 1, 63, 64, READ_PAGES - 1, READ_PAGES, 2 * READ_PAGES + 69]
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    with mmap.mmap(-1, pages * 4096, flags) as memory:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        for page in written:
+            memory[page * 4096] = 1
+        first = ctypes.c_char.from_buffer(memory)
+        bitmap = existing_pages(ctypes.addressof(first), pages)
+        del first
+    assert number(bitmap) == sum(1 << page for page in written)

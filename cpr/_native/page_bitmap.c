@@ -2,6 +2,8 @@
 #include "page_bitmap.h"
 
 #define WORD_BITS 64
+/* Documentation/admin-guide/mm/pagemap.rst: bit 63 is "page present", bit 62 "page swapped". */
+#define PAGEMAP_EXISTS ((uint64_t)3 << 62)
 
 /* The lowest `count` bits, of which there are at most 64. */
 static uint64_t low_bits(uint64_t count)
@@ -46,6 +48,16 @@ void cpr_bitmap_merge(uint64_t *target, uint64_t first, const uint64_t *source, 
             target[i + 1] |= word >> (WORD_BITS - shift);
         }
         count -= part;
+    }
+}
+
+void cpr_bitmap_merge_pagemap(uint64_t *target, uint64_t first, const uint64_t *entries,
+                              uint64_t count)
+{
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t exists = (entries[i] & PAGEMAP_EXISTS) != 0;
+
+        target[(first + i) / WORD_BITS] |= exists << (first + i) % WORD_BITS;
     }
 }
 

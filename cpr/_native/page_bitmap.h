@@ -15,6 +15,11 @@ void cpr_bitmap_take(uint64_t *target, uint64_t *source, uint64_t bits);
 /* Sets bit `first` + n of `target` for each bit n < `count` that is set in `source`. */
 void cpr_bitmap_merge(uint64_t *target, uint64_t first, const uint64_t *source, uint64_t count);
 
+/* Sets bit `first` + n of `target` for each of `count` entries of /proc/PID/pagemap that is of a page
+   in memory or in swap. */
+void cpr_bitmap_merge_pagemap(uint64_t *target, uint64_t first, const uint64_t *entries,
+                              uint64_t count);
+
 /* How many of the first `bits` bits are set. */
 uint64_t cpr_bitmap_count(const uint64_t *words, uint64_t bits);
 

@@ -18,7 +18,7 @@ from _thread import allocate_lock
 
 from cpr.errors import ConfigError, KernelError, MigrationError
 from cpr.migration.rate import NS_PER_S, RateLimit
-from cpr.page_bitmap import PageBitmap
+from cpr.page_bitmap import PageBitmap, existing_pages
 from cpr.pages import NO_LIMIT, PAGE_SIZE, ZERO_CLEAR, ZERO_SKIP, PageCounts, PagePool, Pages
 from cpr.ram import create_copy, page_sizes
 
@@ -84,6 +84,20 @@ class StagedBlock:
         self.some = Pages.of_block(block, self.dirty.words, holes=False)
         # Huge pages cannot be filled by writing to their file.
         self.target = Pages.of_block(self.copy, holes=page_size == PAGE_SIZE)
+
+    def leave_out_missing(self) -> int:
+        """Leaves out of `all` what is not there of anonymous memory; returns how many pages.
+
+        What comes there later is written, and logged.
+        """
+        if self.block.fd >= 0:
+            return 0
+        try:
+            existing = existing_pages(self.block.host, self.dirty.pages)
+        except OSError:  # without /proc they are all read
+            return 0
+        self.all = Pages.of_block(self.block, existing.words)
+        return existing.pages - existing.count()
 
 
 class Staging:
@@ -233,6 +247,8 @@ class Staging:
         """Copies all pages the first time, else the dirty ones."""
         began, done = time.monotonic_ns(), PageCounts()
         for each in self._blocks:
+            if not self._copied:
+                self._account(PageCounts(zero=each.leave_out_missing()), PageCounts())
             pages = each.some if self._copied else each.all
             pages.position = 0
             while not pages.done and not self._cancelled:
@@ -300,7 +316,10 @@ def _check_memory(blocks: list[tuple[RAMBlock, int]]) -> None:
     no check: they are reserved when they are mapped.
     """
     spans = [(b.host, b.host + b.size) for b, page_size in blocks if page_size == PAGE_SIZE]
-    need, available = _resident_kib(spans), _available_kib()
+    try:
+        need, available = _resident_kib(spans), _available_kib()
+    except OSError:  # without /proc there is nothing to go by
+        return
     if need > available:
         raise MigrationError(
             f"x-cpr-ram-staging: the copy of RAM needs {need >> 10} MiB of memory and "
