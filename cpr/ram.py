@@ -114,6 +114,11 @@ class RAMBlock:
             raise ValueError(f"{self.idstr}: no {size} bytes at offset {offset:#x}")
         return ffi.buffer(ffi.cast("char *", self.host + offset), size)
 
+    @property
+    def outgoing_fd(self) -> int:
+        """The descriptor in which the next image finds this RAM: the copy's, or its own; or -1."""
+        return self.copy_fd if self.copy_fd >= 0 or not self.preserved else self.fd
+
     def cpr_blocker(self, regenerates: bool = True) -> str | None:
         """Why an update would lose this block's content, in QEMU's words, or None.
 

@@ -145,10 +145,7 @@ class CprListener:
 
 
 def _lockable(machine: Machine) -> list[int]:
-    """What the target has of the RAM: the blocks' memfds, or the copies that were made of them."""
-    copies = [block.copy_fd for block in machine.blocks if block.copy_fd >= 0]
-    shared = [block for block in machine.blocks if block.preserved and block.copy_fd < 0]
-    return copies + [block.fd for block in shared]
+    return [block.outgoing_fd for block in machine.blocks if block.outgoing_fd >= 0]
 
 
 def give_guest_away(machine: Machine) -> None:

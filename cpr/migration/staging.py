@@ -225,7 +225,8 @@ class Staging:
                 each.dirty.take(each.block.written)
         now = time.monotonic_ns()
         pages = sum(each.dirty.count() for each in self._blocks)
-        self._counters.dirty_pages_rate = pages * NS_PER_S // max(1, now - self._synced)
+        new = pages - self._counters.remaining // PAGE_SIZE  # the others were so already
+        self._counters.dirty_pages_rate = new * NS_PER_S // max(1, now - self._synced)
         self._synced = now
         self._begin_pass(pages)
 
