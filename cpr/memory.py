@@ -6,7 +6,7 @@ from cpr.errors import CprError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Protocol
+    from typing import Protocol
 
     from cpr.ram import RAMBlock
 
@@ -103,23 +103,28 @@ class GuestMemory:
     def read(self, address: int, size: int) -> bytes:
         """Reads guest-physical memory; where there is none, ones, as an open bus reads."""
         data = bytearray(b"\xff" * size)
-        for position, view in self._spans(address, size):
-            data[position : position + len(view)] = view[:]
+        for position, block, offset, length in self._spans(address, size):
+            data[position : position + length] = block.view(offset, length)
         return bytes(data)
 
     def write(self, address: int, data: bytes) -> None:
-        """Writes guest-physical memory, ROM included; where there is none, nothing happens."""
-        for position, view in self._spans(address, len(data)):
-            view[:] = data[position : position + len(view)]
+        """Writes guest-physical memory, ROM included; where there is none, nothing happens.
 
-    def _spans(self, address: int, size: int) -> list[tuple[int, Any]]:
+        This is the way for device code, DMA above all: a copy of RAM that is being made while the
+        guest runs learns of it.
+        """
+        for position, block, offset, length in self._spans(address, len(data)):
+            block.write(offset, data[position : position + length])
+
+    def _spans(self, address: int, size: int) -> list[tuple[int, RAMBlock, int, int]]:
+        """(position in [address, address+size), block, offset in it, length) of all the parts."""
         spans = []
         for section in self.sections:
             start = max(address, section.start)
             end = min(address + size, section.start + section.size)
             if start < end:
                 offset = section.offset + start - section.start
-                spans.append((start - address, section.block.buffer(offset, end - start)))
+                spans.append((start - address, section.block, offset, end - start))
         return spans
 
     def close(self) -> None:

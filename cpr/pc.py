@@ -45,7 +45,6 @@ from cpr.ram import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Any
 
     from cpr.accel.base import Accelerator
     from cpr.accel.kvm_resume import ResumedVm
@@ -144,7 +143,7 @@ def _create_accel(names: Sequence[str], resumed: ResumedVm | None) -> Accelerato
 def _create_ram(config: Config, memory: GuestMemory, fds: PreservedFds) -> None:
     backend_id = config.machine.get("memory-backend")
     if backend_id is None:
-        ram = create_default_block("pc.ram", config.ram_size)
+        ram = create_default_block("pc.ram", config.ram_size, fds)
     else:
         ram = _create_backend(config, str(backend_id), fds)
     memory.add_block(ram)
@@ -155,7 +154,7 @@ def _create_ram(config: Config, memory: GuestMemory, fds: PreservedFds) -> None:
     bios = memory.add_block(create_aux_block("pc.bios", BIOS_SIZE, share, fds))
     rom = memory.add_block(create_aux_block("pc.rom", ROM_SIZE, share, fds))
     bios.readonly = rom.readonly = True
-    _write_bios(bios.buffer(0, BIOS_SIZE))
+    bios.write(0, _bios())
     conventional = min(low, VGA_ADDRESS)
     memory.add_section(0, conventional, ram, 0, False, "ram-below-4g")
     memory.add_section(ROM_ADDRESS, ROM_SIZE, rom, 0, True, "pc.rom")
@@ -192,10 +191,11 @@ def _create_backend(config: Config, backend_id: str, fds: PreservedFds) -> RAMBl
     return block
 
 
-def _write_bios(view: Any) -> None:
+def _bios() -> bytes:
     """A BIOS whose reset vector jumps to the boot sector; every other byte halts."""
-    view[:] = bytes([HLT]) * BIOS_SIZE
-    view[RESET_VECTOR : RESET_VECTOR + len(JUMP_TO_BOOT)] = JUMP_TO_BOOT
+    image = bytearray([HLT]) * BIOS_SIZE
+    image[RESET_VECTOR : RESET_VECTOR + len(JUMP_TO_BOOT)] = JUMP_TO_BOOT
+    return bytes(image)
 
 
 class Board:

@@ -2,7 +2,9 @@
 
 A RAMBlock owns its mapping and its descriptor.  Shared blocks are kept across an exec: their
 descriptor is found in the PreservedFds by the block's idstr instead of made anew, and is saved
-there for the next exec.  Descriptors are close-on-exec; only cpr-exec clears that.
+there for the next exec.  What is found is mapped shared and in the page size that it has, whatever
+the options say: a block that was private before may come over in a copy, and goes over the next
+exec as it is.  Descriptors are close-on-exec; only cpr-exec clears that.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ if TYPE_CHECKING:
     from typing import Any
 
     from cpr.config import ObjectConfig
+    from cpr.page_bitmap import PageBitmap
     from cpr.state.fds import PreservedFds
 
 PAGE_SIZE = 4096
 HUGE_ALIGNMENT = 2 << 20  # so that the kernel can use transparent huge pages
 DEFAULT_HUGEPAGE = 2 << 20
-POPULATE_CHUNK = 64 << 20
+HUGEPAGES = "/sys/kernel/mm/hugepages"
+POPULATE_CHUNK = 2 << 20  # of a guest that runs: the mmap lock is not held for long
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -41,11 +45,15 @@ class RAMBlock:
     an exec, `reopened` that the new VMM opens the same file again by its path; a block that is
     neither loses its content in an exec, unless it is `regenerated` (a ROM that the machine
     makes).  `prealloc` asks for all of it to be populated, `populated` bytes of it are by now.
+
+    While a copy of the block is being made for another image, `copy_fd` is that copy's memfd, else
+    -1, and `written` a bitmap of the pages that this process itself writes, else None.
     """
 
     __slots__ = (
         "alignment",
         "backend",
+        "copy_fd",
         "fd",
         "host",
         "idstr",
@@ -61,6 +69,7 @@ class RAMBlock:
         "reopened",
         "shared",
         "size",
+        "written",
     )
 
     def __init__(self, idstr: str, size: int, backend: str) -> None:
@@ -81,12 +90,37 @@ class RAMBlock:
         self.kept = False
         self.reopened = False
         self.regenerated = False
+        self.copy_fd = -1
+        self.written: PageBitmap | None = None
 
-    def buffer(self, offset: int, size: int) -> Any:
-        """A writable view of [offset, offset+size) of the block; valid until `close`."""
+    def view(self, offset: int, size: int) -> memoryview:
+        """[offset, offset+size) of the block, to be read; valid until `close`.
+
+        Raises ValueError for what is not in the block.
+        """
+        return memoryview(self._buffer(offset, size)).toreadonly()
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Writes `data` to the block, and marks it so.  Raises ValueError as `view` does."""
+        self._buffer(offset, len(data))[:] = data
+        self.mark_written(offset, len(data))
+
+    def mark_written(self, offset: int, size: int) -> None:
+        """To be called after any write to the mapping that neither `write` nor the guest did."""
+        written = self.written
+        if written is not None and size:
+            first = offset // PAGE_SIZE
+            written.set(first, (offset + size - 1) // PAGE_SIZE - first + 1)
+
+    def _buffer(self, offset: int, size: int) -> Any:
         if offset < 0 or offset + size > self.max_length:
             raise ValueError(f"{self.idstr}: no {size} bytes at offset {offset:#x}")
         return ffi.buffer(ffi.cast("char *", self.host + offset), size)
+
+    @property
+    def outgoing_fd(self) -> int:
+        """The descriptor in which the next image finds this RAM: the copy's, or its own; or -1."""
+        return self.copy_fd if self.copy_fd >= 0 or not self.preserved else self.fd
 
     def cpr_blocker(self, regenerates: bool = True) -> str | None:
         """Why an update would lose this block's content, in QEMU's words, or None.
@@ -100,11 +134,15 @@ class RAMBlock:
             "memory-backend objects, and aux-ram-share=on is required."
         )
 
-    def close(self) -> None:
-        """Unmaps the block and closes its descriptor."""
+    def unmap(self) -> None:
+        """Unmaps the block; its descriptor stays."""
         if self.host:
             lib.munmap(ffi.cast("void *", self.host), self.max_length)
             self.host = 0
+
+    def close(self) -> None:
+        """Unmaps the block and closes its descriptor."""
+        self.unmap()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -145,40 +183,63 @@ def create_aux_block(idstr: str, size: int, share: bool, fds: PreservedFds) -> R
     block = RAMBlock(idstr, size, "aux")
     block.regenerated = True
     block.shared = share
-    found = fds.find(idstr, 0)
-    if found is not None:
-        _check_size(block, found)
-        block.fd = found
-        block.kept = True
-    elif share:
+    if not _take_found(block, fds) and share:
         block.fd = os.memfd_create(idstr)
         os.ftruncate(block.fd, size)
         fds.save(idstr, 0, block.fd)
-    block.preserved = share
+        block.preserved = True
     _map(block, 0, fds)
     return block
 
 
-def create_default_block(idstr: str, size: int) -> RAMBlock:
+def create_default_block(idstr: str, size: int, fds: PreservedFds) -> RAMBlock:
     """Makes the machine's default RAM, private and anonymous, as QEMU does without a backend."""
     block = RAMBlock(idstr, size, "memory-backend-ram")
-    _map(block, 0, None)
+    _take_found(block, fds)
+    _map(block, 0, fds)
     return block
 
 
+def create_copy(block: RAMBlock, page_size: int) -> RAMBlock:
+    """Makes an empty block like `block`, shared, in a memfd in pages of `page_size`.
+
+    The caller owns it.  Raises ConfigError where there are no such pages, or not enough of them.
+    """
+    copy = RAMBlock(block.idstr, block.size, block.backend)
+    copy.page_size = page_size
+    copy.shared = True
+    is_memfd = block.backend == "memory-backend-memfd"
+    copy.fd = _create_memfd(copy, True, "memory-backend-memfd" if is_memfd else block.idstr)
+    try:
+        _map(copy, 0, None)
+    except ConfigError:
+        copy.close()
+        raise
+    return copy
+
+
+def _take_found(block: RAMBlock, fds: PreservedFds) -> bool:
+    """Takes over the block's descriptor from `fds`, if there is one."""
+    found = fds.find(block.idstr, 0)
+    if found is None:
+        return False
+    _check_size(block, found)
+    block.fd = found
+    block.page_size = _page_size(found)
+    block.kept = block.shared = block.preserved = True
+    return True
+
+
 def _attach_descriptor(block: RAMBlock, properties: dict[str, Any], fds: PreservedFds) -> None:
+    if block.backend == "memory-backend-file" and block.shared:
+        block.fd = _open_file(block, properties)
+        block.reopened = True
+        return
+    if _take_found(block, fds):
+        return
     if block.backend == "memory-backend-file":
         block.fd = _open_file(block, properties)
-        block.reopened = block.shared
-        return
-    found = fds.find(block.idstr, 0)
-    if found is not None:
-        _check_size(block, found)
-        block.fd = found
-        block.kept = True
-        block.preserved = block.shared
-        return
-    if block.backend == "memory-backend-memfd":
+    elif block.backend == "memory-backend-memfd":
         block.fd = _create_memfd(block, bool(properties.get("seal", True)))
     elif block.backend == "memory-backend-shm":
         block.fd = _create_shm(block)
@@ -190,13 +251,13 @@ def _attach_descriptor(block: RAMBlock, properties: dict[str, Any], fds: Preserv
         block.preserved = True
 
 
-def _create_memfd(block: RAMBlock, seal: bool) -> int:
+def _create_memfd(block: RAMBlock, seal: bool, name: str = "memory-backend-memfd") -> int:
     flags = os.MFD_CLOEXEC | (os.MFD_ALLOW_SEALING if seal else 0)
     if block.page_size != PAGE_SIZE:
         flags |= os.MFD_HUGETLB
         flags |= (block.page_size.bit_length() - 1) << os.MFD_HUGE_SHIFT
     try:
-        fd = os.memfd_create("memory-backend-memfd", flags)
+        fd = os.memfd_create(name, flags)
     except OSError as error:
         raise ConfigError(
             f"failed to create memfd of page size {block.page_size:#x} for '{block.idstr}': "
@@ -238,8 +299,7 @@ def _open_file(block: RAMBlock, properties: dict[str, Any]) -> int:
         raise ConfigError(
             f"can't open backing store {path} for guest RAM: {error.strerror}"
         ) from None
-    statistics = os.fstatvfs(fd)
-    block.page_size = statistics.f_bsize if _is_hugetlbfs(fd) else PAGE_SIZE
+    block.page_size = _page_size(fd)
     align = int(properties.get("align", 0))
     if align % block.page_size:
         os.close(fd)
@@ -255,8 +315,21 @@ def _open_file(block: RAMBlock, properties: dict[str, Any]) -> int:
     return fd
 
 
-def _is_hugetlbfs(fd: int) -> bool:
-    return os.fstatvfs(fd).f_bsize >= HUGE_ALIGNMENT
+def page_sizes() -> list[int]:
+    """The page sizes that memfds can have on this host, in bytes, ascending."""
+    try:
+        names = os.listdir(HUGEPAGES)
+    except OSError:
+        names = []
+    prefix, suffix = "hugepages-", "kB"
+    huge = [int(name.removeprefix(prefix).removesuffix(suffix)) << 10 for name in names]
+    return [PAGE_SIZE, *sorted(huge)]
+
+
+def _page_size(fd: int) -> int:
+    """The page size of a file: that of hugetlbfs where it is in one."""
+    size = os.fstatvfs(fd).f_bsize
+    return size if size >= HUGE_ALIGNMENT else PAGE_SIZE
 
 
 def _check_size(block: RAMBlock, fd: int) -> None:
@@ -321,7 +394,7 @@ def _no_memory(block: RAMBlock, error: OSError) -> ConfigError:
     if block.page_size == PAGE_SIZE:
         return ConfigError(f"cannot set up guest memory '{block.idstr}': {error.strerror}")
     kib = block.page_size >> 10
-    pool = f"/sys/kernel/mm/hugepages/hugepages-{kib}kB"
+    pool = f"{HUGEPAGES}/hugepages-{kib}kB"
     need = block.size // block.page_size
     return ConfigError(
         f"unable to map backing store for guest RAM: {error.strerror}; '{block.idstr}' needs "
@@ -348,14 +421,25 @@ def _advise(block: RAMBlock, properties: dict[str, Any]) -> None:
 
 
 def populate(block: RAMBlock) -> None:
-    """Populates the block writable, chunk by chunk, as prealloc=on asks for.
+    """Populates the whole block writable, as prealloc=on asks for.
+
+    Raises ConfigError where the host has not enough memory.
+    """
+    while populate_chunk(block):
+        pass
+
+
+def populate_chunk(block: RAMBlock) -> bool:
+    """Populates the next chunk, of 2 MiB or one page; false where there is none.
 
     `block.populated` tells how far it is, in bytes; any thread may do this while the guest runs.
     Raises ConfigError where the host has not enough memory.
     """
-    while block.populated < block.size:
-        size = min(POPULATE_CHUNK, block.size - block.populated)
-        address = ffi.cast("void *", block.host + block.populated)
-        if lib.madvise(address, size, lib.MADV_POPULATE_WRITE) < 0:
-            raise _no_memory(block, OSError(ffi.errno, os.strerror(ffi.errno)))
-        block.populated += size
+    size = min(max(POPULATE_CHUNK, block.page_size), block.size - block.populated)
+    if size <= 0:
+        return False
+    address = ffi.cast("void *", block.host + block.populated)
+    if lib.madvise(address, size, lib.MADV_POPULATE_WRITE) < 0:
+        raise _no_memory(block, OSError(ffi.errno, os.strerror(ffi.errno)))
+    block.populated += size
+    return True

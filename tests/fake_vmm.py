@@ -42,7 +42,8 @@ class FakeMachine:
             host=0x7F5086FFF000,
             readonly=False,
             backend="memory-backend-memfd",
-            populate=False,
+            prealloc=False,
+            populated=0,
             shared=True,
         )
         rom = Namespace(**{**block.__dict__, "idstr": "pc.bios", "readonly": True})

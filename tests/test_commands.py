@@ -173,6 +173,7 @@ QMP: dict[str, tuple[dict, Any]] = {
             }
         ],
     ),
+    "x-query-ramblock": ({}, {"human-readable-text": RAMBLOCK}),
     "query-memory-size-summary": ({}, {"base-memory": 1048576, "plugged-memory": 0}),
     "memsave": (SAVED, {}),
     "pmemsave": (SAVED, {}),
@@ -735,6 +736,18 @@ def test_migration_lines_that_are_wrong(
 def test_query_commands_names_them_all(vmm: FakeVmm) -> None:
     names = [row["name"] for row in execute(vmm, "query-commands", {})]
     assert sorted(names) == sorted(QMP)
+
+
+def test_prealloc_tells_how_far_it_is(vmm: FakeVmm, session: Session) -> None:
+    block = vmm.machine.blocks[0]
+    block.prealloc, block.populated = True, 0x80000
+    header, row, other = run(vmm, session, "info ramblock").splitlines()
+    assert header == RAMBLOCK.splitlines()[0] + "           Populated"
+    assert row == RAMBLOCK.splitlines()[1] + "  0x0000000000080000"
+    assert other == RAMBLOCK.splitlines()[2]
+    (backend,) = execute(vmm, "query-memdev", {})
+    assert (backend["prealloc"], backend["x-cpr-populated"]) == (True, 0x80000)
+    assert run(vmm, session, "info memdev") == MEMDEV.replace("prealloc: false", "prealloc: true")
 
 
 def test_human_monitor_command_has_its_own_cpu(vmm: FakeVmm) -> None:

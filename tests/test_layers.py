@@ -28,13 +28,14 @@ LAYERS = (
     ("cpr.memory",),
     ("cpr.ram",),
     ("cpr.config",),
+    ("cpr.page_bitmap",),
     ("cpr.state",),
     ("cpr.uapi", "cpr.runstate", "cpr.events", "cpr.mainloop", "cpr.clock"),
     ("cpr.launcher", "cpr.fd_list", "cpr.phases"),
     ("cpr.errors", "cpr._native"),
 )
 ONLY = {
-    "cpr._native": ("cpr.uapi", "cpr.ram", "cpr.pages", "cpr.accel", "cpr._native"),
+    "cpr._native": ("cpr.uapi", "cpr.ram", "cpr.page", "cpr.accel", "cpr._native"),
     "cpr.uapi.kvm": ("cpr.accel",),
     "cpr.uapi.seccomp": ("cpr.vmm",),
     "cpr.uapi.vfio": ("cpr.devices.vfio",),

@@ -64,26 +64,26 @@ def test_file_backend_is_reopened_by_its_path(tmp_path):
     fds = PreservedFds()
     path = tmp_path / "ram"
     block = create("file", fds, mem_path=str(path), share=True)
-    block.buffer(0, 5)[:] = b"guest"
+    block.write(0, b"guest")
     assert fds.entries() == []
     assert block.cpr_blocker() is None
     block.close()
     again = create("file", fds, mem_path=str(path), share=True)
-    assert again.buffer(0, 5)[:] == b"guest"
+    assert again.view(0, 5) == b"guest"
     again.close()
 
 
 def test_the_descriptor_is_found_again_with_its_content():
     fds = PreservedFds()
     first = create("memfd", fds)
-    first.buffer(MIB, 4)[:] = b"data"
+    first.write(MIB, b"data")
     fd = os.dup(first.fd)
     first.close()
     fds.delete("ram0", 0)
     fds.save("ram0", 0, fd)
     second = create("memfd", fds)
     assert second.fd == fd
-    assert second.buffer(MIB, 4)[:] == b"data"
+    assert second.view(MIB, 4) == b"data"
     second.close()
 
 
@@ -176,13 +176,13 @@ def test_ram_addr_offsets_are_qemus():
 
 def test_reads_and_writes_across_sections_and_holes():
     memory = guest_memory.GuestMemory()
-    block = memory.add_block(ram.create_default_block("pc.ram", 2 * MIB))
+    block = memory.add_block(ram.create_default_block("pc.ram", 2 * MIB, PreservedFds()))
     memory.add_section(0, 0x1000, block, 0, False, "low")
     memory.add_section(0x2000, 0x1000, block, 0x1000, False, "high")
     memory.write(0xFFE, b"abcd")
     assert memory.read(0xFFE, 4) == b"ab\xff\xff"
     memory.write(0x1FFE, b"wxyz")
     assert memory.read(0x2000, 2) == b"yz"
-    assert block.buffer(0x1000, 2)[:] == b"yz"
+    assert block.view(0x1000, 2) == b"yz"
     assert memory.find(0x1800) is None
     memory.close()

@@ -101,6 +101,8 @@ class Accelerator:
     of CLOCK_MONOTONIC; else 0."""
     kernel_irqchip: bool
     """True: PIC, IOAPIC, PIT and local APICs are the accelerator's; False: the machine emulates."""
+    dirty_log = False
+    """Whether it can tell what the guest writes to its RAM while it runs."""
 
     def map_ram(self, address: int, size: int, host_address: int, readonly: bool = False) -> None:
         """Makes `size` bytes at `host_address` the guest's RAM at guest-physical `address`."""
@@ -108,6 +110,25 @@ class Accelerator:
 
     def unmap_ram(self, address: int, size: int) -> None:
         """The inverse of `map_ram`, with the same range."""
+        raise NotImplementedError
+
+    def start_dirty_log(self) -> None:
+        """Begins to log the guest's writes to all RAM that is mapped and not read-only.
+
+        From any thread, while the guest runs.  Raises KernelError; then nothing is logged.
+        """
+        raise NotImplementedError
+
+    def stop_dirty_log(self) -> None:
+        """The inverse of `start_dirty_log`; what was logged and not taken is forgotten."""
+        raise NotImplementedError
+
+    def take_dirty_log(self, address: int, size: int) -> bytearray:
+        """A bitmap of the pages written since the last call, for a range that was mapped so.
+
+        Page n of the range is bit n % 64 of the little-endian word n // 64.  A write that is not
+        in it is in the next one.  Writes by the VMM's own code are in none of them.
+        """
         raise NotImplementedError
 
     def create_irqchip(self) -> None:

@@ -41,6 +41,8 @@ IRQFD_CAPABILITIES = (
     ("KVM_CAP_IRQFD_RESAMPLE", lib.KVM_CAP_IRQFD_RESAMPLE),
     ("KVM_CAP_SIGNAL_MSI", lib.KVM_CAP_SIGNAL_MSI),
 )
+PAGE_SIZE = 4096
+BITMAP_ALIGNMENT = 64 * PAGE_SIZE  # what a 64-bit word of a dirty log is for
 
 CPUID_APIC_ID_LEAF = 1
 CPUID_TOPOLOGY_LEAVES = (0xB, 0x1F)
@@ -177,6 +179,17 @@ class KvmVCpu(base.VCpu):
         self._fd.close()
 
 
+class Memslot:
+    """A memslot as it was set: its number, flags (KVM_MEM_…) and host address."""
+
+    __slots__ = ("flags", "host_address", "number")
+
+    def __init__(self, number: int, flags: int, host_address: int) -> None:
+        self.number = number
+        self.flags = flags
+        self.host_address = host_address
+
+
 class KvmAccelerator(base.Accelerator):
     """One KVM VM; owns /dev/kvm and the VM descriptor.
 
@@ -188,13 +201,14 @@ class KvmAccelerator(base.Accelerator):
     kernel_irqchip = True
     addresses = (TSS_ADDRESS, IDENTITY_MAP_ADDRESS)
     pit_flags = lib.KVM_PIT_SPEAKER_DUMMY
+    dirty_log = True
 
     def __init__(self, resumed: ResumedVm | None = None) -> None:
         self.resumed = resumed
         self.has_state = resumed is not None
         self.vcpus: list[KvmVCpu] = []
         self._early_irqs: list[tuple[int, bool]] = []
-        self._slots: dict[tuple[int, int], int] = {}
+        self._slots: dict[tuple[int, int], Memslot] = {}
         self._interrupts: KvmInterrupts | None = None
         self._msr_indices: list[int] | None = None
         self._readable_msrs: list[int] | None = None
@@ -219,23 +233,46 @@ class KvmAccelerator(base.Accelerator):
         lib.cpr_kick_install()
 
     def map_ram(self, address: int, size: int, host_address: int, readonly: bool = False) -> None:
-        used = set(self._slots.values())
-        slot = next(number for number in range(len(used) + 1) if number not in used)
-        flags = lib.KVM_MEM_READONLY if readonly else 0
+        used = {slot.number for slot in self._slots.values()}
+        number = next(each for each in range(len(used) + 1) if each not in used)
+        slot = Memslot(number, lib.KVM_MEM_READONLY if readonly else 0, host_address)
         if self.resumed is not None and self.has_state:
-            self._check_section(address, size, flags, host_address)
-            self._slots[address, size] = slot
-            return
-        kvm.set_memory_region(self.vm, slot, flags, address, size, host_address)
+            self._check_section(address, size, slot)
+        else:
+            self._set_slot(address, size, slot)
         self._slots[address, size] = slot
 
     def unmap_ram(self, address: int, size: int) -> None:
         slot = self._slots.pop((address, size))
-        kvm.set_memory_region(self.vm, slot, 0, address, 0, 0)
+        kvm.set_memory_region(self.vm, slot.number, 0, address, 0, 0)
 
-    def _check_section(self, address: int, size: int, flags: int, host_address: int) -> None:
+    def _set_slot(self, address: int, size: int, slot: Memslot) -> None:
+        kvm.set_memory_region(self.vm, slot.number, slot.flags, address, size, slot.host_address)
+
+    def start_dirty_log(self) -> None:
+        try:
+            for (address, size), slot in self._slots.items():
+                if not slot.flags & lib.KVM_MEM_READONLY:
+                    slot.flags |= lib.KVM_MEM_LOG_DIRTY_PAGES
+                    self._set_slot(address, size, slot)
+        except KernelError:
+            self.stop_dirty_log()
+            raise
+
+    def stop_dirty_log(self) -> None:
+        for (address, size), slot in self._slots.items():
+            if slot.flags & lib.KVM_MEM_LOG_DIRTY_PAGES:
+                slot.flags &= ~lib.KVM_MEM_LOG_DIRTY_PAGES
+                self._set_slot(address, size, slot)
+
+    def take_dirty_log(self, address: int, size: int) -> bytearray:
+        bitmap = bytearray((size + BITMAP_ALIGNMENT - 1) // BITMAP_ALIGNMENT * 8)
+        kvm.get_dirty_log(self.vm, self._slots[address, size].number, bitmap)
+        return bitmap
+
+    def _check_section(self, address: int, size: int, slot: Memslot) -> None:
         assert self.resumed is not None
-        if self.resumed.sections.get((address, size, flags)) != host_address:
+        if self.resumed.sections.get((address, size, slot.flags)) != slot.host_address:
             raise ConfigError(
                 f"{size:#x} bytes of RAM at {address:#x} are not where the guest that was taken "
                 "over has them: start the new VMM with the options of the old one"

@@ -146,3 +146,7 @@ class Device:
 
     def cpr_walk_back(self) -> None:
         """It has failed, and the guest goes on here; also called without `cpr_prepare`."""
+
+    def copy_blocker(self) -> str | None:
+        """Why RAM cannot be copied while this device runs (DMA that no log tells of), or None."""
+        return None

@@ -36,6 +36,7 @@ class IommufdBackend(Device):
 
     idstr = "iommufd"
     vmstate = VMStateDescription("iommufd", 0, 0, ())
+    can_wait = False
 
     def __init__(
         self,
@@ -175,6 +176,9 @@ class IommufdBackend(Device):
                 f"before the old one's is taken off: {remedy}"
             )
         return None
+
+    def copy_blocker(self) -> str | None:
+        return f"x-cpr-ram-staging: {self.idstr}: no log tells what a device of the host writes"
 
     def cpr_prepare(self, mode: str) -> None:
         self._mode = mode

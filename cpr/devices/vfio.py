@@ -94,6 +94,9 @@ class Type1Container(Device):
                 return f"VFIO container has no addresses since the last update: {error}"
         return None
 
+    def copy_blocker(self) -> str | None:
+        return f"x-cpr-ram-staging: {self.idstr}: no log tells what a device of the host writes"
+
     def cpr_prepare(self, mode: str) -> None:
         self._mode = mode
 

@@ -144,8 +144,8 @@ class Exec(Mode):
         return False
 
     def blockers(self, machine: Machine) -> list[str]:
-        reasons = cpr_blockers(machine, self.name, regenerates=True)
-        if self.overlaps:
+        reasons = cpr_blockers(machine, self)
+        if self.overlaps and not self.stages:
             reason = machine.accel.overlap_blocker(machine.memory)
             names = [device.idstr for device in machine.devices if not device.can_wait]
             if names:

@@ -49,6 +49,8 @@ def check_address(address: dict) -> str:
 class Transfer(Mode):
     """The source's side.  Owns its end of the cpr socket until the target hangs up."""
 
+    regenerates = False
+
     def __init__(self, fds: PreservedFds, loop: MainLoop, address: dict) -> None:
         super().__init__(TRANSFER)
         self._fds = fds
@@ -78,7 +80,7 @@ class Transfer(Mode):
         return False
 
     def blockers(self, machine: Machine) -> list[str]:
-        return cpr_blockers(machine, self.name, regenerates=False)
+        return cpr_blockers(machine, self)
 
     def finish(self, machine: Machine) -> None:
         give_guest_away(machine)
@@ -143,7 +145,7 @@ class CprListener:
 
 
 def _lockable(machine: Machine) -> list[int]:
-    return [block.fd for block in machine.blocks if block.preserved]
+    return [block.outgoing_fd for block in machine.blocks if block.outgoing_fd >= 0]
 
 
 def give_guest_away(machine: Machine) -> None:

@@ -3,8 +3,9 @@
     none → setup → active → [pre-switchover →] device → completed
     failing → failed and cancelling → cancelled leave it from any state in between
 
-RAM is written while the guest is stopped, in mode normal too.  A thread writes the stream;
-commands and events meet it through the main loop.
+RAM is written to the stream while the guest is stopped, in mode normal too; RAM that is staged for
+another image is copied while it runs.  A thread does both; commands and events meet it through the
+main loop.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cpr.migration import channel, cpr_exec, savevm
 from cpr.migration.incoming import Incoming
 from cpr.migration.mode import EXEC, NORMAL, TRANSFER, Mode
 from cpr.migration.parameters import Capabilities, Parameters
-from cpr.migration.statistics import RamCounters, Times
+from cpr.migration.statistics import STOPPED_SYNCS, RamCounters, Times
 from cpr.phases import mark
 
 TYPE_CHECKING = False
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from cpr.machine import Machine
     from cpr.mainloop import MainLoop
     from cpr.migration.channel import Channel, Handed
+    from cpr.migration.staging import Staging
     from cpr.state.fds import PreservedFds
 
+CLOSE_TIMEOUT = 2.0  # s, for a thread that waits for whoever reads its stream
 ENDED = frozenset({"none", "completed", "failed", "cancelled"})
 
 
@@ -76,6 +79,8 @@ class Migration:
         self._channel: Channel | None = None
         self._mode: Mode | None = None
         self._saver: savevm.Saver | None = None
+        self._staging: Staging | None = None
+        self._thread_done = allocate_lock()
         self._times = Times()
         self.ram = RamCounters()
 
@@ -111,13 +116,19 @@ class Migration:
 
     def _create_mode(self, cpr_address: dict | None) -> Mode:
         name = str(self.parameters.get("mode"))
+        mode = Mode(name)
         if name == EXEC:
-            return self._as_asked(cpr_exec.Exec(self.fds, self.parameters.get("cpr-exec-command")))
-        if name == TRANSFER:
+            mode = self._as_asked(cpr_exec.Exec(self.fds, self.parameters.get("cpr-exec-command")))
+        elif name == TRANSFER:
             from cpr.migration.cpr_transfer import Transfer
 
-            return Transfer(self.fds, self.loop, cpr_address or {})
-        return Mode(name)
+            mode = Transfer(self.fds, self.loop, cpr_address or {})
+        mode.stages = self._stages
+        return mode
+
+    @property
+    def _stages(self) -> bool:
+        return bool(self.parameters.get("x-cpr-ram-staging"))
 
     def _as_asked(self, mode: cpr_exec.Exec) -> cpr_exec.Exec:
         """Gives the mode the parameters that are about how it does its exec."""
@@ -125,6 +136,7 @@ class Migration:
         mode.early_resume = bool(self.parameters.get("x-cpr-early-resume"))
         mode.overlaps = bool(self.parameters.get("x-cpr-exec-overlap"))
         mode.before_exec = self.before_exec
+        mode.stages = self._stages
         return mode
 
     def _check(self, address: dict, mode: Mode, resume: bool = False) -> None:
@@ -200,6 +212,8 @@ class Migration:
         mode = self._as_asked(cpr_exec.Exec(self.fds, command or [""]))
         try:
             self._check({"transport": "file"}, mode)
+            self._stage(mode, RamCounters())
+            self._unstage()
         except MigrationError as error:
             reasons = [str(error)]
         else:
@@ -223,6 +237,8 @@ class Migration:
             self._cancel = True
             self._set_status("cancelling")
             self._let_go()
+            if self._staging is not None:
+                self._staging.cancel()
             if self._waits_for_target:
                 self._waits_for_target = False
                 self._end("cancelled", None)
@@ -248,6 +264,7 @@ class Migration:
                 print(f"cpr-vmm: {error}", file=sys.stderr)
                 print(f"Is another process using the image [{drive}]?", file=sys.stderr)
                 raise
+            self._unstage()  # the guest goes on in its own RAM
             self.machine.cpr_walk_back()
 
     def _let_go(self) -> None:
@@ -273,7 +290,12 @@ class Migration:
         self._set_status("setup")
         try:
             savevm.prepare()
-            mode.hold(self.machine)
+            self._unstage()
+            self._stage(mode, self.ram)
+            if self._staging is None:
+                mode.hold(self.machine)
+            elif isinstance(mode, cpr_exec.Exec):  # RAM is not yet where the next image finds it
+                mode.early_resume = mode.overlaps = False
             waits = mode.begin(lambda: self._go_on(address))
             if not waits and not addresses.connects_in_background(address):
                 self._open(address)
@@ -284,6 +306,38 @@ class Migration:
         if not waits:
             self._run_soon(None if self._channel is not None else address)
 
+    def _stage(self, mode: Mode, counters: RamCounters) -> None:
+        """Makes room for copies of the RAM that the new image could not map as it is, if any.
+
+        Raises MigrationError; then there are none.
+        """
+        page_size = self.parameters.get("x-cpr-ram-pagesize")
+        if mode.name not in (EXEC, TRANSFER) or not (mode.stages or page_size):
+            return
+        from cpr.migration import staging
+
+        blocks = staging.wanted(self.machine, mode.regenerates, page_size)
+        if not blocks:
+            return
+        if not mode.stages:
+            raise MigrationError("x-cpr-ram-pagesize needs x-cpr-ram-staging=on")
+        for device in self.machine.devices:
+            if reason := device.copy_blocker():
+                raise MigrationError(reason)
+        self._staging = staging.Staging(
+            self.machine, self.fds, self.parameters, blocks, counters, self._emit_pass
+        )
+
+    def _unstage(self) -> None:
+        """The inverse of `_stage`."""
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None
+
+    def _emit_pass(self, number: int) -> None:
+        if self.capabilities.enabled("events"):
+            self.events.emit("MIGRATION_PASS", {"pass": number})
+
     def _go_on(self, address: dict) -> None:
         """The target of a cpr-transfer is ready."""
         self._waits_for_target = False
@@ -293,7 +347,8 @@ class Migration:
         """Starts the thread after this round of the loop: `migrate` is answered before `active`."""
 
         def start() -> None:
-            start_new_thread(self._run, (address,))
+            self._thread_done.acquire()
+            start_new_thread(self._run_thread, (address,))
 
         self.loop.call_soon(start)
 
@@ -302,38 +357,66 @@ class Migration:
         assert self._mode is not None
         self._channel = channel.open_outgoing(address, self.handed)
         self._channel.copy = self._mode.stream_copy
-        self._old_state = self.machine.runstate.current
         self._times.set_up()
-        if self._mode.stops_first and not self._mode.lends_vcpus:
+        if self._mode.stops_first and self._staging is None and not self._mode.lends_vcpus:
             self._stop_guest()
 
     def _stop_guest(self) -> None:
         assert self._mode is not None
         self._times.stop()
+        self._old_state = self.machine.runstate.current
         mark("stop")
         self._mode.stop(self.machine)
         mark("save")
+
+    def _copy_ram(self, staging: Staging, mode: Mode, address: dict | None) -> None:
+        """The RAM that is staged: while the guest runs, and what is left when it has stopped."""
+        self._times.set_up()
+        staging.live()
+        self._check_cancel()
+        if address is not None:  # not before: who is connected to does nothing but read
+            self._open(address)
+        mode.hold(self.machine)
+        self._stop_guest()
+        staging.finish()
+        self._check_cancel()
+
+    def _run_thread(self, address: dict | None) -> None:
+        try:
+            self._run(address)
+        finally:
+            self._thread_done.release()
+
+    def close(self) -> None:
+        """Cancels a copy of RAM that is being made, and waits until it is walked back."""
+        if self._staging is not None:
+            self._cancel = True
+            self._staging.cancel()
+            self._let_go()
+            self._thread_done.acquire(timeout=CLOSE_TIMEOUT)
 
     def _run(self, address: dict | None) -> None:
         """The migration thread; `address` is what is still to be connected to."""
         assert self._mode is not None
         try:
-            if address is not None:
-                self._check_cancel()
+            self._check_cancel()
+            if address is not None and self._staging is None:
                 self._open(address)
-            assert self._channel is not None
             self._check_cancel()
             self._set_status("active")
-            if not self._mode.stops_first:
+            if self._staging is not None:
+                self._copy_ram(self._staging, self._mode, address)
+            elif not self._mode.stops_first:
                 self._stop_guest()
+            assert self._channel is not None
             self.machine.cpr_prepare(self._mode.name)
             self._saver = savevm.Saver(
                 self.machine, self.capabilities, self._old_state, self._mode, self._channel
             )
             self._write(self._saver.ram)
-            self.ram = self._saver.counters
-            if self.capabilities.enabled("events"):
-                self.events.emit("MIGRATION_PASS", {"pass": 2})
+            if self._staging is None:
+                self.ram = self._saver.counters
+                self._emit_pass(STOPPED_SYNCS)
             if self.capabilities.enabled("pause-before-switchover"):
                 self._wait_for_switchover()
             if self._mode.lends_vcpus:
@@ -377,7 +460,7 @@ class Migration:
                 f"Failed to write the stream: Unable to write to {kind}: {error.strerror}"
             ) from None
         finally:
-            self.ram.transferred = self._channel.transferred
+            self.ram.written = self._channel.transferred
 
     def _write_all(self) -> None:
         assert self._channel is not None and self._saver is not None
@@ -403,6 +486,8 @@ class Migration:
             print(f"cpr-vmm: {error}", file=sys.stderr)
             self._end("failed", str(error))
             return
+        if self._staging is not None:
+            self._staging.hand_over()
         self._set_status("completed")
         self._call_back()
 
@@ -421,6 +506,7 @@ class Migration:
             self._mode.walk_back()
             self._mode = None
         self.machine.cpr_walk_back()
+        self._unstage()
         self.error = error
         exec_failed = self.status == "completed"
         if exec_failed:
@@ -472,8 +558,10 @@ class Migration:
         if not self._outgoing:
             return result | self.incoming_side.query()
         if self.status in ("active", "pre-switchover", "device"):
-            result["expected-downtime"] = self.parameters.get("downtime-limit")
-            result["remaining"] = 0
+            downtime = self.ram.expected_downtime
+            limit = self.parameters.get("downtime-limit")
+            result["expected-downtime"] = limit if downtime is None else downtime
+            result["remaining"] = self.ram.remaining
             result |= self._times.query(False) | {"ram": self.ram.query(self._times)}
         elif self.status == "completed":
             result |= self._times.query(True) | {"ram": self.ram.query(self._times)}

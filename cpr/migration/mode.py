@@ -24,16 +24,19 @@ class Mode:
     """One migration's mode; this one is `normal` or `cpr-reboot`.
 
     `stops_first`: the guest is stopped before the migration is `active`.  `ends_process`: after
-    `finish` there is another image, or an error.
+    `finish` there is another image, or an error.  `regenerates`: the new image makes the machine's
+    own blocks again.  `stages`: RAM that it could not map is copied for it.
     """
 
     ends_process = False
     stream_copy: bytearray | None = None
     """Where the bytes of the stream are kept too, for a mode that needs them again."""
+    regenerates = True
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.stops_first = name != NORMAL
+        self.stages = False
 
     @property
     def lends_vcpus(self) -> bool:
@@ -80,7 +83,9 @@ def device_blockers(machine: Machine, mode: str) -> list[str]:
     return [reason for reason in reasons if reason]
 
 
-def cpr_blockers(machine: Machine, mode: str, regenerates: bool) -> list[str]:
-    """The same, and those of RAM; see RAMBlock.cpr_blocker."""
-    reasons = [block.cpr_blocker(regenerates) for block in machine.blocks]
-    return device_blockers(machine, mode) + [reason for reason in reasons if reason]
+def cpr_blockers(machine: Machine, mode: Mode) -> list[str]:
+    """The same, and those of RAM, unless it is staged; see RAMBlock.cpr_blocker."""
+    reasons = []
+    if not mode.stages:
+        reasons = [block.cpr_blocker(mode.regenerates) for block in machine.blocks]
+    return device_blockers(machine, mode.name) + [reason for reason in reasons if reason]

@@ -197,6 +197,17 @@ EXTENSIONS: tuple[Parameter, ...] = (
     Parameter("x-cpr-early-resume", BOOL, True),
     # The guest runs on in a child during the whole exec.
     Parameter("x-cpr-exec-overlap", BOOL, False),
+    # cpr-exec and cpr-transfer copy RAM that is not shared, while the guest runs.
+    Parameter("x-cpr-ram-staging", BOOL, False),
+    # They copy RAM to pages of this size, whatever it has; 0 is as it is.
+    Parameter(
+        "x-cpr-ram-pagesize",
+        SIZE,
+        0,
+        " bytes",
+        lambda value: value == 0 or (value >= PAGE_SIZE and not value & value - 1),
+        "0 or a power of two no less than 4096",
+    ),
 )
 
 # The spelling in an error text where it is not the name itself.

@@ -218,11 +218,11 @@ def _load_ram(
     any_page = False
     for idstr, offset, data in ram.pages(reader, version_id):
         any_page = True
-        view = blocks[idstr].buffer(offset, ram_section.PAGE_SIZE)
+        block = blocks[idstr]
         if data is not None:
-            view[:] = data
-        elif view[:] != zeros:  # a page that is not there yet stays so
-            view[:] = zeros
+            block.write(offset, data)
+        elif block.view(offset, len(zeros)) != zeros:  # a page that is not there yet stays so
+            block.write(offset, zeros)
     return any_page
 
 

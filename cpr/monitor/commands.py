@@ -221,6 +221,7 @@ COMMANDS: tuple[Command, ...] = (
         memory.info_ramblock,
         help="Display system ramblock information",
     ),
+    Command("", "x-query-ramblock", memory.query_ramblock),
     Command(
         "info memdev",
         "query-memdev",

@@ -131,6 +131,19 @@ def set_memory_region(
     vm.ioctl(lib.KVM_SET_USER_MEMORY_REGION, "KVM_SET_USER_MEMORY_REGION", region)
 
 
+def get_dirty_log(vm: Fd, slot: int, bitmap: bytearray) -> None:
+    """Takes memslot `slot`'s dirty log: the pages that were written since it was last taken.
+
+    `bitmap` has a bit for each page of the slot, in whole 64-bit words.  The pages are
+    write-protected again before this returns (Documentation/virt/kvm/api.rst, 4.8).
+    """
+    words = ffi.from_buffer("uint64_t[]", bitmap, require_writable=True)
+    log = ffi.new("struct kvm_dirty_log *")
+    log.slot = slot
+    log.dirty_bitmap = words
+    vm.ioctl(lib.KVM_GET_DIRTY_LOG, "KVM_GET_DIRTY_LOG", log)
+
+
 def get_struct(fd: Fd, name: str, operation: str, request: int) -> Any:
     """Reads one fixed-size kernel struct, returned as an owning cdata pointer."""
     struct = ffi.new(f"struct {name} *")

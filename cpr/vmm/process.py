@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from _thread import start_new_thread
 
-from cpr import pc, ram
+from cpr import pc
 from cpr.accel import kvm_resume
 from cpr.config import parse_command_line
 from cpr.errors import ConfigError, CprError, MigrationError
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from cpr.config import Config
     from cpr.machine import Machine
     from cpr.migration.cpr_transfer import CprListener
+    from cpr.vmm.populate import Populator
 
 FLUSH_NS = 200_000_000
 
@@ -57,6 +58,7 @@ class Vmm:
         self.chardevs: dict[str, Chardev] = {}
         self.monitors: list[Any] = []
         self.passed_fds = passed_fds
+        self.populator: Populator | None = None
         self.exit_status = 0
         machine.on_exit = self._exit
         migration.before_exec = self._before_exec
@@ -106,17 +108,17 @@ class Vmm:
             else:
                 self.monitors.append(HmpMonitor(chardev, self))
 
-    def populate(self) -> None:
+    def start_populating(self) -> None:
         """Populates RAM that prealloc=on asks for, while the guest runs already."""
-        try:
-            for block in self.machine.blocks:
-                if block.prealloc:
-                    ram.populate(block)
-        except CprError as error:
-            print(f"cpr-vmm: warning: {error}", file=sys.stderr)
+        from cpr.vmm.populate import Populator
+
+        self.populator = Populator(self.machine.blocks)
 
     def close(self) -> None:
         """Stops the guest and frees everything, the terminal's settings included."""
+        self.migration.close()
+        if self.populator is not None:
+            self.populator.close()
         self.machine.pause_vcpus()
         for chardev in self.chardevs.values():
             chardev.flush(FLUSH_NS)
@@ -166,7 +168,7 @@ def run_vmm(arguments: list[str]) -> int:
         if loads_first:
             vmm.create_frontends(after_exec)
         _boot(vmm, sources.main, sources.option)
-    start_new_thread(vmm.populate, ())
+    vmm.start_populating()
     if after_exec:
         start_new_thread(mm_holder.reap, (mm_holder.children(),))
     fds.incoming = False

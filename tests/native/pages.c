@@ -15,6 +15,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "page_bitmap.h"
 #include "page_file.h"
 #include "page_io.h"
 #include "page_load.h"
@@ -541,6 +542,77 @@ static void test_pool(const char *instruction_set, uint32_t threads)
     free_memory(&source);
 }
 
+static bool bit(const uint64_t *words, uint64_t number)
+{
+    return words[number / 64] >> number % 64 & 1;
+}
+
+static void test_bitmaps(void)
+{
+    for (int round = 0; round < 200; round++) {
+        uint64_t first = random_number() % 200, count = 1 + random_number() % 500;
+        size_t words = (first + count + 63) / 64;
+        uint64_t *source = calloc((count + 63) / 64, 8), *entries = calloc(count, 8);
+        uint64_t *merged = calloc(words, 8), *existing = calloc(words, 8);
+        uint64_t expected = 0;
+
+        CHECK(source && entries && merged && existing);
+        for (uint64_t i = 0; i < count; i++) {
+            uint64_t kind = random_number() % 4; /* 1: in memory, 2: swapped out */
+
+            entries[i] = kind << 62 | (random_number() & 0xffff);
+            if (kind) {
+                cpr_bitmap_set(source, i, 1);
+                expected++;
+            }
+        }
+        cpr_bitmap_merge(merged, first, source, count);
+        cpr_bitmap_merge_pagemap(existing, first, entries, count);
+        CHECK(cpr_bitmap_count(source, count) == expected);
+        CHECK(cpr_bitmap_count(merged, first + count) == expected);
+        CHECK(!memcmp(merged, existing, words * 8));
+        for (uint64_t i = 0; i < count; i++) {
+            CHECK(bit(merged, first + i) == (entries[i] >> 62 != 0));
+        }
+        cpr_bitmap_take(existing, merged, first + count);
+        CHECK(cpr_bitmap_count(merged, first + count) == 0);
+        CHECK(cpr_bitmap_count(existing, first + count) == expected);
+        cpr_bitmap_set(existing, first, count);
+        CHECK(cpr_bitmap_count(existing, first + count) == count);
+        free(source);
+        free(entries);
+        free(merged);
+        free(existing);
+    }
+}
+
+static void *set_bits(void *words)
+{
+    for (uint64_t i = 0; i < PAGES; i++) {
+        cpr_bitmap_set(words, i, 1);
+    }
+    return NULL;
+}
+
+/* No bit is lost between threads that set and one that takes. */
+static void test_bitmap_threads(void)
+{
+    uint64_t log[WORDS] = {0}, taken[WORDS] = {0};
+    pthread_t threads[2];
+
+    for (int i = 0; i < 2; i++) {
+        CHECK(!pthread_create(&threads[i], NULL, set_bits, log));
+    }
+    for (int i = 0; i < 50; i++) {
+        cpr_bitmap_take(taken, log, PAGES);
+    }
+    for (int i = 0; i < 2; i++) {
+        CHECK(!pthread_join(threads[i], NULL));
+    }
+    cpr_bitmap_take(taken, log, PAGES);
+    CHECK(cpr_bitmap_count(taken, PAGES) == PAGES);
+}
+
 int main(int argc, char **argv)
 {
     static const char *const sets[] = {"avx512", "avx2", "portable"};
@@ -548,6 +620,8 @@ int main(int argc, char **argv)
 
     random_state = argc > 1 ? strtoull(argv[1], NULL, 0) | 1 : 1;
     signal(SIGPIPE, SIG_IGN);
+    test_bitmaps();
+    test_bitmap_threads();
     CHECK(cpr_page_pool_create(0, NULL, &pool) == -EINVAL);
     CHECK(cpr_page_pool_create(1, "abacus", &pool) == -ENOTSUP);
     for (size_t i = 0; i < sizeof(sets) / sizeof(sets[0]); i++) {
