@@ -12,13 +12,14 @@ import pytest
 
 from .initramfs import RESULTS, build, init_script
 from .kernels import KERNELS
-from .packages import CACHE, PROGRAMS, Unavailable, install
+from .packages import PROGRAMS, Unavailable, install
 from .vm import Ended, NestedVm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).parent
 INSIDE = HERE / "inside"
-SECONDS_OF_A_TEST = 180
+LOGS = ROOT / "build" / "nested"  # of the last run with each kernel
+SECONDS_OF_A_TEST = 400
 
 
 class Mirror:
@@ -101,10 +102,9 @@ class Mirror:
         init = init_script(kernel, command + nodeids, ROOT, environment, needed)
         self.folder = tempfile.TemporaryDirectory(prefix="cpr-nested-")
         archive = build(kernel, init, Path(self.folder.name))
-        console, log = (CACHE / f"last-{name}.{kind}" for kind in ("console", "jsonl"))
-        self.facts.append(
-            f"kernel {kernel.release}; console and events are in {CACHE}/last-{name}.*"
-        )
+        LOGS.mkdir(parents=True, exist_ok=True)
+        console, log = (LOGS / f"{name}.{kind}" for kind in ("console", "jsonl"))
+        self.facts.append(f"kernel {kernel.release}; console and events are in {LOGS}/{name}.*")
         self.say(f"booting kernel {kernel.release} with {len(nodeids)} tests")
         self.vm = NestedVm(kernel, archive, console, log)
 

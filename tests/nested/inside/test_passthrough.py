@@ -59,6 +59,7 @@ def test_dma_and_interrupts_go_on(edu, kind: str) -> None:
     assert edu.vm.stderr == ""
 
 
+@pytest.mark.parametrize("user", ["root"], indirect=True)
 @pytest.mark.parametrize("kind", KINDS)
 def test_twenty_updates_lose_no_interrupt_and_double_none(edu, kind: str) -> None:
     in_flight = 0
