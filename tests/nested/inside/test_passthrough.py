@@ -24,6 +24,7 @@ SPARE = 0x400000  # guest RAM that edu's guest leaves alone
 NEW = 0x8000000  # behind the guest's RAM
 NEW_SIZE = 2 << 20
 OUTSIDE_INTERRUPT = 0x20
+INTX_DISABLE = 0x400  # of PCI_COMMAND
 RAM_KIB = 64 << 10
 
 
@@ -131,7 +132,8 @@ def test_new_memory_can_be_mapped_after_an_update(edu, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_running_controller_is_not_reset(kind: str, user: User) -> None:
     with running("nvme", *device_words(kind, NVME), command=user.vmm(kind)) as guest:
-        enabled, seen = command(NVME), guest["command"]
+        # The guest does not serve INTx, which the kernel masks by a bit of this register.
+        enabled, seen = command(NVME) & ~INTX_DISABLE, guest["command"]
         for number in range(1, 7):  # its queues have four slots
             guest["request"] = number
             guest.wait("done", number)
@@ -139,7 +141,7 @@ def test_a_running_controller_is_not_reset(kind: str, user: User) -> None:
             assert (found["status"], found["slot"]) == (0, (number - 1) % 4), found
             assert (found["cc"], found["csts"]) == (ENABLED, READY), found
             assert found["serial"].to_bytes(4, "little") == b"x   ", found
-            assert (found["command"], command(NVME)) == (seen, enabled), found
+            assert (found["command"], command(NVME) & ~INTX_DISABLE) == (seen, enabled), found
             guest.vm.update()
 
 
