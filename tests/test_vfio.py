@@ -641,6 +641,23 @@ def test_two_groups_share_a_container(make, host: FakeHost) -> None:
     new.platform.loop.close()
 
 
+def test_container_goes_before_its_group(make) -> None:
+    """The kernel takes a container's IOMMU away with its last group."""
+    vmm = make()
+    kinds = [type(device).__name__ for device in vmm.devices]
+    assert kinds == ["PciHost", "Group", "Type1Container", "VfioPci"], "they end from the last on"
+
+
+def test_container_whose_memory_cannot_be_locked(host: FakeHost) -> None:
+    host.fail["map_dma"] = lambda iova: errno.ENOMEM if iova else 0
+    vmm = FakeVmm(host)
+    with pytest.raises(KernelError):
+        Type1(vmm.fds, vmm.add_device, host, host).open(NAME, f"/{NAME}")
+    assert all(not mappings for mappings in host.mappings.values())
+    vmm.close()
+    assert vmm.fds.entries() == []
+
+
 def test_two_containers(make, host: FakeHost) -> None:
     host.incompatible = {27}
     vmm = make("type1", [NAME, OTHER])

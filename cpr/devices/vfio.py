@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 
 from cpr.devices.base import DESCRIPTORS_KEPT, Device
-from cpr.errors import ConfigError, KernelError, StateError
+from cpr.errors import ConfigError, CprError, KernelError, StateError
 from cpr.state.vmstate import VMStateDescription
 from cpr.uapi import vfio, vfio_sysfs
 from cpr.uapi.fd import same_file
@@ -137,16 +137,17 @@ class Type1Container(Device):
 
 
 class Group(Device):
-    """One IOMMU group in a container.  Owns its descriptor."""
+    """One IOMMU group in a container.  Owns its descriptor.
 
-    def __init__(
-        self, number: int, fd: Fd, container: Type1Container, fds: PreservedFds, kernel: Any
-    ) -> None:
+    `copy` is a second descriptor of its container, which it owns too: cpr-transfer makes one for
+    each group.
+    """
+
+    def __init__(self, number: int, fd: Fd, fds: PreservedFds) -> None:
         self.number = number
         self.fd = fd
-        self.container = container
+        self.copy: Fd | None = None
         self._fds = fds
-        self._kernel = kernel
         self._platform: Platform | None = None
 
     def realize(self, platform: Platform) -> None:
@@ -154,13 +155,15 @@ class Group(Device):
         self._platform = platform
 
     def unrealize(self) -> None:
-        """The group's devices are closed by now."""
+        """The group's devices are closed by now, and its container if no other group is in it."""
         if self._platform is not None:
             self._platform.accel.remove_vfio_file(self.fd.number)
             self._platform = None
         self._fds.delete(CONTAINER_NAME, self.number)
         self._fds.delete(GROUP_NAME, self.number)
         self.fd.close()
+        if self.copy is not None:
+            self.copy.close()
 
     def cpr_prepare(self, mode: str) -> None:
         """The old VM must not hold the group when the new one takes it."""
@@ -204,10 +207,11 @@ class Type1:
         found = self._require(name, 0) if self._fds.incoming else self._fds.find(name, 0)
         if found is not None and not self._fds.incoming:
             raise already_attached(name)
-        group = self._groups.get(number) or self._open_group(number, name)
+        if number not in self._groups:
+            self._open_group(number, name)
         if found is not None:
             return self._kernel.adopt(found, name)
-        device = self._kernel.get_device_fd(group.fd, name)
+        device = self._kernel.get_device_fd(self._groups[number].fd, name)
         self._fds.save(name, 0, device.number)
         return device
 
@@ -222,55 +226,56 @@ class Type1:
     def join_vm(self, device: Fd) -> None:
         """The inverse of `leave_vm`."""
 
-    def _open_group(self, number: int, name: str) -> Group:
+    def _open_group(self, number: int, name: str) -> None:
+        """The container is added behind its first group: at the end it must go before that."""
+        kernel = self._kernel
         if self._fds.incoming:
-            fd = self._kernel.adopt(self._require(GROUP_NAME, number), f"/dev/vfio/{number}")
-            container = self._claim_container(number)
+            fd = kernel.adopt(self._require(GROUP_NAME, number), f"/dev/vfio/{number}")
+            container = kernel.adopt(self._require(CONTAINER_NAME, number), kernel.CONTAINER)
         else:
-            fd = self._kernel.open_group(number, name)
+            fd = kernel.open_group(number, name)
             try:
-                container = self._find_container(fd)
+                container = self._join_container(fd)
             except KernelError:
                 fd.close()
                 raise
             self._fds.save(GROUP_NAME, number, fd.number)
-            self._fds.save(CONTAINER_NAME, number, container.fd.number)
-        group = Group(number, fd, container, self._fds, self._kernel)
+            self._fds.save(CONTAINER_NAME, number, container.number)
+        group = Group(number, fd, self._fds)
         self._add_device(group)
         self._groups[number] = group
-        return group
+        for known in self._containers:
+            if same_file(container.number, known.fd.number):
+                group.copy = None if container is known.fd else container
+                return
+        self._add_container(container)
 
-    def _find_container(self, group: Fd) -> Type1Container:
+    def _add_container(self, fd: Fd) -> None:
+        instance_id = len(self._containers)
+        container = Type1Container(fd, self._fds.incoming, instance_id, self._kernel)
+        try:
+            self._add_device(container)
+        except CprError:
+            fd.close()
+            raise
+        self._containers.append(container)
+
+    def _join_container(self, group: Fd) -> Fd:
         """Puts the group into the first container that takes it, or into a new one."""
         for container in self._containers:
             try:
                 self._kernel.set_container(group, container.fd)
-                return container
+                return container.fd
             except KernelError:  # its IOMMU is another one
                 continue
         fd = self._kernel.open_container()
         try:
             self._kernel.set_container(group, fd)
             self._kernel.set_iommu(fd)
-            return self._add_container(fd, claimed=False)
         except KernelError:
             fd.close()
             raise
-
-    def _claim_container(self, number: int) -> Type1Container:
-        """The container that the group is in: of cpr-transfer each group has a copy of its own."""
-        found = self._require(CONTAINER_NAME, number)
-        for container in self._containers:
-            if same_file(found, container.fd.number):
-                return container
-        fd = self._kernel.adopt(found, self._kernel.CONTAINER)
-        return self._add_container(fd, claimed=True)
-
-    def _add_container(self, fd: Fd, claimed: bool) -> Type1Container:
-        container = Type1Container(fd, claimed, len(self._containers), self._kernel)
-        self._add_device(container)
-        self._containers.append(container)
-        return container
+        return fd
 
     def _require(self, name: str, id: int) -> int:
         fd = self._fds.find(name, id)
