@@ -21,19 +21,16 @@ REQUESTS = {
     "VFIO_SET_IOMMU": 102,
     "VFIO_GROUP_GET_STATUS": 103,
     "VFIO_GROUP_SET_CONTAINER": 104,
-    "VFIO_GROUP_UNSET_CONTAINER": 105,
     "VFIO_GROUP_GET_DEVICE_FD": 106,
     "VFIO_DEVICE_GET_INFO": 107,
     "VFIO_DEVICE_GET_REGION_INFO": 108,
     "VFIO_DEVICE_GET_IRQ_INFO": 109,
     "VFIO_DEVICE_SET_IRQS": 110,
     "VFIO_DEVICE_RESET": 111,
-    "VFIO_IOMMU_GET_INFO": 112,
     "VFIO_IOMMU_MAP_DMA": 113,
     "VFIO_IOMMU_UNMAP_DMA": 114,
     "VFIO_DEVICE_BIND_IOMMUFD": 118,
     "VFIO_DEVICE_ATTACH_IOMMUFD_PT": 119,
-    "VFIO_DEVICE_DETACH_IOMMUFD_PT": 120,
     "IOMMU_DESTROY": 0x80,
     "IOMMU_IOAS_ALLOC": 0x81,
     "IOMMU_IOAS_MAP": 0x85,
@@ -114,6 +111,18 @@ def test_memlock_remedy_names_the_limit() -> None:
     text = memlock.memlock_remedy(64 << 20)
     assert text.startswith("65536 KiB more must be locked")
     assert ("unlimited" if limit == resource.RLIM_INFINITY else str(limit >> 10)) in text
+
+
+def test_room_for_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (64 << 20, 64 << 20))
+    assert memlock.has_room(64 << 20)
+    with open("/proc/self/status") as file:
+        effective = next(line for line in file if line.startswith("CapEff:"))
+    may_lock = bool(int(effective.split()[1], 16) >> 14 & 1)  # CAP_IPC_LOCK
+    assert memlock.has_room((64 << 20) + 1) == may_lock
+    unlimited = resource.RLIM_INFINITY
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (unlimited, unlimited))
+    assert memlock.has_room(1 << 60)
 
 
 @pytest.mark.parametrize(

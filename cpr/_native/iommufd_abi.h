@@ -92,7 +92,6 @@ struct iommu_ioas_change_process {
 #ifndef VFIO_DEVICE_BIND_IOMMUFD
 #define VFIO_DEVICE_BIND_IOMMUFD _IO(VFIO_TYPE, VFIO_BASE + 18)
 #define VFIO_DEVICE_ATTACH_IOMMUFD_PT _IO(VFIO_TYPE, VFIO_BASE + 19)
-#define VFIO_DEVICE_DETACH_IOMMUFD_PT _IO(VFIO_TYPE, VFIO_BASE + 20)
 struct vfio_device_bind_iommufd {
     __u32 argsz;
     __u32 flags;
@@ -103,10 +102,6 @@ struct vfio_device_attach_iommufd_pt {
     __u32 argsz;
     __u32 flags;
     __u32 pt_id;
-};
-struct vfio_device_detach_iommufd_pt {
-    __u32 argsz;
-    __u32 flags;
 };
 #endif
 
@@ -128,7 +123,6 @@ CPR_REQUEST(IOMMU_IOAS_MAP_FILE, 0x8f);
 CPR_REQUEST(IOMMU_IOAS_CHANGE_PROCESS, 0x92);
 CPR_REQUEST(VFIO_DEVICE_BIND_IOMMUFD, 100 + 18);
 CPR_REQUEST(VFIO_DEVICE_ATTACH_IOMMUFD_PT, 100 + 19);
-CPR_REQUEST(VFIO_DEVICE_DETACH_IOMMUFD_PT, 100 + 20);
 CPR_REQUEST(VFIO_SET_IOMMU, 100 + 2);
 CPR_REQUEST(VFIO_GROUP_SET_CONTAINER, 100 + 4);
 CPR_REQUEST(VFIO_IOMMU_MAP_DMA, 100 + 13);
@@ -146,7 +140,6 @@ CPR_SIZE(vfio_irq_info, 16);
 CPR_LAST(iommu_hwpt_alloc, data_uptr, 32);
 CPR_LAST(vfio_device_bind_iommufd, out_devid, 12);
 CPR_LAST(vfio_device_attach_iommufd_pt, pt_id, 8);
-CPR_LAST(vfio_device_detach_iommufd_pt, flags, 4);
 
 #undef CPR_REQUEST
 #undef CPR_SIZE

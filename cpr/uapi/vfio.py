@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 CONTAINER = f"{DIRECTORY}/vfio"
 CONFIG_REGION = lib.VFIO_PCI_CONFIG_REGION_INDEX
-ROM_REGION = lib.VFIO_PCI_ROM_REGION_INDEX
 INTX_IRQ = lib.VFIO_PCI_INTX_IRQ_INDEX
 MSI_IRQ = lib.VFIO_PCI_MSI_IRQ_INDEX
 MSIX_IRQ = lib.VFIO_PCI_MSIX_IRQ_INDEX
@@ -91,13 +90,6 @@ def set_iommu(container: Fd) -> None:
     )
 
 
-def page_sizes(container: Fd) -> int:
-    """VFIO_IOMMU_GET_INFO: the page sizes of the IOMMU as a bit mask, 4 KiB where it says none."""
-    info = ffi.new("struct vfio_iommu_type1_info *", {"argsz": _size("vfio_iommu_type1_info")})
-    container.ioctl(lib.VFIO_IOMMU_GET_INFO, "VFIO_IOMMU_GET_INFO", info)
-    return int(info.iova_pgsizes) if info.flags & lib.VFIO_IOMMU_INFO_PGSIZES else 4096
-
-
 def open_group(number: int, address: str) -> Fd:
     """Opens /dev/vfio/NUMBER, the IOMMU group of the device at `address`, and checks it.
 
@@ -128,11 +120,6 @@ def set_container(group: Fd, container: Fd) -> None:
     """Puts the group into the container; closing all of the group's devices frees it again."""
     number = ffi.new("int *", container.number)
     group.ioctl(lib.VFIO_GROUP_SET_CONTAINER, "VFIO_GROUP_SET_CONTAINER", number)
-
-
-def unset_container(group: Fd) -> None:
-    """The inverse of `set_container`, once the group's devices are closed."""
-    group.ioctl(lib.VFIO_GROUP_UNSET_CONTAINER, "VFIO_GROUP_UNSET_CONTAINER")
 
 
 def get_device_fd(group: Fd, address: str) -> Fd:
@@ -212,17 +199,10 @@ def bind_iommufd(device: Fd, iommufd: Fd) -> int:
 
 
 def attach_iommufd_pt(device: Fd, page_table: int) -> None:
-    """Attaches the bound device to an IOAS or a hardware page table of its iommufd."""
+    """Attaches the bound device to a hardware page table of its iommufd; its close detaches it."""
     attach = ffi.new("struct vfio_device_attach_iommufd_pt *", {"pt_id": page_table})
     attach.argsz = _size("vfio_device_attach_iommufd_pt")
     device.ioctl(lib.VFIO_DEVICE_ATTACH_IOMMUFD_PT, "VFIO_DEVICE_ATTACH_IOMMUFD_PT", attach)
-
-
-def detach_iommufd_pt(device: Fd) -> None:
-    """The inverse of `attach_iommufd_pt`."""
-    detach = ffi.new("struct vfio_device_detach_iommufd_pt *")
-    detach.argsz = _size("vfio_device_detach_iommufd_pt")
-    device.ioctl(lib.VFIO_DEVICE_DETACH_IOMMUFD_PT, "VFIO_DEVICE_DETACH_IOMMUFD_PT", detach)
 
 
 def set_triggers(device: Fd, index: int, start: int, eventfds: Sequence[int]) -> None:
@@ -241,10 +221,6 @@ def set_unmask(device: Fd, index: int, eventfd: int) -> None:
 def unmask(device: Fd, index: int) -> None:
     """Unmasks interrupt 0 of the index; if its line is still up, it comes again."""
     _set_irqs_plain(device, lib.VFIO_IRQ_SET_ACTION_UNMASK, index, 1)
-
-
-def mask(device: Fd, index: int) -> None:
-    _set_irqs_plain(device, lib.VFIO_IRQ_SET_ACTION_MASK, index, 1)
 
 
 def disable_irqs(device: Fd, index: int) -> None:
