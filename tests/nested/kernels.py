@@ -49,7 +49,6 @@ def _locked(name: str) -> Iterator[None]:
 
 def _module_files(folder: Path, release: str) -> list[Path]:
     """The module files for MODULES with what they depend on, in the order of loading."""
-    run("depmod", "-b", folder, release)
     shown = [
         run("modprobe", "-d", folder, "-S", release, "--show-depends", name) for name in MODULES
     ]
@@ -71,6 +70,7 @@ def stock(say: Say) -> Kernel:
             unfinished = CACHE / "stock.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
             archive.unpack(package, unfinished)
+            run("depmod", "-b", unfinished, package.removeprefix("linux-image-"))
             unfinished.rename(folder)
     (image,) = folder.glob("boot/vmlinuz-*")
     release = image.name.removeprefix("vmlinuz-")

@@ -59,7 +59,9 @@ class Mirror:
 
     # -- running
 
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> bool | None:
         if not self.inner([item]):
             return None
         if self.vm is None and not self.unavailable and not self.ended:
@@ -75,6 +77,9 @@ class Mirror:
         for report in self._reports(item):
             hook.pytest_runtest_logreport(report=report)
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        if nextitem is None or not self.inner([nextitem]):
+            self._close()
+            self.ended = self.ended or "the VM is not started twice in one run"
         return True
 
     def _boot(self, nodeids: list[str]) -> None:
