@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from fake_platform import FakePlatform
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpr.devices import pci_config
@@ -147,6 +147,7 @@ def bars(draw) -> Bar:
     return Bar(draw(st.integers(0, 4)), 1 << draw(st.integers(4, limit)), flags)
 
 
+@settings(deadline=None)
 @given(bars(), st.integers(1, (1 << 52) - 1))
 def test_sizing_and_placing(bar: Bar, wanted: int) -> None:
     config = ConfigSpace(256)
@@ -170,6 +171,7 @@ def test_sizing_and_placing(bar: Bar, wanted: int) -> None:
     assert bar.address(config, 0) is None
 
 
+@settings(deadline=None)
 @given(st.integers(0, 250), st.sampled_from([1, 2, 4]), st.integers(0), st.integers(0))
 def test_emulated_bits_are_ours_and_the_others_the_devices(
     offset: int, size: int, device: int, emulated: int
@@ -183,6 +185,7 @@ def test_emulated_bits_are_ours_and_the_others_the_devices(
     assert config.merge(offset, size, device & every) == expected
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 64),
     st.lists(st.tuples(st.integers(0, 1 << 18), st.integers(0, 1 << 13)), max_size=2),
@@ -205,6 +208,7 @@ def test_mapped_areas_leave_out_the_pages_of_the_holes(pages: int, holes: list) 
 # Messages.
 
 
+@settings(deadline=None)
 @given(st.booleans(), st.booleans(), st.integers(0, 5), st.integers(0, 7), st.integers(0, 0xFFFF))
 def test_msi(wide: bool, masking: bool, capable: int, used: int, data: int) -> None:
     config = ConfigSpace(256)
@@ -228,6 +232,7 @@ def test_msi(wide: bool, masking: bool, capable: int, used: int, data: int) -> N
     assert not msi.is_pending(0)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2048), st.data())
 def test_msix_table_and_pending_bits(count: int, data) -> None:
     config = ConfigSpace(256)
