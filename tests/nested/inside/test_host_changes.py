@@ -30,6 +30,7 @@ def test_a_limit_that_was_lowered_is_made_up_for_later() -> None:
         assert "VFIO_IOMMU_MAP_DMA" in guest.vm.stderr
         assert "RLIMIT_MEMLOCK" in guest.vm.stderr
         resource.prlimit(guest.vm.pid, resource.RLIMIT_MEMLOCK, (limit, limit))
+        guest.vm.qmp.command("migrate-set-parameters", mode="cpr-exec")
         guest.vm.qmp.command("query-migrate")
         assert locked(guest.vm.pid) == before
         guest.vm.update()
