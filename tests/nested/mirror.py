@@ -12,7 +12,7 @@ import pytest
 
 from .initramfs import RESULTS, build, init_script
 from .kernels import KERNELS
-from .packages import PROGRAMS, Unavailable, install
+from .packages import PROGRAMS, Unavailable, install, run
 from .vm import Ended, NestedVm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -85,6 +85,7 @@ class Mirror:
     def _boot(self, nodeids: list[str]) -> None:
         name: str = self.config.getoption("--nested", default=None) or "type1"
         install(PROGRAMS)
+        run("make", "-s", "-C", HERE / "guests")  # inside, the tree is read-only
         kernel = KERNELS[name](self.say)
         command = [sys.executable, "-m", "pytest", "-p", "tests.nested.inner"]
         command += ["-p", "no:cacheprovider", "-p", "no:terminal", "-o", "addopts="]

@@ -36,6 +36,7 @@ def edu(kind: str, user: User):
         yield guest
 
 
+@pytest.mark.nested_smoke
 @pytest.mark.parametrize("kind", KINDS)
 def test_dma_and_interrupts_go_on(edu, kind: str) -> None:
     enabled = command(EDU)
