@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ SOURCE_SUITE = "trixie-backports"
 CONFIG = Path(__file__).with_name("iommufd-kernel.config")
 MODULES = ("vfio", "vfio_iommu_type1", "vfio-pci", "kvm-amd", "virtio_pci", "9pnet_virtio", "9p")
 BUILD_SECONDS = 7200.0
+PROGRESS_SECONDS = 60.0
 
 Say = Callable[[str], None]
 
@@ -47,7 +49,6 @@ def _locked(name: str) -> Iterator[None]:
 
 def _module_files(folder: Path, release: str) -> list[Path]:
     """The module files for MODULES with what they depend on, in the order of loading."""
-    run("depmod", "-b", folder, release)
     shown = [
         run("modprobe", "-d", folder, "-S", release, "--show-depends", name) for name in MODULES
     ]
@@ -69,6 +70,7 @@ def stock(say: Say) -> Kernel:
             unfinished = CACHE / "stock.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
             archive.unpack(package, unfinished)
+            run("depmod", "-b", unfinished, package.removeprefix("linux-image-"))
             unfinished.rename(folder)
     (image,) = folder.glob("boot/vmlinuz-*")
     release = image.name.removeprefix("vmlinuz-")
@@ -118,20 +120,29 @@ def _build(tree: Path, folder: Path, say: Say) -> None:
     with open(folder / "build.log", "w") as log:
         for goal in ("allnoconfig", "bzImage"):
             command = ["nice", "make", "-s", jobs, f"KCONFIG_ALLCONFIG={CONFIG}", goal]
-            done = subprocess.run(
-                command,
-                cwd=tree,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                timeout=BUILD_SECONDS,
-                check=False,
-            )
-            if done.returncode:
+            pipes = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            with subprocess.Popen(command, cwd=tree, **pipes) as make:
+                _watch(make, tree, say)
+            if make.returncode:
                 raise Unavailable(f"make {goal} failed; see {folder}/build.log")
     release = run("make", "-s", "kernelrelease", cwd=tree).strip()
     (folder / "release").write_text(release)
     shutil.copy(tree / "arch/x86/boot/bzImage", folder / "bzImage")
+
+
+def _watch(make: subprocess.Popen[bytes], tree: Path, say: Say) -> None:
+    """Waits for make's end and says now and then how far it is; ends it after BUILD_SECONDS."""
+    started = time.monotonic()
+    while True:
+        try:
+            make.wait(PROGRESS_SECONDS)
+            return
+        except subprocess.TimeoutExpired:
+            seconds = time.monotonic() - started
+            objects = sum(1 for _ in tree.rglob("*.o"))
+            say(f"{objects} files compiled after {seconds / 60:.0f} minutes")
+            if seconds > BUILD_SECONDS:
+                make.terminate()
 
 
 KERNELS: dict[str, Callable[[Say], Kernel]] = {"type1": stock, "iommufd": with_iommufd}

@@ -12,13 +12,14 @@ import pytest
 
 from .initramfs import RESULTS, build, init_script
 from .kernels import KERNELS
-from .packages import CACHE, PROGRAMS, Unavailable, install
+from .packages import PROGRAMS, Unavailable, install, run
 from .vm import Ended, NestedVm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).parent
 INSIDE = HERE / "inside"
-SECONDS_OF_A_TEST = 180
+LOGS = ROOT / "build" / "nested"  # of the last run with each kernel
+SECONDS_OF_A_TEST = 400
 
 
 class Mirror:
@@ -58,7 +59,9 @@ class Mirror:
 
     # -- running
 
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> bool | None:
         if not self.inner([item]):
             return None
         if self.vm is None and not self.unavailable and not self.ended:
@@ -74,11 +77,15 @@ class Mirror:
         for report in self._reports(item):
             hook.pytest_runtest_logreport(report=report)
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        if nextitem is None or not self.inner([nextitem]):
+            self._close()
+            self.ended = self.ended or "the VM is not started twice in one run"
         return True
 
     def _boot(self, nodeids: list[str]) -> None:
         name: str = self.config.getoption("--nested", default=None) or "type1"
         install(PROGRAMS)
+        run("make", "-s", "-C", HERE / "guests")  # inside, the tree is read-only
         kernel = KERNELS[name](self.say)
         command = [sys.executable, "-m", "pytest", "-p", "tests.nested.inner"]
         command += ["-p", "no:cacheprovider", "-p", "no:terminal", "-o", "addopts="]
@@ -101,10 +108,9 @@ class Mirror:
         init = init_script(kernel, command + nodeids, ROOT, environment, needed)
         self.folder = tempfile.TemporaryDirectory(prefix="cpr-nested-")
         archive = build(kernel, init, Path(self.folder.name))
-        console, log = (CACHE / f"last-{name}.{kind}" for kind in ("console", "jsonl"))
-        self.facts.append(
-            f"kernel {kernel.release}; console and events are in {CACHE}/last-{name}.*"
-        )
+        LOGS.mkdir(parents=True, exist_ok=True)
+        console, log = (LOGS / f"{name}.{kind}" for kind in ("console", "jsonl"))
+        self.facts.append(f"kernel {kernel.release}; console and events are in {LOGS}/{name}.*")
         self.say(f"booting kernel {kernel.release} with {len(nodeids)} tests")
         self.vm = NestedVm(kernel, archive, console, log)
 

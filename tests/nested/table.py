@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from .kernels import KERNELS
-from .packages import CACHE
+from .mirror import LOGS
 
 
 def outcomes(log: Path) -> dict[str, str]:
@@ -27,7 +27,7 @@ def outcomes(log: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    logs = {name: CACHE / f"last-{name}.jsonl" for name in KERNELS}
+    logs = {name: LOGS / f"{name}.jsonl" for name in KERNELS}
     runs = {name: outcomes(log) for name, log in logs.items() if log.exists()}
     print("| test |", " | ".join(runs), "|")
     print("|---" * (len(runs) + 1) + "|")

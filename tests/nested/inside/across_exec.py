@@ -102,22 +102,27 @@ def use_after(edu: Edu, ram: mmap.mmap, event: int) -> dict[str, object]:
     return facts
 
 
-def type1_before(address: str) -> None:
+def open_type1(address: str) -> tuple[Fd, Fd, dict[str, int], mmap.mmap]:
+    """The container, the device, the descriptors to hand over, and RAM mapped from address 0 on."""
     container = vfio.open_container()
-    number = machine.group(address)
-    group = vfio.open_group(number, address)
+    group = vfio.open_group(machine.group(address), address)
     vfio.set_container(group, container)
     vfio.set_iommu(container)
     device = vfio.get_device_fd(group, address)
     ram_fd = memfd("ram", RAM)
     ram = memory(ram_fd, RAM)
     vfio.map_dma(container, 0, RAM, address_of(ram))
+    fds = {"container": container.number, "group": group.number, "device": device.number}
+    return container, device, fds | {"ram": ram_fd}, ram
+
+
+def type1_before(address: str) -> None:
+    container, device, fds, ram = open_type1(address)
     event = os.eventfd(0)
     facts = use_before(Edu(device), ram, event)
     tell(locked=status("VmLck"), command=Edu(device).command, **facts)
     vfio.invalidate_vaddrs(container)
-    fds = {"container": container.number, "group": group.number, "device": device.number}
-    exec_again("type1", address, fds | {"ram": ram_fd, "event": event}, old=address_of(ram))
+    exec_again("type1", address, fds | {"event": event}, old=address_of(ram))
 
 
 def type1_after(address: str, given: dict[str, int]) -> None:
@@ -179,22 +184,14 @@ def iommufd_after(address: str, given: dict[str, int]) -> None:
 
 def nvme_before(address: str, kept: bool) -> None:
     """An enabled controller whose descriptor is kept, or opened again by the second image."""
-    container = vfio.open_container()
-    group = vfio.open_group(machine.group(address), address)
-    vfio.set_container(group, container)
-    vfio.set_iommu(container)
-    device = vfio.get_device_fd(group, address)
-    ram_fd = memfd("ram", RAM)
-    ram = memory(ram_fd, RAM)
-    vfio.map_dma(container, 0, RAM, address_of(ram))
+    container, device, fds, ram = open_type1(address)
     nvme = Nvme(device, ram)
     nvme.enable()
     tell(identify=nvme.identify(0), cc=nvme.cc, csts=nvme.csts)
     if kept:
         vfio.invalidate_vaddrs(container)
-    fds = {"container": container.number, "group": group.number, "ram": ram_fd}
-    if kept:
-        fds["device"] = device.number
+    else:
+        del fds["device"]
     exec_again("nvme-kept" if kept else "nvme-reopened", address, fds)
 
 

@@ -95,6 +95,17 @@ def running(name: str, *options: str, command: list[str] | None = None) -> Itera
         yield guest
 
 
+def check_running(guest: Guest) -> None:
+    """Two more rounds with the device; every interrupt came once, every pattern came back right."""
+    guest.wait("rounds", guest["rounds"] + 2)
+    guest.hold()
+    found = guest.all()
+    assert found["interrupts"] == found["triggered"], found
+    wrong = ("mismatches", "wrong_factorials", "changed_registers")
+    assert not any(found.get(word) for word in wrong), found
+    guest.go_on()
+
+
 def locked(pid: int) -> int:
     """VmLck of a process, in KiB."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():

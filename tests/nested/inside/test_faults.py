@@ -11,7 +11,7 @@ from benchmarks.vm import VMM, QmpError
 
 from .conftest import UNPRIVILEGED as UID
 from .conftest import User, give_devices
-from .guest import BUILD, device_words, locked, machine_words, own_words, running
+from .guest import BUILD, check_running, device_words, locked, machine_words, own_words, running
 from .machine import EDU, SECOND_EDU, TWINS, unbind
 
 KINDS = ["type1", pytest.param("iommufd", marks=pytest.mark.iommufd)]
@@ -25,15 +25,6 @@ def refusal(*words: str, before: tuple[str, ...] = ()) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     return done.stderr
-
-
-def check_running(guest) -> None:
-    guest.wait("rounds", guest["rounds"] + 2)
-    guest.hold()
-    found = guest.all()
-    assert found["interrupts"] == found["triggered"], found
-    assert found["mismatches"] == found["wrong_factorials"] == 0, found
-    guest.go_on()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,7 @@ from cpr.uapi import iommufd, vfio
 from .across_exec import address_of
 from .conftest import User
 from .edu import IRQ_RAISE, MEMORY_AND_MASTER, Edu
-from .guest import captured_update, device_words, locked, running, stopped_new_image
+from .guest import captured_update, check_running, device_words, locked, running, stopped_new_image
 from .machine import E1000E, EDU, NVME, command
 from .nvme import ENABLED, READY
 from .stolen import descriptor
@@ -24,16 +24,8 @@ SPARE = 0x400000  # guest RAM that edu's guest leaves alone
 NEW = 0x8000000  # behind the guest's RAM
 NEW_SIZE = 2 << 20
 OUTSIDE_INTERRUPT = 0x20
+INTX_DISABLE = 0x400  # of PCI_COMMAND
 RAM_KIB = 64 << 10
-
-
-def assert_sound(guest) -> None:
-    """Every interrupt came once, every pattern came back right."""
-    guest.hold()
-    found = guest.all()
-    assert found["interrupts"] == found["triggered"], found
-    assert found["mismatches"] == found["wrong_factorials"] == 0, found
-    guest.go_on()
 
 
 @pytest.fixture
@@ -44,6 +36,7 @@ def edu(kind: str, user: User):
         yield guest
 
 
+@pytest.mark.nested_smoke
 @pytest.mark.parametrize("kind", KINDS)
 def test_dma_and_interrupts_go_on(edu, kind: str) -> None:
     enabled = command(EDU)
@@ -53,12 +46,13 @@ def test_dma_and_interrupts_go_on(edu, kind: str) -> None:
         before = edu["rounds"]
         edu.vm.update()
         edu.wait("rounds", before + 2)
-    assert_sound(edu)
+    check_running(edu)
     assert command(EDU) == enabled
     assert edu["command"] == seen
     assert edu.vm.stderr == ""
 
 
+@pytest.mark.parametrize("user", ["root"], indirect=True)
 @pytest.mark.parametrize("kind", KINDS)
 def test_twenty_updates_lose_no_interrupt_and_double_none(edu, kind: str) -> None:
     in_flight = 0
@@ -66,8 +60,7 @@ def test_twenty_updates_lose_no_interrupt_and_double_none(edu, kind: str) -> Non
         edu.wait_while("dma_busy", 0)
         in_flight += edu["triggered"] != edu["interrupts"]
         edu.vm.update()
-    edu.wait("rounds", edu["rounds"] + 1)
-    assert_sound(edu)
+    check_running(edu)
     assert in_flight > UPDATES // 2
 
 
@@ -92,8 +85,7 @@ def test_the_device_works_while_nobody_maps_the_guest(edu, kind: str) -> None:
     assert edu["causes"] & OUTSIDE_INTERRUPT
     edu["triggered"] += 1
     edu.go_on()
-    edu.wait("rounds", edu["rounds"] + 2)
-    assert_sound(edu)
+    check_running(edu)
     if kind == "type1":
         assert before >= RAM_KIB
         assert between == 0
@@ -123,14 +115,14 @@ def test_new_memory_can_be_mapped_after_an_update(edu, kind: str) -> None:
         device.close()
     os.close(file)
     edu.go_on()
-    edu.wait("rounds", edu["rounds"] + 2)
-    assert_sound(edu)
+    check_running(edu)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_running_controller_is_not_reset(kind: str, user: User) -> None:
     with running("nvme", *device_words(kind, NVME), command=user.vmm(kind)) as guest:
-        enabled, seen = command(NVME), guest["command"]
+        # The guest does not serve INTx, which the kernel masks by a bit of this register.
+        enabled, seen = command(NVME) & ~INTX_DISABLE, guest["command"]
         for number in range(1, 7):  # its queues have four slots
             guest["request"] = number
             guest.wait("done", number)
@@ -138,7 +130,7 @@ def test_a_running_controller_is_not_reset(kind: str, user: User) -> None:
             assert (found["status"], found["slot"]) == (0, (number - 1) % 4), found
             assert (found["cc"], found["csts"]) == (ENABLED, READY), found
             assert found["serial"].to_bytes(4, "little") == b"x   ", found
-            assert (found["command"], command(NVME)) == (seen, enabled), found
+            assert (found["command"], command(NVME) & ~INTX_DISABLE) == (seen, enabled), found
             guest.vm.update()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from . import guest as own
 from . import qemu
-from .guest import Guest, captured_update, device_words
+from .guest import Guest, captured_update, check_running, device_words
 from .machine import E1000E, EDU, NVME, command
 from .nvme import ENABLED
 
@@ -26,10 +26,7 @@ def use(guest: Guest, name: str) -> None:
         assert (guest["status"], guest["cc"]) == (0, ENABLED), guest.all()
         assert guest["slot"] == guest["request"] - 1
     else:
-        guest.wait("rounds", guest["rounds"] + 2)
-        guest.hold()
-        assert guest["interrupts"] == guest["triggered"], guest.all()
-        guest.go_on()
+        check_running(guest)
 
 
 def of_devices(state: dict[str, Any]) -> set[tuple[str, int]]:
