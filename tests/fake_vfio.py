@@ -308,6 +308,9 @@ class FakeAccel:
         self.slots: dict[tuple[int, int], int] = {}
         self.vfio_files: set[int] = set()
 
+    def when_taken_over(self, callback: Callable[[], None]) -> None:
+        callback()
+
     def check_irqfds(self) -> None:
         pass
 

@@ -217,8 +217,32 @@ CPR_IN_CHILD static void answer(struct cpr_vm_image *image, uint32_t value)
     futex_wake(&image->answer);
 }
 
+/* Takes the irqfds from the VM, so that their eventfds count for the next one, or gives them back.
+   Returns 0 or -errno of the first that fails. */
+CPR_IN_CHILD static int connect_irqfds(struct cpr_overlap *overlap, int on)
+{
+    struct cpr_vm_image *image = overlap->image;
+    const struct kvm_irqfd *irqfds =
+        (const struct kvm_irqfd *)((char *)image + image->irqfds);
+    int first = 0;
+
+    for (uint32_t i = 0; i < image->irqfd_count && on == (int)overlap->disconnected; i++) {
+        struct kvm_irqfd irqfd = irqfds[i];
+        long error;
+
+        irqfd.flags = on ? irqfd.flags : KVM_IRQFD_FLAG_DEASSIGN;
+        error = cpr_syscall3(SYS_ioctl, overlap->vm_fd, KVM_IRQFD, &irqfd);
+        if (error < 0 && !first) {
+            first = (int)error;
+        }
+    }
+    overlap->disconnected = !on;
+    return first;
+}
+
 CPR_IN_CHILD static void run_on(struct cpr_overlap *overlap)
 {
+    connect_irqfds(overlap, 1);
     store(&overlap->stopping, 0);
     for (uint32_t i = 0; i < overlap->image->vcpus; i++) {
         struct cpr_vm_exit *exit = exit_of(overlap->image, i);
@@ -269,7 +293,10 @@ CPR_IN_CHILD static void capture(struct cpr_overlap *overlap)
     if (!stop(overlap, 1)) {
         return;
     }
-    error = cpr_vm_image_capture(image, overlap->vm_fd, overlap->vcpu_fds);
+    error = connect_irqfds(overlap, 0);
+    if (!error) {
+        error = cpr_vm_image_capture(image, overlap->vm_fd, overlap->vcpu_fds);
+    }
     image->error = error;
     if (error) {
         run_on(overlap);

@@ -18,6 +18,7 @@ struct cpr_overlap {
     char *const *arguments; /* that VMM's, the first being its path */
     char *const *environment;
     uint32_t stopping;
+    uint32_t disconnected;  /* the irqfds are not the VM's now */
     int32_t pid;
     int32_t threads[255];
     int32_t vcpu_fds[255];

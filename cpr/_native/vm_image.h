@@ -11,6 +11,7 @@ enum {
     CPR_VM_BLOCKS = 16,
     CPR_VM_SECTIONS = 32,
     CPR_VM_VCPUS = 255,
+    CPR_VM_IRQFDS = 2048,
     CPR_VM_EXIT_DATA = 4096,  /* a string instruction's data fills at most one page of kvm_run */
     CPR_VM_TEXT = 512,
 };
@@ -112,11 +113,13 @@ struct cpr_vm_image {
     uint64_t cpuid;         /* offset of vcpus * cpuid_size bytes, a struct kvm_cpuid2 each */
     uint64_t cpuid_size;
     uint64_t steps;         /* offset */
+    uint64_t irqfds;        /* offset of struct kvm_irqfd, at most CPR_VM_IRQFDS */
     uint64_t exits;         /* offset of vcpus * struct cpr_vm_exit */
     uint64_t command;       /* offset and bytes of the words, each with its NUL, that go back */
     uint64_t command_size;
     uint64_t affinity;      /* offset of the CPUs that the VMM may use, a cpu_set_t */
     uint32_t step_count;
+    uint32_t irqfd_count;
     uint32_t vcpus;
     uint32_t pit_flags;
     uint32_t block_count;

@@ -218,6 +218,10 @@ class Accelerator:
     def remove_message(self, gsi: int) -> None:
         raise NotImplementedError
 
+    def when_taken_over(self, callback: Callable[[], None]) -> None:
+        """Calls back when the guest is this VM's: at once, unless another process still runs it."""
+        callback()
+
     def signal_message(self, address: int, data: int) -> None:
         """Delivers one MSI now."""
         raise NotImplementedError

@@ -207,7 +207,7 @@ class KvmAccelerator(base.Accelerator):
         self.resumed = resumed
         self.has_state = resumed is not None
         self.vcpus: list[KvmVCpu] = []
-        self._early_irqs: list[tuple[int, bool]] = []
+        self._when_taken_over: list[Callable[[], None]] = []
         self._slots: dict[tuple[int, int], Memslot] = {}
         self._interrupts: KvmInterrupts | None = None
         self._msr_indices: list[int] | None = None
@@ -237,7 +237,7 @@ class KvmAccelerator(base.Accelerator):
         number = next(each for each in range(len(used) + 1) if each not in used)
         slot = Memslot(number, lib.KVM_MEM_READONLY if readonly else 0, host_address)
         if self.resumed is not None and self.has_state:
-            self._check_section(address, size, slot)
+            self._claim_section(address, size, slot)
         else:
             self._set_slot(address, size, slot)
         self._slots[address, size] = slot
@@ -270,9 +270,12 @@ class KvmAccelerator(base.Accelerator):
         kvm.get_dirty_log(self.vm, self._slots[address, size].number, bitmap)
         return bitmap
 
-    def _check_section(self, address: int, size: int, slot: Memslot) -> None:
+    def _claim_section(self, address: int, size: int, slot: Memslot) -> None:
         assert self.resumed is not None
-        if self.resumed.sections.get((address, size, slot.flags)) != slot.host_address:
+        known = self.resumed.sections
+        if all(address + size <= start or start + length <= address for start, length, _ in known):
+            self._set_slot(address, size, slot)  # a device's
+        elif known.get((address, size, slot.flags)) != slot.host_address:
             raise ConfigError(
                 f"{size:#x} bytes of RAM at {address:#x} are not where the guest that was taken "
                 "over has them: start the new VMM with the options of the old one"
@@ -344,12 +347,24 @@ class KvmAccelerator(base.Accelerator):
         self.has_state = False
         self.running_since = 0
         self.resumed = None
+        self.lend(False)
 
-    def release_irqs(self) -> None:
-        """Sets the interrupt inputs to what devices have set them to before there was a state."""
-        levels, self._early_irqs = self._early_irqs, []
-        for gsi, level in levels:
-            self._set_irq(gsi, level)
+    def lend(self, lent: bool) -> None:
+        """Whether a child runs this VM: what it listens to then stays as it is."""
+        if self._interrupts is not None:
+            self._interrupts.lent = lent
+
+    def when_taken_over(self, callback: Callable[[], None]) -> None:
+        if self.resumed is not None and self.resumed.overlap:
+            self._when_taken_over.append(callback)
+        else:
+            callback()
+
+    def do_what_waits(self) -> None:
+        """What devices have done to the VM before it had its state, in their order."""
+        waiting, self._when_taken_over = self._when_taken_over, []
+        for callback in waiting:
+            callback()
 
     def has_tsc_offset(self) -> bool:
         """Whether KVM tells and takes a vCPU's TSC offset; asked of vCPU 0 once."""
@@ -358,10 +373,7 @@ class KvmAccelerator(base.Accelerator):
         return self._has_tsc_offset
 
     def set_irq(self, gsi: int, level: bool) -> None:
-        if self.resumed is not None and self.resumed.overlap:
-            self._early_irqs.append((gsi, level))
-        else:
-            self._set_irq(gsi, level)
+        self.when_taken_over(lambda: self._set_irq(gsi, level))
 
     def _set_irq(self, gsi: int, level: bool) -> None:
         line = ffi.new("struct kvm_irq_level *", {"irq": gsi, "level": int(level)})
@@ -408,7 +420,8 @@ class KvmAccelerator(base.Accelerator):
                 raise KernelError(f"{kvm.DEVICE} lacks {name}", errno.ENOTSUP)
 
     def add_irqfd(self, gsi: int, eventfd: int, resamplefd: int = -1) -> None:
-        self.interrupts.add_irqfd(gsi, eventfd, resamplefd)
+        interrupts = self.interrupts
+        self.when_taken_over(lambda: interrupts.add_irqfd(gsi, eventfd, resamplefd))
 
     def remove_irqfd(self, gsi: int, eventfd: int) -> None:
         self.interrupts.remove_irqfd(gsi, eventfd)
@@ -423,7 +436,7 @@ class KvmAccelerator(base.Accelerator):
         self.interrupts.remove_message(gsi)
 
     def signal_message(self, address: int, data: int) -> None:
-        kvm.signal_msi(self.vm, address, data)
+        self.when_taken_over(lambda: kvm.signal_msi(self.vm, address, data))
 
     def add_vfio_file(self, fd: int) -> None:
         self.interrupts.add_vfio_file(fd)

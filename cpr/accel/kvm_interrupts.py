@@ -33,10 +33,14 @@ class Irqfd:
 
 
 class KvmInterrupts:
-    """The irqfds, message routes and VFIO files of one VM, whose descriptor stays the caller's."""
+    """The irqfds, message routes and VFIO files of one VM, whose descriptor stays the caller's.
+
+    While the VM is `lent` to a child its irqfds stay as they are.
+    """
 
     def __init__(self, vm: Fd) -> None:
         self._vm = vm
+        self.lent = False
         self.irqfds: list[Irqfd] = []
         self._messages: dict[int, tuple[int, int]] = {}
         self._vfio: Fd | None = None
@@ -44,6 +48,8 @@ class KvmInterrupts:
 
     def add_irqfd(self, gsi: int, eventfd: int, resamplefd: int) -> None:
         """What the eventfd has counted before is delivered as one interrupt."""
+        if self.lent:
+            return
         came = drain(eventfd)
         kvm.assign_irqfd(self._vm, gsi, eventfd, resamplefd)
         self.irqfds.append(Irqfd(gsi, eventfd, resamplefd))
@@ -51,6 +57,8 @@ class KvmInterrupts:
             os.eventfd_write(eventfd, 1)
 
     def remove_irqfd(self, gsi: int, eventfd: int) -> None:
+        if self.lent:  # the child does it when it gives the guest away
+            return
         drain(eventfd)  # what is in there while KVM listens is in the guest already
         kvm.deassign_irqfd(self._vm, gsi, eventfd)
         self.irqfds = [each for each in self.irqfds if (each.gsi, each.eventfd) != (gsi, eventfd)]

@@ -52,6 +52,7 @@ class Overlap:
         self._fds = fds
         self._pid = 0
         self._lent = False
+        self._kept: list[int] = []
         self._stream_fd = os.memfd_create(STREAM_NAME)
         self._command = way_back(f"file:/proc/self/fd/{self._stream_fd}")
         try:
@@ -80,7 +81,7 @@ class Overlap:
             struct.vcpu_fds[i], struct.runs[i] = vcpu.fd.number, vcpu.run_area
         inherited = [fd for _, _, fd in self._fds.entries()] + [self._fds.state_fd]
         own = [struct.vm_fd, self._process_fd, *(vcpu.fd.number for vcpu in vcpus)]
-        kept = sorted({*STANDARD_FDS, *inherited, *own})
+        self._kept = kept = sorted({*STANDARD_FDS, *inherited, *own})
         words = [os.fsencode(word) for word in self._command]
         variables = [os.fsencode(f"{k}={v}") for k, v in environment.items()]
         self._memory = [  # the child reads it as long as it lives
@@ -110,11 +111,17 @@ class Overlap:
             lib.cpr_kvm_hand_over(vcpu.control, ffi.NULL)
 
     def complete(self) -> bool:
-        """Whether all the vCPUs have gone to the child; the clock is read at that moment."""
+        """Whether all the vCPUs have gone to the child, and it knows all that the VM listens to.
+
+        The clock is read at that moment.
+        """
         self.image.header.stopped_ns = time.monotonic_ns()
         self._lent = True
         places = [self.image.exit(vcpu.index).place for vcpu in self._accel.vcpus]
-        return lib.CPR_VCPU_OUTSIDE not in places
+        known = all(irqfd.eventfd in self._kept for irqfd in self._accel.irqfds)
+        complete = lib.CPR_VCPU_OUTSIDE not in places and known and self.image.list_irqfds()
+        self._accel.lend(complete)
+        return complete
 
     def keep_stream(self, data: bytes) -> None:
         """Keeps the migration stream for a VMM that goes back."""
@@ -171,12 +178,12 @@ def take_over(accel: KvmAccelerator, bus: Bus) -> None:
                 vcpu.exit.reason, vcpu.exit.suberror = exit.reason, exit.suberror
                 vcpu.exit.hardware, vcpu.pending_error = exit.hardware, exit.error
         lib.cpr_overlap_ask(image, lib.CPR_OVERLAP_COMMIT)
-        accel.release_irqs()
+        resumed.overlap = False
+        accel.do_what_waits()
         resumed.run(what)
         accel.pit_loaded_ns = _pit_loaded_ns(image)
     finally:
         os.close(child)
-    resumed.overlap = False
 
 
 def _capture(accel: KvmAccelerator, image: Any, child: int, bus: Bus) -> None:

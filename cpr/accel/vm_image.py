@@ -53,6 +53,7 @@ class VmImage:
         exits = self._room(len(self._vcpus) * ffi.sizeof("struct cpr_vm_exit"))
         cpuid_at = self._place(b"".join(cpuid))
         command_at = self._place(words)
+        irqfds = self._room(lib.CPR_VM_IRQFDS * ffi.sizeof("struct kvm_irqfd"))
         affinity_at = self._place(_cpu_set(os.sched_getaffinity(0)))
         for vcpu in self._vcpus:
             self._add_vcpu(vcpu)
@@ -67,7 +68,7 @@ class VmImage:
         header.cpuid, header.cpuid_size = cpuid_at, len(cpuid[0])
         header.exits, header.steps, header.step_count = exits, steps_at, len(self._steps)
         header.command, header.command_size = command_at, len(words)
-        header.affinity = affinity_at
+        header.affinity, header.irqfds = affinity_at, irqfds
         for offset, data in self._parts:
             ffi.buffer(ffi.cast("char *", self._address + offset), len(data))[:] = data
         steps = ffi.cast("struct cpr_vm_step *", self._address + steps_at)
@@ -173,6 +174,17 @@ class VmImage:
         """The struct cpr_vm_exit of a vCPU."""
         exits = ffi.cast("struct cpr_vm_exit *", self._address + self.header.exits)
         return exits[vcpu]
+
+    def list_irqfds(self) -> bool:
+        """Lists the irqfds that the VM has now; false where there is no room for so many."""
+        irqfds = self._accel.irqfds
+        if len(irqfds) > lib.CPR_VM_IRQFDS:
+            return False
+        entries = ffi.cast("struct kvm_irqfd *", self._address + self.header.irqfds)
+        for entry, irqfd in zip(entries[0 : len(irqfds)], irqfds, strict=True):
+            kvm.fill_irqfd(entry, irqfd.gsi, irqfd.eventfd, irqfd.resamplefd)
+        self.header.irqfd_count = len(irqfds)
+        return True
 
     def save(self, fds: PreservedFds) -> None:
         """Makes the image go over the exec; `unsave` is the inverse."""

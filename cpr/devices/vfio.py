@@ -10,6 +10,7 @@ mappings are made invalid, while their DMA goes on; when it is restored each get
 
 from __future__ import annotations
 
+import errno
 import sys
 
 from cpr.devices.base import DESCRIPTORS_KEPT, Device
@@ -117,13 +118,24 @@ class Type1Container(Device):
 
     def _update_or_warn(self) -> None:
         try:
-            self._update_vaddrs()
+            self._update_or_renew()
         except KernelError as error:
             print(f"cpr-vmm: warning: {error}", file=sys.stderr)
             print(
                 "cpr-vmm: warning: the device's DMA goes on; updates are refused until this works",
                 file=sys.stderr,
             )
+
+    def _update_or_renew(self) -> None:
+        """Addresses that are valid are another VMM's, which ended before the guest was its own."""
+        try:
+            self._update_vaddrs()
+        except KernelError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._kernel.invalidate_vaddrs(self.fd)
+            self._stale = list(self._sections)
+            self._update_vaddrs()
 
     def _update_vaddrs(self) -> None:
         """Gives every mapping its address; tries all of them before it raises KernelError."""

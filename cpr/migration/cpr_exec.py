@@ -147,9 +147,6 @@ class Exec(Mode):
         reasons = cpr_blockers(machine, self)
         if self.overlaps and not self.stages:
             reason = machine.accel.overlap_blocker(machine.memory)
-            names = [device.idstr for device in machine.devices if not device.can_wait]
-            if names:
-                reason = f"device {names[0]} must be there before the guest runs"
             reasons += [f"x-cpr-exec-overlap: {reason}"] if reason else []
         return reasons
 
@@ -246,13 +243,13 @@ def _rehearse(words: list[str]) -> None:
 
 def is_same_vmm(command: list[str], config: Config) -> bool:
     """Whether `command` is this VMM's program, makes the same machine and loads it at once."""
-    own = own_command()
-    program = own[: own.index("run") + 1]
-    if command[: len(program)] != program:
-        return False
     try:
+        own = own_command()
+        program = own[: own.index("run") + 1]
+        if command[: len(program)] != program:
+            return False
         other = parse_command_line(command[len(program) :])
-    except CprError:
+    except (CprError, ValueError):  # of another program's command line
         return False
     from_file = len(other.incoming) == 1 and other.incoming[0].startswith("file:")
     return from_file and config.makes_same_machine(other)

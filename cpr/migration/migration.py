@@ -409,7 +409,9 @@ class Migration:
             elif not self._mode.stops_first:
                 self._stop_guest()
             assert self._channel is not None
-            self.machine.cpr_prepare(self._mode.name)
+            lends_vcpus = self._mode.lends_vcpus
+            if not lends_vcpus:
+                self.machine.cpr_prepare(self._mode.name)
             self._saver = savevm.Saver(
                 self.machine, self.capabilities, self._old_state, self._mode, self._channel
             )
@@ -419,8 +421,9 @@ class Migration:
                 self._emit_pass(STOPPED_SYNCS)
             if self.capabilities.enabled("pause-before-switchover"):
                 self._wait_for_switchover()
-            if self._mode.lends_vcpus:
+            if lends_vcpus:
                 self._stop_guest()
+                self.machine.cpr_prepare(self._mode.name)
             self._set_status("device")
             self._write_all()
             self._times.end()

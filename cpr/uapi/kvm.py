@@ -214,6 +214,13 @@ def assign_irqfd(vm: Fd, gsi: int, eventfd: int, resamplefd: int = -1) -> None:
     _irqfd(vm, gsi, eventfd, resamplefd, 0)
 
 
+def fill_irqfd(entry: Any, gsi: int, eventfd: int, resamplefd: int) -> None:
+    """Makes a struct kvm_irqfd what assigns this irqfd."""
+    entry.gsi, entry.fd, entry.flags, entry.resamplefd = gsi, eventfd, 0, 0
+    if resamplefd >= 0:
+        entry.flags, entry.resamplefd = lib.KVM_IRQFD_FLAG_RESAMPLE, resamplefd
+
+
 def deassign_irqfd(vm: Fd, gsi: int, eventfd: int) -> None:
     """The inverse of `assign_irqfd`; when it returns, no interrupt comes any more."""
     _irqfd(vm, gsi, eventfd, -1, lib.KVM_IRQFD_FLAG_DEASSIGN)
