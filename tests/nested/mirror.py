@@ -127,8 +127,11 @@ class Mirror:
             if event["event"] == "finished" and event["nodeid"] == item.nodeid:
                 return
             if event["event"] == "report" and event["report"]["nodeid"] == item.nodeid:
+                data = event["report"]
+                if isinstance(data["longrepr"], list):  # where a test was skipped: pytest's tuple
+                    data["longrepr"] = tuple(data["longrepr"])
                 hook = self.config.hook
-                yield hook.pytest_report_from_serializable(config=self.config, data=event["report"])
+                yield hook.pytest_report_from_serializable(config=self.config, data=data)
             elif event["event"] in ("failed", "exit"):
                 text = event.get(
                     "text", f"the inner pytest ended with status {event.get('status')}"
