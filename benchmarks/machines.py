@@ -17,7 +17,10 @@ IMAGES = ROOT / "examples" / "build"
 BOOT_TIMEOUT = 120.0  # of a BIOS under a slow KVM
 # A host may take long to give memory back that it had taken from a virtual machine.
 POPULATE_TIMEOUT_PER_GIB = 10.0
-PARAMETERS = {"plain": {"x-cpr-mm-holder": False}, "overlap": {"x-cpr-exec-overlap": True}}
+PARAMETERS = {
+    "plain": {"x-cpr-mm-holder": False, "x-cpr-early-resume": False},
+    "overlap": {"x-cpr-exec-overlap": True},
+}
 # What a case that cannot be run fails with.
 FAILURES = (OSError, RuntimeError, ValueError, QmpError)
 

@@ -53,6 +53,8 @@ class Phases:
         if in_time:
             begins[EXEC_END] = exec_end_ns
         ordered = sorted(begins, key=lambda name: begins[name])
+        if END in begins:  # what comes later is no part of the pause
+            ordered = ordered[: ordered.index(END) + 1]
         return {
             name: (begins[following] - begins[name]) / 1e6
             for name, following in pairwise(ordered)

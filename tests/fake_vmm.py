@@ -99,6 +99,7 @@ class FakeMigration:
         self.calls: list[tuple] = []
         self.status = "none"
         self.info: dict = {}
+        self.notice = ""
         self.refusal = ""
         self.finish_callbacks: list[Any] = []
         self.parameters = Parameters()

@@ -15,6 +15,7 @@ from cpr.accel.kvm_interrupts import drain
 from cpr.bus import IOBus
 from cpr.errors import KernelError
 from cpr.ram import RAMBlock, create_default_block
+from cpr.state.fds import PreservedFds
 from cpr.vcpus import VCpuThread, _semaphore
 
 pytestmark = pytest.mark.skipif(missing_kvm() is not None, reason=str(missing_kvm()))
@@ -35,7 +36,7 @@ class CountingVm:
 
     def __init__(self) -> None:
         self.accel = KvmAccelerator()
-        self.ram: RAMBlock = create_default_block("ram", RAM_SIZE)
+        self.ram: RAMBlock = create_default_block("ram", RAM_SIZE, PreservedFds())
         self.accel.map_ram(0, RAM_SIZE, self.ram.host)
         self.accel.create_irqchip()
         self.vcpu = self.accel.create_vcpu(0)
@@ -52,11 +53,11 @@ class CountingVm:
         self.thread = VCpuThread(self.vcpu, IOBus(_semaphore()), print, print)
 
     def _write(self, address: int, data: bytes) -> None:
-        self.ram.buffer(address, len(data))[:] = data
+        self.ram.write(address, data)
 
     @property
     def count(self) -> int:
-        return int.from_bytes(self.ram.buffer(COUNTER, 4)[:], "little")
+        return int.from_bytes(self.ram.view(COUNTER, 4), "little")
 
     def expect(self, count: int) -> None:
         """Exactly so many have come, and no more come."""

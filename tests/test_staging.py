@@ -269,7 +269,7 @@ def test_too_little_memory_is_refused_before_anything_is_done(guest, monkeypatch
 
 
 def test_blockers_with_and_without_staging(guest):
-    mode = SimpleNamespace(regenerates=False, stages=False)
+    mode = SimpleNamespace(name="cpr-transfer", regenerates=False, stages=False)
     reasons = cpr_blockers(guest.machine, mode)
     assert [reason.split()[2] for reason in reasons] == ["ram0", "pc.rom"]
     mode.stages = True

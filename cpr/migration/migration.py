@@ -554,8 +554,6 @@ class Migration:
         if self.status == "none":
             return result
         result["status"] = self.status
-        if self.notice:
-            result["x-cpr-notice"] = self.notice
         if self.error is not None and self.status in ("failed", "cancelled"):
             result["error-desc"] = self.error
         if not self._outgoing:
