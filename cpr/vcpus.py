@@ -51,6 +51,7 @@ class VCpuThread:
         if self._resumed is not None:
             self._resumed.main = self._main
             self._ident = self._resumed.ident
+            self.thread_id = self._resumed.thread_id
             return
         self._ident = start_new_thread(self._main, ())
         self._started.acquire()

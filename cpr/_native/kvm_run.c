@@ -12,7 +12,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "vm_image.h"
+#include "overlap.h"
+#include "vm_create.h"
 
 static void on_kick(int signo)
 {
@@ -125,15 +126,22 @@ int cpr_kvm_run(int vcpu_fd, struct kvm_run *run, struct cpr_exit *out,
     }
 }
 
-int cpr_kvm_run_after(uint32_t *go, int vcpu_fd, struct kvm_run *run, struct cpr_exit *out,
+int cpr_kvm_run_after(uint32_t *go, uint32_t vcpu, struct cpr_vm_image *image,
+                      const struct cpr_vm *vm, struct cpr_exit *out,
                       struct cpr_vcpu_control *control)
 {
     uint32_t what;
 
-    while ((what = __atomic_load_n(go, __ATOMIC_SEQ_CST)) == CPR_GO_WAIT) {
-        syscall(SYS_futex, go, FUTEX_WAIT, CPR_GO_WAIT, NULL, NULL, 0);
+    while ((what = __atomic_load_n(&go[vcpu], __ATOMIC_SEQ_CST)) != CPR_GO_RUN &&
+           what != CPR_GO_SERVE) {
+        if (what == CPR_GO_TAKE) {
+            cpr_overlap_take(image, vm, go);
+        } else {
+            syscall(SYS_futex, &go[vcpu], FUTEX_WAIT, CPR_GO_WAIT, NULL, NULL, 0);
+        }
     }
-    return what == CPR_GO_SERVE ? 0 : cpr_kvm_run(vcpu_fd, run, out, control);
+    return what == CPR_GO_SERVE ? 0
+                                : cpr_kvm_run(vm->vcpu_fds[vcpu], vm->runs[vcpu], out, control);
 }
 
 void cpr_kvm_go(uint32_t *go, const uint32_t *what, uint32_t count)

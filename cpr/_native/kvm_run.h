@@ -43,10 +43,14 @@ enum cpr_vcpu_go {
     CPR_GO_WAIT,
     CPR_GO_RUN,
     CPR_GO_SERVE, /* it does not run: *out is an exit that has to be served first */
+    CPR_GO_TAKE,  /* it takes the guest over from an overlap's child, and then does what that says */
 };
 
-/* Waits until `go` is no longer CPR_GO_WAIT, and then does what it says, as cpr_kvm_run. */
-int cpr_kvm_run_after(uint32_t *go, int vcpu_fd, struct kvm_run *run, struct cpr_exit *out,
+/* Waits until go[vcpu] is no longer CPR_GO_WAIT, and then does what it says, as cpr_kvm_run. */
+struct cpr_vm_image;
+struct cpr_vm;
+int cpr_kvm_run_after(uint32_t *go, uint32_t vcpu, struct cpr_vm_image *image,
+                      const struct cpr_vm *vm, struct cpr_exit *out,
                       struct cpr_vcpu_control *control);
 
 /* Sets the words of `count` vCPUs to what each is to do, and wakes them. */

@@ -20,12 +20,14 @@
 CPR_IN_CHILD static int hold(void *argument)
 {
     long pipe_fd = (long)(intptr_t)argument;
+    struct sched_param none = {0};
     char byte;
 
     if (pipe_fd > 0) {
         cpr_syscall3(SYS_close_range, 0, pipe_fd - 1, 0);
     }
     cpr_syscall3(SYS_close_range, pipe_fd + 1, UINT_MAX, 0);
+    cpr_syscall3(SYS_sched_setscheduler, 0, SCHED_IDLE, &none); /* the guest comes first */
     while (cpr_syscall3(SYS_read, pipe_fd, &byte, 1) == -EINTR) {
     }
     cpr_syscall1(SYS_exit_group, 0);

@@ -17,13 +17,15 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "kvm_run.h"
 #include "raw_syscall.h"
+#include "vm_create.h"
 
 #define STACK_SIZE 65536 /* a signal frame with all vector registers takes up to 12 KiB */
 #define GUARD_SIZE 4096
 #define THREAD_FLAGS                                                                 \
-    (CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM)
-#define LOOK_NS 50000000 /* how often a wait looks whether the other side is still there */
+    (CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM | \
+     CLONE_CHILD_CLEARTID)
 #define MOST_RETURNS 3
 #define KERNEL_SIGSET_SIZE 8
 
@@ -37,6 +39,21 @@ struct vcpu {
 };
 
 static struct vcpu vcpus[CPR_VM_VCPUS];
+
+/* SIGUSR1 in a vCPU's thread: KVM_RUN, also one that it has not entered yet, comes back. */
+CPR_IN_CHILD static void on_kick(int signo)
+{
+    long thread = cpr_syscall1(SYS_gettid, 0);
+
+    (void)signo;
+    for (uint32_t i = 0; i < CPR_VM_VCPUS && vcpus[i].exit != NULL; i++) {
+        if (vcpus[i].exit->thread == thread) {
+            struct kvm_run *run = vcpus[i].overlap->runs[i];
+
+            __atomic_store_n(&run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+        }
+    }
+}
 
 CPR_IN_CHILD static uint32_t load(const uint32_t *word)
 {
@@ -77,12 +94,99 @@ CPR_IN_CHILD static void progress(struct cpr_vm_image *image)
     futex_wake(&image->progress);
 }
 
+/* What both kinds of the child's threads do. */
+
+/* How many vCPUs are at a place from `first` to `last`. */
+CPR_IN_CHILD static uint32_t count(struct cpr_vm_image *image, uint32_t first, uint32_t last)
+{
+    uint32_t found = 0;
+
+    for (uint32_t i = 0; i < image->vcpus; i++) {
+        uint32_t place = load(&exit_of(image, i)->place);
+
+        found += place >= first && place <= last;
+    }
+    return found;
+}
+
+CPR_IN_CHILD static void answer(struct cpr_vm_image *image, uint32_t value)
+{
+    store(&image->answer, value);
+    futex_wake(&image->answer);
+}
+
+/* Takes the irqfds from the VM, so that their eventfds count for the next one, or gives them back.
+   Returns 0 or -errno of the first that fails. */
+CPR_IN_CHILD static int connect_irqfds(struct cpr_overlap *overlap, int on)
+{
+    struct cpr_vm_image *image = overlap->image;
+    const struct kvm_irqfd *irqfds =
+        (const struct kvm_irqfd *)((char *)image + image->irqfds);
+    int first = 0;
+
+    for (uint32_t i = 0; i < image->irqfd_count && on == (int)overlap->disconnected; i++) {
+        struct kvm_irqfd irqfd = irqfds[i];
+        long error;
+
+        irqfd.flags = on ? irqfd.flags : KVM_IRQFD_FLAG_DEASSIGN;
+        error = cpr_syscall3(SYS_ioctl, overlap->vm_fd, KVM_IRQFD, &irqfd);
+        if (error < 0 && !first) {
+            first = (int)error;
+        }
+    }
+    overlap->disconnected = !on;
+    return first;
+}
+
+CPR_IN_CHILD static void run_on(struct cpr_overlap *overlap)
+{
+    connect_irqfds(overlap, 1);
+    store(&overlap->image->capturing, 0);
+    store(&overlap->image->stopping, 0);
+    for (uint32_t i = 0; i < overlap->image->vcpus; i++) {
+        struct cpr_vm_exit *exit = exit_of(overlap->image, i);
+
+        if (load(&exit->place) == CPR_VCPU_STOPPED && !exit->pending) {
+            store(&exit->place, CPR_VCPU_RUNS);
+            futex_wake(&exit->place);
+        }
+    }
+}
+
+/* After a vCPU has come to another place: where all stand still, and that is what was asked for,
+   the state is read, by whichever thread sees it first. */
+CPR_IN_CHILD static void settle(struct cpr_overlap *overlap)
+{
+    struct cpr_vm_image *image = overlap->image;
+    int error;
+
+    if (load(&image->request) != CPR_OVERLAP_CAPTURE || !load(&image->stopping) ||
+        count(image, CPR_VCPU_RUNS, CPR_VCPU_RUNS) ||
+        count(image, CPR_VCPU_SERVED, CPR_VCPU_SERVED)) {
+        return;
+    }
+    if (count(image, CPR_VCPU_HELD, CPR_VCPU_HELD)) {
+        answer(image, CPR_ANSWER_HELD);
+        return;
+    }
+    if (__atomic_exchange_n(&image->capturing, 1, __ATOMIC_SEQ_CST)) {
+        return;
+    }
+    error = connect_irqfds(overlap, 0);
+    if (!error) {
+        error = cpr_vm_image_capture(image, overlap->vm_fd, overlap->vcpu_fds);
+    }
+    image->error = error;
+    answer(image, error ? CPR_ANSWER_FAILED : CPR_ANSWER_READY);
+}
+
 /* The vCPUs' threads. */
 
 CPR_IN_CHILD static void set_place(struct vcpu *vcpu, uint32_t place)
 {
     store(&vcpu->exit->place, place);
     progress(vcpu->overlap->image);
+    settle(vcpu->overlap);
 }
 
 /* Copies an exit out of kvm_run; true for an access, which a device serves. */
@@ -132,7 +236,9 @@ CPR_IN_CHILD static void hold(struct vcpu *vcpu, struct kvm_run *run)
 
     set_place(vcpu, CPR_VCPU_HELD);
     while (load(&exit->place) == CPR_VCPU_HELD) {
-        futex_wait(&exit->place, CPR_VCPU_HELD, -1);
+        if (futex_wait(&exit->place, CPR_VCPU_HELD, -1) == -EINTR) {
+            settle(vcpu->overlap);
+        }
     }
     if (!exit->is_write) {
         uint8_t *to = exit->reason == KVM_EXIT_IO ? (uint8_t *)run + run->io.data_offset
@@ -155,7 +261,7 @@ CPR_IN_CHILD static void run_vcpu(struct vcpu *vcpu)
         if (error == -EINTR || error == -EAGAIN) {
             /* Cleared before the look at `stopping`, which is set before this is set again. */
             __atomic_store_n(&run->immediate_exit, 0, __ATOMIC_SEQ_CST);
-            if (load(&overlap->stopping)) {
+            if (load(&overlap->image->stopping)) {
                 break;
             }
         } else if (error < 0 || (run->exit_reason != KVM_EXIT_INTR &&
@@ -177,13 +283,18 @@ CPR_IN_CHILD static int vcpu_thread(void *argument)
     uint64_t kick = 1ull << (SIGUSR1 - 1);
 
     cpr_syscall5(SYS_rt_sigprocmask, SIG_UNBLOCK, &kick, 0, KERNEL_SIGSET_SIZE, 0);
+    if (vcpu->overlap->vcpu_cpus != NULL) {
+        cpr_syscall3(SYS_sched_setaffinity, 0, sizeof(cpu_set_t), vcpu->overlap->vcpu_cpus);
+    }
     for (;;) {
         uint32_t place = load(&vcpu->exit->place);
 
         if (place == CPR_VCPU_RUNS) {
             run_vcpu(vcpu);
-        } else {
-            futex_wait(&vcpu->exit->place, place, -1);
+        } else if (place == CPR_VCPU_GONE) {
+            cpr_syscall1(SYS_exit, 0);
+        } else if (futex_wait(&vcpu->exit->place, place, -1) == -EINTR) {
+            settle(vcpu->overlap);
         }
     }
     return 0;
@@ -191,117 +302,25 @@ CPR_IN_CHILD static int vcpu_thread(void *argument)
 
 /* The child's first thread. */
 
-/* How many vCPUs are at a place from `first` to `last`. */
-CPR_IN_CHILD static uint32_t count(struct cpr_vm_image *image, uint32_t first, uint32_t last)
-{
-    uint32_t found = 0;
-
-    for (uint32_t i = 0; i < image->vcpus; i++) {
-        uint32_t place = load(&exit_of(image, i)->place);
-
-        found += place >= first && place <= last;
-    }
-    return found;
-}
-
-CPR_IN_CHILD static int process_has_ended(struct cpr_overlap *overlap)
-{
-    struct pollfd process = {.fd = overlap->process_fd, .events = POLLIN};
-
-    return cpr_syscall3(SYS_poll, &process, 1, 0) > 0;
-}
-
-CPR_IN_CHILD static void answer(struct cpr_vm_image *image, uint32_t value)
-{
-    store(&image->answer, value);
-    futex_wake(&image->answer);
-}
-
-/* Takes the irqfds from the VM, so that their eventfds count for the next one, or gives them back.
-   Returns 0 or -errno of the first that fails. */
-CPR_IN_CHILD static int connect_irqfds(struct cpr_overlap *overlap, int on)
-{
-    struct cpr_vm_image *image = overlap->image;
-    const struct kvm_irqfd *irqfds =
-        (const struct kvm_irqfd *)((char *)image + image->irqfds);
-    int first = 0;
-
-    for (uint32_t i = 0; i < image->irqfd_count && on == (int)overlap->disconnected; i++) {
-        struct kvm_irqfd irqfd = irqfds[i];
-        long error;
-
-        irqfd.flags = on ? irqfd.flags : KVM_IRQFD_FLAG_DEASSIGN;
-        error = cpr_syscall3(SYS_ioctl, overlap->vm_fd, KVM_IRQFD, &irqfd);
-        if (error < 0 && !first) {
-            first = (int)error;
-        }
-    }
-    overlap->disconnected = !on;
-    return first;
-}
-
-CPR_IN_CHILD static void run_on(struct cpr_overlap *overlap)
-{
-    connect_irqfds(overlap, 1);
-    store(&overlap->stopping, 0);
-    for (uint32_t i = 0; i < overlap->image->vcpus; i++) {
-        struct cpr_vm_exit *exit = exit_of(overlap->image, i);
-
-        if (load(&exit->place) == CPR_VCPU_STOPPED && !exit->pending) {
-            store(&exit->place, CPR_VCPU_RUNS);
-            futex_wake(&exit->place);
-        }
-    }
-}
-
-/* Stops the vCPUs; those that are held stay so unless `serve`. False: the process has ended. */
-CPR_IN_CHILD static int stop(struct cpr_overlap *overlap, int serve)
+/* Stops the vCPUs; those that are held stay so. */
+CPR_IN_CHILD static void stop(struct cpr_overlap *overlap)
 {
     struct cpr_vm_image *image = overlap->image;
 
-    store(&overlap->stopping, 1);
+    store(&overlap->image->stopping, 1);
     for (uint32_t i = 0; i < image->vcpus; i++) {
         if (load(&exit_of(image, i)->place) == CPR_VCPU_RUNS) {
-            __atomic_store_n(&overlap->runs[i]->immediate_exit, 1, __ATOMIC_SEQ_CST);
-            cpr_syscall3(SYS_tgkill, overlap->pid, overlap->threads[i], SIGUSR1);
+            cpr_syscall3(SYS_tgkill, overlap->pid, exit_of(image, i)->thread, SIGUSR1);
         }
     }
     for (;;) {
         uint32_t seen = load(&image->progress);
-        uint32_t moving = count(image, CPR_VCPU_RUNS, CPR_VCPU_RUNS) +
-                          count(image, CPR_VCPU_SERVED, CPR_VCPU_SERVED);
-        uint32_t held = count(image, CPR_VCPU_HELD, CPR_VCPU_HELD);
 
-        if (!moving && (!held || !serve)) {
-            return 1;
+        if (!count(image, CPR_VCPU_RUNS, CPR_VCPU_RUNS)) {
+            return;
         }
-        if (!moving && load(&image->answer) != CPR_ANSWER_HELD) {
-            answer(image, CPR_ANSWER_HELD);
-        }
-        if (futex_wait(&image->progress, seen, LOOK_NS) == -ETIMEDOUT &&
-            process_has_ended(overlap)) {
-            return 0;
-        }
+        futex_wait(&image->progress, seen, -1);
     }
-}
-
-CPR_IN_CHILD static void capture(struct cpr_overlap *overlap)
-{
-    struct cpr_vm_image *image = overlap->image;
-    int error;
-
-    if (!stop(overlap, 1)) {
-        return;
-    }
-    error = connect_irqfds(overlap, 0);
-    if (!error) {
-        error = cpr_vm_image_capture(image, overlap->vm_fd, overlap->vcpu_fds);
-    }
-    image->error = error;
-    if (error) {
-        run_on(overlap);
-    }
-    answer(image, error ? CPR_ANSWER_FAILED : CPR_ANSWER_READY);
 }
 
 CPR_IN_CHILD static void say(const char *text)
@@ -365,23 +384,42 @@ CPR_IN_CHILD static void close_others(const struct cpr_overlap *overlap)
     cpr_syscall3(SYS_close_range, next, UINT_MAX, 0);
 }
 
+/* Ends the child. What it shared is torn down on this thread, behind everything else: not where the
+   vCPUs' threads are, whose CPUs the guest has again by now. */
+CPR_IN_CHILD static void end(struct cpr_overlap *overlap)
+{
+    struct sched_param none = {0};
+
+    cpr_syscall3(SYS_sched_setscheduler, 0, SCHED_IDLE, &none);
+    for (uint32_t i = 0; i < overlap->image->vcpus; i++) {
+        struct cpr_vm_exit *exit = exit_of(overlap->image, i);
+        uint32_t *thread = (uint32_t *)&overlap->threads[i];
+        uint32_t id;
+
+        store(&exit->place, CPR_VCPU_GONE);
+        futex_wake(&exit->place);
+        while ((id = load(thread)) != 0) {
+            futex_wait(thread, id, -1); /* the kernel clears it, and wakes */
+        }
+    }
+    cpr_syscall1(SYS_exit_group, 0);
+}
+
 CPR_IN_CHILD static void serve_request(struct cpr_overlap *overlap)
 {
     uint64_t times;
 
     cpr_syscall3(SYS_read, overlap->image->request_fd, &times, sizeof(times));
     switch (load(&overlap->image->request)) {
-    case CPR_OVERLAP_CAPTURE:
-        capture(overlap);
-        break;
     case CPR_OVERLAP_RUN:
         run_on(overlap);
         break;
     case CPR_OVERLAP_CANCEL:
-        stop(overlap, 0);
-        /* fall through */
-    case CPR_OVERLAP_COMMIT:
+        stop(overlap);
         cpr_syscall1(SYS_exit_group, 0);
+        break;
+    case CPR_OVERLAP_COMMIT:
+        end(overlap);
     }
 }
 
@@ -391,12 +429,17 @@ CPR_IN_CHILD static int child(void *argument)
     struct cpr_vm_image *image = overlap->image;
 
     close_others(overlap);
+    if (overlap->own_cpus != NULL) {
+        cpr_syscall3(SYS_sched_setaffinity, 0, sizeof(cpu_set_t), overlap->own_cpus);
+    }
     overlap->pid = (int32_t)cpr_syscall1(SYS_getpid, 0);
     for (uint32_t i = 0; i < image->vcpus; i++) {
         vcpus[i] = (struct vcpu){overlap, exit_of(image, i), i};
-        overlap->threads[i] = clone(vcpu_thread, overlap->stacks + (i + 2) * STACK_SIZE,
-                                    THREAD_FLAGS, &vcpus[i]);
-        if (overlap->threads[i] < 0) {
+        overlap->threads[i] = 1; /* cleared when it has ended */
+        vcpus[i].exit->thread =
+            clone(vcpu_thread, overlap->stacks + (i + 2) * STACK_SIZE, THREAD_FLAGS, &vcpus[i],
+                  NULL, NULL, &overlap->threads[i]);
+        if (vcpus[i].exit->thread < 0) {
             cpr_syscall1(SYS_exit_group, 1);
         }
     }
@@ -435,6 +478,7 @@ static char *map_stacks(uint32_t count)
 
 int cpr_overlap_start(struct cpr_overlap *overlap)
 {
+    struct sigaction kick = {.sa_handler = on_kick}, parents_kick;
     sigset_t all, old;
     int pid, error;
 
@@ -444,8 +488,10 @@ int cpr_overlap_start(struct cpr_overlap *overlap)
     }
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old); /* the child inherits it and hears no signal */
+    sigaction(SIGUSR1, &kick, &parents_kick); /* and this; to this process's vCPUs both are alike */
     pid = clone(child, overlap->stacks + STACK_SIZE, CLONE_VM, overlap);
     error = errno;
+    sigaction(SIGUSR1, &parents_kick, NULL);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     return pid < 0 ? -error : pid;
 }
@@ -459,15 +505,62 @@ int cpr_overlap_ask(struct cpr_vm_image *image, uint32_t request)
     return write(image->request_fd, &one, sizeof(one)) < 0 ? -errno : 0;
 }
 
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+void cpr_overlap_capture(struct cpr_vm_image *image)
+{
+    store(&image->answer, CPR_ANSWER_NONE);
+    store(&image->request, CPR_OVERLAP_CAPTURE);
+    store(&image->stopping, 1);
+    for (uint32_t i = 0; i < image->vcpus; i++) {
+        syscall(SYS_tgkill, image->child, exit_of(image, i)->thread, SIGUSR1);
+    }
+}
+
+void cpr_overlap_take(struct cpr_vm_image *image, const struct cpr_vm *vm, uint32_t *go)
+{
+    uint32_t outcome;
+
+    while ((outcome = load(&image->answer)) == CPR_ANSWER_NONE || outcome == CPR_ANSWER_HELD) {
+        futex_wait(&image->answer, outcome, -1);
+    }
+    if (outcome == CPR_ANSWER_READY) {
+        image->error = cpr_vm_image_restore(image, vm->vm_fd, vm->vcpu_fds);
+        outcome = image->error ? CPR_ANSWER_FAILED : CPR_ANSWER_READY;
+    }
+    if (outcome == CPR_ANSWER_READY) {
+        store(&image->request, CPR_OVERLAP_COMMIT); /* from here on the guest is this process's */
+        image->resumed_ns = now_ns();
+        for (uint32_t i = 0; i < image->vcpus; i++) {
+            store(&go[i], exit_of(image, i)->pending ? CPR_GO_SERVE : CPR_GO_RUN);
+            if (i) {
+                futex_wake(&go[i]);
+            }
+        }
+    } else {
+        store(&go[0], CPR_GO_WAIT);
+    }
+    store(&image->taken, outcome);
+    futex_wake(&image->answer);
+}
+
 uint32_t cpr_overlap_wait(struct cpr_vm_image *image, uint32_t timeout_ms)
 {
+    uint32_t taken = load(&image->taken);
     uint32_t value = load(&image->answer);
 
-    if (value == CPR_ANSWER_NONE) {
+    if (taken == CPR_ANSWER_NONE && value != CPR_ANSWER_HELD) {
         futex_wait(&image->answer, value, timeout_ms * 1000000L);
+        taken = load(&image->taken);
         value = load(&image->answer);
     }
-    return value;
+    return taken != CPR_ANSWER_NONE ? taken : value == CPR_ANSWER_HELD ? value : CPR_ANSWER_NONE;
 }
 
 void cpr_overlap_serve(struct cpr_vm_image *image, uint32_t vcpu)

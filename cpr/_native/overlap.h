@@ -17,10 +17,11 @@ struct cpr_overlap {
     const int32_t *inherited; /* those of them that a VMM started by the child gets */
     char *const *arguments; /* that VMM's, the first being its path */
     char *const *environment;
-    uint32_t stopping;
+    const void *own_cpus;   /* a cpu_set_t for the child, or NULL for any */
+    const void *vcpu_cpus;  /* the same for the vCPUs' threads */
     uint32_t disconnected;  /* the irqfds are not the VM's now */
     int32_t pid;
-    int32_t threads[255];
+    int32_t threads[255];   /* futexes, 0 when the thread of that vCPU has ended */
     int32_t vcpu_fds[255];
     struct kvm_run *runs[255];
     char *stacks;
@@ -35,8 +36,18 @@ int cpr_overlap_start(struct cpr_overlap *overlap);
 /* Makes a request; returns 0 or -errno. */
 int cpr_overlap_ask(struct cpr_vm_image *image, uint32_t request);
 
-/* Waits until the child has answered, but at most `timeout_ms`; returns the answer, or
-   CPR_ANSWER_NONE where there is none yet. */
+/* Has the child stop the guest and read its state. */
+void cpr_overlap_capture(struct cpr_vm_image *image);
+
+/* Waits until the child has done that, writes the state to the VM, and sets the word of each vCPU in
+   `go` to what it is to do. For the thread of vCPU 0: it goes on at once, on the CPU that the child's
+   vCPU has just left. image->taken tells how it went: READY, or FAILED with image->error, and then
+   the guest may run on in the child. */
+struct cpr_vm;
+void cpr_overlap_take(struct cpr_vm_image *image, const struct cpr_vm *vm, uint32_t *go);
+
+/* Waits until vCPUs are held, or the guest has been taken over or not, but at most `timeout_ms`;
+   returns HELD, READY or FAILED, or CPR_ANSWER_NONE where there is none of them yet. */
 uint32_t cpr_overlap_wait(struct cpr_vm_image *image, uint32_t timeout_ms);
 
 /* Tells the child that a held exit has been served. */

@@ -97,18 +97,23 @@ static int create_vm(const struct cpr_vm_image *image, struct cpr_vm *vm)
     if (ioctl(vm->vm_fd, KVM_SET_IDENTITY_MAP_ADDR, &identity) < 0) {
         return fail(vm, "KVM_SET_IDENTITY_MAP_ADDR");
     }
-    for (uint32_t i = 0; i < image->section_count; i++) {
+    for (uint32_t i = 0, slot = 0; i < image->section_count; i++) {
         const struct cpr_vm_section *section = &image->sections[i];
-        struct kvm_userspace_memory_region region = {
-            .slot = i,
-            .flags = section->flags,
-            .guest_phys_addr = section->address,
-            .memory_size = section->size,
-            .userspace_addr = vm->hosts[section->block] + section->offset,
-        };
+        uint64_t most = image->slot_size ? image->slot_size : section->size;
 
-        if (ioctl(vm->vm_fd, KVM_SET_USER_MEMORY_REGION, &region) < 0) {
-            return fail(vm, "KVM_SET_USER_MEMORY_REGION");
+        for (uint64_t done = 0; done < section->size; done += most) {
+            uint64_t left = section->size - done;
+            struct kvm_userspace_memory_region region = {
+                .slot = slot++,
+                .flags = section->flags,
+                .guest_phys_addr = section->address + done,
+                .memory_size = left < most ? left : most,
+                .userspace_addr = vm->hosts[section->block] + section->offset + done,
+            };
+
+            if (ioctl(vm->vm_fd, KVM_SET_USER_MEMORY_REGION, &region) < 0) {
+                return fail(vm, "KVM_SET_USER_MEMORY_REGION");
+            }
         }
     }
     return 0;

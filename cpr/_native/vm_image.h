@@ -66,12 +66,14 @@ enum cpr_vcpu_place {
     CPR_VCPU_HELD,     /* an exit needs a device: `exit` says what it is, and nobody has served it */
     CPR_VCPU_SERVED,   /* it has been served: the child completes the access */
     CPR_VCPU_STOPPED,  /* its state can be read */
+    CPR_VCPU_GONE,     /* its thread is to end */
 };
 
 /* Where a vCPU is, and the exit that it is HELD at, or, where it STOPPED, one that is `pending`: it
    is for the new image to handle as if its own KVM_RUN had returned it. */
 struct cpr_vm_exit {
     uint32_t place; /* enum cpr_vcpu_place, a futex */
+    int32_t thread; /* that runs it in the child */
     uint32_t pending;
     int32_t error; /* what KVM_RUN returned: 0 or -errno */
     uint32_t reason;
@@ -88,7 +90,7 @@ struct cpr_vm_exit {
 /* What the child is asked for, through `request`. */
 enum cpr_overlap_request {
     CPR_OVERLAP_RUN,     /* let the guest run on */
-    CPR_OVERLAP_CAPTURE, /* stop it and put its state here */
+    CPR_OVERLAP_CAPTURE, /* the vCPUs' threads are kicked: stop, and put the state here */
     CPR_OVERLAP_COMMIT,  /* another process has it: end */
     CPR_OVERLAP_CANCEL,  /* stop it where it is and end: the old image goes on with it */
 };
@@ -108,6 +110,7 @@ struct cpr_vm_image {
     uint64_t captured_ns;   /* CLOCK_MONOTONIC when the state was read */
     uint64_t stopped_ns;    /* when the devices' clock was read */
     uint64_t resumed_ns;    /* when the guest ran again; set by the new image */
+    uint64_t slot_size;     /* the most that a memslot has, or 0 for no limit */
     uint64_t tss_address;
     uint64_t identity_address;
     uint64_t cpuid;         /* offset of vcpus * cpuid_size bytes, a struct kvm_cpuid2 each */
@@ -128,6 +131,9 @@ struct cpr_vm_image {
     /* Overlap. */
     uint32_t request;       /* enum cpr_overlap_request */
     uint32_t answer;        /* enum cpr_overlap_answer, a futex */
+    uint32_t taken;         /* the same, when the new image has done its part; a futex of it */
+    uint32_t stopping;      /* vCPUs that leave KVM_RUN are to stop */
+    uint32_t capturing;     /* one of the vCPUs' threads reads the state */
     uint32_t progress;      /* counts what vCPUs do; a futex of the child's */
     int32_t error;
     int32_t child;          /* its PID */

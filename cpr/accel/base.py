@@ -14,7 +14,7 @@ from cpr.errors import KernelError, MigrationError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, Protocol
+    from typing import Protocol
 
     from cpr.accel.kvm_resume import ResumedVCpu
     from cpr.accel.overlap import Overlap
@@ -158,9 +158,6 @@ class Accelerator:
 
     def set_apic(self, vcpu: VCpu, registers: bytes) -> None:
         raise NotImplementedError
-
-    def prepare_image(self, run_on: Callable[[Callable[[VCpu], Any]], Any]) -> None:
-        """What create_image needs of a vCPU, asked with `run_on`; once in a VM's life."""
 
     def create_image(self, memory: GuestMemory, command: list[str]) -> VmImage | None:
         """The VM as a memfd that the next image makes it from; None where there is no such thing.

@@ -180,14 +180,29 @@ class KvmVCpu(base.VCpu):
 
 
 class Memslot:
-    """A memslot as it was set: its number, flags (KVM_MEM_…) and host address."""
+    """A range of guest-physical addresses: its memslots from number `first` on, of at most `most`
+    bytes each, with their flags (KVM_MEM_…) and the host address of the first.
+    """
 
-    __slots__ = ("flags", "host_address", "number")
+    __slots__ = ("address", "first", "flags", "host_address", "most", "size")
 
-    def __init__(self, number: int, flags: int, host_address: int) -> None:
-        self.number = number
-        self.flags = flags
+    def __init__(
+        self, first: int, address: int, size: int, host_address: int, flags: int, most: int
+    ) -> None:
+        self.first = first
+        self.address = address
+        self.size = size
         self.host_address = host_address
+        self.flags = flags
+        self.most = most or size
+
+    def parts(self) -> list[tuple[int, int, int]]:
+        """(number, offset, size) of each memslot."""
+        offsets = range(0, self.size, self.most)
+        return [
+            (self.first + i, offset, min(self.most, self.size - offset))
+            for i, offset in enumerate(offsets)
+        ]
 
 
 class KvmAccelerator(base.Accelerator):
@@ -195,6 +210,8 @@ class KvmAccelerator(base.Accelerator):
 
     `resumed` is the VM that this process has made already: it is taken over, and `has_state` is
     true until the machine runs: what the stream says of its state is what it was made from.
+    `readable_msrs` are those of the MSRs to save that KVM lets be read, `has_tsc_offset` says
+    whether it tells and takes a vCPU's TSC offset.
     """
 
     name = "kvm"
@@ -211,13 +228,14 @@ class KvmAccelerator(base.Accelerator):
         self._slots: dict[tuple[int, int], Memslot] = {}
         self._interrupts: KvmInterrupts | None = None
         self._msr_indices: list[int] | None = None
-        self._readable_msrs: list[int] | None = None
-        self._has_tsc_offset: bool | None = None
+        self.readable_msrs: list[int] = []
+        self.has_tsc_offset = False
         if resumed is not None:
             self.device = Fd(resumed.struct.device_fd, kvm.DEVICE)
             self.vm = Fd(resumed.struct.vm_fd, "kvm-vm")
             self.run_size = resumed.struct.run_size
             image = resumed.image
+            self.readable_msrs, self.has_tsc_offset = resumed.readable_msrs()
             self.running_since = image.stopped_ns if resumed.overlap else image.resumed_ns
             return
         self.device = kvm.open_device()
@@ -233,53 +251,63 @@ class KvmAccelerator(base.Accelerator):
         lib.cpr_kick_install()
 
     def map_ram(self, address: int, size: int, host_address: int, readonly: bool = False) -> None:
-        used = {slot.number for slot in self._slots.values()}
-        number = next(each for each in range(len(used) + 1) if each not in used)
-        slot = Memslot(number, lib.KVM_MEM_READONLY if readonly else 0, host_address)
+        used = {number for slot in self._slots.values() for number, _, _ in slot.parts()}
+        first = next(number for number in range(len(used) + 1) if number not in used)
+        flags = lib.KVM_MEM_READONLY if readonly else 0
+        slot = Memslot(first, address, size, host_address, flags, 0)
         if self.resumed is not None and self.has_state:
-            self._claim_section(address, size, slot)
+            self._claim_section(slot)
         else:
-            self._set_slot(address, size, slot)
+            self._set_slot(slot)
         self._slots[address, size] = slot
 
     def unmap_ram(self, address: int, size: int) -> None:
         slot = self._slots.pop((address, size))
-        kvm.set_memory_region(self.vm, slot.number, 0, address, 0, 0)
+        for number, offset, _ in slot.parts():
+            kvm.set_memory_region(self.vm, number, 0, address + offset, 0, 0)
 
-    def _set_slot(self, address: int, size: int, slot: Memslot) -> None:
-        kvm.set_memory_region(self.vm, slot.number, slot.flags, address, size, slot.host_address)
+    def _set_slot(self, slot: Memslot) -> None:
+        for number, offset, size in slot.parts():
+            address, host = slot.address + offset, slot.host_address + offset
+            kvm.set_memory_region(self.vm, number, slot.flags, address, size, host)
 
     def start_dirty_log(self) -> None:
         try:
-            for (address, size), slot in self._slots.items():
+            for slot in self._slots.values():
                 if not slot.flags & lib.KVM_MEM_READONLY:
                     slot.flags |= lib.KVM_MEM_LOG_DIRTY_PAGES
-                    self._set_slot(address, size, slot)
+                    self._set_slot(slot)
         except KernelError:
             self.stop_dirty_log()
             raise
 
     def stop_dirty_log(self) -> None:
-        for (address, size), slot in self._slots.items():
+        for slot in self._slots.values():
             if slot.flags & lib.KVM_MEM_LOG_DIRTY_PAGES:
                 slot.flags &= ~lib.KVM_MEM_LOG_DIRTY_PAGES
-                self._set_slot(address, size, slot)
+                self._set_slot(slot)
 
     def take_dirty_log(self, address: int, size: int) -> bytearray:
-        bitmap = bytearray((size + BITMAP_ALIGNMENT - 1) // BITMAP_ALIGNMENT * 8)
-        kvm.get_dirty_log(self.vm, self._slots[address, size].number, bitmap)
-        return bitmap
+        log = bytearray()
+        for number, _, part in self._slots[address, size].parts():
+            bitmap = bytearray((part + BITMAP_ALIGNMENT - 1) // BITMAP_ALIGNMENT * 8)
+            kvm.get_dirty_log(self.vm, number, bitmap)
+            log += bitmap
+        return log
 
-    def _claim_section(self, address: int, size: int, slot: Memslot) -> None:
+    def _claim_section(self, slot: Memslot) -> None:
+        """Takes over the memslots of the VM's image, or sets a new one, of a device."""
         assert self.resumed is not None
-        known = self.resumed.sections
-        if all(address + size <= start or start + length <= address for start, length, _ in known):
-            self._set_slot(address, size, slot)  # a device's
-        elif known.get((address, size, slot.flags)) != slot.host_address:
+        start, end, known = slot.address, slot.address + slot.size, self.resumed.sections
+        if all(end <= other or other + size <= start for other, size, _ in known):
+            self._set_slot(slot)
+            return
+        if known.get((start, slot.size, slot.flags)) != slot.host_address:
             raise ConfigError(
-                f"{size:#x} bytes of RAM at {address:#x} are not where the guest that was taken "
-                "over has them: start the new VMM with the options of the old one"
+                f"{slot.size:#x} bytes of RAM at {start:#x} are not where the guest that was "
+                "taken over has them: start the new VMM with the options of the old one"
             )
+        slot.most = self.resumed.image.slot_size or slot.size
 
     def create_irqchip(self) -> None:
         if self.has_state:
@@ -298,14 +326,10 @@ class KvmAccelerator(base.Accelerator):
                 )
             resumed = self.resumed.vcpus[index]
         self.vcpus.append(KvmVCpu(self, index, resumed))
+        if resumed is None and not index:  # later it could only be asked while it stands still
+            self.readable_msrs = list(kvm.get_msrs(self.vcpus[0].fd, self.msr_indices()))
+            self.has_tsc_offset = kvm.has_tsc_offset(self.vcpus[0].fd)
         return self.vcpus[-1]
-
-    def readable_msrs(self) -> list[int]:
-        """The MSRs that KVM lets be read, of those to save; asked of vCPU 0 once."""
-        if self._readable_msrs is None:
-            values = kvm.get_msrs(self.vcpus[0].fd, self.msr_indices())
-            self._readable_msrs = list(values)
-        return self._readable_msrs
 
     def msr_indices(self) -> list[int]:
         """The MSRs to save; asked of the kernel once."""
@@ -335,10 +359,6 @@ class KvmAccelerator(base.Accelerator):
                 )
         return None
 
-    def prepare_image(self, run_on: Callable[[Callable[[base.VCpu], Any]], Any]) -> None:
-        if self._readable_msrs is None:
-            run_on(lambda vcpu: (self.readable_msrs(), self.has_tsc_offset()))
-
     def take_over(self, bus: Bus) -> None:
         if self.resumed is not None and self.resumed.overlap:
             from cpr.accel import overlap
@@ -365,12 +385,6 @@ class KvmAccelerator(base.Accelerator):
         waiting, self._when_taken_over = self._when_taken_over, []
         for callback in waiting:
             callback()
-
-    def has_tsc_offset(self) -> bool:
-        """Whether KVM tells and takes a vCPU's TSC offset; asked of vCPU 0 once."""
-        if self._has_tsc_offset is None:
-            self._has_tsc_offset = kvm.has_tsc_offset(self.vcpus[0].fd)
-        return self._has_tsc_offset
 
     def set_irq(self, gsi: int, level: bool) -> None:
         self.when_taken_over(lambda: self._set_irq(gsi, level))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import posix
 import time
-from _thread import allocate_lock, start_new_thread
+from _thread import allocate_lock, get_native_id, start_new_thread
 
 from cpr import fd_list
 from cpr._native._cpr import ffi, lib
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cpr.state.fds import PreservedFds
 
 NAME = b"x-cpr-vm"
+CPU_SET_SIZE = 128  # sizeof(cpu_set_t)
 
 
 class ResumedVCpu:
@@ -44,10 +45,11 @@ class ResumedVCpu:
         self.error = 0
         self.pending_error = 0
         self.thread = 0
+        self.thread_id = 0
         self.gate = allocate_lock()
         self.gate.acquire()
         self.main: Callable[[], None] = lambda: None
-        self._go = vm.go + index
+        self._vm = vm
         self._started = allocate_lock()
         self._started.acquire()
         self.ident = start_new_thread(self._run, ())
@@ -55,8 +57,14 @@ class ResumedVCpu:
 
     def _run(self) -> None:
         self.thread = lib.cpr_vcpu_thread_enter()
+        self.thread_id = get_native_id()
+        if self._vm.vcpu_cpus:
+            posix.sched_setaffinity(0, self._vm.vcpu_cpus)
         self._started.release()
-        error = lib.cpr_kvm_run_after(self._go, self.fd, self.run, self.exit, self.control)
+        vm = self._vm
+        error = lib.cpr_kvm_run_after(
+            vm.go, self.index, vm.image, vm.struct, self.exit, self.control
+        )
         self.error = self.pending_error or error
         self.gate.acquire()
         self.main()
@@ -79,6 +87,10 @@ class ResumedVm:
             raise OSError(-error, ffi.string(self.struct.failed).decode())
         count = image.vcpus
         self.go = ffi.new("uint32_t[]", count)
+        self.vcpu_cpus: set[int] = set()
+        if self.overlap:
+            self.go[0] = lib.CPR_GO_TAKE
+            self.vcpu_cpus = affinity(image) - posix.sched_getaffinity(0)
         mark("vcpu")
         lib.cpr_kick_install()
         self.vcpus = [ResumedVCpu(self, index) for index in range(count)]
@@ -114,10 +126,30 @@ class ResumedVm:
         lib.cpr_kvm_go(self.go, what, len(what))
         mark("run")
 
+    def readable_msrs(self) -> tuple[list[int], bool]:
+        """The MSRs that the old image has found to be readable; whether the TSC's offset is."""
+        base = ffi.cast("char *", self.image)
+        steps = ffi.cast("struct cpr_vm_step *", base + self.image.steps)
+        indices = []
+        kinds = set()
+        for step in steps[0 : self.image.step_count]:
+            kinds.add(step.kind)
+            if step.kind == lib.CPR_STEP_MSRS and not step.vcpu:
+                msrs = ffi.cast("struct kvm_msrs *", base + step.offset)
+                indices += [msrs.entries[i].index for i in range(msrs.nmsrs)]
+        return indices, lib.CPR_STEP_TSC_OFFSET in kinds
+
     def mappings(self) -> dict[int, int]:
         """Where each preserved descriptor is mapped."""
         blocks = self.image.blocks
         return {blocks[i].fd: self.struct.hosts[i] for i in range(self.struct.blocks)}
+
+
+def affinity(image: Any) -> set[int]:
+    """The CPUs that the VMM may use when there is no overlap."""
+    data = ffi.buffer(ffi.cast("char *", image) + image.affinity, CPU_SET_SIZE)[:]
+    bits = int.from_bytes(data, "little")
+    return {cpu for cpu in range(8 * CPU_SET_SIZE) if bits >> cpu & 1}
 
 
 resumed: ResumedVm | None = None
@@ -146,7 +178,8 @@ def resume() -> None:
     if fd < 0:
         return
     prot = lib.PROT_READ | lib.PROT_WRITE
-    address = lib.mmap(ffi.NULL, posix.fstat(fd).st_size, prot, lib.MAP_SHARED, fd, 0)
+    flags = lib.MAP_SHARED | lib.MAP_POPULATE
+    address = lib.mmap(ffi.NULL, posix.fstat(fd).st_size, prot, flags, fd, 0)
     if address == ffi.cast("void *", -1):
         return
     found = ffi.cast("struct cpr_vm_image *", address)

@@ -13,7 +13,8 @@ import time
 
 from cpr._native._cpr import ffi, lib
 from cpr.accel.kvm_exit import serve
-from cpr.accel.vm_image import CPU_SET_SIZE, NAME, REQUEST, STREAM, VmImage
+from cpr.accel.kvm_resume import affinity
+from cpr.accel.vm_image import NAME, REQUEST, STREAM, VmImage, cpu_set
 from cpr.errors import CprError, KernelError, MigrationError
 from cpr.phases import mark
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 STREAM_NAME = "x-cpr-vm-stream"
 STANDARD_FDS = (0, 1, 2)
+SLOT_SIZE = 256 << 20
+"""The most that a memslot of the new VM has: while one is set, all vCPUs of this host may stand
+still, for 0.4 ms per GiB where KVM has shadow page tables."""
 LOOK_MS = 100  # how often a wait looks whether the child is still there
 GONE = "the child that ran the guest during the update has ended, and the guest with it"
 
@@ -63,12 +67,13 @@ class Overlap:
         self._request_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._process_fd = os.pidfd_open(os.getpid())
         self.image.header.mode = lib.CPR_VM_OVERLAP
+        self.image.header.slot_size = SLOT_SIZE
         self.image.header.request_fd = self._request_fd
         fds.save(NAME, REQUEST, self._request_fd)
         fds.save(NAME, STREAM, self._stream_fd)
 
-    def start(self, environment: dict[str, str]) -> None:
-        """Starts the child; the vCPUs are still here.  Raises KernelError.
+    def start(self, environment: dict[str, str], vcpu_threads: list[int]) -> None:
+        """Starts the child; the vCPUs are still here, on `vcpu_threads`.  Raises KernelError.
 
         Where the new image dies the child starts the command of the way back in `environment`.
         """
@@ -95,11 +100,17 @@ class Overlap:
         struct.kept, struct.kept_count = self._memory[1], len(kept)
         struct.inherited, struct.inherited_count = self._memory[2], len(inherited)
         struct.arguments, struct.environment = self._memory[-2], self._memory[-1]
+        own_cpus, vcpu_cpus = self._share_cpus(vcpu_threads)
+        if own_cpus:
+            self._memory += [ffi.new("char[]", cpu_set(cpus)) for cpus in (own_cpus, vcpu_cpus)]
+            struct.own_cpus, struct.vcpu_cpus = self._memory[-2:]
         pid = lib.cpr_overlap_start(struct)
         if pid < 0:
             raise KernelError("clone of the overlap's child", -pid)
         self._pid = pid
         self.image.header.child = pid
+        if own_cpus:
+            _set_affinity(own_cpus, lambda thread: thread not in vcpu_threads)
 
     def arm(self) -> None:
         """Lets each vCPU go to the child as it is kicked; `disarm` is the inverse."""
@@ -127,12 +138,17 @@ class Overlap:
         """Keeps the migration stream for a VMM that goes back."""
         os.pwrite(self._stream_fd, data, 0)
 
-    def avoid_vcpus(self) -> None:
-        """Leaves the CPUs that the vCPUs are on to them; the new image undoes that."""
+    def _share_cpus(self, vcpu_threads: list[int]) -> tuple[set[int], set[int]]:
+        """The CPUs of the VMM, and of the vCPUs, during the overlap: none in common, if possible.
+
+        A vCPU that has to share its CPU with the new image's start stands still for a whole time
+        slice.  Where there are not enough CPUs both are empty: for as the scheduler likes.
+        """
         allowed = os.sched_getaffinity(0)
-        rest = allowed - _cpus_of(self._pid)
-        if rest and len(rest) < len(allowed):
-            os.sched_setaffinity(0, {max(rest)})
+        free = allowed - {_cpu_of(thread) for thread in vcpu_threads}
+        if not free or len(allowed) <= len(vcpu_threads):
+            return set(), set()
+        return {max(free)}, allowed - {max(free)}
 
     def cancel(self) -> None:
         """Takes the vCPUs back, and ends the child."""
@@ -143,7 +159,7 @@ class Overlap:
             for vcpu in self._accel.vcpus:
                 exit = self.image.exit(vcpu.index)
                 vcpu.held = bool(exit.place == lib.CPR_VCPU_HELD or exit.pending)
-            os.sched_setaffinity(0, _affinity(self.image.header))
+            _set_affinity(affinity(self.image.header), lambda thread: True)
             if self._lent:  # time went on, and so did what the devices keep in the kernel
                 self._accel.has_state = True
                 self._accel.running_since = self.image.header.stopped_ns
@@ -162,39 +178,35 @@ def take_over(accel: KvmAccelerator, bus: Bus) -> None:
     resumed, image = accel.resumed, accel.resumed.image
     child = _open_child(image.child)
     try:
-        restore_affinity(image)
         mark("stop")
-        _capture(accel, image, child, bus)
-        error = resumed.restore()
-        if error:
-            lib.cpr_overlap_ask(image, lib.CPR_OVERLAP_RUN)
-            raise KernelError(f"step {image.failed_step} of writing the VM's state", -error)
-        what = []
+        lib.cpr_overlap_capture(image)
+        _wait(image, child, bus)
+        mark("run")
+        lib.cpr_overlap_ask(image, lib.CPR_OVERLAP_COMMIT)
         exits = ffi.cast("struct cpr_vm_exit *", ffi.cast("char *", image) + image.exits)
         for vcpu in resumed.vcpus:
             exit = exits[vcpu.index]
-            what.append(lib.CPR_GO_SERVE if exit.pending else lib.CPR_GO_RUN)
             if exit.pending:
                 vcpu.exit.reason, vcpu.exit.suberror = exit.reason, exit.suberror
                 vcpu.exit.hardware, vcpu.pending_error = exit.hardware, exit.error
-        lib.cpr_overlap_ask(image, lib.CPR_OVERLAP_COMMIT)
         resumed.overlap = False
         accel.do_what_waits()
-        resumed.run(what)
+        _set_affinity(affinity(image), lambda thread: True)
         accel.pit_loaded_ns = _pit_loaded_ns(image)
     finally:
         os.close(child)
 
 
-def _capture(accel: KvmAccelerator, image: Any, child: int, bus: Bus) -> None:
-    """Has the child stop the guest and read its state; serves what its vCPUs are held at."""
-    lib.cpr_overlap_ask(image, lib.CPR_OVERLAP_CAPTURE)
+def _wait(image: Any, child: int, bus: Bus) -> None:
+    """Serves what the vCPUs are held at, until the thread of vCPU 0 has taken the guest over."""
     while True:
         answer = lib.cpr_overlap_wait(image, LOOK_MS)
         if answer == lib.CPR_ANSWER_READY:
             return
         if answer == lib.CPR_ANSWER_FAILED:
-            raise KernelError(f"step {image.failed_step} of reading the VM's state", -image.error)
+            lib.cpr_overlap_ask(image, lib.CPR_OVERLAP_RUN)
+            step = f"step {image.failed_step} of moving the VM's state"
+            raise KernelError(step, -image.error)
         if answer == lib.CPR_ANSWER_HELD:
             exits = ffi.cast("struct cpr_vm_exit *", ffi.cast("char *", image) + image.exits)
             for index in range(image.vcpus):
@@ -224,23 +236,17 @@ def _has_ended(child: int) -> bool:
     return bool(select.select([child], [], [], 0)[0])
 
 
-def restore_affinity(image: Any) -> None:
-    """Lets all threads of this process run where they could before the update."""
-    cpus = _affinity(image)
+def _set_affinity(cpus: set[int], of: Callable[[int], bool]) -> None:
+    """Lets threads of this process run on these CPUs."""
     for name in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(name), cpus)
+        if of(int(name)):
+            try:
+                os.sched_setaffinity(int(name), cpus)
+            except ProcessLookupError:  # it has ended meanwhile
+                pass
 
 
-def _affinity(image: Any) -> set[int]:
-    data = ffi.buffer(ffi.cast("char *", image) + image.affinity, CPU_SET_SIZE)[:]
-    bits = int.from_bytes(data, "little")
-    return {cpu for cpu in range(8 * CPU_SET_SIZE) if bits >> cpu & 1}
-
-
-def _cpus_of(pid: int) -> set[int]:
-    """The CPUs that the threads of a process were on last (proc_pid_stat(5), field 39)."""
-    cpus = set()
-    for name in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{name}/stat") as file:
-            cpus.add(int(file.read().rpartition(")")[2].split()[36]))
-    return cpus
+def _cpu_of(thread: int) -> int:
+    """The CPU that a thread of this process was on last (proc_pid_stat(5), field 39)."""
+    with open(f"/proc/self/task/{thread}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[36])

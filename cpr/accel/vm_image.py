@@ -12,6 +12,7 @@ import time
 
 from cpr._native._cpr import ffi, lib
 from cpr.accel import kvm_state
+from cpr.accel.kvm_resume import CPU_SET_SIZE
 from cpr.errors import KernelError, MigrationError
 from cpr.uapi import kvm
 
@@ -27,7 +28,6 @@ NAME = "x-cpr-vm"
 IMAGE, REQUEST, STREAM = range(3)  # ids under that name
 PAGE_SIZE = 4096
 ALIGNMENT = 64
-CPU_SET_SIZE = 128  # sizeof(cpu_set_t)
 MSR_TSC = kvm_state.MSR_TSC
 MSR_TSC_DEADLINE = kvm_state.MSR_TSC_DEADLINE
 
@@ -54,7 +54,7 @@ class VmImage:
         cpuid_at = self._place(b"".join(cpuid))
         command_at = self._place(words)
         irqfds = self._room(lib.CPR_VM_IRQFDS * ffi.sizeof("struct kvm_irqfd"))
-        affinity_at = self._place(_cpu_set(os.sched_getaffinity(0)))
+        affinity_at = self._place(cpu_set(os.sched_getaffinity(0)))
         for vcpu in self._vcpus:
             self._add_vcpu(vcpu)
         self._add_chips()
@@ -98,7 +98,7 @@ class VmImage:
     def _add_vcpu(self, vcpu: KvmVCpu) -> None:
         """In the order in which the structs are written; see kvm_state.set_vcpu for why."""
         index, plain = vcpu.index, lib.CPR_STEP_PLAIN
-        indices = [i for i in self._accel.readable_msrs() if i not in kvm_state.FIELD_MSRS]
+        indices = [i for i in self._accel.readable_msrs if i not in kvm_state.FIELD_MSRS]
         deadline = [i for i in indices if i == MSR_TSC_DEADLINE]
         indices = [i for i in indices if i != MSR_TSC_DEADLINE]
 
@@ -115,7 +115,7 @@ class VmImage:
         add("kvm_xsave", lib.KVM_GET_XSAVE, lib.KVM_SET_XSAVE)
         add("kvm_sregs2", lib.KVM_GET_SREGS2, lib.KVM_SET_SREGS2)
         add_msrs([MSR_TSC], lib.CPR_STEP_TSC)
-        if self._accel.has_tsc_offset():
+        if self._accel.has_tsc_offset:
             get, set = lib.KVM_GET_DEVICE_ATTR, lib.KVM_SET_DEVICE_ATTR
             self._step(index, lib.CPR_STEP_TSC_OFFSET, get, set, ffi.sizeof("uint64_t"))
         add_msrs(indices, lib.CPR_STEP_MSRS)
@@ -214,7 +214,7 @@ class VmImage:
         os.close(self.fd)
 
 
-def _cpu_set(cpus: set[int]) -> bytes:
+def cpu_set(cpus: set[int]) -> bytes:
     """A cpu_set_t."""
     bits = 0
     for cpu in cpus:

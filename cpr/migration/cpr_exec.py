@@ -65,6 +65,7 @@ class Exec(Mode):
         self._holder: MmHolder | None = None
         self._image: VmImage | None = None
         self._overlap: Overlap | None = None
+        self._vcpu_threads: list[int] = []
 
     @property
     def lends_vcpus(self) -> bool:
@@ -94,16 +95,15 @@ class Exec(Mode):
         """The VM's image, for an early resume; without one the guest resumes later."""
         accel = machine.accel
         try:
-            accel.prepare_image(machine.threads[0].run_on)
             self._image = accel.create_image(machine.memory, [])
         except CprError:
             self._image = None
 
     def _prepare_overlap(self, machine: Machine) -> None:
         accel = machine.accel
-        accel.prepare_image(machine.threads[0].run_on)
         self._overlap = accel.create_overlap(machine.memory, self._fds, _way_back)
         self._image = self._overlap.image
+        self._vcpu_threads = machine.vcpu_thread_ids()
         self.stream_copy = bytearray()
 
     def begin(self, go_on: Callable[[], None]) -> bool:
@@ -112,7 +112,7 @@ class Exec(Mode):
             self._image.save(self._fds)
         self._fds.persist()
         if self._overlap is not None:
-            self._overlap.start(dict(os.environ))
+            self._overlap.start(dict(os.environ), self._vcpu_threads)
         return False
 
     def stop(self, machine: Machine) -> None:
@@ -179,7 +179,6 @@ class Exec(Mode):
         """Puts the guest's state where the new image finds it first."""
         if self._overlap is not None:
             self._overlap.keep_stream(bytes(self.stream_copy or b""))
-            self._overlap.avoid_vcpus()
         elif self._image is not None:
             try:
                 self._image.capture()

@@ -99,9 +99,12 @@ def unmap_run(run: Any, size: int) -> None:
 
 
 def map_image(fd: int, size: int) -> int:
-    """Maps a memfd of `size` bytes, shared, and returns where; `unmap_image` is the inverse."""
+    """Maps a memfd of `size` bytes, shared and populated, and returns where.
+
+    `unmap_image` is the inverse.
+    """
     prot = lib.PROT_READ | lib.PROT_WRITE
-    address = lib.mmap(ffi.NULL, size, prot, lib.MAP_SHARED, fd, 0)
+    address = lib.mmap(ffi.NULL, size, prot, lib.MAP_SHARED | lib.MAP_POPULATE, fd, 0)
     if address == ffi.cast("void *", -1):
         raise KernelError("mmap of the VM's image", ffi.errno)
     return int(ffi.cast("uintptr_t", address))
