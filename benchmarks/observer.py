@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from dataclasses import dataclass
@@ -99,6 +100,14 @@ class Observer:
         time.sleep(seconds)
         return self.window()
 
+    def rest(self) -> None:
+        """Stops looking, so that it takes nothing from others; `look` is the inverse."""
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def look(self) -> None:
+        """Looks again; the gap in between belongs to the window that is open."""
+        os.kill(self._process.pid, signal.SIGCONT)
+
     def cpu_ns(self) -> int:
         """The CPU time that it has taken so far."""
         with open(f"/proc/{self._process.pid}/schedstat") as file:
@@ -106,6 +115,7 @@ class Observer:
 
     def stop(self) -> None:
         assert self._process.stdin is not None
+        self.look()
         self._process.stdin.close()
         self._process.wait(10)
 

@@ -91,9 +91,11 @@ class Subject:
         choose_mode(self._vm, case)
         self._length = 2 * SETTLE
         self._vm.qmp.command("stop")
+        self._observer.rest()
 
     def turn(self) -> None:
         """One window without an update, and one with.  Raises one of FAILURES."""
+        self._observer.look()
         self._vm.qmp.command("cont")
         wait_for_heartbeat(self._vm)
         self._phases.clear()
@@ -110,6 +112,7 @@ class Subject:
         self.result.phases.append(self._phases.read(self._vm.closed_ns))
         self.result.elsewhere += self._phases.exclude(pause.start_ns, pause.length_ns)
         self._vm.qmp.command("stop")
+        self._observer.rest()
 
     def _end_of_pause(self) -> Window:
         wait_for_heartbeat(self._vm, MOVE_TIMEOUT)

@@ -60,6 +60,7 @@ def shown(options: argparse.Namespace) -> dict[str, Any]:
 def run_pauses(options: argparse.Namespace, peer: Peer | None) -> str:
     """`run`: the pauses of all the cases, group by group; returns the line that sums them up."""
     warn()
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # to the observer, off the vCPU
     groups = groups_of(options, peer)
     document = open_document("run", options, peer)
     document.header.setdefault("observer", calibrate(options.poll))

@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 VMM = [sys.executable, "-m", "cpr.vmm", "run"]
 TIMEOUT = 30.0
+ALL_CPUS = os.sched_getaffinity(0)  # which the VMMs may use, wherever this process is
 
 
 class QmpError(Exception):
@@ -118,14 +119,19 @@ class Vm:
         popen.setdefault("stdin", subprocess.DEVNULL)
         popen.setdefault("stdout", subprocess.DEVNULL)
         environment = popen.pop("env", os.environ) | {"TMPDIR": str(self.directory)}
-        with open(self.stderr_path, "ab") as stderr:
-            self.process = subprocess.Popen(
-                self.words,
-                cwd=popen.pop("cwd", ROOT),
-                stderr=stderr,
-                env=environment,
-                **popen,
-            )
+        own_cpus = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, ALL_CPUS)
+        try:
+            with open(self.stderr_path, "ab") as stderr:
+                self.process = subprocess.Popen(
+                    self.words,
+                    cwd=popen.pop("cwd", ROOT),
+                    stderr=stderr,
+                    env=environment,
+                    **popen,
+                )
+        finally:
+            os.sched_setaffinity(0, own_cpus)
         self.pid = self.process.pid
         self.closed_ns = 0  # when the latest update closed the monitor
         self._ram: mmap.mmap | None = None
