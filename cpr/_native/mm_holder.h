@@ -2,10 +2,13 @@
 #define CPR_MM_HOLDER_H
 
 /* Starts a child that shares this process's address space and nothing else, so that a later exec
-   does not tear it down: the child does that when it ends, beside the new image. It ends when the
-   exec, or the caller, closes *release_fd (close-on-exec, the caller's). It keeps no other
-   descriptor. Returns its PID, to be reaped with cpr_mm_holder_reap, or -errno. */
+   does not tear it down: the child does that when it ends, behind the new image's start. It ends a
+   little after the exec has closed *release_fd (close-on-exec, the caller's), or by
+   cpr_mm_holder_release. It keeps no other descriptor. Returns its PID, or -errno. */
 int cpr_mm_holder_start(int *release_fd);
+
+/* Ends a holder for whom there is no exec, closes its release_fd, and reaps it. Returns 0 or -errno. */
+int cpr_mm_holder_release(int pid, int release_fd);
 
 /* Waits for a holder to end and reaps it; also one that the image before the exec started.
    Returns 0, or -ECHILD where there is no such child. */

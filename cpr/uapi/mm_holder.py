@@ -25,8 +25,7 @@ class MmHolder:
 
     def release(self) -> None:
         """Ends the holder and reaps it: for an update that does not happen."""
-        os.close(self._release_fd)
-        lib.cpr_mm_holder_reap(self._pid)
+        lib.cpr_mm_holder_release(self._pid, self._release_fd)
 
 
 def children() -> list[int]:
