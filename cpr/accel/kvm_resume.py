@@ -158,6 +158,8 @@ resumed: ResumedVm | None = None
 image: Any = None
 """The struct cpr_vm_image of an overlap, while its guest is not here yet, or None."""
 
+_cpus: set[int] = set()
+
 state = b""
 """The CPR state with which this process began."""
 
@@ -171,7 +173,7 @@ def resume() -> None:
     The rest of the VMM then finds the guest's state in the migration stream.  Raises OSError for
     an overlap, whose guest has its state in the child alone.
     """
-    global resumed, image, state, copies
+    global resumed, image, state, copies, _cpus
     state = fd_list.read()
     entries = fd_list.entries(state)
     fd = next((fd for name, id, fd in entries if (name, id) == (NAME, 0)), -1)
@@ -187,12 +189,24 @@ def resume() -> None:
         return
     if found.mode == lib.CPR_VM_OVERLAP:
         image = found
+        _cpus = affinity(found)
         copies = {fd: posix.dup(fd) for _, _, fd in entries}
     try:
         resumed = ResumedVm(found)
     except OSError:
         if image is not None:
             raise
+
+
+def restore_affinity() -> None:
+    """Lets all threads of this process run where they could before the update with overlap."""
+    global _cpus
+    cpus, _cpus = _cpus, set()
+    for name in posix.listdir("/proc/self/task") if cpus else ():
+        try:
+            posix.sched_setaffinity(int(name), cpus)
+        except ProcessLookupError:  # it has ended meanwhile
+            pass
 
 
 def command() -> list[str]:

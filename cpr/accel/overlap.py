@@ -191,7 +191,6 @@ def take_over(accel: KvmAccelerator, bus: Bus) -> None:
                 vcpu.exit.hardware, vcpu.pending_error = exit.hardware, exit.error
         resumed.overlap = False
         accel.do_what_waits()
-        _set_affinity(affinity(image), lambda thread: True)
         accel.pit_loaded_ns = _pit_loaded_ns(image)
     finally:
         os.close(child)

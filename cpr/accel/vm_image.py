@@ -12,7 +12,7 @@ import time
 
 from cpr._native._cpr import ffi, lib
 from cpr.accel import kvm_state
-from cpr.accel.kvm_resume import CPU_SET_SIZE
+from cpr.accel.kvm_resume import CPU_SET_SIZE, restore_affinity
 from cpr.errors import KernelError, MigrationError
 from cpr.uapi import kvm
 
@@ -48,6 +48,7 @@ class VmImage:
         self._parts: list[tuple[int, bytes]] = []
         self._end = ffi.sizeof("struct cpr_vm_image")
         self._vcpus: list[KvmVCpu] = accel.vcpus
+        restore_affinity()
         words = b"".join(os.fsencode(word) + b"\0" for word in command)
         cpuid = [bytes(ffi.buffer(vcpu.cpuid)) for vcpu in self._vcpus]
         exits = self._room(len(self._vcpus) * ffi.sizeof("struct cpr_vm_exit"))

@@ -7,6 +7,7 @@ taken in the first moments, when the rest of the program starts.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from _thread import allocate_lock, start_new_thread
@@ -43,6 +44,8 @@ class Populator:
 
     def _run(self) -> None:
         try:
+            # This thread only: it must not take a vCPU's CPU for a time slice.
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
             if not self._rest(self._delay):
                 self._populate()
         except CprError as error:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cpr.state.fds import PreservedFds
 
 MOST_RETURNS = 3
+START_NS = 500_000_000
 ENDED = "the new VMM ended before it took the guest over"
 
 
@@ -57,7 +58,11 @@ def go(text: str) -> None:
 
 
 def forget(resumed: ResumedVm, fds: PreservedFds, migration: Migration) -> None:
-    """The guest runs here: gives up what was kept for the way back, and says if this is it."""
+    """The guest runs here: gives up what was kept for the way back, and says if this is it.
+
+    This process's threads stay off the vCPUs' CPUs for as long as it still starts.
+    """
+    migration.loop.call_later(START_NS, kvm_resume.restore_affinity)
     text = kvm_resume.text("refusal") or ENDED if resumed.image.returns else ""
     if text:
         print(
