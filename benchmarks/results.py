@@ -14,7 +14,7 @@ from benchmarks import settings
 from benchmarks.cases import Case
 from benchmarks.pause import Result
 from benchmarks.peer import Peer
-from benchmarks.vm import ROOT
+from benchmarks.vm import ALL_CPUS, ROOT
 
 FORMAT = 1
 FOLDER = ROOT / "build" / "benchmarks"
@@ -29,7 +29,7 @@ def machine() -> dict[str, Any]:
             break
     return {
         "cpu": cpu or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(ALL_CPUS),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
         "load": os.getloadavg()[0],

@@ -208,11 +208,12 @@ class Vm:
 
     def children(self) -> list[int]:
         """The PIDs of the VMM's children: an mm holder, or the one that runs an overlap's guest."""
-        try:
-            text = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
-        except OSError:
-            return []
-        return [int(word) for word in text.split()]
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it has ended meanwhile
+                if int(path.read_text().rpartition(")")[2].split()[1]) == self.pid:
+                    found.append(int(path.parent.name))
+        return sorted(found)
 
     def resident(self) -> int:
         """Bytes of shared memory in the VMM's page tables, huge pages included."""

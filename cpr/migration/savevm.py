@@ -10,6 +10,7 @@ import os
 import sys
 
 from cpr import runstate
+from cpr.errors import KernelError
 from cpr.migration.statistics import RamCounters
 from cpr.state import mapped_ram, ram_section, stream
 from cpr.state.configuration import CHECKED_CAPABILITIES, Configuration
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 RAM_SECTION_ID = 1
 RECORDS_SIZE = 1 << 20
+PART_SIZE = 64 << 20  # of the pages in one section
 FIRST_DEVICE_ID = 2
 RUNSTATE_SIZE = 32
 
@@ -114,22 +116,28 @@ class Saver:
                 os.pwrite(self._channel.fd, present, layout.bitmap_offset)
 
     def _write_pages(self, blocks: list[RAMBlock]) -> None:
-        """Writes all the pages of `blocks`, in sections of about a megabyte."""
+        """Writes all the pages of `blocks`, from where they are to the channel's descriptor."""
         if not blocks:
             return
         from cpr.pages import PagePool, Pages, RecordWriter
 
-        buffer = bytearray(RECORDS_SIZE)
+        writer, channel = self._writer, self._channel
         with PagePool() as pool:
             for block in blocks:
                 pages = Pages.of_block(block)
                 records = RecordWriter(pool, pages, block.idstr)
                 while not pages.done:
-                    counts = records.encode(buffer)
+                    writer.open_part(RAM_SECTION_ID)
+                    channel.flush()
+                    try:
+                        counts = records.write(channel.fd, PART_SIZE)
+                    except KernelError as error:
+                        raise OSError(error.errno, os.strerror(error.errno)) from error
+                    channel.transferred += counts.bytes
                     self.counters.duplicate += counts.zero
                     self.counters.normal += counts.normal
-                    body = bytes(memoryview(buffer)[: counts.bytes])
-                    self._writer.part(RAM_SECTION_ID, body + ram_section.END)
+                    writer.write(ram_section.END)
+                    writer.close_part(RAM_SECTION_ID)
 
     def devices(self) -> None:
         """The devices, the run state and the description: the rest of the stream."""

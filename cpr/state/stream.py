@@ -118,6 +118,13 @@ class StreamWriter:
     def close_start(self, section_id: int) -> None:
         self.write(_footer(section_id))
 
+    def open_part(self, section_id: int) -> None:
+        """The header of a PART whose body the caller writes; `close_part` comes after that."""
+        self.write(struct.pack(">BI", PART, section_id))
+
+    def close_part(self, section_id: int) -> None:
+        self.write(_footer(section_id))
+
     def part(self, section_id: int, body: bytes) -> None:
         self._continuation(PART, section_id, body)
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+from _thread import start_new_thread
 
 from cpr import fd_list
 from cpr.accel import kvm_resume
+from cpr.uapi import mm_holder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ def forget(resumed: ResumedVm, fds: PreservedFds, migration: Migration) -> None:
     This process's threads stay off the vCPUs' CPUs for as long as it still starts.
     """
     migration.loop.call_later(START_NS, kvm_resume.restore_affinity)
+    if resumed.image.child:
+        start_new_thread(mm_holder.reap, ([resumed.image.child],))
     text = kvm_resume.text("refusal") or ENDED if resumed.image.returns else ""
     if text:
         print(

@@ -29,24 +29,27 @@ def edu(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_device_works_on_before_there_is_a_new_vmm(edu, kind: str) -> None:
-    enabled = command(EDU)
-    assert enabled & MEMORY_AND_MASTER == MEMORY_AND_MASTER
-    with stopped_new_image(edu.vm) as finish:
-        edu.wait("rounds", edu["rounds"] + 3)  # by DMA and interrupts, with no VMM to serve them
-        finish()
-    check_running(edu)
-    assert command(EDU) == enabled
-    assert edu.vm.stderr == ""
+def test_device_works_on_before_there_is_a_new_vmm(kind: str) -> None:
+    with running("e1000e", *device_words(kind, E1000E), *OVERLAP) as guest:
+        guest.wait("rounds", 1)
+        with stopped_new_image(guest.vm) as finish:
+            guest.wait("rounds", guest["rounds"] + 3)  # by interrupts, with no VMM to serve it
+            finish()
+        guest.wait("rounds", guest["rounds"] + 2)
+        guest.hold()
+        found = guest.all()
+        assert found["interrupts"] == found["triggered"] == 3 * found["rounds"], found
+        assert guest.vm.stderr == ""
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_twenty_updates_lose_no_interrupt_and_double_none(edu, kind: str) -> None:
+    enabled = command(EDU)
+    assert enabled & MEMORY_AND_MASTER == MEMORY_AND_MASTER
     for _ in range(UPDATES):
-        before = edu["rounds"]
         edu.vm.update()
-        assert edu["rounds"] > before  # nobody has waited for it
     check_running(edu)
+    assert command(EDU) == enabled
     assert edu.vm.stderr == ""
 
 
@@ -94,7 +97,6 @@ def test_new_image_that_is_killed_leaves_the_device_to_the_old_vmm(edu, kind: st
     )
     edu.vm.qmp.send("migrate", uri=f"file:{edu.vm.directory}/stream")
     edu.vm.qmp.wait_closed()
-    edu.wait("rounds", edu["rounds"] + 2)
     os.kill(edu.vm.pid, signal.SIGKILL)
     edu.vm.process.wait()
     wait_for(lambda: "the update failed" in edu.vm.stderr, "the old VMM has the guest", 60)
