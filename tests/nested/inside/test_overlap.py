@@ -30,10 +30,23 @@ def edu(kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_device_works_on_before_there_is_a_new_vmm(kind: str) -> None:
-    with running("e1000e", *device_words(kind, E1000E), *OVERLAP) as guest:
-        guest.wait("rounds", 1)
+    """A round has DMA and interrupts, and ends at an access to configuration space."""
+    with running("edu", *device_words(kind, EDU), *OVERLAP) as guest:
+        guest.hold()
         with stopped_new_image(guest.vm) as finish:
-            guest.wait("rounds", guest["rounds"] + 3)  # by interrupts, with no VMM to serve it
+            before = guest["interrupts"]
+            guest.go_on()
+            guest.wait("interrupts", before + 1)
+            rounds = guest["rounds"]
+            finish()
+        guest.wait("rounds", rounds + 1)
+        check_running(guest)
+    with running("e1000e", *device_words(kind, E1000E), *OVERLAP) as guest:
+        guest.hold()
+        with stopped_new_image(guest.vm) as finish:
+            before = guest["interrupts"]
+            guest.go_on()
+            guest.wait("interrupts", before + 3)
             finish()
         guest.wait("rounds", guest["rounds"] + 2)
         guest.hold()
