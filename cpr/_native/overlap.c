@@ -96,15 +96,13 @@ CPR_IN_CHILD static void progress(struct cpr_vm_image *image)
 
 /* What both kinds of the child's threads do. */
 
-/* How many vCPUs are at a place from `first` to `last`. */
-CPR_IN_CHILD static uint32_t count(struct cpr_vm_image *image, uint32_t first, uint32_t last)
+/* How many vCPUs are at a place. */
+CPR_IN_CHILD static uint32_t count(struct cpr_vm_image *image, uint32_t place)
 {
     uint32_t found = 0;
 
     for (uint32_t i = 0; i < image->vcpus; i++) {
-        uint32_t place = load(&exit_of(image, i)->place);
-
-        found += place >= first && place <= last;
+        found += load(&exit_of(image, i)->place) == place;
     }
     return found;
 }
@@ -161,11 +159,11 @@ CPR_IN_CHILD static void settle(struct cpr_overlap *overlap)
     int error;
 
     if (load(&image->request) != CPR_OVERLAP_CAPTURE || !load(&image->stopping) ||
-        count(image, CPR_VCPU_RUNS, CPR_VCPU_RUNS) ||
-        count(image, CPR_VCPU_SERVED, CPR_VCPU_SERVED)) {
+        count(image, CPR_VCPU_RUNS) ||
+        count(image, CPR_VCPU_SERVED)) {
         return;
     }
-    if (count(image, CPR_VCPU_HELD, CPR_VCPU_HELD)) {
+    if (count(image, CPR_VCPU_HELD)) {
         answer(image, CPR_ANSWER_HELD);
         return;
     }
@@ -316,7 +314,7 @@ CPR_IN_CHILD static void stop(struct cpr_overlap *overlap)
     for (;;) {
         uint32_t seen = load(&image->progress);
 
-        if (!count(image, CPR_VCPU_RUNS, CPR_VCPU_RUNS)) {
+        if (!count(image, CPR_VCPU_RUNS)) {
             return;
         }
         futex_wait(&image->progress, seen, -1);
@@ -505,14 +503,6 @@ int cpr_overlap_ask(struct cpr_vm_image *image, uint32_t request)
     return write(image->request_fd, &one, sizeof(one)) < 0 ? -errno : 0;
 }
 
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 void cpr_overlap_capture(struct cpr_vm_image *image)
 {
     store(&image->answer, CPR_ANSWER_NONE);
@@ -536,7 +526,7 @@ void cpr_overlap_take(struct cpr_vm_image *image, const struct cpr_vm *vm, uint3
     }
     if (outcome == CPR_ANSWER_READY) {
         store(&image->request, CPR_OVERLAP_COMMIT); /* from here on the guest is this process's */
-        image->resumed_ns = now_ns();
+        image->resumed_ns = cpr_monotonic_ns();
         for (uint32_t i = 0; i < image->vcpus; i++) {
             store(&go[i], exit_of(image, i)->pending ? CPR_GO_SERVE : CPR_GO_RUN);
             if (i) {

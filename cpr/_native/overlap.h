@@ -28,7 +28,7 @@ struct cpr_overlap {
 };
 
 /* Starts the child, which shares this address space and so may run this VM's vCPUs. Each vCPU waits
-   until it is handed over by cpr_kvm_run; see `handed` there. The child answers the requests in the
+   until it is handed over by cpr_kvm_run; see cpr_kvm_hand_over. The child answers the requests in the
    image; where the process dies before another has the guest, it runs the guest on and starts
    `arguments`. Returns its PID, to be reaped with cpr_mm_holder_reap, or -errno. */
 int cpr_overlap_start(struct cpr_overlap *overlap);

@@ -9,8 +9,6 @@
 
 #include "raw_syscall.h"
 
-#define NS_PER_S 1000000000ull
-
 /* The header's arrays have their lengths as numbers, for cffi. */
 _Static_assert(sizeof(((struct cpr_vm_exit *)0)->data) == CPR_VM_EXIT_DATA, "exit data");
 _Static_assert(sizeof(((struct cpr_vm_image *)0)->refusal) == CPR_VM_TEXT, "text");
@@ -24,14 +22,6 @@ _Static_assert(sizeof(((struct cpr_vm_image *)0)->sections) ==
 CPR_IN_CHILD static long kvm_ioctl(int fd, uint64_t request, void *argument)
 {
     return cpr_syscall3(SYS_ioctl, fd, request, argument);
-}
-
-CPR_IN_CHILD static uint64_t monotonic_ns(void)
-{
-    struct timespec now = {0, 0};
-
-    cpr_syscall3(SYS_clock_gettime, CLOCK_MONOTONIC, &now, 0);
-    return (uint64_t)now.tv_sec * NS_PER_S + (uint64_t)now.tv_nsec;
 }
 
 /* KVM stops at an MSR that it refuses; those behind it are done by further calls, whose header
@@ -93,7 +83,7 @@ CPR_IN_CHILD int cpr_vm_image_capture(struct cpr_vm_image *image, int vm_fd,
             return (int)error;
         }
     }
-    image->captured_ns = monotonic_ns();
+    image->captured_ns = cpr_monotonic_ns();
     return 0;
 }
 
@@ -110,13 +100,13 @@ static void prepare(struct cpr_vm_image *image, const struct cpr_vm_step *step)
 
         clock->flags = 0;
         if (image->mode == CPR_VM_OVERLAP) {
-            clock->clock += monotonic_ns() - image->captured_ns;
+            clock->clock += cpr_monotonic_ns() - image->captured_ns;
         }
     } else if (step->kind == CPR_STEP_PIT && image->mode == CPR_VM_STOPPED) {
         struct kvm_pit_state2 *pit = (struct kvm_pit_state2 *)at;
 
         for (uint32_t i = 0; i < sizeof(pit->channels) / sizeof(pit->channels[0]); i++) {
-            pit->channels[i].count_load_time += (int64_t)(monotonic_ns() - image->captured_ns);
+            pit->channels[i].count_load_time += (int64_t)(cpr_monotonic_ns() - image->captured_ns);
         }
     }
 }

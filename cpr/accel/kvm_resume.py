@@ -202,11 +202,18 @@ def restore_affinity() -> None:
     """Lets all threads of this process run where they could before the update with overlap."""
     global _cpus
     cpus, _cpus = _cpus, set()
-    for name in posix.listdir("/proc/self/task") if cpus else ():
-        try:
-            posix.sched_setaffinity(int(name), cpus)
-        except ProcessLookupError:  # it has ended meanwhile
-            pass
+    if cpus:
+        set_affinity(cpus)
+
+
+def set_affinity(cpus: set[int], but: list[int] | None = None) -> None:
+    """Lets all threads of this process, `but` these, run on these CPUs."""
+    for name in posix.listdir("/proc/self/task"):
+        if but is None or int(name) not in but:
+            try:
+                posix.sched_setaffinity(int(name), cpus)
+            except ProcessLookupError:  # it has ended meanwhile
+                pass
 
 
 def command() -> list[str]:
@@ -222,8 +229,8 @@ def text(field: str) -> str:
     return value.decode(errors="surrogateescape")
 
 
-def set_text(field: str, value: str) -> None:
-    """Sets a text of the overlap's image, cut to what there is room for."""
+def set_text(image: Any, field: str, value: str) -> None:
+    """Sets a text of a struct cpr_vm_image, cut to what there is room for."""
     data = value.encode(errors="surrogateescape")[: lib.CPR_VM_TEXT - 1]
     ffi.memmove(getattr(image, field), data + b"\0", len(data) + 1)
 

@@ -13,7 +13,7 @@ import time
 
 from cpr._native._cpr import ffi, lib
 from cpr.accel.kvm_exit import serve
-from cpr.accel.kvm_resume import affinity
+from cpr.accel.kvm_resume import affinity, set_affinity
 from cpr.accel.vm_image import NAME, REQUEST, STREAM, VmImage, cpu_set
 from cpr.errors import CprError, KernelError, MigrationError
 from cpr.phases import mark
@@ -110,7 +110,7 @@ class Overlap:
         self._pid = pid
         self.image.header.child = pid
         if own_cpus:
-            _set_affinity(own_cpus, lambda thread: thread not in vcpu_threads)
+            set_affinity(own_cpus, vcpu_threads)
 
     def arm(self) -> None:
         """Lets each vCPU go to the child as it is kicked; `disarm` is the inverse."""
@@ -159,7 +159,7 @@ class Overlap:
             for vcpu in self._accel.vcpus:
                 exit = self.image.exit(vcpu.index)
                 vcpu.held = bool(exit.place == lib.CPR_VCPU_HELD or exit.pending)
-            _set_affinity(affinity(self.image.header), lambda thread: True)
+            set_affinity(affinity(self.image.header))
             if self._lent:  # time went on, and so did what the devices keep in the kernel
                 self._accel.has_state = True
                 self._accel.running_since = self.image.header.stopped_ns
@@ -233,16 +233,6 @@ def _open_child(pid: int) -> int:
 
 def _has_ended(child: int) -> bool:
     return bool(select.select([child], [], [], 0)[0])
-
-
-def _set_affinity(cpus: set[int], of: Callable[[int], bool]) -> None:
-    """Lets threads of this process run on these CPUs."""
-    for name in os.listdir("/proc/self/task"):
-        if of(int(name)):
-            try:
-                os.sched_setaffinity(int(name), cpus)
-            except ProcessLookupError:  # it has ended meanwhile
-                pass
 
 
 def _cpu_of(thread: int) -> int:

@@ -12,7 +12,7 @@ import time
 
 from cpr._native._cpr import ffi, lib
 from cpr.accel import kvm_state
-from cpr.accel.kvm_resume import CPU_SET_SIZE, restore_affinity
+from cpr.accel.kvm_resume import CPU_SET_SIZE, restore_affinity, set_text
 from cpr.errors import KernelError, MigrationError
 from cpr.uapi import kvm
 
@@ -207,8 +207,7 @@ class VmImage:
 
     def set_text(self, field: str, text: str) -> None:
         """Sets a text of the header, cut to what there is room for."""
-        data = os.fsencode(text)[: lib.CPR_VM_TEXT - 1]
-        ffi.memmove(getattr(self.header, field), data + b"\0", len(data) + 1)
+        set_text(self.header, field, text)
 
     def close(self) -> None:
         kvm.unmap_image(self._address, self._size)

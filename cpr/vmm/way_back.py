@@ -44,7 +44,7 @@ def go(text: str) -> None:
     if image is None or image.returns >= MOST_RETURNS:
         return
     image.returns += 1
-    kvm_resume.set_text("refusal", text)
+    kvm_resume.set_text(image, "refusal", text)
     words = kvm_resume.command()
     fd = os.memfd_create(fd_list.ENVIRONMENT_NAME, 0)
     os.write(fd, kvm_resume.state)
