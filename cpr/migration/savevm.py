@@ -96,7 +96,7 @@ class Saver:
                 writer.write(layouts[-1].header())
                 self._channel.seek(layouts[-1].end)
         writer.write(ram_section.END)
-        writer.close_start(RAM_SECTION_ID)
+        writer.close_section(RAM_SECTION_ID)
         if self._mapped:
             self._place_pages(sent, dict(zip([b.idstr for b in blocks], layouts, strict=True)))
         else:
@@ -137,7 +137,7 @@ class Saver:
                     self.counters.duplicate += counts.zero
                     self.counters.normal += counts.normal
                     writer.write(ram_section.END)
-                    writer.close_part(RAM_SECTION_ID)
+                    writer.close_section(RAM_SECTION_ID)
 
     def devices(self) -> None:
         """The devices, the run state and the description: the rest of the stream."""

@@ -112,18 +112,16 @@ class StreamWriter:
         self._section(Section(START, section_id, idstr, instance_id, version_id), body)
 
     def open_start(self, section_id: int, idstr: str, instance_id: int, version_id: int) -> None:
-        """The header of a START whose body the caller writes; `close_start` comes after that."""
+        """The header of a START whose body the caller writes; `close_section` comes after that."""
         self.write(_header(Section(START, section_id, idstr, instance_id, version_id)))
 
-    def close_start(self, section_id: int) -> None:
+    def close_section(self, section_id: int) -> None:
+        """The inverse of `open_start` and `open_part`."""
         self.write(_footer(section_id))
 
     def open_part(self, section_id: int) -> None:
-        """The header of a PART whose body the caller writes; `close_part` comes after that."""
+        """The header of a PART whose body the caller writes; `close_section` comes after that."""
         self.write(struct.pack(">BI", PART, section_id))
-
-    def close_part(self, section_id: int) -> None:
-        self.write(_footer(section_id))
 
     def part(self, section_id: int, body: bytes) -> None:
         self._continuation(PART, section_id, body)
