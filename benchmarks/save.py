@@ -5,6 +5,7 @@ What is timed is from `migrate` to the status `completed`, as a client of the mo
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from benchmarks.report import table
 from benchmarks.rounds import Progress, take_turns
 from benchmarks.vm import Vm
 
-KINDS = ("random", "zero")
+KINDS = ("random", "zero", "untouched")
 TMPFS = "/dev/shm"
 FIRST = 16 * MIB  # what is below may be the guest's
 TILE = 64 * MIB
@@ -29,7 +30,7 @@ UNLIMITED = 1 << 40  # bytes a second: what is measured is the saving, not max-b
 
 
 class Saver:
-    """A VM whose RAM is full of random or of zero pages, and is saved in its turn."""
+    """A VM whose RAM is of pages of one kind, and is saved in its turn."""
 
     def __init__(
         self, case: Case, kind: str, peer: Peer | None, seconds: list[float], stack: ExitStack
@@ -41,15 +42,19 @@ class Saver:
         self._name = f"{TMPFS}/cpr-benchmark-{os.getpid()}-{case.mode}"
         self._file = Path(f"{root}{self._name}")
         self._size = case.ram
+        self._kind = kind
         self._vm = stack.enter_context(started(case, peer))
         stack.callback(self._file.unlink, missing_ok=True)
         self._vm.qmp.command("stop")
-        fill(self._vm, kind)
+        if kind != "untouched":
+            fill(self._vm, kind)
 
     def turn(self) -> None:
         """Adds the seconds of one save."""
         vm = self._vm
-        touch(self._size + self._size // 8)
+        if self._kind == "untouched":
+            punch(self._vm)  # a VMM that reads a hole has filled it
+        touch(2 * self._size)
         vm.qmp.command("migrate-set-parameters", mode="cpr-reboot", max_bandwidth=UNLIMITED)
         begin = time.monotonic()
         vm.qmp.command("migrate", uri=f"file:{self._name}")
@@ -64,11 +69,16 @@ class Saver:
 
 
 def fill(vm: Vm, kind: str) -> None:
-    """Gives each page of the guest's RAM behind the first MiB bytes of its own."""
+    """Gives each page of the guest's RAM behind the first MiB random bytes of its own, or zeros."""
     tile = os.urandom(TILE) if kind == "random" else bytes(TILE)
     for offset in range(FIRST, len(vm.ram), TILE):
         size = min(TILE, len(vm.ram) - offset)
         vm.ram[offset : offset + size] = tile[:size]
+
+
+def punch(vm: Vm) -> None:
+    """Makes a hole of the RAM behind the first MiB, as where the guest has never been."""
+    vm.ram.madvise(mmap.MADV_REMOVE, FIRST, len(vm.ram) - FIRST)
 
 
 def measure(

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "page_io.h"
@@ -62,11 +63,27 @@ static void find_holes(const struct cpr_page_memory *memory, uint64_t first, uin
     }
 }
 
+/* The page faults of this thread so far. */
+static long faults(void)
+{
+    struct rusage usage;
+
+    getrusage(RUSAGE_THREAD, &usage);
+    return usage.ru_minflt + usage.ru_majflt;
+}
+
 /* Puts a run into the page tables at once, where it is not: that costs less than a fault for every
-   few pages. What cannot be had so is had by the faults. */
+   few pages. Where it is, that would cost half as much as the search, so its two ends are tried
+   first. What cannot be had so is had by the faults. */
 static void populate(const struct cpr_page_memory *memory, uint64_t first, uint32_t count)
 {
-    madvise(page_at(memory, first), (size_t)count * CPR_PAGE_SIZE, MADV_POPULATE_READ);
+    long before = faults();
+
+    (void)*(volatile uint8_t *)page_at(memory, first);
+    (void)*(volatile uint8_t *)page_at(memory, first + count - 1);
+    if (faults() != before) {
+        madvise(page_at(memory, first), (size_t)count * CPR_PAGE_SIZE, MADV_POPULATE_READ);
+    }
 }
 
 void cpr_pages_find_zero(const struct cpr_page_ops *ops, const struct cpr_page_memory *memory,

@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "file_thp.h"
 #include "page_io.h"
 
 #define HEADER_SIZE 8
@@ -14,6 +15,7 @@ struct sink {
     const struct cpr_page_walk *walk;
     struct cpr_record_block *block;
     int fd; /* or -1: `out` */
+    struct cpr_file_thp *thp;
     uint8_t *out;
 };
 
@@ -100,6 +102,9 @@ static int64_t write_batch(struct cpr_page_job *job, void *argument,
     int error;
 
     build(&records, sink, batch);
+    if (sink->thp) {
+        cpr_file_thp_plan(sink->thp, records.size);
+    }
     if (!cpr_page_job_wait_turn(job, batch)) {
         return -ECANCELED;
     }
@@ -129,9 +134,15 @@ int cpr_records_write(struct cpr_page_pool *pool, struct cpr_page_walk *walk,
                       struct cpr_record_block *block, int fd, uint64_t budget,
                       struct cpr_page_counts *counts)
 {
+    uint64_t most = (walk->memory.pages - walk->next) * (HEADER_SIZE + CPR_PAGE_SIZE);
     struct sink sink = {.walk = walk, .block = block, .fd = fd};
+    int closed;
+    int error;
 
-    return run(pool, &sink, walk, budget, counts);
+    sink.thp = cpr_file_thp_open(fd, most < budget ? most : budget);
+    error = run(pool, &sink, walk, budget, counts);
+    closed = cpr_file_thp_close(sink.thp);
+    return error ? error : closed;
 }
 
 int cpr_records_encode(struct cpr_page_pool *pool, struct cpr_page_walk *walk,

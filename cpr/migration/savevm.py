@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 RAM_SECTION_ID = 1
 RECORDS_SIZE = 1 << 20
-PART_SIZE = 64 << 20  # of the pages in one section
+PART_SIZE = 256 << 20  # of the pages in one section
 FIRST_DEVICE_ID = 2
 RUNSTATE_SIZE = 32
 

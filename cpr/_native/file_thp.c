@@ -1,0 +1,150 @@
+/* Huge pages ahead of the writes to a tmpfs file. */
+#include "file_thp.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/magic.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include "page_ops.h"
+
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 /* include/uapi/asm-generic/mman-common.h, newer than Debian 12's libc */
+#endif
+
+#define EXTENT ((uint64_t)2 << 20) /* of a page middle directory entry: HPAGE_PMD_SIZE */
+#define LEAST (4 * EXTENT)
+
+struct cpr_file_thp {
+    int fd;
+    uint64_t old_size; /* of the file */
+    uint8_t *reserved; /* the mapping, with room to align it */
+    uint64_t reserved_size;
+    uint8_t *base; /* where the file is mapped from offset `first` on */
+    uint64_t first;
+    pthread_mutex_t lock; /* of what follows */
+    uint64_t planned;     /* the offset up to which the file is going to be written */
+    uint64_t ready;       /* has pages up to there */
+    bool exhausted;       /* there are no more huge pages */
+};
+
+static uint64_t round_up(uint64_t value)
+{
+    return (value + EXTENT - 1) / EXTENT * EXTENT;
+}
+
+static bool on_tmpfs(int fd, struct stat *status)
+{
+    struct statfs system;
+
+    return !fstat(fd, status) && S_ISREG(status->st_mode) && !fstatfs(fd, &system) &&
+           system.f_type == TMPFS_MAGIC && !(fcntl(fd, F_GETFL) & O_APPEND);
+}
+
+/* Maps the file, which may have been opened for writing only, aligned as huge pages need it. */
+static bool map(struct cpr_file_thp *thp, uint64_t size)
+{
+    char path[sizeof("/proc/self/fd/") + 3 * sizeof(int)];
+    void *reserved;
+    void *mapped;
+    int fd;
+
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", thp->fd);
+    fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd < 0) {
+        return false;
+    }
+    thp->reserved_size = size + EXTENT;
+    reserved = mmap(NULL, thp->reserved_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (reserved == MAP_FAILED) {
+        close(fd);
+        return false;
+    }
+    thp->reserved = reserved;
+    thp->base = thp->reserved + (round_up((uintptr_t)reserved) - (uintptr_t)reserved);
+    mapped = mmap(thp->base, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd,
+                  (off_t)thp->first);
+    close(fd);
+    if (mapped == MAP_FAILED) {
+        munmap(thp->reserved, thp->reserved_size);
+        return false;
+    }
+    return true;
+}
+
+/* Has pages up to `planned`. A range without any page is not collapsed: it gets one first. */
+static void advance(struct cpr_file_thp *thp)
+{
+    while (!thp->exhausted && thp->ready < thp->planned) {
+        uint8_t *extent = thp->base + (thp->ready - thp->first);
+
+        thp->exhausted = madvise(extent + EXTENT - CPR_PAGE_SIZE, CPR_PAGE_SIZE,
+                                 MADV_POPULATE_WRITE) ||
+                         madvise(extent, EXTENT, MADV_COLLAPSE);
+        thp->ready += EXTENT;
+    }
+}
+
+struct cpr_file_thp *cpr_file_thp_open(int fd, uint64_t most)
+{
+    struct cpr_file_thp *thp;
+    struct stat status;
+    off_t position;
+    uint64_t end;
+
+    if (most < LEAST || !on_tmpfs(fd, &status)) {
+        return NULL;
+    }
+    position = lseek(fd, 0, SEEK_CUR);
+    thp = position < 0 ? NULL : calloc(1, sizeof(*thp));
+    if (!thp) {
+        return NULL;
+    }
+    thp->fd = fd;
+    thp->old_size = (uint64_t)status.st_size;
+    thp->first = (uint64_t)position / EXTENT * EXTENT;
+    thp->ready = thp->first;
+    thp->planned = (uint64_t)position;
+    end = round_up((uint64_t)position + most);
+    if (!map(thp, end - thp->first)) {
+        free(thp);
+        return NULL;
+    }
+    pthread_mutex_init(&thp->lock, NULL);
+    thp->exhausted = end > thp->old_size && ftruncate(fd, (off_t)end);
+    return thp;
+}
+
+void cpr_file_thp_plan(struct cpr_file_thp *thp, uint64_t bytes)
+{
+    pthread_mutex_lock(&thp->lock);
+    thp->planned += bytes;
+    advance(thp);
+    pthread_mutex_unlock(&thp->lock);
+}
+
+int cpr_file_thp_close(struct cpr_file_thp *thp)
+{
+    off_t position;
+    uint64_t end;
+    int error = 0;
+
+    if (!thp) {
+        return 0;
+    }
+    position = lseek(thp->fd, 0, SEEK_CUR);
+    end = (uint64_t)position > thp->old_size ? (uint64_t)position : thp->old_size;
+    munmap(thp->reserved, thp->reserved_size);
+    if (position < 0 || ftruncate(thp->fd, (off_t)end)) {
+        error = -errno;
+    }
+    pthread_mutex_destroy(&thp->lock);
+    free(thp);
+    return error;
+}
