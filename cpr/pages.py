@@ -251,18 +251,6 @@ class RecordWriter:
         _check(error, f"writing pages of {self._pages.name} to descriptor {fd}")
         return _counts(counts)
 
-    def encode(self, buffer: bytearray | memoryview) -> PageCounts:
-        """Puts as many records as there is room for into `buffer`; `bytes` of it are then used.
-
-        It has at least LONGEST_RECORD bytes.
-        """
-        counts = ffi.new("struct cpr_page_counts *")
-        out = ffi.from_buffer("uint8_t[]", buffer, require_writable=True)
-        arguments = (self._pool.handle, self._pages.walk, self._block)
-        error = lib.cpr_records_encode(*arguments, out, len(out), counts)
-        _check(error, f"encoding pages of {self._pages.name}")
-        return _counts(counts)
-
 
 class RecordLoader:
     """Takes the page records of a stream into the memory of its blocks.

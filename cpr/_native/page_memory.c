@@ -9,6 +9,9 @@
 
 #include "page_io.h"
 
+/* Of most pages that are not zero only the first bytes are read: what takes time is to get there. */
+enum { AHEAD = 8 };
+
 static uint8_t *page_at(const struct cpr_page_memory *memory, uint64_t page)
 {
     return memory->host + page * CPR_PAGE_SIZE;
@@ -102,6 +105,9 @@ void cpr_pages_find_zero(const struct cpr_page_ops *ops, const struct cpr_page_m
         }
     }
     for (uint32_t i = 0; i < count; i++) {
+        if (i + AHEAD < count && !zero[i + AHEAD]) {
+            __builtin_prefetch(page_at(memory, first + i + AHEAD));
+        }
         zero[i] = zero[i] || ops->is_zero(page_at(memory, first + i));
     }
 }

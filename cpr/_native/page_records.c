@@ -5,7 +5,7 @@
 #include <errno.h>
 #include <string.h>
 
-#include "file_thp.h"
+#include "page_thp.h"
 #include "page_io.h"
 
 #define HEADER_SIZE 8
@@ -14,9 +14,8 @@
 struct sink {
     const struct cpr_page_walk *walk;
     struct cpr_record_block *block;
-    int fd; /* or -1: `out` */
-    struct cpr_file_thp *thp;
-    uint8_t *out;
+    int fd;
+    struct cpr_thp *thp; /* or NULL */
 };
 
 /* The records of a batch, in pieces: what is not page data is in `bytes`. */
@@ -82,18 +81,6 @@ static void build(struct records *records, const struct sink *sink,
     }
 }
 
-static int put(struct sink *sink, struct records *records)
-{
-    if (sink->fd >= 0) {
-        return cpr_write_all(sink->fd, records->pieces, records->count, &sink->walk->cancelled);
-    }
-    for (int i = 0; i < records->count; i++) {
-        memcpy(sink->out, records->pieces[i].iov_base, records->pieces[i].iov_len);
-        sink->out += records->pieces[i].iov_len;
-    }
-    return 0;
-}
-
 static int64_t write_batch(struct cpr_page_job *job, void *argument,
                            const struct cpr_page_batch *batch)
 {
@@ -103,31 +90,13 @@ static int64_t write_batch(struct cpr_page_job *job, void *argument,
 
     build(&records, sink, batch);
     if (sink->thp) {
-        cpr_file_thp_plan(sink->thp, records.size);
+        cpr_thp_plan(sink->thp, records.size);
     }
     if (!cpr_page_job_wait_turn(job, batch)) {
         return -ECANCELED;
     }
-    error = put(sink, &records);
+    error = cpr_write_all(sink->fd, records.pieces, records.count, &sink->walk->cancelled);
     return error ? error : (int64_t)records.size;
-}
-
-static int run(struct cpr_page_pool *pool, struct sink *sink, struct cpr_page_walk *walk,
-               uint64_t budget, struct cpr_page_counts *counts)
-{
-    uint64_t idstr_size = sink->block->continued ? 0 : 1 + sink->block->idstr_length;
-    struct cpr_page_work work = {
-        .handle = write_batch,
-        .argument = sink,
-        .page_cost = HEADER_SIZE + CPR_PAGE_SIZE,
-        .find_zero = true,
-    };
-    uint64_t before = counts->bytes;
-    int error = cpr_page_job_run(pool, walk, &work, budget > idstr_size ? budget - idstr_size : 0,
-                                 counts);
-
-    sink->block->continued = sink->block->continued || counts->bytes > before;
-    return error;
 }
 
 int cpr_records_write(struct cpr_page_pool *pool, struct cpr_page_walk *walk,
@@ -135,21 +104,24 @@ int cpr_records_write(struct cpr_page_pool *pool, struct cpr_page_walk *walk,
                       struct cpr_page_counts *counts)
 {
     uint64_t most = (walk->memory.pages - walk->next) * (HEADER_SIZE + CPR_PAGE_SIZE);
-    struct sink sink = {.walk = walk, .block = block, .fd = fd};
-    int closed;
-    int error;
+    uint64_t idstr_size = block->continued ? 0 : 1 + block->idstr_length;
+    uint64_t before = counts->bytes;
+    struct sink sink = {
+        .walk = walk,
+        .block = block,
+        .fd = fd,
+        .thp = cpr_thp_open(fd, most < budget ? most : budget),
+    };
+    struct cpr_page_work work = {
+        .handle = write_batch,
+        .argument = &sink,
+        .page_cost = HEADER_SIZE + CPR_PAGE_SIZE,
+        .find_zero = true,
+    };
+    int error = cpr_page_job_run(pool, walk, &work, budget > idstr_size ? budget - idstr_size : 0,
+                                 counts);
+    int closed = cpr_thp_close(sink.thp);
 
-    sink.thp = cpr_file_thp_open(fd, most < budget ? most : budget);
-    error = run(pool, &sink, walk, budget, counts);
-    closed = cpr_file_thp_close(sink.thp);
+    block->continued = block->continued || counts->bytes > before;
     return error ? error : closed;
-}
-
-int cpr_records_encode(struct cpr_page_pool *pool, struct cpr_page_walk *walk,
-                       struct cpr_record_block *block, uint8_t *out, uint64_t size,
-                       struct cpr_page_counts *counts)
-{
-    struct sink sink = {.walk = walk, .block = block, .fd = -1, .out = out};
-
-    return size < CPR_RECORD_MOST ? -ENOBUFS : run(pool, &sink, walk, size, counts);
 }

@@ -26,10 +26,4 @@ int cpr_records_write(struct cpr_page_pool *pool, struct cpr_page_walk *walk,
                       struct cpr_record_block *block, int fd, uint64_t budget,
                       struct cpr_page_counts *counts);
 
-/* Puts the records into `size` bytes at `out`, as many as there is room for. Returns 0 or -errno;
-   -ENOBUFS where `size` is less than CPR_RECORD_MOST. */
-int cpr_records_encode(struct cpr_page_pool *pool, struct cpr_page_walk *walk,
-                       struct cpr_record_block *block, uint8_t *out, uint64_t size,
-                       struct cpr_page_counts *counts);
-
 #endif

@@ -1,5 +1,5 @@
 /* Huge pages ahead of the writes to a tmpfs file. */
-#include "file_thp.h"
+#include "page_thp.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -19,9 +19,9 @@
 #endif
 
 #define EXTENT ((uint64_t)2 << 20) /* of a page middle directory entry: HPAGE_PMD_SIZE */
-#define LEAST (4 * EXTENT)
+#define LEAST (2 * EXTENT)
 
-struct cpr_file_thp {
+struct cpr_thp {
     int fd;
     uint64_t old_size; /* of the file */
     uint8_t *reserved; /* the mapping, with room to align it */
@@ -48,7 +48,7 @@ static bool on_tmpfs(int fd, struct stat *status)
 }
 
 /* Maps the file, which may have been opened for writing only, aligned as huge pages need it. */
-static bool map(struct cpr_file_thp *thp, uint64_t size)
+static bool map(struct cpr_thp *thp, uint64_t size)
 {
     char path[sizeof("/proc/self/fd/") + 3 * sizeof(int)];
     void *reserved;
@@ -79,7 +79,7 @@ static bool map(struct cpr_file_thp *thp, uint64_t size)
 }
 
 /* Has pages up to `planned`. A range without any page is not collapsed: it gets one first. */
-static void advance(struct cpr_file_thp *thp)
+static void advance(struct cpr_thp *thp)
 {
     while (!thp->exhausted && thp->ready < thp->planned) {
         uint8_t *extent = thp->base + (thp->ready - thp->first);
@@ -91,9 +91,9 @@ static void advance(struct cpr_file_thp *thp)
     }
 }
 
-struct cpr_file_thp *cpr_file_thp_open(int fd, uint64_t most)
+struct cpr_thp *cpr_thp_open(int fd, uint64_t most)
 {
-    struct cpr_file_thp *thp;
+    struct cpr_thp *thp;
     struct stat status;
     off_t position;
     uint64_t end;
@@ -121,7 +121,7 @@ struct cpr_file_thp *cpr_file_thp_open(int fd, uint64_t most)
     return thp;
 }
 
-void cpr_file_thp_plan(struct cpr_file_thp *thp, uint64_t bytes)
+void cpr_thp_plan(struct cpr_thp *thp, uint64_t bytes)
 {
     pthread_mutex_lock(&thp->lock);
     thp->planned += bytes;
@@ -129,7 +129,7 @@ void cpr_file_thp_plan(struct cpr_file_thp *thp, uint64_t bytes)
     pthread_mutex_unlock(&thp->lock);
 }
 
-int cpr_file_thp_close(struct cpr_file_thp *thp)
+int cpr_thp_close(struct cpr_thp *thp)
 {
     off_t position;
     uint64_t end;

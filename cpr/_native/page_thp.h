@@ -1,5 +1,5 @@
-#ifndef CPR_FILE_THP_H
-#define CPR_FILE_THP_H
+#ifndef CPR_PAGE_THP_H
+#define CPR_PAGE_THP_H
 
 #include <stdint.h>
 
@@ -7,17 +7,17 @@
    of 512, and write(2) copies into them at the speed of memory. The kernel makes them by
    MADV_COLLAPSE (Linux 6.1), whatever the mount's `huge=` is, unless shmem_enabled is `deny`. What
    cannot be had so is had by the writes, in small pages. */
-struct cpr_file_thp;
+struct cpr_thp;
 
 /* For at most `most` bytes from the position of `fd` on, which is the caller's and stays open until
-   cpr_file_thp_close. The file is longer than its content until then. Returns NULL where nothing
+   cpr_thp_close. The file is longer than its content until then. Returns NULL where nothing
    is to be gained: another kind of file, few bytes, no such pages. */
-struct cpr_file_thp *cpr_file_thp_open(int fd, uint64_t most);
+struct cpr_thp *cpr_thp_open(int fd, uint64_t most);
 
 /* Adds `bytes` to what is going to be written, and has pages for all of that; on any thread. */
-void cpr_file_thp_plan(struct cpr_file_thp *thp, uint64_t bytes);
+void cpr_thp_plan(struct cpr_thp *thp, uint64_t bytes);
 
 /* Ends the file at its position, or where it ended before; NULL is nothing. Returns 0 or -errno. */
-int cpr_file_thp_close(struct cpr_file_thp *thp);
+int cpr_thp_close(struct cpr_thp *thp);
 
 #endif
