@@ -21,15 +21,39 @@
 /* How long it waits after the exec: a teardown beside the start of the new image slows that down. */
 #define REST_NS 60000000
 
-static uint32_t given_up; /* a futex: 1 where there is no exec */
+#define PIECE ((uint64_t)64 << 20) /* in which mappings are undone */
+
+/* What the child works with: only one is there at a time. */
+static struct {
+    const struct cpr_mapping *mappings;
+    uint32_t count;
+    int32_t pipe_fd;
+    uint32_t given_up; /* a futex: 1 where there is no exec */
+} held;
+
+CPR_IN_CHILD void cpr_mm_forget(const struct cpr_mapping *mappings, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        uint64_t end = mappings[i].address + mappings[i].size;
+
+        for (uint64_t at = mappings[i].address; at < end; at += PIECE) {
+            uint64_t size = end - at < PIECE ? end - at : PIECE;
+
+            if (cpr_syscall3(SYS_munmap, at, size, 0) < 0) {
+                break; /* part of a huge page: it goes with the rest */
+            }
+        }
+    }
+}
 
 CPR_IN_CHILD static int hold(void *argument)
 {
-    long pipe_fd = (long)(intptr_t)argument;
+    long pipe_fd = held.pipe_fd;
     struct sched_param none = {0};
     struct timespec rest = {0, REST_NS};
     char byte;
 
+    (void)argument;
     if (pipe_fd > 0) {
         cpr_syscall3(SYS_close_range, 0, pipe_fd - 1, 0);
     }
@@ -37,7 +61,10 @@ CPR_IN_CHILD static int hold(void *argument)
     cpr_syscall3(SYS_sched_setscheduler, 0, SCHED_IDLE, &none); /* the guest comes first */
     while (cpr_syscall3(SYS_read, pipe_fd, &byte, 1) == -EINTR) {
     }
-    cpr_syscall5(SYS_futex, &given_up, FUTEX_WAIT, 0, &rest, 0);
+    cpr_syscall5(SYS_futex, &held.given_up, FUTEX_WAIT, 0, &rest, 0);
+    if (!__atomic_load_n(&held.given_up, __ATOMIC_SEQ_CST)) { /* nobody else has this memory now */
+        cpr_mm_forget(held.mappings, held.count);
+    }
     cpr_syscall1(SYS_exit_group, 0);
     __builtin_unreachable();
 }
@@ -60,7 +87,7 @@ static char *stack_top(void)
     return stack + STACK_SIZE;
 }
 
-int cpr_mm_holder_start(int *release_fd)
+int cpr_mm_holder_start(const struct cpr_mapping *mappings, uint32_t count, int *release_fd)
 {
     int ends[2];
     sigset_t all, old;
@@ -70,10 +97,13 @@ int cpr_mm_holder_start(int *release_fd)
     if (top == NULL || pipe2(ends, O_CLOEXEC) < 0) {
         return -errno;
     }
-    __atomic_store_n(&given_up, 0, __ATOMIC_SEQ_CST);
+    held.mappings = mappings;
+    held.count = count;
+    held.pipe_fd = ends[0];
+    held.given_up = 0;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old); /* the child inherits it and hears no signal */
-    pid = clone(hold, top, CLONE_VM, (void *)(intptr_t)ends[0]);
+    pid = clone(hold, top, CLONE_VM, NULL);
     error = errno;
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     close(ends[0]);
@@ -87,7 +117,7 @@ int cpr_mm_holder_start(int *release_fd)
 
 int cpr_mm_holder_release(int pid, int release_fd)
 {
-    __atomic_store_n(&given_up, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&held.given_up, 1, __ATOMIC_SEQ_CST);
     close(release_fd);
     return cpr_mm_holder_reap(pid);
 }

@@ -400,6 +400,7 @@ CPR_IN_CHILD static void end(struct cpr_overlap *overlap)
             futex_wait(thread, id, -1); /* the kernel clears it, and wakes */
         }
     }
+    cpr_mm_forget(overlap->mappings, overlap->mapping_count);
     cpr_syscall1(SYS_exit_group, 0);
 }
 

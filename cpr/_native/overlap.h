@@ -1,6 +1,7 @@
 #ifndef CPR_OVERLAP_H
 #define CPR_OVERLAP_H
 
+#include "mm_holder.h"
 #include "vm_image.h"
 
 struct kvm_run;
@@ -17,6 +18,8 @@ struct cpr_overlap {
     const int32_t *inherited; /* those of them that a VMM started by the child gets */
     char *const *arguments; /* that VMM's, the first being its path */
     char *const *environment;
+    const struct cpr_mapping *mappings; /* of guest RAM */
+    uint32_t mapping_count;
     const void *own_cpus;   /* a cpu_set_t for the child, or NULL for any */
     const void *vcpu_cpus;  /* the same for the vCPUs' threads */
     uint32_t disconnected;  /* the irqfds are not the VM's now */

@@ -17,6 +17,7 @@ from cpr.accel.kvm_resume import affinity, set_affinity
 from cpr.accel.vm_image import NAME, REQUEST, STREAM, VmImage, cpu_set
 from cpr.errors import CprError, KernelError, MigrationError
 from cpr.phases import mark
+from cpr.uapi.mm_holder import mapping_array
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Overlap:
         self._pid = 0
         self._lent = False
         self._kept: list[int] = []
+        self._mappings = [(block.host, block.max_length) for block in memory.blocks]
         self._stream_fd = os.memfd_create(STREAM_NAME)
         self._command = way_back(f"file:/proc/self/fd/{self._stream_fd}")
         try:
@@ -93,12 +95,14 @@ class Overlap:
             struct,
             ffi.new("int32_t[]", kept),
             ffi.new("int32_t[]", inherited),
+            mapping_array(self._mappings),
             *(strings := [ffi.new("char[]", text) for text in (*words, *variables)]),
             ffi.new("char *[]", [*strings[: len(words)], ffi.NULL]),
             ffi.new("char *[]", [*strings[len(words) :], ffi.NULL]),
         ]
         struct.kept, struct.kept_count = self._memory[1], len(kept)
         struct.inherited, struct.inherited_count = self._memory[2], len(inherited)
+        struct.mappings, struct.mapping_count = self._memory[3], len(self._mappings)
         struct.arguments, struct.environment = self._memory[-2], self._memory[-1]
         own_cpus, vcpu_cpus = self._share_cpus(vcpu_threads)
         if own_cpus:

@@ -84,7 +84,7 @@ class Exec(Mode):
                 self._prepare_image(machine)
         if self.hold_memory and self._overlap is None:
             try:
-                self._holder = MmHolder()
+                self._holder = MmHolder([(b.host, b.max_length) for b in machine.blocks])
             except KernelError as error:
                 self.notice = f"the mm holder is not used: {error}"
         if self._image is not None:
