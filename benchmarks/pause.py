@@ -16,7 +16,7 @@ from benchmarks.machines import (
     wait_for_heartbeat,
     wait_until_populated,
 )
-from benchmarks.observer import POLL_US, Observer, Window
+from benchmarks.observer import POLL_US, Observer
 from benchmarks.peer import Peer
 from benchmarks.phases import phase_file
 from benchmarks.quantiles import percentile
@@ -34,6 +34,8 @@ class Result:
 
     `errors` is by how much a pause may be off, because the observer does not look all the time;
     `baselines` the longest gap without an update, in a window of the same length before it;
+    `populating`, with prealloc, the longest gap in the time after that in which RAM came into the
+    page tables again;
     `phases` the VMM's own report, and `elsewhere` how many of the pauses were, as it says, not
     when it had stopped the guest.  `skipped` is why the case could not be run.
     """
@@ -42,6 +44,7 @@ class Result:
     pauses: list[float] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     baselines: list[float] = field(default_factory=list)
+    populating: list[float] = field(default_factory=list)
     phases: list[dict[str, float]] = field(default_factory=list)
     elsewhere: int = 0
     realtime: bool = True
@@ -65,13 +68,15 @@ class Result:
         return {name: median(p[name] for p in self.phases if name in p) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        names = ("pauses", "errors", "baselines", "phases", "elsewhere", "realtime", "skipped")
-        return self.case.to_dict() | {name: getattr(self, name) for name in names}
+        return self.case.to_dict() | {name: getattr(self, name) for name in self._names()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Result:
-        names = set(cls.__dataclass_fields__) - {"case"}
-        return cls(Case.from_dict(values), **{name: values[name] for name in names})
+        return cls(Case.from_dict(values), **{name: values[name] for name in cls._names()})
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [name for name in cls.__dataclass_fields__ if name != "case"]
 
 
 class Subject:
@@ -94,7 +99,7 @@ class Subject:
         self._observer.rest()
 
     def turn(self) -> None:
-        """One window without an update, and one with.  Raises one of FAILURES."""
+        """One window without an update, one with, and one behind it.  Raises one of FAILURES."""
         self._observer.look()
         self._vm.qmp.command("cont")
         wait_for_heartbeat(self._vm)
@@ -102,8 +107,13 @@ class Subject:
         baseline = self._observer.window_of(min(self._length, LONGEST_BASELINE))
         begin = time.monotonic()
         update(self._vm, self.case, self._peer)
-        pause = self._end_of_pause()
+        wait_for_heartbeat(self._vm, MOVE_TIMEOUT)
+        time.sleep(SETTLE)
+        pause = self._observer.window()
         self._length = time.monotonic() - begin
+        if self.case.backing == "prealloc":
+            wait_until_populated(self._vm, self.case)
+            self.result.populating.append(self._observer.window().milliseconds)
         if self._observer.backwards:
             raise RuntimeError("the guest's counter went back")
         self.result.pauses.append(pause.milliseconds)
@@ -113,12 +123,6 @@ class Subject:
         self.result.elsewhere += self._phases.exclude(pause.start_ns, pause.length_ns)
         self._vm.qmp.command("stop")
         self._observer.rest()
-
-    def _end_of_pause(self) -> Window:
-        wait_for_heartbeat(self._vm, MOVE_TIMEOUT)
-        wait_until_populated(self._vm, self.case)
-        time.sleep(SETTLE)
-        return self._observer.window()
 
 
 def measure(

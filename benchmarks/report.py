@@ -14,7 +14,7 @@ from cpr.phases import NAMES
 CASE_COLUMNS = ("accel", "RAM", "pages", "backing", "mode")
 COLUMNS = (
     *(*CASE_COLUMNS, "median ms", "p99 ms", "max ms"),
-    *("no update ms", "± ms", "updates", "QEMU / this"),
+    *("no update ms", "± ms", "populating ms", "updates", "QEMU / this"),
 )
 
 
@@ -53,6 +53,7 @@ def row(result: Result, results: list[Result]) -> list[str]:
         *case_cells(result.case),
         *map(milliseconds, (result.median, result.p99, max(result.pauses), result.baseline)),
         milliseconds(median(result.errors)),
+        milliseconds(median(result.populating)) if result.populating else "",
         str(len(result.pauses)),
         f"{ratio:.1f}" if ratio else "",
     ]

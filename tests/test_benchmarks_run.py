@@ -98,14 +98,15 @@ def test_observer_that_cannot_start_says_why():
 
 def test_run_leaves_json_markdown_and_plots(kvm, tmp_path, capsys):
     modes = "--modes=plain,mm-holder"
-    words = ["--accel=kvm", modes, "--updates=2", f"--output={tmp_path}"]
+    words = ["--accel=kvm", "--backing=prealloc", modes, "--updates=2", f"--output={tmp_path}"]
     assert main(["run", *SMALL, *words]) == 0
     shown = capsys.readouterr()
     entries = json.loads((tmp_path / "run.json").read_text())["entries"]
     assert [entry["mode"] for entry in entries] == ["plain", "mm-holder"]
     for entry in entries:
         assert entry["skipped"] == ""
-        assert len(entry["pauses"]) == len(entry["baselines"]) == len(entry["errors"]) == 2
+        lists = ("pauses", "baselines", "errors", "populating")
+        assert [len(entry[name]) for name in lists] == [2] * 4
         for pause, phases in zip(entry["pauses"], entry["phases"], strict=True):
             early = entry["mode"] == "mm-holder"  # then the guest runs before `config`
             names = [name for name in NAMES[:-1] if not (early and name == "config")]
@@ -113,13 +114,13 @@ def test_run_leaves_json_markdown_and_plots(kvm, tmp_path, capsys):
             assert list(phases) in (names, late)
             assert all(length >= 0 for length in phases.values())
             assert pause > 0
-        assert f"kvm 64M 4K lazy {entry['mode']}: median" in shown.err
+        assert f"kvm 64M 4K prealloc {entry['mode']}: median" in shown.err
     text = (tmp_path / "report.md").read_text()
     assert re.search(
-        r"^\| kvm \| 64M \| 4K \| lazy \| mm-holder \|( [\d.]+ \|){5} 2 \|", text, re.M
+        r"^\| kvm \| 64M \| 4K \| prealloc \| mm-holder \|( [\d.]+ \|){6} 2 \|", text, re.M
     )
     assert text in shown.out
-    for name in ("pause-kvm-lazy.png", "phases.png"):
+    for name in ("pause-kvm-prealloc.png", "phases.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
     assert main(["report", "--markdown", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == text.strip()
@@ -182,7 +183,10 @@ def test_brownout_rate_and_save(kvm, tmp_path, monkeypatch, capsys):
     (rounds,) = entries("rate")[0]["rounds"]
     assert rounds["rate"] > 0
     assert rounds["kept"] > 0
-    assert [(e["kind"], len(e["seconds"])) for e in entries("save")] == [("random", 2), ("zero", 2)]
+    kinds = ("random", "zero", "untouched")
+    assert [(e["kind"], len(e["seconds"])) for e in entries("save")] == [
+        (kind, 2) for kind in kinds
+    ]
     assert {"memcpy", "write, random"} <= {entry["name"] for entry in entries("ram-copy")}
     text = (tmp_path / "report.md").read_text()
     titles = ("Brown-out", "Updates back to back", "Saving RAM", "Copying RAM")
