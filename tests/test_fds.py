@@ -123,13 +123,32 @@ def test_persist_and_unpersist(memfd):
     fds.unpersist(environ)
 
 
+def test_refresh_writes_what_has_changed_since(memfd):
+    fds = PreservedFds()
+    fds.save("ram0", 0, memfd())
+    fds.save("a longer name", 1, memfd())
+    state_fd = fds.persist({})
+
+    def written() -> list[tuple[str, int, int]]:
+        size = os.fstat(state_fd).st_size
+        assert os.lseek(state_fd, 0, os.SEEK_CUR) == size
+        return CprState.decode(os.pread(state_fd, size, 0)).fds
+
+    fds.refresh()
+    assert written() == fds.entries()
+    fds.delete("a longer name", 1)
+    fds.refresh()
+    assert written() == fds.entries() != []
+    fds.unpersist({})
+
+
 def test_persist_leaves_nothing_behind_when_it_fails(monkeypatch):
     fds, environ, before = PreservedFds(), {}, os.listdir("/proc/self/fd")
 
-    def full(fd: int, data: bytes) -> int:
+    def full(fd: int, size: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "ftruncate", full)
     with pytest.raises(KernelError, match=f"write to memfd {STATE_NAME}: No space left"):
         fds.persist(environ)
     assert (environ, fds.state_fd, os.listdir("/proc/self/fd")) == ({}, -1, before)

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "overlap.h"
+#include "raw_syscall.h"
 #include "vm_create.h"
 
 static void on_kick(int signo)
@@ -50,10 +51,9 @@ void cpr_kvm_set_immediate_exit(struct kvm_run *run, uint8_t value)
     __atomic_store_n(&run->immediate_exit, value, __ATOMIC_SEQ_CST);
 }
 
-void cpr_kvm_describe_exit(struct kvm_run *run, struct cpr_exit *out)
+CPR_IN_CHILD void cpr_kvm_describe_exit(struct kvm_run *run, struct cpr_exit *out)
 {
-    memset(out, 0, sizeof(*out));
-    out->reason = run->exit_reason;
+    *out = (struct cpr_exit){.reason = run->exit_reason};
     switch (run->exit_reason) {
     case KVM_EXIT_IO:
         out->is_write = run->io.direction == KVM_EXIT_IO_OUT;

@@ -32,7 +32,7 @@ int cpr_vcpu_thread_kick(uint64_t thread);
 
 /* Sets immediate_exit, the flag with which KVM_RUN completes a pending access and returns. */
 void cpr_kvm_set_immediate_exit(struct kvm_run *run, uint8_t value);
-/* Copies the exit in kvm_run to *out. */
+/* Copies the exit in kvm_run to *out; also in a child that shares this memory. */
 void cpr_kvm_describe_exit(struct kvm_run *run, struct cpr_exit *out);
 
 /* Arms the hand-over of a vCPU to `place`, or, with NULL, disarms it. */

@@ -17,6 +17,7 @@ from cpr.accel.kvm_resume import affinity, set_affinity
 from cpr.accel.vm_image import NAME, REQUEST, STREAM, VmImage, cpu_set
 from cpr.errors import CprError, KernelError, MigrationError
 from cpr.phases import mark
+from cpr.state.fds import write_memfd
 from cpr.uapi.mm_holder import mapping_array
 
 TYPE_CHECKING = False
@@ -140,7 +141,7 @@ class Overlap:
 
     def keep_stream(self, data: bytes) -> None:
         """Keeps the migration stream for a VMM that goes back."""
-        os.pwrite(self._stream_fd, data, 0)
+        write_memfd(self._stream_fd, data)
 
     def _share_cpus(self, vcpu_threads: list[int]) -> tuple[set[int], set[int]]:
         """The CPUs of the VMM, and of the vCPUs, during the overlap: none in common, if possible.

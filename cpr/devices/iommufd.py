@@ -7,9 +7,10 @@ this process the one that the mappings belong to, which is possible where all of
 from __future__ import annotations
 
 import errno
-import sys
 
-from cpr.devices.base import DESCRIPTORS_KEPT, Device
+from cpr.devices import dma
+from cpr.devices.base import DESCRIPTORS_KEPT
+from cpr.devices.dma import DmaMappings
 from cpr.errors import ConfigError, KernelError, MigrationError
 from cpr.state.vmstate import VMStateDescription
 from cpr.uapi import iommufd, memlock
@@ -28,7 +29,7 @@ UNSUPPORTED = "vfio iommufd backend does not support IOMMU_IOAS_CHANGE_PROCESS"
 UNSUPPORTED_REGIONS = "some memory regions do not support IOMMU_IOAS_CHANGE_PROCESS"
 
 
-class IommufdBackend(Device):
+class IommufdBackend(DmaMappings):
     """One iommufd, with one IOAS.  Owns its descriptor, which is saved under `name`.
 
     `passed` is the descriptor of fd=, taken over where the registry has none.
@@ -36,7 +37,6 @@ class IommufdBackend(Device):
 
     idstr = "iommufd"
     vmstate = VMStateDescription("iommufd", 0, 0, ())
-    can_wait = False
 
     def __init__(
         self,
@@ -46,17 +46,16 @@ class IommufdBackend(Device):
         instance_id: int = 0,
         kernel: Any = iommufd,
     ) -> None:
+        super().__init__(fds.incoming)
         self.name = name
         self.instance_id = instance_id
         self.ioas_id: int | None = None
         self._hwpts: list[int] = []
         self._fds = fds
         self._kernel = kernel
-        self._claimed = self.required = fds.incoming
         self._platform: Platform | None = None
         self._locked = 0
         self._listens = False
-        self._mode = ""
         self.fd: Fd = self._open(passed)
 
     def _open(self, passed: int | None) -> Fd:
@@ -155,9 +154,6 @@ class IommufdBackend(Device):
 
     # An update.
 
-    def needed(self) -> bool:
-        return self._mode in DESCRIPTORS_KEPT
-
     def cpr_blocker(self, mode: str) -> str | None:
         if mode not in DESCRIPTORS_KEPT:
             return None
@@ -177,15 +173,6 @@ class IommufdBackend(Device):
             )
         return None
 
-    def copy_blocker(self) -> str | None:
-        return f"x-cpr-ram-staging: {self.idstr}: no log tells what a device of the host writes"
-
-    def cpr_prepare(self, mode: str) -> None:
-        self._mode = mode
-
-    def cpr_walk_back(self) -> None:
-        self._mode = ""
-
     def save(self) -> dict:
         """Nothing changes by this: the mappings are this process's until another one asks."""
         try:
@@ -200,11 +187,7 @@ class IommufdBackend(Device):
         try:
             self._kernel.change_process(self.fd, self._locked)
         except KernelError as error:
-            print(f"cpr-vmm: warning: {error}", file=sys.stderr)
-            print(
-                "cpr-vmm: warning: the device's DMA goes on; updates are refused until this works",
-                file=sys.stderr,
-            )
+            dma.warn(error)
 
 
 def passed_fd(value: str | None) -> int | None:

@@ -11,9 +11,10 @@ mappings are made invalid, while their DMA goes on; when it is restored each get
 from __future__ import annotations
 
 import errno
-import sys
 
+from cpr.devices import dma
 from cpr.devices.base import DESCRIPTORS_KEPT, Device
+from cpr.devices.dma import DmaMappings
 from cpr.errors import ConfigError, CprError, KernelError, StateError
 from cpr.state.vmstate import VMStateDescription
 from cpr.uapi import vfio, vfio_sysfs
@@ -33,7 +34,7 @@ CONTAINER_NAME = "vfio_container_for_group"
 GROUP_NAME = "vfio_group"
 
 
-class Type1Container(Device):
+class Type1Container(DmaMappings):
     """One container.  Owns its descriptor; `claimed` says that it came over from another VMM.
 
     A claimed one has its mappings, and is told where they are now by `restore`.
@@ -42,18 +43,15 @@ class Type1Container(Device):
     idstr = "vfio-container"
     vmstate = VMStateDescription("vfio-container", 0, 0, ())
     saved_last = True
-    can_wait = False
 
     def __init__(self, fd: Fd, claimed: bool, instance_id: int, kernel: Any = vfio) -> None:
+        super().__init__(claimed)
         self.fd = fd
         self.instance_id = instance_id
-        self.required = claimed
-        self._claimed = claimed
         self._kernel = kernel
         self._platform: Platform | None = None
         self._sections: list[Section] = []
         self._stale: list[Section] = []
-        self._mode = ""
 
     def realize(self, platform: Platform) -> None:
         platform.memory.add_listener(self)
@@ -78,9 +76,6 @@ class Type1Container(Device):
         if not self.needed():  # after a cpr-transfer they are another VMM's
             self._kernel.unmap_dma(self.fd, section.start, section.size)
 
-    def needed(self) -> bool:
-        return self._mode in DESCRIPTORS_KEPT
-
     def cpr_blocker(self, mode: str) -> str | None:
         if mode not in DESCRIPTORS_KEPT:
             return None
@@ -95,15 +90,9 @@ class Type1Container(Device):
                 return f"VFIO container has no addresses since the last update: {error}"
         return None
 
-    def copy_blocker(self) -> str | None:
-        return f"x-cpr-ram-staging: {self.idstr}: no log tells what a device of the host writes"
-
-    def cpr_prepare(self, mode: str) -> None:
-        self._mode = mode
-
     def cpr_walk_back(self) -> None:
         """Also where only some of the addresses can be given back: their DMA has never stopped."""
-        self._mode = ""
+        super().cpr_walk_back()
         self._update_or_warn()
 
     def save(self) -> dict:
@@ -120,11 +109,7 @@ class Type1Container(Device):
         try:
             self._update_or_renew()
         except KernelError as error:
-            print(f"cpr-vmm: warning: {error}", file=sys.stderr)
-            print(
-                "cpr-vmm: warning: the device's DMA goes on; updates are refused until this works",
-                file=sys.stderr,
-            )
+            dma.warn(error)
 
     def _update_or_renew(self) -> None:
         """Addresses that are valid are another VMM's, which ended before the guest was its own."""

@@ -123,11 +123,9 @@ class StreamWriter:
         """The header of a PART whose body the caller writes; `close_section` comes after that."""
         self.write(struct.pack(">BI", PART, section_id))
 
-    def part(self, section_id: int, body: bytes) -> None:
-        self._continuation(PART, section_id, body)
-
     def end(self, section_id: int, body: bytes) -> None:
-        self._continuation(END, section_id, body)
+        self.write(struct.pack(">BI", END, section_id) + body)
+        self.close_section(section_id)
 
     def device(
         self,
@@ -166,9 +164,6 @@ class StreamWriter:
 
     def _section(self, section: Section, body: bytes) -> None:
         self.write(_header(section) + body + _footer(section.section_id))
-
-    def _continuation(self, kind: int, section_id: int, body: bytes) -> None:
-        self.write(struct.pack(">BI", kind, section_id) + body + _footer(section_id))
 
 
 class StreamReader:

@@ -49,20 +49,10 @@ def test_an_exec_that_fails(kind: str) -> None:
         check_running(guest)
 
 
+@pytest.mark.parametrize("pair", [TWINS, (EDU, SECOND_EDU)], ids=["one group", "two groups"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_devices_of_one_group(kind: str) -> None:
-    words = [*device_words(kind, TWINS[0]), *device_words(kind, TWINS[1])[-2:]]
-    with running("edu", *words) as guest:
-        for _ in range(3):
-            guest.wait("rounds", guest["rounds"] + 1)
-            guest.vm.update()
-        check_running(guest)
-        assert guest.vm.stderr == ""
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_groups(kind: str) -> None:
-    words = [*device_words(kind, EDU), *device_words(kind, SECOND_EDU)[-2:]]
+def test_two_devices(kind: str, pair: tuple[str, str]) -> None:
+    words = [*device_words(kind, pair[0]), *device_words(kind, pair[1])[-2:]]
     with running("edu", *words) as guest:
         for _ in range(3):
             guest.wait("rounds", guest["rounds"] + 1)

@@ -1,0 +1,47 @@
+"""What maps guest RAM for the DMA of devices, by whichever kernel interface."""
+
+from __future__ import annotations
+
+import sys
+
+from cpr.devices.base import DESCRIPTORS_KEPT, Device
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cpr.errors import KernelError
+
+
+class DmaMappings(Device):
+    """The mappings of one I/O address space.  In an update they stay, and so does their DMA.
+
+    `claimed` ones came over from another VMM: RAM is mapped already, and `restore` makes the
+    mappings this process's.
+    """
+
+    can_wait = False
+
+    def __init__(self, claimed: bool) -> None:
+        self.required = claimed
+        self._claimed = claimed
+        self._mode = ""
+
+    def needed(self) -> bool:
+        return self._mode in DESCRIPTORS_KEPT
+
+    def copy_blocker(self) -> str | None:
+        return f"x-cpr-ram-staging: {self.idstr}: no log tells what a device of the host writes"
+
+    def cpr_prepare(self, mode: str) -> None:
+        self._mode = mode
+
+    def cpr_walk_back(self) -> None:
+        self._mode = ""
+
+
+def warn(error: KernelError) -> None:
+    """Where the mappings could not be made this process's: the guest does not suffer from it."""
+    print(f"cpr-vmm: warning: {error}", file=sys.stderr)
+    print(
+        "cpr-vmm: warning: the device's DMA goes on; updates are refused until this works",
+        file=sys.stderr,
+    )
