@@ -211,12 +211,18 @@ def test_parts_of_the_stream():
     assert rows["footer"].startswith(f"u8 {stream.FOOTER:#x}")
 
 
+def subclasses(base: type[Device]) -> Iterator[type[Device]]:
+    for each in base.__subclasses__():
+        yield each
+        yield from subclasses(each)
+
+
 def vmstates() -> dict[str, VMStateDescription]:
     """The description of every section but ram, by name."""
     for module in pkgutil.iter_modules(devices.__path__):
         importlib.import_module(f"cpr.devices.{module.name}")
     found = {"globalstate": VMSTATE_GLOBALSTATE}
-    for each in Device.__subclasses__():
+    for each in subclasses(Device):
         if each.vmstate is not None and each.__module__.startswith("cpr."):
             found[each.idstr] = each.vmstate
     return found
