@@ -95,6 +95,9 @@ static int64_t write_batch(struct cpr_page_job *job, void *argument,
     if (!cpr_page_job_wait_turn(job, batch)) {
         return -ECANCELED;
     }
+    if (sink->thp) {
+        cpr_thp_wait(sink->thp, records.size);
+    }
     error = cpr_write_all(sink->fd, records.pieces, records.count, &sink->walk->cancelled);
     return error ? error : (int64_t)records.size;
 }
@@ -103,8 +106,9 @@ int cpr_records_write(struct cpr_page_pool *pool, struct cpr_page_walk *walk,
                       struct cpr_record_block *block, int fd, uint64_t budget,
                       struct cpr_page_counts *counts)
 {
-    uint64_t most = (walk->memory.pages - walk->next) * (HEADER_SIZE + CPR_PAGE_SIZE);
     uint64_t idstr_size = block->continued ? 0 : 1 + block->idstr_length;
+    uint64_t most =
+        (walk->memory.pages - walk->next) * (HEADER_SIZE + CPR_PAGE_SIZE) + idstr_size;
     uint64_t before = counts->bytes;
     struct sink sink = {
         .walk = walk,

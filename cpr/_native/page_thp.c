@@ -28,10 +28,15 @@ struct cpr_thp {
     uint64_t reserved_size;
     uint8_t *base; /* where the file is mapped from offset `first` on */
     uint64_t first;
+    uint64_t end; /* of what is mapped */
     pthread_mutex_t lock; /* of what follows */
-    uint64_t planned;     /* the offset up to which the file is going to be written */
-    uint64_t ready;       /* has pages up to there */
-    bool exhausted;       /* there are no more huge pages */
+    pthread_cond_t changed;
+    uint64_t planned;   /* the offset up to which the file is going to be written */
+    uint64_t written;   /* and up to which it is, or is being */
+    uint64_t claimed;   /* some thread has got pages up to there, or is at it */
+    uint64_t ready;     /* has pages up to there */
+    bool exhausted;     /* there are no more huge pages */
+    uint8_t finished[]; /* for each extent */
 };
 
 static uint64_t round_up(uint64_t value)
@@ -78,17 +83,14 @@ static bool map(struct cpr_thp *thp, uint64_t size)
     return true;
 }
 
-/* Has pages up to `planned`. A range without any page is not collapsed: it gets one first. */
-static void advance(struct cpr_thp *thp)
+/* Gets a huge page for an extent. One without any page cannot be collapsed: it gets a small one
+   first. False where there is none to be had. */
+static bool collapse(const struct cpr_thp *thp, uint64_t extent)
 {
-    while (!thp->exhausted && thp->ready < thp->planned) {
-        uint8_t *extent = thp->base + (thp->ready - thp->first);
+    uint8_t *begin = thp->base + extent * EXTENT;
 
-        thp->exhausted = madvise(extent + EXTENT - CPR_PAGE_SIZE, CPR_PAGE_SIZE,
-                                 MADV_POPULATE_WRITE) ||
-                         madvise(extent, EXTENT, MADV_COLLAPSE);
-        thp->ready += EXTENT;
-    }
+    return !madvise(begin + EXTENT - CPR_PAGE_SIZE, CPR_PAGE_SIZE, MADV_POPULATE_WRITE) &&
+           !madvise(begin, EXTENT, MADV_COLLAPSE);
 }
 
 struct cpr_thp *cpr_thp_open(int fd, uint64_t most)
@@ -96,36 +98,71 @@ struct cpr_thp *cpr_thp_open(int fd, uint64_t most)
     struct cpr_thp *thp;
     struct stat status;
     off_t position;
+    uint64_t first;
     uint64_t end;
 
     if (most < LEAST || !on_tmpfs(fd, &status)) {
         return NULL;
     }
     position = lseek(fd, 0, SEEK_CUR);
-    thp = position < 0 ? NULL : calloc(1, sizeof(*thp));
+    if (position < 0) {
+        return NULL;
+    }
+    first = (uint64_t)position / EXTENT * EXTENT;
+    end = round_up((uint64_t)position + most);
+    thp = calloc(1, sizeof(*thp) + (end - first) / EXTENT);
     if (!thp) {
         return NULL;
     }
     thp->fd = fd;
     thp->old_size = (uint64_t)status.st_size;
-    thp->first = (uint64_t)position / EXTENT * EXTENT;
-    thp->ready = thp->first;
-    thp->planned = (uint64_t)position;
-    end = round_up((uint64_t)position + most);
+    thp->end = end;
+    thp->first = thp->claimed = thp->ready = first;
+    thp->planned = thp->written = (uint64_t)position;
     if (!map(thp, end - thp->first)) {
         free(thp);
         return NULL;
     }
     pthread_mutex_init(&thp->lock, NULL);
+    pthread_cond_init(&thp->changed, NULL);
     thp->exhausted = end > thp->old_size && ftruncate(fd, (off_t)end);
     return thp;
+}
+
+static uint64_t add(const struct cpr_thp *thp, uint64_t offset, uint64_t bytes)
+{
+    return thp->end - offset < bytes ? thp->end : offset + bytes;
 }
 
 void cpr_thp_plan(struct cpr_thp *thp, uint64_t bytes)
 {
     pthread_mutex_lock(&thp->lock);
-    thp->planned += bytes;
-    advance(thp);
+    thp->planned = add(thp, thp->planned, bytes);
+    while (!thp->exhausted && thp->claimed < thp->planned) {
+        uint64_t extent = (thp->claimed - thp->first) / EXTENT;
+        bool good;
+
+        thp->claimed += EXTENT;
+        pthread_mutex_unlock(&thp->lock);
+        good = collapse(thp, extent);
+        pthread_mutex_lock(&thp->lock);
+        thp->exhausted = thp->exhausted || !good;
+        thp->finished[extent] = 1;
+        while (thp->ready < thp->claimed && thp->finished[(thp->ready - thp->first) / EXTENT]) {
+            thp->ready += EXTENT;
+        }
+        pthread_cond_broadcast(&thp->changed);
+    }
+    pthread_mutex_unlock(&thp->lock);
+}
+
+void cpr_thp_wait(struct cpr_thp *thp, uint64_t bytes)
+{
+    pthread_mutex_lock(&thp->lock);
+    thp->written = add(thp, thp->written, bytes);
+    while (!thp->exhausted && thp->ready < thp->written) {
+        pthread_cond_wait(&thp->changed, &thp->lock);
+    }
     pthread_mutex_unlock(&thp->lock);
 }
 
@@ -144,6 +181,7 @@ int cpr_thp_close(struct cpr_thp *thp)
     if (position < 0 || ftruncate(thp->fd, (off_t)end)) {
         error = -errno;
     }
+    pthread_cond_destroy(&thp->changed);
     pthread_mutex_destroy(&thp->lock);
     free(thp);
     return error;

@@ -14,8 +14,12 @@ struct cpr_thp;
    is to be gained: another kind of file, few bytes, no such pages. */
 struct cpr_thp *cpr_thp_open(int fd, uint64_t most);
 
-/* Adds `bytes` to what is going to be written, and has pages for all of that; on any thread. */
+/* Adds `bytes` to what is going to be written, and gets pages for what no other thread gets them
+   for; on any thread. */
 void cpr_thp_plan(struct cpr_thp *thp, uint64_t bytes);
+
+/* Waits until there are pages for the next `bytes`, which have been planned and are written next. */
+void cpr_thp_wait(struct cpr_thp *thp, uint64_t bytes);
 
 /* Ends the file at its position, or where it ended before; NULL is nothing. Returns 0 or -errno. */
 int cpr_thp_close(struct cpr_thp *thp);

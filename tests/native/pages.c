@@ -423,6 +423,7 @@ static void test_errors(struct cpr_page_pool *pool, const struct cpr_page_memory
     CHECK(cpr_file_save(pool, &walk, full, 0, present, UINT64_MAX, &counts) == -ENOSPC);
     walk.next = 0;
     CHECK(cpr_file_load(pool, &walk, empty, 0, &counts) == -ENODATA);
+    walk.next = 0;
     CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0 && close(ends[0]) == 0);
     CHECK(cpr_records_write(pool, &walk, &block, ends[1], UINT64_MAX, &counts) == -EPIPE);
     close(ends[1]);
