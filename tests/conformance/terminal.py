@@ -85,6 +85,11 @@ class Terminal:
         self.wait_for(lambda lines: lines[-1].endswith(line), f"the echo of {line}")
         os.write(self._master, b"\r")
 
+    @property
+    def lines(self) -> list[str]:
+        """What is on the screen."""
+        return self._screen.lines
+
     def wait_for(self, seen: Callable[[list[str]], bool], what: str) -> None:
         """Reads until `seen` is true of the lines on the screen.  Raises Mismatch."""
         deadline = time.monotonic() + DEADLINE

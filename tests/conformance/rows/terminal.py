@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 from ..lab import Lab
 from ..match import Mismatch, expect, like, matches
+from ..process import DEADLINE
 from ..row import Row, Steps, step
 from ..steps import (
     FILE,
@@ -59,6 +62,21 @@ def typed(lab: Lab, line: str, *lines: object) -> None:
     line = lab.fill(line)
     screen(lab).type(line)
     wait_for(lab, PROMPT + line, *lines, PROMPT)
+
+
+@step
+def typed_until(lab: Lab, line: str, *lines: object) -> None:
+    """A line is typed, again and again, until these lines come, and a prompt."""
+    wanted = (PROMPT + line, *lines, PROMPT)
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        screen(lab).type(line)
+        screen(lab).wait_for(lambda seen: matches(PROMPT, seen[-1], lab.names), "the prompt")
+        shown = screen(lab).lines[-len(wanted) :]
+        if matches(wanted, shown, lab.names):
+            return
+        if time.monotonic() > deadline:
+            raise Mismatch(f"{line}: the screen ends with {shown}, not {wanted}")
 
 
 @step
@@ -123,7 +141,7 @@ ROWS = [
         goes_on("paused (inmigrate)"),
         typed("info migrate"),
         typed(f"migrate_incoming {FILE}"),
-        typed("info status", "VM status: running"),
+        typed_until("info status", "VM status: running"),
         typed("info migrate", "Status: \t\tcompleted"),
         connect(),
         counting(),
