@@ -13,7 +13,7 @@ import fcntl
 import os
 
 from cpr._native._cpr import ffi, lib
-from cpr.errors import ConfigError, CprError
+from cpr.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -358,36 +358,10 @@ def _map(block: RAMBlock, align: int, fds: PreservedFds | None) -> None:
     flags = lib.MAP_SHARED if block.shared else lib.MAP_PRIVATE
     if block.fd < 0:
         flags = lib.MAP_PRIVATE | lib.MAP_ANONYMOUS | lib.MAP_NORESERVE
-    reserve_flags = lib.MAP_PRIVATE | lib.MAP_ANONYMOUS | lib.MAP_NORESERVE
-    span = block.max_length + alignment
-    base = _mmap(block, 0, span, lib.PROT_NONE, reserve_flags, -1)
-    start = (base + alignment - 1) // alignment * alignment
-    try:
-        _mmap(
-            block,
-            start,
-            block.max_length,
-            lib.PROT_READ | lib.PROT_WRITE,
-            flags | lib.MAP_FIXED,
-            block.fd,
-        )
-    except CprError:
-        lib.munmap(ffi.cast("void *", base), span)
-        raise
-    end = start + block.max_length
-    if start > base:
-        lib.munmap(ffi.cast("void *", base), start - base)
-    if base + span > end:
-        lib.munmap(ffi.cast("void *", end), base + span - end)
-    block.host = start
-
-
-def _mmap(block: RAMBlock, address: int, size: int, prot: int, flags: int, fd: int) -> int:
-    result = lib.mmap(ffi.cast("void *", address), size, prot, flags, fd, 0)
-    if result == ffi.cast("void *", -1):
-        error = OSError(ffi.errno, os.strerror(ffi.errno))
-        raise _no_memory(block, error)
-    return int(ffi.cast("uintptr_t", result))
+    address = lib.cpr_map_aligned(block.fd, 0, block.max_length, alignment, flags)
+    if address == ffi.cast("void *", -1):
+        raise _no_memory(block, OSError(ffi.errno, os.strerror(ffi.errno)))
+    block.host = int(ffi.cast("uintptr_t", address))
 
 
 def _no_memory(block: RAMBlock, error: OSError) -> ConfigError:

@@ -12,6 +12,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
+#include "page_map.h"
 #include "page_ops.h"
 
 #ifndef MADV_COLLAPSE
@@ -24,8 +25,6 @@
 struct cpr_thp {
     int fd;
     uint64_t old_size; /* of the file */
-    uint8_t *reserved; /* the mapping, with room to align it */
-    uint64_t reserved_size;
     uint8_t *base; /* where the file is mapped from offset `first` on */
     uint64_t first;
     uint64_t end; /* of what is mapped */
@@ -53,10 +52,9 @@ static bool on_tmpfs(int fd, struct stat *status)
 }
 
 /* Maps the file, which may have been opened for writing only, aligned as huge pages need it. */
-static bool map(struct cpr_thp *thp, uint64_t size)
+static bool map(struct cpr_thp *thp)
 {
     char path[sizeof("/proc/self/fd/") + 3 * sizeof(int)];
-    void *reserved;
     void *mapped;
     int fd;
 
@@ -65,21 +63,12 @@ static bool map(struct cpr_thp *thp, uint64_t size)
     if (fd < 0) {
         return false;
     }
-    thp->reserved_size = size + EXTENT;
-    reserved = mmap(NULL, thp->reserved_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (reserved == MAP_FAILED) {
-        close(fd);
-        return false;
-    }
-    thp->reserved = reserved;
-    thp->base = thp->reserved + (round_up((uintptr_t)reserved) - (uintptr_t)reserved);
-    mapped = mmap(thp->base, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd,
-                  (off_t)thp->first);
+    mapped = cpr_map_aligned(fd, thp->first, thp->end - thp->first, EXTENT, MAP_SHARED);
     close(fd);
     if (mapped == MAP_FAILED) {
-        munmap(thp->reserved, thp->reserved_size);
         return false;
     }
+    thp->base = mapped;
     return true;
 }
 
@@ -119,7 +108,7 @@ struct cpr_thp *cpr_thp_open(int fd, uint64_t most)
     thp->end = end;
     thp->first = thp->claimed = thp->ready = first;
     thp->planned = thp->written = (uint64_t)position;
-    if (!map(thp, end - thp->first)) {
+    if (!map(thp)) {
         free(thp);
         return NULL;
     }
@@ -177,7 +166,7 @@ int cpr_thp_close(struct cpr_thp *thp)
     }
     position = lseek(thp->fd, 0, SEEK_CUR);
     end = (uint64_t)position > thp->old_size ? (uint64_t)position : thp->old_size;
-    munmap(thp->reserved, thp->reserved_size);
+    munmap(thp->base, thp->end - thp->first);
     if (position < 0 || ftruncate(thp->fd, (off_t)end)) {
         error = -errno;
     }

@@ -9,6 +9,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "page_map.h"
+
 _Static_assert(sizeof(((struct cpr_vm *)0)->hosts) == CPR_VM_BLOCKS * sizeof(uint64_t), "hosts");
 _Static_assert(sizeof(((struct cpr_vm *)0)->vcpu_fds) == CPR_VM_VCPUS * sizeof(int32_t), "vcpus");
 
@@ -19,35 +21,6 @@ static int fail(struct cpr_vm *vm, const char *call)
     vm->failed = call;
     cpr_vm_destroy(vm);
     return -error;
-}
-
-/* Maps a block at a multiple of its alignment; returns NULL and errno where that fails. */
-static char *map_block(const struct cpr_vm_block *block)
-{
-    uint64_t span = block->size + block->alignment;
-    char *base = mmap(NULL, span, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    uint64_t start, end;
-
-    if (base == MAP_FAILED) {
-        return NULL;
-    }
-    start = ((uint64_t)base + block->alignment - 1) / block->alignment * block->alignment;
-    end = start + block->size;
-    if (mmap((void *)start, block->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, block->fd,
-             0) == MAP_FAILED) {
-        int error = errno;
-
-        munmap(base, span);
-        errno = error;
-        return NULL;
-    }
-    if (start > (uint64_t)base) {
-        munmap(base, start - (uint64_t)base);
-    }
-    if ((uint64_t)base + span > end) {
-        munmap((void *)end, (uint64_t)base + span - end);
-    }
-    return (char *)start;
 }
 
 static int create_vcpu(const struct cpr_vm_image *image, struct cpr_vm *vm, uint32_t index)
@@ -126,11 +99,14 @@ int cpr_vm_create(const struct cpr_vm_image *image, struct cpr_vm *vm)
 
     *vm = (struct cpr_vm){.device_fd = -1, .vm_fd = -1};
     for (uint32_t i = 0; i < image->block_count; i++) {
-        vm->hosts[i] = (uint64_t)map_block(&image->blocks[i]);
-        if (!vm->hosts[i]) {
+        const struct cpr_vm_block *block = &image->blocks[i];
+        void *host = cpr_map_aligned(block->fd, 0, block->size, block->alignment, MAP_SHARED);
+
+        if (host == MAP_FAILED) {
             return fail(vm, "mmap of guest RAM");
         }
-        vm->sizes[vm->blocks++] = image->blocks[i].size;
+        vm->hosts[i] = (uint64_t)host;
+        vm->sizes[vm->blocks++] = block->size;
     }
     error = create_vm(image, vm);
     if (error) {

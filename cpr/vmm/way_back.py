@@ -12,6 +12,7 @@ from _thread import start_new_thread
 
 from cpr import fd_list
 from cpr.accel import kvm_resume
+from cpr.state.fds import write_memfd
 from cpr.uapi import mm_holder
 
 TYPE_CHECKING = False
@@ -47,7 +48,7 @@ def go(text: str) -> None:
     kvm_resume.set_text(image, "refusal", text)
     words = kvm_resume.command()
     fd = os.memfd_create(fd_list.ENVIRONMENT_NAME, 0)
-    os.write(fd, kvm_resume.state)
+    write_memfd(fd, kvm_resume.state)
     os.environ[fd_list.ENVIRONMENT_NAME] = str(fd)
     for number, copy in kvm_resume.copies.items():
         os.dup2(copy, number)

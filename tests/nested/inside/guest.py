@@ -106,9 +106,9 @@ def check_running(guest: Guest) -> None:
     guest.go_on()
 
 
-def check_adapter(guest: Guest) -> None:
+def check_adapter(guest: Guest, updates: int) -> None:
     """The e1000e guest goes on over updates: each of its three vectors comes once in a round."""
-    for _ in range(5):
+    for _ in range(updates):
         guest.wait("rounds", guest["rounds"] + 2)
         guest.vm.update()
     guest.wait("rounds", guest["rounds"] + 2)
