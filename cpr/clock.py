@@ -19,10 +19,10 @@ class VirtualClock:
             return self._offset_ns
         return self._offset_ns + time.monotonic_ns() - self._started_ns
 
-    def enable(self, since_ns: int = 0) -> None:
-        """Lets it go on, from now or from the time.monotonic_ns() `since_ns`."""
+    def enable(self) -> None:
+        """Lets it go on from now; `disable` is the inverse."""
         if not self.enabled:
-            self._started_ns = since_ns or time.monotonic_ns()
+            self._started_ns = time.monotonic_ns()
             self.enabled = True
 
     def disable(self) -> None:

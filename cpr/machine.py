@@ -187,10 +187,9 @@ class Machine:
     def resume_vcpus(self) -> None:
         """Lets the clock and the vCPUs go; `pause_vcpus` is the inverse.  No event is sent."""
         with self.lock:
-            self.clock.enable(self.accel.running_since)
+            self.clock.enable()
             for device in self.devices:
                 device.on_run()
-        self.accel.take_over(self.bus)
         for thread in self.threads:
             thread.resume()
 
@@ -207,19 +206,17 @@ class Machine:
             for device in self.devices:
                 device.on_stop()
 
-    def stop(self, new_state: str = runstate.PAUSED, lent: bool = False) -> None:
+    def stop(self, new_state: str = runstate.PAUSED) -> None:
         """vm_stop: pauses a running VM into `new_state`, with a STOP event if it was running.
 
-        A reset that the guest has asked for is done before, so that no saved state misses it; but
-        it waits where the vCPUs are `lent` to a child, which runs them on.
+        A reset that the guest has asked for is done before, so that no saved state misses it.
         """
         with self._state_lock:
             was_running = self.runstate.current in runstate.LIVE
             if was_running:
                 self.was_suspended = self.runstate.current == runstate.SUSPENDED
                 self.pause_vcpus()
-                if not lent:
-                    self.reset_if_requested()
+                self.reset_if_requested()
             elif new_state == runstate.PAUSED:
                 return
             self.runstate.set(new_state)
@@ -291,10 +288,6 @@ class Machine:
             elif running:
                 self.runstate.set(runstate.INTERNAL_ERROR)
                 self.events.emit("STOP")
-
-    @property
-    def reset_is_due(self) -> bool:
-        return self._reset_requested is not None
 
     def reset_if_requested(self) -> bool:
         """Resets the paused VM if that is due; false where its boot image cannot be had."""

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cpr.accel.base import Accelerator
-    from cpr.accel.kvm_resume import ResumedVm
     from cpr.config import Config, DeviceConfig
     from cpr.devices.iommufd import IommufdBackend
     from cpr.devices.pci import PciHost
@@ -78,17 +77,15 @@ def build(
     fds: PreservedFds,
     loop: MainLoop,
     events: EventBus,
-    resumed: ResumedVm | None = None,
 ) -> Machine:
     """Makes a stopped machine in runstate prelaunch; the caller owns it.
 
-    Descriptors that `fds` holds are taken over by the blocks of their names, and `resumed`, a VM
-    that this process has made already, by the machine.  Raises ConfigError
+    Descriptors that `fds` holds are taken over by the blocks of their names.  Raises ConfigError
     or KernelError; then everything that was made is freed again.
     """
     _check(config)
     mark("map")
-    accel = _create_accel(config.accels, resumed)
+    accel = _create_accel(config.accels)
     memory = GuestMemory()
     machine = Machine(config, accel, memory, loop, events)
     try:
@@ -117,14 +114,8 @@ def _check(config: Config) -> None:
         )
 
 
-def _create_accel(names: Sequence[str], resumed: ResumedVm | None) -> Accelerator:
+def _create_accel(names: Sequence[str]) -> Accelerator:
     """The first accelerator of `names` that can be had; says on stderr when it falls back."""
-    if resumed is not None:
-        if "kvm" not in names:
-            raise ConfigError(f"-accel {names[0]}: the guest that was taken over runs on kvm")
-        from cpr.accel.kvm import KvmAccelerator
-
-        return KvmAccelerator(resumed)
     problems: list[str] = []
     for name in names:
         try:

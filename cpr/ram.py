@@ -173,7 +173,7 @@ def create_backend_block(config: ObjectConfig, fds: PreservedFds) -> RAMBlock:
             f"memory size {size:#x} must be a multiple of page size {block.page_size:#x}"
         )
     _attach_descriptor(block, properties, fds)
-    _map(block, int(properties.get("align", 0)), fds)
+    _map(block, int(properties.get("align", 0)))
     _advise(block, properties)
     return block
 
@@ -188,7 +188,7 @@ def create_aux_block(idstr: str, size: int, share: bool, fds: PreservedFds) -> R
         os.ftruncate(block.fd, size)
         fds.save(idstr, 0, block.fd)
         block.preserved = True
-    _map(block, 0, fds)
+    _map(block, 0)
     return block
 
 
@@ -196,7 +196,7 @@ def create_default_block(idstr: str, size: int, fds: PreservedFds) -> RAMBlock:
     """Makes the machine's default RAM, private and anonymous, as QEMU does without a backend."""
     block = RAMBlock(idstr, size, "memory-backend-ram")
     _take_found(block, fds)
-    _map(block, 0, fds)
+    _map(block, 0)
     return block
 
 
@@ -211,7 +211,7 @@ def create_copy(block: RAMBlock, page_size: int) -> RAMBlock:
     is_memfd = block.backend == "memory-backend-memfd"
     copy.fd = _create_memfd(copy, True, "memory-backend-memfd" if is_memfd else block.idstr)
     try:
-        _map(copy, 0, None)
+        _map(copy, 0)
     except ConfigError:
         copy.close()
         raise
@@ -345,16 +345,10 @@ def _too_small(block: RAMBlock, current: int) -> ConfigError:
     )
 
 
-def _map(block: RAMBlock, align: int, fds: PreservedFds | None) -> None:
-    """Maps the block at an address of its page size, 2 MiB or `align`, whichever is largest.
-
-    A block that is mapped already, because its guest ran before there was a VMM, stays there.
-    """
+def _map(block: RAMBlock, align: int) -> None:
+    """Maps the block at an address of its page size, 2 MiB or `align`, whichever is largest."""
     alignment = max(align, block.page_size, HUGE_ALIGNMENT if block.size >= HUGE_ALIGNMENT else 0)
     block.alignment = alignment
-    block.host = fds.mappings.pop(block.fd, 0) if fds is not None and block.shared else 0
-    if block.host:
-        return
     flags = lib.MAP_SHARED if block.shared else lib.MAP_PRIVATE
     if block.fd < 0:
         flags = lib.MAP_PRIVATE | lib.MAP_ANONYMOUS | lib.MAP_NORESERVE

@@ -47,12 +47,6 @@ class VCpuThread:
         self._parked = _semaphore()
         self._woken = _semaphore()
         self._started = _semaphore()
-        self._resumed = vcpu.resumed
-        if self._resumed is not None:
-            self._resumed.main = self._main
-            self._ident = self._resumed.ident
-            self.thread_id = self._resumed.thread_id
-            return
         self._ident = start_new_thread(self._main, ())
         self._started.acquire()
 
@@ -66,9 +60,6 @@ class VCpuThread:
         if not self._running:
             self._running = True
             self._stopping = False
-            if self._resumed is not None:
-                self._resumed.gate.release()
-                self._resumed = None
             self._go.release()
 
     def request_pause(self) -> None:
@@ -102,8 +93,6 @@ class VCpuThread:
         """Pauses the vCPU and ends the thread."""
         self.pause()
         self._ending = True
-        if self._resumed is not None:  # it still waits for its vCPU
-            return
         self._go.release()
 
     def _kick(self) -> None:

@@ -83,8 +83,6 @@ class FakeAccelerator:
 
     def __init__(self, kernel_irqchip: bool) -> None:
         self.kernel_irqchip = kernel_irqchip
-        self.running_since = 0
-        self.pit_loaded_ns = 0
         self.chips: dict[str, dict] = {}
         self.apics: dict[int, bytes] = {}
 

@@ -255,61 +255,6 @@ def kernel_state(load_time: int, flags: int) -> dict:
     return {"channels": [dict(state) for _ in range(3)], "flags": flags}
 
 
-COUNT = 11932  # 10.00007 ms
-
-
-def taken_over(mode: int) -> SteppedPlatform:
-    """A PIT whose period began at 3 ms in the VM that the guest came from, and again at 95 ms."""
-    platform = SteppedPlatform(kernel_irqchip=True)
-    platform.clock.time = 96_000_000
-    platform.accel.running_since = 1
-    pit = I8254()
-    pit.realize(platform)
-    pit.reset()
-    pit.on_run()
-    platform.accel.pit_loaded_ns = 3_000_000
-    state = kernel_state(95_000_000, 0)
-    state["channels"][0] |= {"count": COUNT, "mode": mode, "count_load_time": 95_000_000}
-    platform.accel.chips["i8254"] = state
-    platform.accel.set_irqchip = lambda chip, state: platform.accel.chips.update(reloaded=state)
-    return platform
-
-
-def test_period_that_began_in_another_vm_ends_when_it_would_have() -> None:
-    platform = taken_over(mode=2)
-    platform.loop.advance(platform.clock.time)
-    assert platform.loop.armed() == [pytest.approx(103_000_000, abs=20_000)]
-    platform.loop.advance(102_900_000)
-    assert platform.irqs == []
-    platform.loop.advance(103_100_000)
-    assert platform.irqs == [(0, True), (0, False)]
-    assert platform.accel.chips["reloaded"]["channels"][0]["count"] == COUNT
-
-
-def test_period_that_the_guest_has_programmed_since_is_left_alone() -> None:
-    platform = taken_over(mode=2)
-    platform.loop.advance(platform.clock.time)
-    changed = platform.accel.chips["i8254"]["channels"][0] | {"count_load_time": 97_000_000}
-    platform.accel.chips["i8254"] = {"channels": [changed], "flags": 0}
-    platform.loop.advance(110_000_000)
-    assert platform.irqs == []
-    assert "reloaded" not in platform.accel.chips
-
-
-def test_period_of_a_stopped_guest_is_left_alone() -> None:
-    platform = taken_over(mode=2)
-    platform.loop.advance(platform.clock.time)
-    platform.clock.enabled = False
-    platform.loop.advance(110_000_000)
-    assert platform.irqs == []
-
-
-def test_one_shot_has_no_period() -> None:
-    platform = taken_over(mode=0)
-    platform.loop.advance(110_000_000)
-    assert platform.irqs == []
-
-
 def test_in_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's times are of CLOCK_MONOTONIC, the section's of the virtual clock."""
     platform = SteppedPlatform(kernel_irqchip=True)

@@ -124,7 +124,6 @@ def test_what_came_while_nobody_listened_comes_once(vm: CountingVm) -> None:
         count += came > 0
         vm.expect(count)
         vm.accel.remove_irqfd(gsi, fd)
-        assert vm.accel.irqfds == []
 
 
 def test_routes_are_changed_and_given_back(vm: CountingVm) -> None:
@@ -132,10 +131,6 @@ def test_routes_are_changed_and_given_back(vm: CountingVm) -> None:
     gsis = vm.accel.add_messages([(MSI, VECTOR), (MSI, OTHER_VECTOR)])
     for gsi, fd in zip(gsis, (first, second), strict=True):
         vm.accel.add_irqfd(gsi, fd)
-    assert [(i.gsi, i.eventfd, i.resamplefd) for i in vm.accel.irqfds] == [
-        (gsis[0], first, -1),
-        (gsis[1], second, -1),
-    ]
     vm.thread.resume()
     vm.accel.set_message(gsis[0], MSI | 1 << 12, VECTOR)  # to an APIC that is not there
     os.eventfd_write(first, 1)

@@ -31,7 +31,7 @@ LAYERS = (
     ("cpr.page_bitmap",),
     ("cpr.state",),
     ("cpr.uapi", "cpr.runstate", "cpr.events", "cpr.mainloop", "cpr.clock"),
-    ("cpr.launcher", "cpr.fd_list", "cpr.phases"),
+    ("cpr.launcher", "cpr.phases"),
     ("cpr.errors", "cpr._native"),
 )
 ONLY = {
@@ -122,34 +122,6 @@ TOO_SLOW = {
     "threading",
     "typing",
 }
-
-
-BEFORE_THE_GUEST_RUNS = {
-    "_cffi_backend",
-    "cpr",
-    "cpr._native",
-    "cpr._native._cpr",
-    "cpr._native._cpr.lib",
-    "cpr.accel",
-    "cpr.accel.kvm_resume",
-    "cpr.fd_list",
-    "cpr.launcher",
-    "cpr.phases",
-    "cpr.vmm",
-    "cpr.vmm.early",
-    "__future__",
-}
-
-
-def test_guest_runs_before_anything_else_is_imported() -> None:
-    """What an early resume imports, name by name: more of it is more pause."""
-    script = ROOT / "cpr" / "vmm" / "__main__.py"
-    code = f"import sys; bare = set(sys.modules); script = {str(script)!r}\n"
-    code += "exec(compile(open(script).read(), script, 'exec'), {'__file__': script})\n"
-    code += "import cpr.accel.kvm_resume\nprint(*set(sys.modules) - bare)"
-    run = [sys.executable, "-I", "-S", "-c", code]
-    loaded = set(subprocess.run(run, check=True, capture_output=True, text=True).stdout.split())
-    assert loaded <= BEFORE_THE_GUEST_RUNS
 
 
 def test_restore_path_imports_nothing_slow() -> None:

@@ -2,19 +2,11 @@
 #include "kvm_run.h"
 
 #include <errno.h>
-#include <linux/futex.h>
 #include <linux/kvm.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdbool.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include "overlap.h"
-#include "raw_syscall.h"
-#include "vm_create.h"
 
 static void on_kick(int signo)
 {
@@ -51,7 +43,7 @@ void cpr_kvm_set_immediate_exit(struct kvm_run *run, uint8_t value)
     __atomic_store_n(&run->immediate_exit, value, __ATOMIC_SEQ_CST);
 }
 
-CPR_IN_CHILD void cpr_kvm_describe_exit(struct kvm_run *run, struct cpr_exit *out)
+static void describe_exit(struct kvm_run *run, struct cpr_exit *out)
 {
     *out = (struct cpr_exit){.reason = run->exit_reason};
     switch (run->exit_reason) {
@@ -83,33 +75,13 @@ CPR_IN_CHILD void cpr_kvm_describe_exit(struct kvm_run *run, struct cpr_exit *ou
     }
 }
 
-void cpr_kvm_hand_over(struct cpr_vcpu_control *control, uint32_t *place)
-{
-    __atomic_store_n(&control->place, place, __ATOMIC_SEQ_CST);
-}
-
-/* Gives a vCPU that has left KVM_RUN to whoever waits at its place; false where it goes nowhere. */
-static bool handed_over(struct kvm_run *run, struct cpr_vcpu_control *control)
-{
-    uint32_t *place = __atomic_exchange_n(&control->place, NULL, __ATOMIC_SEQ_CST);
-
-    if (place == NULL) {
-        return false;
-    }
-    cpr_kvm_set_immediate_exit(run, 0);
-    __atomic_store_n(place, CPR_VCPU_RUNS, __ATOMIC_SEQ_CST);
-    syscall(SYS_futex, place, FUTEX_WAKE, 1, NULL, NULL, 0);
-    return true;
-}
-
-int cpr_kvm_run(int vcpu_fd, struct kvm_run *run, struct cpr_exit *out,
-                struct cpr_vcpu_control *control)
+int cpr_kvm_run(int vcpu_fd, struct kvm_run *run, struct cpr_exit *out)
 {
     for (;;) {
         if (ioctl(vcpu_fd, KVM_RUN, 0) < 0) {
             if (errno == EINTR) {
                 if (__atomic_load_n(&run->immediate_exit, __ATOMIC_SEQ_CST)) {
-                    return handed_over(run, control) ? -ECANCELED : -EINTR;
+                    return -EINTR;
                 }
                 continue;
             }
@@ -121,33 +93,7 @@ int cpr_kvm_run(int vcpu_fd, struct kvm_run *run, struct cpr_exit *out,
         if (run->exit_reason == KVM_EXIT_IRQ_WINDOW_OPEN || run->exit_reason == KVM_EXIT_INTR) {
             continue;
         }
-        cpr_kvm_describe_exit(run, out);
+        describe_exit(run, out);
         return 0;
-    }
-}
-
-int cpr_kvm_run_after(uint32_t *go, uint32_t vcpu, struct cpr_vm_image *image,
-                      const struct cpr_vm *vm, struct cpr_exit *out,
-                      struct cpr_vcpu_control *control)
-{
-    uint32_t what;
-
-    while ((what = __atomic_load_n(&go[vcpu], __ATOMIC_SEQ_CST)) != CPR_GO_RUN &&
-           what != CPR_GO_SERVE) {
-        if (what == CPR_GO_TAKE) {
-            cpr_overlap_take(image, vm, go);
-        } else {
-            syscall(SYS_futex, &go[vcpu], FUTEX_WAIT, CPR_GO_WAIT, NULL, NULL, 0);
-        }
-    }
-    return what == CPR_GO_SERVE ? 0
-                                : cpr_kvm_run(vm->vcpu_fds[vcpu], vm->runs[vcpu], out, control);
-}
-
-void cpr_kvm_go(uint32_t *go, const uint32_t *what, uint32_t count)
-{
-    for (uint32_t i = 0; i < count; i++) {
-        __atomic_store_n(&go[i], what[i], __ATOMIC_SEQ_CST);
-        syscall(SYS_futex, &go[i], FUTEX_WAKE, 1, NULL, NULL, 0);
     }
 }

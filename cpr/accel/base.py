@@ -9,18 +9,11 @@ from __future__ import annotations
 
 import errno
 
-from cpr.errors import KernelError, MigrationError
+from cpr.errors import KernelError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Protocol
-
-    from cpr.accel.kvm_resume import ResumedVCpu
-    from cpr.accel.overlap import Overlap
-    from cpr.accel.vm_image import VmImage
-    from cpr.memory import GuestMemory
-    from cpr.state.fds import PreservedFds
 
     class Bus(Protocol):
         """Where a vCPU's port and memory-mapped accesses go; it does its own locking.
@@ -55,8 +48,6 @@ class VCpu:
     """One virtual CPU.  All but `kick` is for the thread that runs it, or while none does."""
 
     index: int
-    resumed: ResumedVCpu | None = None
-    """The thread that runs this vCPU already, in a VM that was made before its machine."""
     interrupt_source: InterruptSource | None = None
     """Where external interrupts come from without an in-kernel irqchip; None has none."""
 
@@ -93,12 +84,6 @@ class Accelerator:
     """One VM.  Construct, map RAM, create the irqchip, create the vCPUs: in that order."""
 
     name: str
-    running_since = 0
-    """CLOCK_MONOTONIC in ns since when the guest's time goes on, where it went on without the
-    machine; else 0."""
-    pit_loaded_ns = 0
-    """When the PIT's channel 0 began to count, in the VM that the guest came from while it ran: ns
-    of CLOCK_MONOTONIC; else 0."""
     kernel_irqchip: bool
     """True: PIC, IOAPIC, PIT and local APICs are the accelerator's; False: the machine emulates."""
     dirty_log = False
@@ -159,29 +144,6 @@ class Accelerator:
     def set_apic(self, vcpu: VCpu, registers: bytes) -> None:
         raise NotImplementedError
 
-    def create_image(self, memory: GuestMemory, command: list[str]) -> VmImage | None:
-        """The VM as a memfd that the next image makes it from; None where there is no such thing.
-
-        The caller owns it.  Raises MigrationError where this VM cannot be described so.
-        """
-        return None
-
-    def overlap_blocker(self, memory: GuestMemory) -> str | None:
-        """Why this VM cannot be run by a child while its VMM executes a new image, or None."""
-        return "only -accel kvm can run the guest during the exec"
-
-    def create_overlap(
-        self, memory: GuestMemory, fds: PreservedFds, way_back: Callable[[str], list[str]]
-    ) -> Overlap:
-        """What runs the VM meanwhile.  Raises MigrationError where there is a blocker."""
-        raise MigrationError(f"x-cpr-exec-overlap: {self.overlap_blocker(memory)}")
-
-    def take_over(self, bus: Bus) -> None:
-        """The machine takes over a VM that ran before; its vCPUs' threads are resumed after this.
-
-        Raises CprError; then the guest goes on where it was.
-        """
-
     # Interrupts by eventfd.  Eventfds are non-blocking ones and stay the caller's.
 
     def check_irqfds(self) -> None:
@@ -214,10 +176,6 @@ class Accelerator:
 
     def remove_message(self, gsi: int) -> None:
         raise NotImplementedError
-
-    def when_taken_over(self, callback: Callable[[], None]) -> None:
-        """Calls back when the guest is this VM's: at once, unless another process still runs it."""
-        callback()
 
     def signal_message(self, address: int, data: int) -> None:
         """Delivers one MSI now."""

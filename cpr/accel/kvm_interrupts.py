@@ -21,47 +21,25 @@ PIC_PINS = 8
 FIRST_MESSAGE_GSI = IOAPIC_PINS
 
 
-class Irqfd:
-    """`eventfd` raises `gsi`; `resamplefd` is -1 for an edge-triggered one.  Owns neither."""
-
-    __slots__ = ("eventfd", "gsi", "resamplefd")
-
-    def __init__(self, gsi: int, eventfd: int, resamplefd: int) -> None:
-        self.gsi = gsi
-        self.eventfd = eventfd
-        self.resamplefd = resamplefd
-
-
 class KvmInterrupts:
-    """The irqfds, message routes and VFIO files of one VM, whose descriptor stays the caller's.
-
-    While the VM is `lent` to a child its irqfds stay as they are.
-    """
+    """The irqfds, message routes and VFIO files of one VM, whose descriptor stays the caller's."""
 
     def __init__(self, vm: Fd) -> None:
         self._vm = vm
-        self.lent = False
-        self.irqfds: list[Irqfd] = []
         self._messages: dict[int, tuple[int, int]] = {}
         self._vfio: Fd | None = None
         self._vfio_files: set[int] = set()
 
     def add_irqfd(self, gsi: int, eventfd: int, resamplefd: int) -> None:
         """What the eventfd has counted before is delivered as one interrupt."""
-        if self.lent:
-            return
         came = drain(eventfd)
         kvm.assign_irqfd(self._vm, gsi, eventfd, resamplefd)
-        self.irqfds.append(Irqfd(gsi, eventfd, resamplefd))
         if came:  # KVM takes it out of the eventfd, so that it comes once only
             os.eventfd_write(eventfd, 1)
 
     def remove_irqfd(self, gsi: int, eventfd: int) -> None:
-        if self.lent:  # the child does it when it gives the guest away
-            return
         drain(eventfd)  # what is in there while KVM listens is in the guest already
         kvm.deassign_irqfd(self._vm, gsi, eventfd)
-        self.irqfds = [each for each in self.irqfds if (each.gsi, each.eventfd) != (gsi, eventfd)]
 
     def add_messages(self, messages: list[tuple[int, int]]) -> list[int]:
         before = dict(self._messages)

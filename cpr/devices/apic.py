@@ -66,7 +66,6 @@ class LocalApic(Device):
             i64("next_time"),
         ),
     )
-    in_vcpu = True
 
     def __init__(self, index: int, bus: ApicBus) -> None:
         self.instance_id = index

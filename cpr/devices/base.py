@@ -96,10 +96,6 @@ class Device:
     idstr = ""
     instance_id = 0
     vmstate: VMStateDescription | None = None
-    in_vcpu = False
-    """Whether the state is a vCPU's own, and so can be read only while that does not run."""
-    can_wait = True
-    """Whether the guest may run before the new VMM has this device: its accesses are held."""
     saved_last = False
     required = False
 

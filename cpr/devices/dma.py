@@ -18,8 +18,6 @@ class DmaMappings(Device):
     mappings this process's.
     """
 
-    can_wait = False
-
     def __init__(self, claimed: bool) -> None:
         self.required = claimed
         self._claimed = claimed

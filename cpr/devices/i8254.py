@@ -257,9 +257,6 @@ class I8254(Device):
             self._timer.start()
         else:
             self._load_into_kernel()
-            assert self._platform is not None
-            if self._platform.accel.running_since:
-                self._platform.loop.call_soon(self._keep_phase)
 
     def on_stop(self) -> None:
         if self._timer is not None:
@@ -285,35 +282,6 @@ class I8254(Device):
         for channel in channels:
             channel["count_load_time"] += offset
         self._platform.accel.set_irqchip("i8254", {"channels": channels, "flags": flags})
-
-    def _keep_phase(self) -> None:
-        """Puts a PIT that began its period anew, in another VM, back into step.
-
-        The interrupt that was due when the old period ended comes then, and the next one a period
-        later, as if nothing had been.
-        """
-        assert self._platform is not None
-        began = self._platform.accel.pit_loaded_ns
-        state = self._platform.accel.get_irqchip("i8254")
-        channel = state["channels"][0]
-        if not began or channel["mode"] not in (RATE, SQUARE_WAVE):
-            return
-        period = (channel["count"] or MOST_COUNT) * SECOND // FREQUENCY
-        again = channel["count_load_time"]
-        due = again + period - (again - began) % period
-        self._platform.loop.call_at(due, lambda: self._end_period(channel))
-
-    def _end_period(self, channel: dict) -> None:
-        """Ends a period of the in-kernel channel 0, unless the guest has programmed it since."""
-        assert self._platform is not None
-        with self._platform.lock:
-            if not self._platform.clock.enabled:
-                return
-            state = self._platform.accel.get_irqchip("i8254")
-            if state["channels"][0] == channel:
-                self._platform.accel.set_irqchip("i8254", state)
-                self._platform.set_irq(IRQ, True)
-                self._platform.set_irq(IRQ, False)
 
     def _take_from_kernel(self) -> None:
         assert self._platform is not None

@@ -64,7 +64,6 @@ class VCpuState(Device):
     """One vCPU's registers, as the section `cpu`."""
 
     idstr = "cpu"
-    in_vcpu = True
     vmstate = x86.VMSTATE_CPU
 
     def __init__(self, vcpu: VCpu) -> None:

@@ -125,9 +125,6 @@ class Interrupts:
 
     def _listen_intx(self) -> None:
         """A line that is up comes up again by the unmasking, so that no level is lost."""
-        self._platform.accel.when_taken_over(self._listen_intx_now)
-
-    def _listen_intx_now(self) -> None:
         fd = self._notifiers.open(INTX_INTERRUPT)
         self._platform.accel.add_irqfd(self._irq, fd, self._notifiers.open(INTX_UNMASK))
         self._intx_listens = True

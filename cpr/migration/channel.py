@@ -25,10 +25,7 @@ FD_SET = "/dev/fdset/"
 
 
 class Channel:
-    """A byte stream over one descriptor, which it owns.  Not for several threads at once.
-
-    All that is put out is added to `copy`, where it is not None.
-    """
+    """A byte stream over one descriptor, which it owns.  Not for several threads at once."""
 
     def __init__(self, fd: int, kind: str, process: Any = None) -> None:
         """`kind` is "file", "socket" or "command", for errors; `process` is its exec: command."""
@@ -39,7 +36,6 @@ class Channel:
         self._pending_size = 0
         self._ahead = b""
         self.transferred = 0
-        self.copy: bytearray | None = None
 
     def write(self, data: bytes) -> None:
         """Buffers `data`; raises OSError when the other end has gone."""
@@ -54,8 +50,6 @@ class Channel:
         self._pending = []
         self._pending_size = 0
         self.transferred += len(data)
-        if self.copy is not None:
-            self.copy += data
         while data:
             data = data[os.write(self._fd, data) :]
 

@@ -1,10 +1,8 @@
 """cpr-exec: the update of this process by exec, and its inverse for when execvp fails.
 
-    hold       starts the mm holder, or makes what an overlap needs, while the guest still runs
     begin      CPR state into a memfd that the environment names
-    stop       the vCPUs stop, or, in an overlap, go to the child that runs them on
     finish     CLOEXEC cleared, execvp; on failure CLOEXEC set again and MigrationError
-    walk_back  closes the memfd, ends the holder, removes the temporary directory
+    walk_back  closes the memfd, removes the temporary directory
 
 Without a command of the user's the VMM runs its own command line again, with an -incoming that
 reads the state from a private temporary directory; the new image removes that directory.
@@ -16,20 +14,16 @@ import errno
 import os
 import sys
 
-from cpr import launcher, runstate
+from cpr import launcher
 from cpr.config import parse_command_line, strip_options
-from cpr.errors import CprError, KernelError, MigrationError
+from cpr.errors import CprError, MigrationError
 from cpr.migration.mode import EXEC, Mode, cpr_blockers
 from cpr.phases import mark
-from cpr.uapi.mm_holder import MmHolder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cpr.accel.overlap import Overlap
-    from cpr.accel.vm_image import VmImage
-    from cpr.config import Config
     from cpr.machine import Machine
     from cpr.ram import RAMBlock
     from cpr.state.fds import PreservedFds
@@ -41,10 +35,7 @@ INCOMING = frozenset({"-incoming", "--incoming"})
 class Exec(Mode):
     """One update's exec, whose new image reads its state from `uri`.
 
-    `directory` is the private temporary directory that it owns, or None.  `hold_memory` asks for
-    the mm holder, `early_resume` for a guest that runs on before the new image has read its
-    command line, `overlaps` for one that runs on during the whole exec.  `notice` tells what could
-    not be done as asked.
+    `directory` is the private temporary directory that it owns, or None.
     """
 
     ends_process = True
@@ -56,106 +47,25 @@ class Exec(Mode):
         self.command = command
         self.uri = uri
         self.directory = directory
-        self.hold_memory = True
-        self.early_resume = True
-        self.overlaps = False
-        self.notice = ""
         self.before_exec: Callable[[], None] = lambda: None
         self._fds = fds
-        self._holder: MmHolder | None = None
-        self._image: VmImage | None = None
-        self._overlap: Overlap | None = None
-        self._vcpu_threads: list[int] = []
-
-    @property
-    def lends_vcpus(self) -> bool:
-        return self._overlap is not None
-
-    def hold(self, machine: Machine) -> None:
-        """Starts the mm holder; where it cannot be had, the exec only takes longer.
-
-        Raises MigrationError where an overlap was asked for and this VM cannot have one.
-        """
-        if machine.runstate.current == runstate.RUNNING:
-            can_wait = all(device.can_wait for device in machine.devices)
-            if self.overlaps:
-                self._prepare_overlap(machine)
-            elif self.early_resume and can_wait and is_same_vmm(self.command, machine.config):
-                self._prepare_image(machine)
-        if self.hold_memory and self._overlap is None:
-            try:
-                self._holder = MmHolder([(b.host, b.max_length) for b in machine.blocks])
-            except KernelError as error:
-                self.notice = f"the mm holder is not used: {error}"
-        if self._image is not None:
-            self._image.set_text("notice", self.notice)
-            self._image.set_text("directory", self.directory or "")
-
-    def _prepare_image(self, machine: Machine) -> None:
-        """The VM's image, for an early resume; without one the guest resumes later."""
-        accel = machine.accel
-        try:
-            self._image = accel.create_image(machine.memory, [])
-        except CprError:
-            self._image = None
-
-    def _prepare_overlap(self, machine: Machine) -> None:
-        accel = machine.accel
-        self._overlap = accel.create_overlap(machine.memory, self._fds, _way_back)
-        self._image = self._overlap.image
-        self._vcpu_threads = machine.vcpu_thread_ids()
-        self.stream_copy = bytearray()
 
     def begin(self, go_on: Callable[[], None]) -> bool:
         """Writes the CPR state to a memfd, which the environment names."""
-        if self._image is not None:
-            self._image.save(self._fds)
         self._fds.persist()
-        if self._overlap is not None:
-            self._overlap.start(dict(os.environ), self._vcpu_threads)
         return False
-
-    def stop(self, machine: Machine) -> None:
-        """Stops the vCPUs, or hands them to the overlap's child; all of them, or else none."""
-        if self._overlap is None:
-            super().stop(machine)
-            return
-        self._overlap.arm()
-        machine.stop(runstate.FINISH_MIGRATE, lent=True)
-        if self._overlap.complete() and not machine.reset_is_due:
-            return
-        # A vCPU that was not in guest mode, as after a triple fault, or a reset that is due.
-        self.notice = "the guest was resetting: no overlap"
-        self._fds.unpersist()
-        self._drop_image()
-        self._fds.persist()
-        machine.reset_if_requested()
-
-    def _drop_image(self) -> None:
-        if self._overlap is not None:
-            self._overlap.cancel()
-            self._overlap = None
-        if self._image is not None:
-            self._image.unsave(self._fds)
-            self._image.close()
-            self._image = None
 
     def sends(self, block: RAMBlock, ignore_shared: bool) -> bool:
         return False
 
     def blockers(self, machine: Machine) -> list[str]:
-        reasons = cpr_blockers(machine, self)
-        if self.overlaps and not self.stages:
-            reason = machine.accel.overlap_blocker(machine.memory)
-            reasons += [f"x-cpr-exec-overlap: {reason}"] if reason else []
-        return reasons
+        return cpr_blockers(machine, self)
 
     def finish(self, machine: Machine) -> None:
         """Becomes the command under this PID.  Comes back only with MigrationError."""
         import signal
 
         self.before_exec()
-        self._finish_image()
         self._fds.refresh()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -175,23 +85,9 @@ class Exec(Mode):
             self._fds.set_cloexec(True)
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    def _finish_image(self) -> None:
-        """Puts the guest's state where the new image finds it first."""
-        if self._overlap is not None:
-            self._overlap.keep_stream(bytes(self.stream_copy or b""))
-        elif self._image is not None:
-            try:
-                self._image.capture()
-            except KernelError as error:  # the new image finds it in the stream, a little later
-                print(f"cpr-vmm: warning: no early resume: {error}", file=sys.stderr)
-
     def walk_back(self) -> None:
         if self._fds.state_fd >= 0:
             self._fds.unpersist()
-        self._drop_image()
-        if self._holder is not None:
-            self._holder.release()
-            self._holder = None
         if self.directory is not None:
             remove_directory(self.directory)
             self.directory = None
@@ -238,25 +134,6 @@ def _rehearse(words: list[str]) -> None:
         parse_command_line(words[words.index("run") + 1 :])
     except CprError as error:
         raise MigrationError(f"the new VMM would refuse its command line: {error}") from None
-
-
-def is_same_vmm(command: list[str], config: Config) -> bool:
-    """Whether `command` is this VMM's program, makes the same machine and loads it at once."""
-    try:
-        own = own_command()
-        program = own[: own.index("run") + 1]
-        if command[: len(program)] != program:
-            return False
-        other = parse_command_line(command[len(program) :])
-    except (CprError, ValueError):  # of another program's command line
-        return False
-    from_file = len(other.incoming) == 1 and other.incoming[0].startswith("file:")
-    return from_file and config.makes_same_machine(other)
-
-
-def _way_back(uri: str) -> list[str]:
-    """The command that makes this VMM again, with the migration stream at `uri`."""
-    return [*own_command(), "-incoming", uri]
 
 
 def incoming_uri(command: list[str]) -> str | None:

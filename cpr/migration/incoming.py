@@ -15,7 +15,7 @@ from cpr.state.reader import StreamError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from cpr.migration.cpr_transfer import CprListener
     from cpr.migration.migration import Migration
@@ -77,7 +77,6 @@ class Incoming:
 
     `expected` once -incoming was given, `started` once a load has begun.  `listener` is the cpr
     channel of a cpr-transfer: it is closed when a source can connect to the main channel.
-    `on_loaded()` is called when the guest is here.
     """
 
     def __init__(self, migration: Migration) -> None:
@@ -86,7 +85,6 @@ class Incoming:
         self.started = False
         self.start_paused = False
         self.listener: CprListener | None = None
-        self.on_loaded: Callable[[], None] = lambda: None
         self._address: dict | None = None
 
     def expect(self, start_paused: bool) -> None:
@@ -191,7 +189,6 @@ class Incoming:
         self._come_up(old_state)
         mark("run")
         migration.set_incoming_status("completed")
-        self.on_loaded()
 
     def _come_up(self, old_state: str) -> None:
         machine = self._migration.machine

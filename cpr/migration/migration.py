@@ -66,7 +66,6 @@ class Migration:
         self.capabilities = Capabilities(self.parameters, lambda: self.running)
         self.status = "none"
         self.error: str | None = None
-        self.notice = ""
         self.before_exec: Callable[[], None] = lambda: None
         self.handed = handed
         self.incoming_side = Incoming(self)
@@ -132,9 +131,6 @@ class Migration:
 
     def _as_asked(self, mode: cpr_exec.Exec) -> cpr_exec.Exec:
         """Gives the mode the parameters that are about how it does its exec."""
-        mode.hold_memory = bool(self.parameters.get("x-cpr-mm-holder"))
-        mode.early_resume = bool(self.parameters.get("x-cpr-early-resume"))
-        mode.overlaps = bool(self.parameters.get("x-cpr-exec-overlap"))
         mode.before_exec = self.before_exec
         mode.stages = self._stages
         return mode
@@ -292,10 +288,6 @@ class Migration:
             savevm.prepare()
             self._unstage()
             self._stage(mode, self.ram)
-            if self._staging is None:
-                mode.hold(self.machine)
-            elif isinstance(mode, cpr_exec.Exec):  # RAM is not yet where the next image finds it
-                mode.early_resume = mode.overlaps = False
             waits = mode.begin(lambda: self._go_on(address))
             if not waits and not addresses.connects_in_background(address):
                 self._open(address)
@@ -356,9 +348,8 @@ class Migration:
         """Opens the channel and, where the mode wants that first, stops the guest."""
         assert self._mode is not None
         self._channel = channel.open_outgoing(address, self.handed)
-        self._channel.copy = self._mode.stream_copy
         self._times.set_up()
-        if self._mode.stops_first and self._staging is None and not self._mode.lends_vcpus:
+        if self._mode.stops_first and self._staging is None:
             self._stop_guest()
 
     def _stop_guest(self) -> None:
@@ -366,7 +357,7 @@ class Migration:
         self._times.stop()
         self._old_state = self.machine.runstate.current
         mark("stop")
-        self._mode.stop(self.machine)
+        self.machine.stop(runstate.FINISH_MIGRATE)
         mark("save")
 
     def _copy_ram(self, staging: Staging, mode: Mode, address: dict | None) -> None:
@@ -376,7 +367,6 @@ class Migration:
         self._check_cancel()
         if address is not None:  # not before: who is connected to does nothing but read
             self._open(address)
-        mode.hold(self.machine)
         self._stop_guest()
         staging.finish()
         self._check_cancel()
@@ -409,9 +399,7 @@ class Migration:
             elif not self._mode.stops_first:
                 self._stop_guest()
             assert self._channel is not None
-            lends_vcpus = self._mode.lends_vcpus
-            if not lends_vcpus:
-                self.machine.cpr_prepare(self._mode.name)
+            self.machine.cpr_prepare(self._mode.name)
             self._saver = savevm.Saver(
                 self.machine, self.capabilities, self._old_state, self._mode, self._channel
             )
@@ -421,9 +409,6 @@ class Migration:
                 self._emit_pass(STOPPED_SYNCS)
             if self.capabilities.enabled("pause-before-switchover"):
                 self._wait_for_switchover()
-            if lends_vcpus:
-                self._stop_guest()
-                self.machine.cpr_prepare(self._mode.name)
             self._set_status("device")
             self._write_all()
             self._times.end()
@@ -500,8 +485,6 @@ class Migration:
 
     def _end(self, status: str, error: str | None) -> None:
         """Walks everything back: the channel, what the mode did, and the vCPUs."""
-        if isinstance(self._mode, cpr_exec.Exec):
-            self.notice = self._mode.notice
         if self._channel is not None:
             self._channel.close()
             self._channel = None

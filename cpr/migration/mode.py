@@ -29,25 +29,12 @@ class Mode:
     """
 
     ends_process = False
-    stream_copy: bytearray | None = None
-    """Where the bytes of the stream are kept too, for a mode that needs them again."""
     regenerates = True
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.stops_first = name != NORMAL
         self.stages = False
-
-    @property
-    def lends_vcpus(self) -> bool:
-        """Whether the guest runs on while it is saved, so that no vCPU's state is in the stream."""
-        return False
-
-    def hold(self, machine: Machine) -> None:
-        """What is done while the guest still runs, before anything is stopped or opened.
-
-        Raises MigrationError.
-        """
 
     def begin(self, go_on: Callable[[], None]) -> bool:
         """Sends the CPR state, if the mode has one.

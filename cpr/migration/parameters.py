@@ -191,12 +191,10 @@ PARAMETERS = (
 
 # Parameters of cpr itself, named x-cpr-…: shown and queried only once they have been set.
 EXTENSIONS: tuple[Parameter, ...] = (
-    # cpr-exec leaves a child behind that frees the old memory while the guest runs again.
-    Parameter("x-cpr-mm-holder", BOOL, True),
-    # The guest runs on before the new image has read its command line, where that is the same.
-    Parameter("x-cpr-early-resume", BOOL, True),
-    # The guest runs on in a child during the whole exec.
-    Parameter("x-cpr-exec-overlap", BOOL, False),
+    # Whether the guest runs on while the new image starts: auto is on for the command cpr-exec.
+    Parameter("x-cpr-exec-overlap", ENUM, "auto", values=("off", "on", "auto")),
+    # How long a new image has until it must have the guest; 0 is for ever.
+    Parameter("x-cpr-exec-timeout", SIZE, 30_000, " ms"),
     # cpr-exec and cpr-transfer copy RAM that is not shared, while the guest runs.
     Parameter("x-cpr-ram-staging", BOOL, False),
     # They copy RAM to pages of this size, whatever it has; 0 is as it is.

@@ -148,8 +148,6 @@ class Saver:
             saved = [device for device in machine.sections() if device.needed()]
             for number, device in enumerate(saved):
                 assert device.vmstate is not None
-                if device.in_vcpu and self._mode.lends_vcpus:
-                    continue
                 writer.device(
                     FIRST_DEVICE_ID + number,
                     device.idstr,

@@ -172,8 +172,6 @@ def info_migrate(vmm: Any, all: bool = False) -> str:
         text += "Outgoing migration blocked:\n" + "".join(f"  {reason}\n" for reason in reasons)
     if "status" in info:
         text += _status_lines(info)
-    if vmm.migration.notice:
-        text += f"Notice: \t\t{vmm.migration.notice}\n"
     if "remaining" in info:
         text += f"Remaining: \t\t{size_text(info['remaining'])}\n"
     if "ram" in info:

@@ -15,14 +15,13 @@ from __future__ import annotations
 import struct
 
 from cpr.errors import StateError
-from cpr.fd_list import ENVIRONMENT_NAME
 from cpr.state.reader import BytesReader
 from cpr.state.vmstate import VMStateDescription, i32, qlist, u32, vbuffer
 
 MAGIC = 0x51435052
 VERSION = 1
 
-STATE_NAME = ENVIRONMENT_NAME
+STATE_NAME = "QEMU_CPR_EXEC_STATE"
 """The name of the memfd that holds the state, and of the variable that holds its number."""
 
 REMEDY = f"without {STATE_NAME} in the environment the VMM starts the guest afresh"

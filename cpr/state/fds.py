@@ -27,14 +27,12 @@ class PreservedFds:
 
     `incoming` is true from a successful load on, until the machine, when it has taken over
     everything, sets it to false.  `state_fd` is the memfd of the state while it is persisted,
-    else -1; it is the registry's own.  `mappings` has the addresses at which preserved fds are
-    mapped from their beginning already, for the RAMBlocks to take over.
+    else -1; it is the registry's own.
     """
 
     def __init__(self) -> None:
         self.incoming = False
         self.state_fd = -1
-        self.mappings: dict[int, int] = {}
         self.vfio_devices: list[VfioDevice] = []
         self._fds: list[tuple[str, int, int]] = []
         self._persisted = b""

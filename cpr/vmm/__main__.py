@@ -1,7 +1,4 @@
-"""`python -m cpr.vmm`, and the script of an update; `main` has the command line.
-
-In an update the guest comes first: nothing is imported before it runs that it does not need.
-"""
+"""`python -m cpr.vmm`, and the script of an update; `main` has the command line."""
 
 import sys
 
@@ -11,9 +8,6 @@ if sys.flags.no_site:  # nobody has said yet where packages are: this is the scr
 
     folders = package_folders()
     sys.path[:1] = folders  # first for now, so that nothing is looked for in vain
-    from cpr.vmm import early
-
-    early.resume()
     sys.path[: len(folders)] = folders[:1]
     sys.path += folders[1:]
 

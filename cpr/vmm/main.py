@@ -6,10 +6,8 @@ inspect FILE|PID|-                shows a CPR state or a migration stream, and w
 
 from __future__ import annotations
 
-import os
 import sys
 
-from cpr import fd_list
 from cpr.errors import CprError
 
 PROGRAM = "cpr-vmm"
@@ -21,22 +19,9 @@ USAGE = """usage: python -m cpr.vmm run [guest.cfg] [QEMU options]
 
 
 def run(arguments: list[str]) -> int:
-    if fd_list.ENVIRONMENT_NAME not in os.environ:
-        from cpr.vmm.process import run_vmm
+    from cpr.vmm.process import run_vmm
 
-        return run_vmm(arguments)
-    from cpr.vmm import early, way_back
-
-    try:
-        early.resume()
-        from cpr.vmm.process import run_vmm
-
-        status = run_vmm(arguments)
-    except BaseException as error:
-        way_back.go(str(error) or type(error).__name__)
-        raise
-    way_back.leave(status)
-    return status
+    return run_vmm(arguments)
 
 
 def inspect(arguments: list[str]) -> int:

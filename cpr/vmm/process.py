@@ -7,10 +7,8 @@ it runs again.
 from __future__ import annotations
 
 import sys
-from _thread import start_new_thread
 
 from cpr import pc
-from cpr.accel import kvm_resume
 from cpr.config import parse_command_line
 from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.events import EventBus
@@ -22,14 +20,11 @@ from cpr.migration.migration import Migration
 from cpr.monitor.passed_fds import PassedFds
 from cpr.phases import mark
 from cpr.state.fds import PreservedFds
-from cpr.uapi import mm_holder
-from cpr.vmm import way_back
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from cpr.accel.kvm_resume import ResumedVm
     from cpr.chardev.base import Chardev
     from cpr.config import Config
     from cpr.machine import Machine
@@ -150,27 +145,16 @@ def run_vmm(arguments: list[str]) -> int:
     listener = None
     if sources.cpr is not None:
         listener = _receive(sources.cpr, fds, after_exec)
-    resumed = kvm_resume.resumed if after_exec else None
-    vmm = _create(config, fds, resumed)
+    vmm = _create(config, fds)
     vmm.migration.incoming_side.listener = listener
-    if resumed is not None:
-        migration = vmm.migration
-        migration.incoming_side.on_loaded = lambda: way_back.forget(resumed, fds, migration)
     _confine(config)
-    loads_first = resumed is None or not resumed.overlap  # a guest of an overlap runs meanwhile
-    if not loads_first:
-        vmm.create_frontends(after_exec)
     if isinstance(sources.main, dict) and not connects_in_background(sources.main):
         _load(vmm, sources.main, sources.option)
-        if loads_first:
-            vmm.create_frontends(after_exec)
+        vmm.create_frontends(after_exec)
     else:
-        if loads_first:
-            vmm.create_frontends(after_exec)
+        vmm.create_frontends(after_exec)
         _boot(vmm, sources.main, sources.option)
     vmm.start_populating()
-    if after_exec:
-        start_new_thread(mm_holder.reap, (mm_holder.children(),))
     fds.incoming = False
     from cpr.vmm import daemon
 
@@ -185,13 +169,11 @@ def run_vmm(arguments: list[str]) -> int:
     return vmm.exit_status
 
 
-def _create(config: Config, fds: PreservedFds, resumed: ResumedVm | None) -> Vmm:
+def _create(config: Config, fds: PreservedFds) -> Vmm:
     loop = MainLoop()
     events = EventBus()
     passed_fds = PassedFds()
-    if resumed is not None:
-        fds.mappings = resumed.mappings()
-    machine = pc.build(config, fds, loop, events, resumed)
+    machine = pc.build(config, fds, loop, events)
     migration = Migration(machine, fds, loop, events, passed_fds)
     migration.apply_globals(config.globals)
     return Vmm(config, machine, migration, loop, passed_fds)
