@@ -31,6 +31,8 @@ MESSAGE = lib.CPR_GUARD_MESSAGE
 ALONE_TIMEOUT_NS = 2_000_000_000
 STATUS_TIMEOUT_NS = 100_000_000
 STEP = 0.0002  # s
+FLAGS_FIELD = 6  # of /proc/PID/stat behind the name: 9 in proc_pid_stat(5), less three
+PF_USER_WORKER = 0x4000  # include/linux/sched.h: a worker of the kernel in a process of the user's
 EXIT_CODE_FIELD = 49  # of /proc/PID/stat behind the name: 52 in proc_pid_stat(5), less three
 
 
@@ -97,12 +99,24 @@ def wait_alone() -> None:
     Raises KernelError naming one that stays.
     """
     deadline = time.monotonic_ns() + ALONE_TIMEOUT_NS
-    while len(tasks := os.listdir("/proc/self/task")) > 1:
+    while others := [task for task in os.listdir("/proc/self/task") if _is_other_thread(task)]:
         if time.monotonic_ns() > deadline:
-            names = [_task_name(task) for task in tasks if int(task) != os.getpid()]
+            names = [_task_name(task) for task in others]
             text = f"an update with the threads {', '.join(names)}"
             raise KernelError(text, errno.EBUSY, "they have to be ended before")
         time.sleep(STEP)
+
+
+def _is_other_thread(task: str) -> bool:
+    """Whether this is a thread of the program's, and not a kernel's worker (KVM, vhost)."""
+    if int(task) == os.getpid():
+        return False
+    try:
+        with open(f"/proc/self/task/{task}/stat") as file:
+            flags = int(file.read().rpartition(")")[2].split()[FLAGS_FIELD])
+    except OSError:  # it has ended meanwhile
+        return False
+    return not flags & PF_USER_WORKER
 
 
 def _task_name(task: str) -> str:
@@ -187,6 +201,16 @@ def end(mappings: Sequence[tuple[int, int]]) -> None:
     Nothing comes after this, no exit handler and no exit status that anybody sees.
     """
     lib.cpr_guard_end(ffi.new("struct cpr_mapping[]", list(mappings)), len(mappings))
+
+
+def children() -> list[int]:
+    """The PIDs of this process's children: right after an exec, those of the images before it."""
+    pid = os.getpid()
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(word) for word in file.read().split()]
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN: they stay zombies
+        return []
 
 
 def reap(pid: int) -> None:

@@ -1,8 +1,8 @@
 """What old and new image say to each other: JSON with descriptors beside it, over a socketpair.
 
-A message is one packet (SOCK_SEQPACKET): one byte that says where its text is, in the packet or, if
-it is long, in a memfd that is its first descriptor, then the text.  Descriptors that do not fit into
-one packet go before it, in packets of their own.
+A message is one packet (SOCK_SEQPACKET): a byte that says where its text is, in the packet or, if
+it is long, in a memfd that is its first descriptor, then the text.  Descriptors that do not fit
+into one packet go before it, in packets of their own.
 """
 
 from __future__ import annotations

@@ -70,6 +70,7 @@ TRANSITIONS: dict[str, frozenset[str]] = {
 AFTER = {HELLO: BUILDING, READY: PREPARED, REFUSE: RETURNING}
 END_TIMEOUT_MS = 5000  # for a new image that was told to end
 NS_PER_MS = 1_000_000
+NS_PER_S = 1_000_000_000
 
 
 class UpdateError(CprError):
@@ -212,7 +213,7 @@ class Update:
         self._theirs = None
 
     def end_child(self) -> tuple[int, str]:
-        """Ends and reaps the child of `spawn`: its exit status, and the last lines of its stderr."""
+        """Ends and reaps the child of `spawn`: its exit status, and the end of its stderr."""
         self._child.kill()
         error = self._child.communicate()[1]
         return self._child.returncode, error[-2000:].decode(errors="replace").strip()
@@ -274,8 +275,12 @@ class Update:
             self.send(END, {"status": status})
         except UpdateError:
             pass
-        if self.pidfd >= 0 and not _is_ready(self.pidfd, END_TIMEOUT_MS):
+        if self.pidfd >= 0 and not self.is_dead(END_TIMEOUT_MS):
             self.kill()
+
+    def is_dead(self, timeout_ms: int) -> bool:
+        """Whether the new image has ended, or does so within the time."""
+        return _is_ready(self.pidfd, timeout_ms)
 
     def exit_status(self) -> int | None:
         """The wait status of the new image, which has ended, if it can be known."""
@@ -375,6 +380,16 @@ class Predecessor:
             raise UpdateError("the old program has taken back over: this one came too late")
         self.committed = True
 
+    def wait_hang_up(self, timeout_ns: int) -> None:
+        """Waits until the old image has closed all that it had, but no longer than this."""
+        from cpr.live import messages
+
+        self._socket.settimeout(timeout_ns / NS_PER_S)
+        try:
+            messages.receive(self._socket).close()
+        except messages.Ended:
+            pass
+
     def refuse(self, reason: str) -> None:
         """Tells the old image why this one cannot take over, and does what it is told.
 
@@ -401,18 +416,13 @@ class Predecessor:
             return  # this process ends, which the old image sees
 
     def close(self) -> None:
-        """Gives up what the update needed; the guard ends meanwhile, and is reaped in a thread."""
-        from _thread import start_new_thread
-
-        pid = int(self.page.struct.guard_pid)
+        """Gives up what the update needed; the guard ends meanwhile, and is this one's to reap."""
         if self._socket_object is not None:
             self._socket_object.close()
         else:
             os.close(self._socket_fd)
         os.close(self._token)
         self.page.close()
-        if self.mode != REHEARSE and pid:
-            start_new_thread(guard.reap, (pid,))
 
 
 def find_predecessor() -> Predecessor | None:
