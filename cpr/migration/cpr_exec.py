@@ -53,6 +53,7 @@ class Exec(Mode):
         self.on_new_pid: Callable[[], None] = lambda: None
         self.timeout_ms = 0
         self.knows_protocol = False
+        self._persists = False
         self.stopped_ns = 0
         self.ended_by = 0
         self.give_back: Callable[[Update, str], None] = lambda update, reason: None
@@ -61,6 +62,7 @@ class Exec(Mode):
     def begin(self, go_on: Callable[[], None]) -> bool:
         """Writes the CPR state to a memfd, which the environment names."""
         self._fds.persist()
+        self._persists = True
         return False
 
     def sends(self, block: RAMBlock, ignore_shared: bool) -> bool:
@@ -114,8 +116,9 @@ class Exec(Mode):
         return MigrationError(f"{error}; the guest goes on in the old VMM, PID {os.getpid()}")
 
     def walk_back(self) -> None:
-        if self._fds.state_fd >= 0:
+        if self._persists:  # one that was refused must not undo another's
             self._fds.unpersist()
+            self._persists = False
         self.remove_directory()
 
     def remove_directory(self) -> None:

@@ -125,18 +125,15 @@ class EarlyUpdate:
             raise MigrationError(str(error)) from None
 
     def execute(self) -> None:
-        """Becomes the command, and goes on in the guard.  Raises MigrationError."""
+        """Becomes the command, and goes on in the guard; or the update fails."""
         migration, update = self._migration, self._update
         migration.park()
         try:
             update.execute(self._mode.command, os.environ, early=True, timeout_ns=0)
         except CprError as error:
-            update.close()
-            self._closed = True
             migration.unpark()
-            if getattr(error, "pid_changed", False):
-                migration.on_new_pid()
-            raise MigrationError(str(error)) from None
+            self._fail(str(error))
+            return
         migration.unpark()
         self._watch()
 
@@ -151,9 +148,13 @@ class EarlyUpdate:
         loop.watch(self._update.pidfd, READ, self._on_death)
         self._start_timer()
 
-    def _start_timer(self) -> None:
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
+
+    def _start_timer(self) -> None:
+        self._stop_timer()
         if self._timeout_ms:
             delay = self._timeout_ms * NS_PER_MS
             self._timer = self._migration.loop.call_later(delay, self._on_timeout)
@@ -178,9 +179,18 @@ class EarlyUpdate:
         if message.kind == HELLO:
             self._send_state(message)
         elif message.kind == READY:
-            self._hand_over()
+            self._migration.set_status("active")
+            if self._migration.capabilities.enabled("pause-before-switchover"):
+                self._stop_timer()
+                self._migration.set_status("pre-switchover")
+            else:
+                self._hand_over()
         else:
             self._on_refusal(str(message.body.get("reason", "")))
+
+    def continue_(self) -> None:
+        """migrate-continue: goes on from pre-switchover."""
+        self._guarded(self._hand_over)
 
     def _send_state(self, message: Message) -> None:
         if message.body.get("protocol") != PROTOCOL:
@@ -211,7 +221,6 @@ class EarlyUpdate:
         migration, machine = self._migration, self._machine
         for reason in device_blockers(machine, EXEC):
             raise MigrationError(reason)
-        migration.set_status("active")
         self._update.page.struct.stopped_ns = time.monotonic_ns()
         self._stopped = True
         migration.stop_guest()
@@ -284,11 +293,12 @@ class EarlyUpdate:
             return
         if not self._update.take_back():
             self._on_commit(0)
+        new_pid = self._update.pid not in (0, os.getpid())
         self.close()
-        self._migration.on_new_pid()
-        error_report(
-            f"the update failed: {reason}; the guest goes on in the old VMM, PID {os.getpid()}"
-        )
+        if new_pid:
+            self._migration.on_new_pid()
+            reason += f"; the guest goes on in the old VMM, PID {os.getpid()}"
+        error_report(f"the update failed: {reason}")
         self._run_on()
         self._migration.end(status, reason)
 
@@ -320,8 +330,7 @@ class EarlyUpdate:
         if self._closed:
             return
         self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        self._stop_timer()
         for fd in (self._update.fileno(), self._update.pidfd, self._update.token):
             self._migration.loop.unwatch(fd)
         self._update.close()

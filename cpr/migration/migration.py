@@ -267,19 +267,14 @@ class Migration:
         self._unstage()
         mode.remove_directory()
         try:
-            self.early = EarlyUpdate(self, mode, mode.timeout_ms)
+            self.early = early = EarlyUpdate(self, mode, mode.timeout_ms)
         except CprError as error:
             self._fail(error)
             raise
 
         def execute() -> None:
-            assert self.early is not None
-            try:
-                self.before_exec()
-                self.early.execute()
-            except CprError as error:
-                error_report(error)
-                self._fail(error)
+            if self.early is early:  # and not cancelled meanwhile
+                early.execute()
 
         self.loop.call_soon(execute)
 
@@ -326,6 +321,8 @@ class Migration:
         """migrate-continue: goes on from pre-switchover.  Raises MigrationError elsewhere."""
         if self.status != state:
             raise MigrationError(f"Migration not in expected state: {self.status}")
+        if self.early is not None:
+            self.early.continue_()
         self._let_go()
 
     def check_cont(self) -> None:
