@@ -112,6 +112,9 @@ class Device:
         """The state by `vmstate`; called while the VM is stopped."""
         return {}
 
+    def check(self, state: dict) -> None:
+        """Raises ConfigError where `restore` could not; called before any device is restored."""
+
     def restore(self, state: dict) -> None:
         """Takes over a whole state made by `save`; called while the VM is stopped."""
 

@@ -10,7 +10,7 @@ import os
 import sys
 
 from cpr import runstate
-from cpr.errors import KernelError
+from cpr.errors import ConfigError, KernelError
 from cpr.migration.statistics import RamCounters
 from cpr.state import mapped_ram, ram_section, stream
 from cpr.state.configuration import CHECKED_CAPABILITIES, Configuration
@@ -20,6 +20,7 @@ from cpr.state.vmstate import VMStateDescription, buffer, u8, u32
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from cpr.devices.base import Device
     from cpr.machine import Machine
     from cpr.migration.channel import Channel
     from cpr.migration.mode import Mode
@@ -200,11 +201,20 @@ def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
     for key, device in devices.items():
         if device.required and key not in states:
             raise StreamError(f"there is no section '{key[0]}' instance {key[1]} in the stream")
+        if key in states:
+            _check_state(device, states[key])
     reader.vmdescription()
     for warning in (*warnings, *reader.warnings):
         print(f"cpr-vmm: {warning}", file=sys.stderr)
     _apply(machine, states)
     return _runstate(machine, states.get((VMSTATE_GLOBALSTATE.name, 0)))
+
+
+def _check_state(device: Device, state: dict) -> None:
+    try:
+        device.check(state)
+    except ConfigError as error:
+        raise StreamError(f"section '{device.idstr}': {error}") from None
 
 
 def _apply(machine: Machine, states: dict[tuple[str, int], dict]) -> None:
@@ -213,6 +223,7 @@ def _apply(machine: Machine, states: dict[tuple[str, int], dict]) -> None:
             state = states.get((device.idstr, device.instance_id))
             if state is not None:
                 device.restore(state)
+        machine.accel.apply_state()
 
 
 def _load_ram(
