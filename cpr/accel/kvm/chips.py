@@ -1,8 +1,8 @@
 """The chips that KVM has for all vCPUs of a VM, by the fields of their devices' vmstate; its clock.
 
-Writing a PIT starts the timer of channel 0 anew with the whole count.  For a counter that counts
-down once this would be too late, or once too often, so it is given a count that ends when the
-guest's does; what the guest reads of the counter is the same.
+KVM does not tell when channel 0 of its PIT was loaded, and begins its whole count anew when the PIT
+is written: a period is longer once, and a count that ends once ends once more.  Of the other
+channels it forgets the time too.
 """
 
 from __future__ import annotations
