@@ -19,7 +19,7 @@ pytestmark = [
 
 SOURCES = Path(__file__).parent / "guests"
 TSC_DEADLINE, X2APIC = ("tsc-deadline", 24), ("x2apic", 21)  # bits of CPUID leaf 1, ecx
-SOON, FAR = 20_000_000, 5_000_000_000  # TSC ticks
+SOON, FAR = 100_000_000, 5_000_000_000  # TSC ticks
 READY = 0x8000
 
 
