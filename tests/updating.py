@@ -129,7 +129,8 @@ STAGING = ["-global", "migration.x-cpr-ram-staging=on"]
 # The name of each, what it does, and the guest's RAM and further options for it.
 WAYS: dict[str, tuple[Callable[[Journey], None], str, list[str]]] = {
     "stop-cont": (stop_and_cont, MEMFD, []),
-    "cpr-exec": (cpr_exec, MEMFD, []),
+    "early": (cpr_exec, MEMFD, []),
+    "cpr-exec": (cpr_exec, MEMFD, ["-global", "migration.x-cpr-exec-overlap=off"]),
     "late": (migrate_late, MEMFD, []),
     "defer": (migrate_defer, MEMFD, []),
     "stopped": (stopped_for_long, MEMFD, []),

@@ -113,7 +113,10 @@ class Device:
         return {}
 
     def check(self, state: dict) -> None:
-        """Raises ConfigError where `restore` could not; called before any device is restored."""
+        """Raises ValueError or ConfigError for a state that the device cannot take.
+
+        Called for a whole state before any device has taken over its own.
+        """
 
     def restore(self, state: dict) -> None:
         """Takes over a whole state made by `save`; called while the VM is stopped."""

@@ -193,6 +193,8 @@ def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
                     vmstate = devices[key].vmstate if key in devices else VMSTATE_GLOBALSTATE
                     assert vmstate is not None
                     states[key] = vmstate.decode(reader, section.version_id)
+                    if key in devices:
+                        _check(devices[key], states[key])
             except StreamError as error:
                 raise section.failure(error) from None
     finally:
@@ -201,8 +203,6 @@ def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
     for key, device in devices.items():
         if device.required and key not in states:
             raise StreamError(f"there is no section '{key[0]}' instance {key[1]} in the stream")
-        if key in states:
-            _check_state(device, states[key])
     reader.vmdescription()
     for warning in (*warnings, *reader.warnings):
         print(f"cpr-vmm: {warning}", file=sys.stderr)
@@ -210,11 +210,11 @@ def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
     return _runstate(machine, states.get((VMSTATE_GLOBALSTATE.name, 0)))
 
 
-def _check_state(device: Device, state: dict) -> None:
+def _check(device: Device, state: dict) -> None:
     try:
         device.check(state)
-    except ConfigError as error:
-        raise StreamError(f"section '{device.idstr}': {error}") from None
+    except (ConfigError, ValueError) as error:
+        raise StreamError(f"Failed to load {device.idstr} state: {error}") from None
 
 
 def _apply(machine: Machine, states: dict[tuple[str, int], dict]) -> None:
