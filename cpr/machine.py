@@ -184,6 +184,7 @@ class Machine:
             for device in self.devices:
                 device.reset()
         self.vcpus[0].set_state(registers)
+        self.accel.apply_state()
 
     def resume_vcpus(self) -> None:
         """Lets the clock and the vCPUs go; `pause_vcpus` is the inverse.  No event is sent."""
@@ -191,6 +192,7 @@ class Machine:
             self.clock.enable()
             for device in self.devices:
                 device.on_run()
+            self.accel.start_time()
         for thread in self.threads:
             thread.resume()
 
@@ -203,6 +205,7 @@ class Machine:
         for thread in self.threads:
             thread.pause()
         with self.lock:
+            self.accel.stop_time()
             self.clock.disable()
             for device in self.devices:
                 device.on_stop()
@@ -277,6 +280,7 @@ class Machine:
                 for device in self.devices:
                     device.reset()
             self.vcpus[0].set_state(self.boot_image().registers)
+            self.accel.apply_state()
             self.was_suspended = False
             self.runstate.set(runstate.RUNNING)
             self.events.emit("WAKEUP")

@@ -30,7 +30,7 @@ from cpr.devices.pckbd import I8042
 from cpr.devices.piix4_pm import Piix4Pm
 from cpr.devices.port92 import Port92
 from cpr.devices.serial import PORTS, Serial
-from cpr.devices.system import KvmClock, Timers, VCpuState
+from cpr.devices.system import ParavirtualClock, Timers, VCpuState
 from cpr.errors import ConfigError, CprError
 from cpr.machine import Machine
 from cpr.memory import GuestMemory
@@ -267,7 +267,7 @@ def _create_interrupts(machine: Machine) -> None:
     for device in (*apics, pic.master, pic.slave, ioapic, pit, PcSpeaker(pit)):
         machine.add_device(device)
     if accel.kernel_irqchip:
-        machine.add_device(KvmClock())
+        machine.add_device(ParavirtualClock())
         machine.irq_handlers.append(accel.set_irq)
         return
     machine.irq_handlers += [pic.set_irq, ioapic.set_irq]

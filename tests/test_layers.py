@@ -43,7 +43,7 @@ ONLY = {
     "cpr.uapi.vfio_sysfs": ("cpr.devices.vfio", "cpr.uapi"),
     "cpr.uapi.iommufd": ("cpr.devices.iommufd",),
     "cpr.accel.kvm": ("cpr.pc",),
-    "cpr.accel.kvm_interrupts": ("cpr.accel",),
+    "cpr.accel.kvm.interrupts": ("cpr.accel",),
     "cpr.accel.tcg": ("cpr.pc",),
 }
 
@@ -138,14 +138,14 @@ def test_restore_path_imports_nothing_slow() -> None:
         "cpr.uapi.vfio",
         "cpr.uapi.iommufd",
     )
-    unused += ("cpr.devices.vfio", "cpr.devices.iommufd", "cpr.accel.kvm_interrupts")
+    unused += ("cpr.devices.vfio", "cpr.devices.iommufd", "cpr.accel.kvm.interrupts")
     assert not {name for name in loaded if name.startswith(unused) or name == "cpr.devices.pci"}
 
 
 def test_a_guest_with_a_passed_through_device_imports_nothing_slow_either() -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
     site = [path for path in sys.path if path.endswith("site-packages")]
-    names = ["cpr.devices.vfio_options", "cpr.accel.kvm_interrupts"]
+    names = ["cpr.devices.vfio_options", "cpr.accel.kvm.interrupts"]
     code += f"sys.path += {site!r}\nimport {', '.join(RESTORE_PATH + names)}\nprint(*sys.modules)"
     run = [sys.executable, "-I", "-S", "-c", code]
     loaded = set(subprocess.run(run, check=True, capture_output=True, text=True).stdout.split())

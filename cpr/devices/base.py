@@ -112,6 +112,12 @@ class Device:
         """The state by `vmstate`; called while the VM is stopped."""
         return {}
 
+    def check(self, state: dict) -> None:
+        """Raises ValueError or ConfigError for a state that the device cannot take.
+
+        Called for a whole state before any device has taken over its own.
+        """
+
     def restore(self, state: dict) -> None:
         """Takes over a whole state made by `save`; called while the VM is stopped."""
 

@@ -10,7 +10,7 @@ import os
 import sys
 
 from cpr import runstate
-from cpr.errors import KernelError
+from cpr.errors import ConfigError, KernelError
 from cpr.migration.statistics import RamCounters
 from cpr.state import mapped_ram, ram_section, stream
 from cpr.state.configuration import CHECKED_CAPABILITIES, Configuration
@@ -20,6 +20,7 @@ from cpr.state.vmstate import VMStateDescription, buffer, u8, u32
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from cpr.devices.base import Device
     from cpr.machine import Machine
     from cpr.migration.channel import Channel
     from cpr.migration.mode import Mode
@@ -192,6 +193,8 @@ def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
                     vmstate = devices[key].vmstate if key in devices else VMSTATE_GLOBALSTATE
                     assert vmstate is not None
                     states[key] = vmstate.decode(reader, section.version_id)
+                    if key in devices:
+                        _check(devices[key], states[key])
             except StreamError as error:
                 raise section.failure(error) from None
     finally:
@@ -207,12 +210,20 @@ def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
     return _runstate(machine, states.get((VMSTATE_GLOBALSTATE.name, 0)))
 
 
+def _check(device: Device, state: dict) -> None:
+    try:
+        device.check(state)
+    except (ConfigError, ValueError) as error:
+        raise StreamError(f"Failed to load {device.idstr} state: {error}") from None
+
+
 def _apply(machine: Machine, states: dict[tuple[str, int], dict]) -> None:
     with machine.lock:
         for device in machine.sections():
             state = states.get((device.idstr, device.instance_id))
             if state is not None:
                 device.restore(state)
+        machine.accel.apply_state()
 
 
 def _load_ram(

@@ -7,21 +7,20 @@ memslot that is set after them waits for a grace period (7 ms instead of 0.07 ms
 from __future__ import annotations
 
 import errno
-import sys
 
 from cpr._native._cpr import ffi, lib
-from cpr.accel import base, kvm_state
-from cpr.accel.kvm_exit import serve
+from cpr.accel import base
+from cpr.accel.kvm import chips, cpuid, msrs, state
+from cpr.accel.kvm.vcpu import KvmVCpu
 from cpr.errors import KernelError
 from cpr.uapi import kvm
-from cpr.uapi.fd import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from cpr.accel.base import Bus
-    from cpr.accel.kvm_interrupts import KvmInterrupts
+    from cpr.accel.kvm.cpuid import Cpuid
+    from cpr.accel.kvm.interrupts import KvmInterrupts
 
 # Three pages for KVM's own TSS and one for its identity map, below the BIOS, as on every PC VMM.
 IDENTITY_MAP_ADDRESS = 0xFEFFC000
@@ -38,105 +37,6 @@ IRQFD_CAPABILITIES = (
 PAGE_SIZE = 4096
 BITMAP_ALIGNMENT = 64 * PAGE_SIZE  # what a 64-bit word of a dirty log is for
 
-CPUID_APIC_ID_LEAF = 1
-CPUID_TOPOLOGY_LEAVES = (0xB, 0x1F)
-
-
-class KvmInternalError(KernelError):
-    """KVM cannot go on with this guest; the VM stops in runstate internal-error."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text, errno.EIO, "the guest is stopped and can still be examined")
-
-
-class KvmVCpu(base.VCpu):
-    """One KVM vCPU; owns its descriptor and its kvm_run area."""
-
-    def __init__(self, accel: KvmAccelerator, index: int) -> None:
-        self.index = index
-        self._accel = accel
-        self._run_size = accel.run_size
-        self._cpuid: Any = None
-        self._thread = 0
-        self._fd = kvm.create_vcpu(accel.vm, index)
-        self._run = kvm.map_run(self._fd, self._run_size)
-        self._exit = ffi.new("struct cpr_exit *")
-        self._fd.ioctl(lib.KVM_SET_CPUID2, "KVM_SET_CPUID2", self.cpuid)
-
-    @property
-    def cpuid(self) -> Any:
-        """The kvm_cpuid2 that the guest sees."""
-        if self._cpuid is None:
-            self._cpuid = self._create_cpuid()
-        return self._cpuid
-
-    def _create_cpuid(self) -> Any:
-        cpuid = kvm.supported_cpuid(self._accel.device)
-        for i in range(cpuid.nent):
-            entry = cpuid.entries[i]
-            if entry.function == CPUID_APIC_ID_LEAF:
-                entry.ebx = (entry.ebx & 0x00FFFFFF) | self.index << 24
-            elif entry.function in CPUID_TOPOLOGY_LEAVES:
-                entry.edx = self.index
-        return cpuid
-
-    def run(self, bus: Bus) -> str:
-        exit_ = self._exit
-        self._thread = lib.cpr_vcpu_thread_enter()
-        try:
-            while True:
-                error = int(lib.cpr_kvm_run(self._fd.number, self._run, exit_))
-                if error == -errno.EINTR:
-                    lib.cpr_kvm_set_immediate_exit(self._run, 0)
-                    return base.KICKED
-                if error:
-                    raise KernelError(f"KVM_RUN on vCPU {self.index}", -error)
-                reason = exit_.reason
-                if reason in (lib.KVM_EXIT_IO, lib.KVM_EXIT_MMIO):
-                    serve(exit_, bus)
-                elif reason == lib.KVM_EXIT_SHUTDOWN:
-                    return base.SHUTDOWN
-                elif reason == lib.KVM_EXIT_HLT:
-                    continue
-                else:
-                    raise self._internal_error(reason)
-        finally:
-            self._thread = 0
-
-    def _internal_error(self, reason: int) -> KvmInternalError:
-        exit_ = self._exit
-        if reason == lib.KVM_EXIT_INTERNAL_ERROR:
-            return KvmInternalError(f"KVM internal error. Suberror: {exit_.suberror}")
-        if reason == lib.KVM_EXIT_FAIL_ENTRY:
-            return KvmInternalError(f"KVM: entry failed, hardware error {exit_.hardware:#x}")
-        return KvmInternalError(f"KVM: unknown exit reason {reason} on vCPU {self.index}")
-
-    def kick(self) -> None:
-        lib.cpr_kvm_set_immediate_exit(self._run, 1)
-        thread = self._thread
-        if thread:
-            lib.cpr_vcpu_thread_kick(thread)
-
-    def get_state(self) -> dict:
-        return kvm_state.get_vcpu(self._fd, self._accel.msr_indices())
-
-    def set_state(self, state: dict) -> None:
-        refused = kvm_state.set_vcpu(self._fd, state)
-        for index in refused:
-            print(
-                f"warning: KVM refused MSR {index:#x} of vCPU {self.index}; it keeps its value",
-                file=sys.stderr,
-            )
-
-    @property
-    def fd(self) -> Fd:
-        """The vCPU's descriptor; it stays the vCPU's."""
-        return self._fd
-
-    def close(self) -> None:
-        kvm.unmap_run(self._run, self._run_size)
-        self._fd.close()
-
 
 class Memslot:
     """A range of guest-physical addresses, its memslot's number and flags (KVM_MEM_…)."""
@@ -152,7 +52,10 @@ class Memslot:
 
 
 class KvmAccelerator(base.Accelerator):
-    """One KVM VM; owns /dev/kvm and the VM descriptor."""
+    """One KVM VM; owns /dev/kvm and the VM descriptor.
+
+    `held_clock` is what the paravirtual clock shows while the VM is stopped; None while it goes.
+    """
 
     name = "kvm"
     kernel_irqchip = True
@@ -162,7 +65,11 @@ class KvmAccelerator(base.Accelerator):
         self.vcpus: list[KvmVCpu] = []
         self._slots: dict[tuple[int, int], Memslot] = {}
         self._interrupts: KvmInterrupts | None = None
+        self.held_clock: int | None = None
+        self._given_chips: dict[str, dict] = {}
+        self._supported_cpuid: Cpuid | None = None
         self._msr_indices: list[int] | None = None
+        self._initial_msrs: dict[int, int] | None = None
         self.device = kvm.open_device()
         try:
             self.vm = kvm.create_vm(self.device)
@@ -223,39 +130,76 @@ class KvmAccelerator(base.Accelerator):
         self.vcpus.append(KvmVCpu(self, index))
         return self.vcpus[-1]
 
-    def msr_indices(self) -> list[int]:
-        """The MSRs to save; asked of the kernel once."""
+    # What all vCPUs have in common; asked of the kernel once.
+
+    def supported_cpuid(self) -> Cpuid:
+        if self._supported_cpuid is None:
+            self._supported_cpuid = cpuid.supported(self.device)
+        return self._supported_cpuid
+
+    def msr_indices(self, vcpu: KvmVCpu) -> list[int]:
         if self._msr_indices is None:
-            self._msr_indices = kvm.msr_indices(self.device)
+            self._msr_indices = msrs.indices(vcpu, kvm.msr_indices(self.device))
         return self._msr_indices
+
+    def initial_msrs(self, vcpu: KvmVCpu) -> dict[int, int]:
+        """What they were when this was called first, which is before any guest ran."""
+        if self._initial_msrs is None:
+            self._initial_msrs = kvm.get_msrs(vcpu.fd, self.msr_indices(vcpu))
+        return self._initial_msrs
+
+    def cpu_model(self) -> dict[str, Any]:
+        return {"cpuid": [list(entry) for entry in self.vcpus[0].cpuid]} if self.vcpus else {}
+
+    def check_cpu_model(self, model: dict[str, Any]) -> None:
+        cpuid.check(model.get("cpuid", ()), self.supported_cpuid())
 
     def set_irq(self, gsi: int, level: bool) -> None:
         line = ffi.new("struct kvm_irq_level *", {"irq": gsi, "level": int(level)})
         self.vm.ioctl(lib.KVM_IRQ_LINE, "KVM_IRQ_LINE", line)
 
+    # State: given in parts, written in the order of `state` by apply_state.
+
     def get_irqchip(self, chip: str) -> dict:
-        return kvm_state.get_chip(self.vm, chip)
+        self.apply_state()
+        return chips.get_chip(self.vm, chip)
 
     def set_irqchip(self, chip: str, state: dict) -> None:
-        kvm_state.set_chip(self.vm, chip, state)
+        self._given_chips[chip] = state
 
     def get_apic(self, vcpu: base.VCpu) -> bytes:
         assert isinstance(vcpu, KvmVCpu)
-        lapic = kvm.get_struct(vcpu.fd, "kvm_lapic_state", "KVM_GET_LAPIC", lib.KVM_GET_LAPIC)
-        return bytes(ffi.buffer(lapic.regs))
+        return vcpu.get_apic()
 
     def set_apic(self, vcpu: base.VCpu, registers: bytes) -> None:
         assert isinstance(vcpu, KvmVCpu)
-        lapic = ffi.new("struct kvm_lapic_state *")
-        ffi.buffer(lapic.regs)[:] = registers
-        vcpu.fd.ioctl(lib.KVM_SET_LAPIC, "KVM_SET_LAPIC", lapic)
+        vcpu.set_apic(registers)
+
+    def get_clock(self) -> int:
+        return chips.get_clock(self)
+
+    def set_clock(self, ns: int) -> None:
+        self.held_clock = ns
+
+    def apply_state(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.apply_state()
+        given, self._given_chips = self._given_chips, {}
+        state.write_chips(self.vm, given)
+
+    def stop_time(self) -> None:
+        state.hold_time(self)
+
+    def start_time(self) -> None:
+        self.apply_state()
+        state.release_time(self)
 
     # Interrupts by eventfd; the module is imported where there is a device that has them.
 
     @property
     def interrupts(self) -> KvmInterrupts:
         if self._interrupts is None:
-            from cpr.accel.kvm_interrupts import KvmInterrupts
+            from cpr.accel.kvm.interrupts import KvmInterrupts
 
             self._interrupts = KvmInterrupts(self.vm)
         return self._interrupts
