@@ -35,6 +35,7 @@ LAYERS = (
     ("cpr.errors", "cpr._native"),
 )
 ONLY = {
+    "cpr._native._tcg": ("cpr.accel.tcg",),
     "cpr._native": ("cpr.uapi", "cpr.ram", "cpr.page", "cpr.accel", "cpr._native"),
     "cpr.uapi.kvm": ("cpr.accel",),
     "cpr.uapi.seccomp": ("cpr.vmm",),
@@ -76,7 +77,7 @@ def run_time_imports(path: Path) -> set[str]:
             visit(child)
 
     visit(ast.parse(path.read_text()))
-    names = {module_name(each) for each in MODULES} | {"cpr._native._cpr"}
+    names = {module_name(each) for each in MODULES} | {"cpr._native._cpr", "cpr._native._tcg"}
     return found & names - {"cpr"}
 
 
@@ -137,6 +138,7 @@ def test_restore_path_imports_nothing_slow() -> None:
         "cpr.devices.pci.",
         "cpr.uapi.vfio",
         "cpr.uapi.iommufd",
+        "cpr._native._tcg",
     )
     unused += ("cpr.devices.vfio", "cpr.devices.iommufd", "cpr.accel.kvm_interrupts")
     assert not {name for name in loaded if name.startswith(unused) or name == "cpr.devices.pci"}
