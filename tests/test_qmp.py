@@ -260,6 +260,20 @@ def test_limits(ready: Client) -> None:
     assert [str(result) for result in results] == ["JSON token count limit exceeded"]
 
 
+@pytest.mark.parametrize(
+    "start", [b'"', b"a", b"1", b"[ "], ids=["string", "word", "number", "blanks"]
+)
+def test_small_pieces_of_what_is_long(start: bytes) -> None:
+    """A byte is looked at once, however small the pieces are: this would take minutes otherwise."""
+    stream = JsonStream()
+    piece = start[-1:].replace(b'"', b"x") * 8
+    results = stream.feed(start)
+    for _ in range(1 << 17):
+        results += stream.feed(piece)
+    results += stream.feed(b'"\n]\n{}')
+    assert results[-1] == {}
+
+
 def test_qemus_dialect() -> None:
     stream = JsonStream()
     text = b"""{'a':'b"c',"d":"\\u00e9\\ud83d\\ude00\\/\\'"} [true,false,null,-0,1.5e3,[]] {}"""
