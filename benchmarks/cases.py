@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -100,11 +101,7 @@ def obstacle(case: Case, touched: bool = False) -> str | None:
 
 def available_memory() -> int:
     """Bytes of memory that can be had."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, value, *_ = line.split()
-        if name == "MemAvailable:":
-            return int(value) << 10
-    return 0
+    return psutil.virtual_memory().available
 
 
 def batches(cases: list[Case], memory: int, touched: bool = False) -> list[list[Case]]:

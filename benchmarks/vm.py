@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 VMM = [sys.executable, "-m", "cpr.vmm", "run"]
 TIMEOUT = 30.0
@@ -207,13 +209,11 @@ class Vm:
         self.ram[address : address + 4] = value.to_bytes(4, "little")
 
     def children(self) -> list[int]:
-        """The PIDs of the VMM's children: an mm holder, or the one that runs an overlap's guest."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):  # it has ended meanwhile
-                if int(path.read_text().rpartition(")")[2].split()[1]) == self.pid:
-                    found.append(int(path.parent.name))
-        return sorted(found)
+        """The PIDs of the VMM's children, such as the old image in an update."""
+        try:
+            return sorted(child.pid for child in psutil.Process(self.pid).children())
+        except psutil.NoSuchProcess:
+            return []
 
     def resident(self) -> int:
         """Bytes of shared memory in the VMM's page tables, huge pages included."""

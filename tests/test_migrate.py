@@ -6,6 +6,7 @@ import json
 import os
 import sys
 
+import psutil
 import pytest
 from waiting import wait_for, wait_for_change
 
@@ -37,8 +38,7 @@ def on(capability):
 
 def own_command(vm, *more):
     """The VMM's own words, as a management tool would repeat them."""
-    with open(f"/proc/{vm.pid}/cmdline") as file:
-        return [*file.read().split("\0")[:-1], *more]
+    return [*psutil.Process(vm.pid).cmdline(), *more]
 
 
 def trail(vm):

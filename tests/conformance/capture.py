@@ -69,7 +69,7 @@ def exec_into_sleep(lab: Lab, uri: str = FILE, command: list[str] = SLEEP) -> No
     except Closed:
         pass
     if not until(lambda: _has_become(vm.process, "sleep")):
-        raise Mismatch(f"no exec: the command line is {vm.process.words('cmdline')}")
+        raise Mismatch(f"no exec: the command line is {vm.process.command_line()}")
 
 
 def _has_become(process: Process, name: str) -> bool:
@@ -79,7 +79,7 @@ def _has_become(process: Process, name: str) -> bool:
 
 def state_number(process: Process) -> int:
     """The number in the environment variable of an exec'd process."""
-    for word in process.words("environ"):
+    for word in process.environment():
         name, _, value = word.partition("=")
         if name == STATE_VARIABLE:
             return int(value)

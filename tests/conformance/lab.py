@@ -69,7 +69,7 @@ class Vm:
                     raise Mismatch(f"no QMP greeting from {self.name}: {error}") from error
                 time.sleep(POLL)
         if not self.prefix:
-            self.prefix = self.process.words("cmdline")[: -len(self.options)]
+            self.prefix = self.process.command_line()[: -len(self.options)]
 
     def disconnect(self) -> None:
         if self._qmp is not None:
