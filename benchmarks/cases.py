@@ -9,8 +9,8 @@ from typing import Any
 
 import psutil
 
-MIB = 1 << 20
-GIB = 1 << 30
+from cpr.constants import GIB, MIB, PAGE_SIZE
+
 UNITS = {"M": MIB, "G": GIB}
 
 # From the longest pause to the shortest; the plots and tables keep this order.
@@ -19,7 +19,7 @@ ACCELS = ("kvm", "tcg")
 PAGES = ("4K", "THP", "2M", "1G")
 BACKINGS = ("lazy", "prealloc")
 RAM = ("64M", "256M", "1G", "4G", "8G", "16G")
-PAGE_SIZES = {"4K": 4096, "THP": 4096, "2M": 2 * MIB, "1G": GIB}
+PAGE_SIZES = {"4K": PAGE_SIZE, "THP": PAGE_SIZE, "2M": 2 * MIB, "1G": GIB}
 HUGETLB = ("2M", "1G")
 OVERHEAD = 160 * MIB  # a VMM process without its guest's RAM, and what it needs to start
 

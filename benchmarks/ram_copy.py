@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.cases import available_memory
+from cpr.constants import MIB, PAGE_SIZE
 from cpr.errors import CprError
 from cpr.pages import (
     INSTRUCTION_SETS,
@@ -37,8 +38,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path(__file__).with_name("ram_ceilings.c")
 LIBRARY = ROOT / "build" / "ram_ceilings.so"
 
-PAGE = 4096
-MIB = 1 << 20
 MAPPED_RAM_OFFSET = MIB  # QEMU aligns the pages of a block in the file to this
 RANDOM_TILE = 64 * MIB
 
@@ -73,7 +72,7 @@ class FreshRam:
         self.address = ctypes.addressof(self._first)
 
     def pages(self, bitmap: bytearray | None = None) -> Pages:
-        return Pages("RAM", self.address, self.size // PAGE, self.fd, bitmap)
+        return Pages("RAM", self.address, self.size // PAGE_SIZE, self.fd, bitmap)
 
     def __enter__(self) -> Self:
         return self
@@ -223,7 +222,7 @@ def measure_copying(results: Results, size: int, rounds: int, threads: list[int]
         copying = Copying(results, random, zero, target)
         for _ in range(rounds):
             copying.memcpy("memcpy", size)
-            copying.memcpy("memcpy by page", PAGE, "memcpy")
+            copying.memcpy("memcpy by page", PAGE_SIZE, "memcpy")
             for pool in pools:
                 copying.copy_random(f"copy random, {pool.threads} thr", pool, "memcpy")
             for pool in sets:
@@ -280,7 +279,7 @@ class Saving:
 
     def mapped(self, results: Results, pool: PagePool) -> None:
         fd = self._new_file()
-        present = bytearray(bitmap_size(self.ram.size // PAGE))
+        present = bytearray(bitmap_size(self.ram.size // PAGE_SIZE))
         source = self.ram.pages()
         seconds = timed(lambda: pool.save(source, fd, MAPPED_RAM_OFFSET, present))
         self._add(results, "save mapped-ram", pool, seconds)

@@ -11,6 +11,7 @@ from _thread import RLock
 from cpr import runstate
 from cpr.bus import IOBus, Region
 from cpr.clock import VirtualClock
+from cpr.constants import PAGE_SIZE
 from cpr.errors import CommandError, CprError
 from cpr.memory import GuestMemory
 from cpr.runstate import RunState
@@ -348,7 +349,7 @@ class Machine:
             physical = translate(state, self.memory.read, virtual)
             if physical is None:
                 raise CommandError(f"Invalid addr 0x{virtual:016x}/size {size} specified")
-            piece = min(size - len(data), 4096 - virtual % 4096)
+            piece = min(size - len(data), PAGE_SIZE - virtual % PAGE_SIZE)
             data += self.memory.read(physical, piece)
         return data
 

@@ -14,6 +14,7 @@ import os
 from errno import ENOTSUP
 
 from cpr._native._cpr import ffi, lib
+from cpr.constants import PAGE_SIZE
 from cpr.errors import CprError, KernelError
 
 TYPE_CHECKING = False
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from cpr.ram import RAMBlock
 
-PAGE_SIZE = 4096
 WORD_BITS = 64
 LONGEST_RECORD = lib.CPR_RECORD_MOST
 LOAD_BUFFER_SIZE = 256 << 10  # stays in the L2 cache between read and copy

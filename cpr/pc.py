@@ -15,6 +15,7 @@ import sys
 
 from cpr import boot
 from cpr.config.device_table import DEVICES
+from cpr.constants import GIB, MAX_CPUS
 from cpr.devices import isa_serial
 from cpr.devices.apic import ApicBus, LocalApic
 from cpr.devices.i8254 import I8254, PcSpeaker
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from cpr.ram import RAMBlock
     from cpr.state.fds import PreservedFds
 
-GIB = 1 << 30
 LOW_RAM_LIMIT = 0xE0000000  # RAM of this size or more leaves the PCI hole from 3 GiB on
 LOW_RAM_SPLIT = 0xC0000000
 BIOS_SIZE = 256 << 10
@@ -59,7 +59,6 @@ ISA_BIOS_ADDRESS = 0xE0000
 ROM_SIZE = 128 << 10
 ROM_ADDRESS = 0xC0000
 VGA_ADDRESS = 0xA0000
-MAX_CPUS = 255
 RESET_VECTOR = BIOS_SIZE - 16
 JUMP_TO_BOOT = bytes((0xEA, 0x00, 0x7C, 0x00, 0x00))  # jmp far 0:7c00
 HLT = 0xF4

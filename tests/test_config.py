@@ -24,10 +24,10 @@ from cpr.config import (
 )
 from cpr.config.command_line import FLAGS, HANDLERS, OPTIONS
 from cpr.config.usage import QEMU_ONLY, USAGE, VERSION
+from cpr.constants import MIB
 from cpr.errors import ConfigError
 
 PROJECT = Path(__file__).parent.parent
-MIB = 1 << 20
 MEMFD = "-object memory-backend-memfd,id=ram0,size=16M"
 
 

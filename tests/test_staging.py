@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from cpr import ram
+from cpr.constants import MIB
+from cpr.constants import PAGE_SIZE as PAGE
 from cpr.errors import KernelError, MigrationError
 from cpr.memory import GuestMemory
 from cpr.migration import staging
@@ -19,8 +21,6 @@ from cpr.migration.parameters import Parameters
 from cpr.migration.statistics import RamCounters
 from cpr.state.fds import PreservedFds
 
-PAGE = 4096
-MIB = 1 << 20
 SIZE = 8 * MIB
 LOW = 160 * PAGE  # as on a PC: conventional memory
 LAST_START = 1 << 32
@@ -116,7 +116,12 @@ def test_passes_until_nothing_is_left(guest):
     def run():
         turns.append(None)
         if len(turns) < 4:
-            for address in (0, LOW - PAGE, 2 * MIB + len(turns) * PAGE, LAST_START + 2 * PAGE):
+            for address in (
+                0,
+                LOW - PAGE,
+                2 * MIB + len(turns) * PAGE,
+                LAST_START + 2 * PAGE,
+            ):
                 guest.accel.guest_writes(address, bytes([len(turns)]) * PAGE)
 
     guest.accel.on_take = run

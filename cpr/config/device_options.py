@@ -5,6 +5,7 @@ from __future__ import annotations
 from cpr.config.device_table import DEVICES
 from cpr.config.option_values import INT, JSON, KEYVAL, STRING, error, parse_property
 from cpr.config.record import Record
+from cpr.constants import U32_LIMIT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from cpr.config.options import OptionGroup
 
 MIGRATION = "migration"  # the -global driver of the migration's own properties
-UINT32_LIMIT = 1 << 32
 
 GLOBAL_KEYS: dict[str, Kind] = {"driver": STRING, "property": STRING, "value": STRING}
 
@@ -105,7 +105,7 @@ def _parse(driver: str, name: str, value: Any, dialect: str, location: str) -> A
     if name not in kinds:
         raise error(location, f"Property '{driver}.{name}' not found")
     parsed = parse_property(kinds[name], name, value, dialect, location)
-    if kinds[name] == INT and not 0 <= parsed < UINT32_LIMIT:
+    if kinds[name] == INT and not 0 <= parsed < U32_LIMIT:
         raise error(location, f"Parameter '{name}' expects uint32_t")
     return parsed
 

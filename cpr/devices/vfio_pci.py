@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
+from cpr.constants import NORMAL, REBOOT
 from cpr.devices import pci_config
 from cpr.devices.base import DESCRIPTORS_KEPT, Device
 from cpr.devices.pci import FUNCTION_SIZE, PciFunction
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
         def is_mdev(self, sysfs: str) -> bool: ...
 
 
-REBOOT = "cpr-reboot"
 REBOOT_REFUSED = "VFIO device only supports cpr-reboot for runstate suspended"
 ERR_NOTIFIER, REQ_NOTIFIER = "err_notifier", "req_notifier"
 
@@ -338,7 +338,7 @@ class VfioPci(Device, PciFunction):
         return self._mode in DESCRIPTORS_KEPT
 
     def cpr_blocker(self, mode: str) -> str | None:
-        if mode == "normal":
+        if mode == NORMAL:
             return f"{self.name}: VFIO migration is not supported in kernel"
         if mode in DESCRIPTORS_KEPT and self._nameless:
             fd = self._device.number if self._device is not None else -1

@@ -18,6 +18,7 @@ from __future__ import annotations
 import struct
 from errno import EINVAL, EIO
 
+from cpr.constants import PAGE_SIZE
 from cpr.state.reader import LoadError
 
 TYPE_CHECKING = False
@@ -30,7 +31,6 @@ IDSTR = "ram"
 INSTANCE_ID = 0
 VERSION_ID = 4
 
-PAGE_SIZE = 4096
 FLAGS = PAGE_SIZE - 1
 
 ZERO = 0x02
