@@ -11,7 +11,8 @@ from cpr.chardev.base import CLOSED, OPENED, Chardev
 from cpr.errors import CommandError, MigrationError
 from cpr.events import EventBus
 from cpr.mainloop import MainLoop
-from cpr.migration.parameters import Capabilities, Parameters
+from cpr.migration.capabilities import Capabilities
+from cpr.migration.parameters import Parameters
 from cpr.monitor.passed_fds import PassedFds
 
 RAM_SIZE = 1 << 20

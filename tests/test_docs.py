@@ -19,6 +19,7 @@ from cpr.config.object_options import DEFAULT_ONLY, OBJECTS
 from cpr.devices.base import Device
 from cpr.errors import CommandError
 from cpr.migration import parameters
+from cpr.migration.capabilities import CAPABILITIES
 from cpr.migration.savevm import VMSTATE_GLOBALSTATE
 from cpr.monitor.commands import COMMANDS
 from cpr.monitor.qmp import NEGOTIATE
@@ -193,7 +194,7 @@ def test_what_parameters_do():
 
 def test_capabilities():
     rows = dict(REFERENCE.rows("Migration capabilities"))
-    assert list(rows) == list(parameters.CAPABILITIES)
+    assert list(rows) == list(CAPABILITIES)
     used = set(re.findall(r'capabilities\.enabled\("([\w-]+)"\)', SOURCES))
     assert {name for name, here in rows.items() if here.startswith("acts")} == used
     refused = {name for name, here in rows.items() if here.endswith("refused in CPR")}

@@ -6,7 +6,8 @@ import pytest
 
 from cpr.errors import CommandError, MigrationError
 from cpr.migration import parameters as module
-from cpr.migration.parameters import CAPABILITIES, Capabilities, Parameter, Parameters
+from cpr.migration.capabilities import CAPABILITIES, Capabilities
+from cpr.migration.parameters import Parameter, Parameters
 from cpr.migration.text import words
 
 DEFAULTS = {

@@ -21,9 +21,9 @@ from cpr.state.vmstate import VMStateDescription, buffer, u8, u32
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cpr.machine import Machine
+    from cpr.migration.capabilities import Capabilities
     from cpr.migration.channel import Channel
     from cpr.migration.mode import Mode
-    from cpr.migration.parameters import Capabilities
     from cpr.pages import PagePool, RecordLoader
     from cpr.ram import RAMBlock
 
