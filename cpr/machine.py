@@ -154,13 +154,9 @@ class Machine:
     # Running and stopping.
 
     def add_device(self, device: Device) -> None:
-        """Realizes `device`; `remove_device` is the inverse."""
+        """Realizes `device`; it stays until the machine is closed."""
         device.realize(self)
         self.devices.append(device)
-
-    def remove_device(self, device: Device) -> None:
-        self.devices.remove(device)
-        device.unrealize()
 
     def create_threads(self) -> None:
         self.threads = [

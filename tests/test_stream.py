@@ -11,10 +11,11 @@ import pytest
 from described import DATA, STREAMS, blocks, description_of, golden, reader_of, skip_body, vmsd_of
 from hypothesis import given
 from hypothesis import strategies as st
+from ram_records import block_list
 
 from cpr.state.configuration import Configuration
 from cpr.state.ram_section import END as RAM_END
-from cpr.state.ram_section import RamDecoder, block_list
+from cpr.state.ram_section import RamDecoder
 from cpr.state.reader import BytesReader, EndOfStream, StreamError
 from cpr.state.stream import END as SECTION_END
 from cpr.state.stream import (
