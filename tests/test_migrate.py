@@ -10,7 +10,8 @@ import psutil
 import pytest
 from waiting import wait_for, wait_for_change
 
-from benchmarks.vm import VMM, QmpError
+from harness.qmp import QmpError
+from harness.vm import VMM
 
 HEARTBEAT = 0x8000
 DUMPER = """

@@ -10,7 +10,8 @@ import threading
 import pytest
 from waiting import is_listening, wait_for, wait_for_change
 
-from benchmarks.vm import VMM, QmpError, Vm
+from harness.qmp import QmpError
+from harness.vm import VMM, Vm
 
 HEARTBEAT = 0x8000
 RAM = "64M"

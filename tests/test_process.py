@@ -11,7 +11,8 @@ import psutil
 import pytest
 from waiting import wait_for
 
-from benchmarks.vm import VMM, Qmp
+from harness.qmp import Qmp
+from harness.vm import VMM
 
 ARGUMENTS = (
     *("-nodefaults", "-display", "none", "-m", "16M"),
@@ -50,7 +51,7 @@ def connect(path):
     while True:
         try:
             return Qmp(path)
-        except (OSError, ValueError):
+        except OSError:
             assert time.monotonic() < deadline
             time.sleep(0.005)
 

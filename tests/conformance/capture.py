@@ -10,11 +10,12 @@ import fcntl
 import os
 from typing import TYPE_CHECKING
 
+from harness.qmp import Closed
+
 from . import cpr_state
 from .lab import STATE_VARIABLE, Lab
 from .match import Mismatch
 from .process import Process
-from .qmp import Closed
 from .steps import FILE, counting, guest, until
 from .stream import Stream
 
