@@ -64,11 +64,11 @@ def test_power_button_and_soft_off(platform):
     device = realized(Piix4Pm(), platform)
     io = platform.bus
     device.on_powerdown()
-    assert not platform.irqs.get(9)
+    assert not platform.lines.get(9)
     io.io_write(0x602, 2, 0x100)
-    assert platform.irqs[9]
+    assert platform.lines[9]
     io.io_write(0x600, 2, 0x100)
-    assert not platform.irqs[9]
+    assert not platform.lines[9]
     io.io_write(0x604, 2, 0x2000)
     io.io_write(0x604, 2, 0x2400)
     assert platform.requests == [("shutdown", True, "guest-shutdown"), ("suspend",)]

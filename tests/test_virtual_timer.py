@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from stepped_platform import SteppedPlatform
+from fake_platform import SteppedPlatform
 
 from cpr.devices.virtual_timer import CATCH_UP_NS, VirtualTimer
 
