@@ -535,7 +535,7 @@ def test_records_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         del config.smp
     with pytest.raises(AttributeError):
-        config.bogus = 1  # type: ignore[attr-defined]
+        config.bogus = 1
     device = DeviceConfig("isa-debug-exit", "a", {}, "-device isa-debug-exit,id=a")
     assert config.devices[0] == device
     assert repr(device) == (

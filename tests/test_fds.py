@@ -147,7 +147,8 @@ def test_refresh_writes_what_has_changed_since(memfd):
 
 
 def test_persist_leaves_nothing_behind_when_it_fails(monkeypatch):
-    fds, environ, before = PreservedFds(), {}, os.listdir("/proc/self/fd")
+    environ: dict[str, str] = {}
+    fds, before = PreservedFds(), os.listdir("/proc/self/fd")
 
     def full(fd: int, size: int) -> None:
         raise OSError(28, "No space left on device")
@@ -159,7 +160,8 @@ def test_persist_leaves_nothing_behind_when_it_fails(monkeypatch):
 
 
 def test_set_cloexec_is_for_all_and_is_its_own_inverse(memfd):
-    fds, environ, others = PreservedFds(), {}, [memfd(), memfd()]
+    environ: dict[str, str] = {}
+    fds, others = PreservedFds(), [memfd(), memfd()]
     for id, fd in enumerate(others):
         fds.save("ram0", id, fd)
     every = [*others, fds.persist(environ)]
@@ -327,4 +329,4 @@ def test_descriptors_survive_two_execs_with_their_content():
     devices = [VfioDevice("0000:3a:10.1", 1, 2, 3)]
     memfds = ["/memfd:private (deleted)", "/memfd:ram0 (deleted)"]
     assert process.returncode == 0
-    assert output.strip() == f"{process.pid} {30 + 3 * 30} {b'012'} {devices} {memfds}"
+    assert output.strip() == f"{process.pid} {30 + 3 * 30} {b'012'!r} {devices} {memfds}"

@@ -43,7 +43,7 @@ class Client:
 
     def execute(self, name: str, **arguments: Any) -> Any:
         """The return value or the error's text."""
-        request = {"execute": name}
+        request: dict[str, Any] = {"execute": name}
         if arguments:
             request["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}
         (answer,) = self.send(json.dumps(request))

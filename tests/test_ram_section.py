@@ -36,7 +36,7 @@ def ram_bodies(name: str, decoder: RamDecoder) -> list[tuple[bytes, list]]:
     reader = reader_of(stream)
     reader.header()
     reader.configuration()
-    found = []
+    found: list[tuple] = []
     for section in reader.sections(None):
         if section.idstr != "ram":
             return found

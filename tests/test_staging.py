@@ -111,7 +111,7 @@ def guest():
 
 
 def test_passes_until_nothing_is_left(guest):
-    turns = []
+    turns: list[None] = []
 
     def run():
         turns.append(None)
@@ -189,7 +189,7 @@ def test_without_a_log_all_is_copied_at_the_end(guest):
 
 
 def test_the_downtime_limit_ends_the_passes(guest):
-    turns = []
+    turns: list[None] = []
 
     def run():
         turns.append(None)

@@ -471,7 +471,8 @@ class Dribble(io.BytesIO):
         super().__init__(data)
         self.size = size
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int | None = -1, /) -> bytes:
+        assert size is not None
         return super().read(min(size, self.size))
 
 
@@ -557,7 +558,7 @@ def test_any_sections_round_trip(machine, sections):
     reader = reader_of(bytes(written))
     reader.header()
     assert reader.configuration().machine == machine
-    found = []
+    found: list[tuple] = []
     for section in reader.sections(None):
         body = reader.read(len(expected[len(found)][5]))
         found.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -106,7 +107,7 @@ def test_all_descriptors_but_the_standard_ones_are_close_on_exec(start, accel):
     for _ in range(2):
         for fd in vm.descriptors():
             with open(f"/proc/{vm.pid}/fdinfo/{fd}") as file:
-                flags = int(re.search(r"flags:\s*(\d+)", file.read())[1], 8)
+                flags = int(re.findall(r"flags:\s*(\d+)", file.read())[0], 8)
             assert fd < 3 or flags & os.O_CLOEXEC, vm.descriptors()[fd]
         vm.update()
 
@@ -202,7 +203,7 @@ def test_two_vcpus_and_their_token(start, accel):
     vm = start.guest("smp", accel)
     for _ in range(5):
         for counter in SMP_COUNTERS:
-            wait_for_change(lambda counter=counter: vm.u32(counter), "both vCPUs count")
+            wait_for_change(functools.partial(vm.u32, counter), "both vCPUs count")
         passes = wait_for_change(lambda: vm.u32(SMP_PASSES), "the token is passed")
         vm.update()
         assert ahead(vm.u32(SMP_PASSES), passes) >= 0
