@@ -87,7 +87,9 @@ $(VENV)/.checked:
 $(BIN)/python: | $(VENV)/.checked
 	$(PYTHON) -m venv $(VENV)
 
+# What `.built` has made goes first: its suffix wins over that of what pip builds.
 $(VENV)/.installed: pyproject.toml setup.py | $(BIN)/python
+	@rm -f cpr/_native/_*.so
 	$(BIN)/python -m pip install -q -e '.[tcg]'
 	@touch $@ $(VENV)/.built
 
