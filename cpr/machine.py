@@ -11,6 +11,7 @@ from _thread import RLock
 from cpr import runstate
 from cpr.bus import IOBus, Region
 from cpr.clock import VirtualClock
+from cpr.constants import PAGE_SIZE
 from cpr.errors import CommandError, CprError
 from cpr.memory import GuestMemory
 from cpr.runstate import RunState
@@ -154,13 +155,9 @@ class Machine:
     # Running and stopping.
 
     def add_device(self, device: Device) -> None:
-        """Realizes `device`; `remove_device` is the inverse."""
+        """Realizes `device`; it stays until the machine is closed."""
         device.realize(self)
         self.devices.append(device)
-
-    def remove_device(self, device: Device) -> None:
-        self.devices.remove(device)
-        device.unrealize()
 
     def create_threads(self) -> None:
         self.threads = [
@@ -371,7 +368,7 @@ class Machine:
             physical = translate(state, self.memory.read, virtual)
             if physical is None:
                 raise CommandError(f"Invalid addr 0x{virtual:016x}/size {size} specified")
-            piece = min(size - len(data), 4096 - virtual % 4096)
+            piece = min(size - len(data), PAGE_SIZE - virtual % PAGE_SIZE)
             data += self.memory.read(physical, piece)
         return data
 

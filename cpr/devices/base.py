@@ -7,7 +7,9 @@ stream.  The machine calls nothing but this interface.
 
 from __future__ import annotations
 
-DESCRIPTORS_KEPT = frozenset({"cpr-exec", "cpr-transfer"})
+from cpr.constants import EXEC, TRANSFER
+
+DESCRIPTORS_KEPT = frozenset({EXEC, TRANSFER})
 """The modes in which a device's descriptors go over to the new VMM."""
 
 TYPE_CHECKING = False

@@ -22,9 +22,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cpr.devices.base import Device
     from cpr.machine import Machine
+    from cpr.migration.capabilities import Capabilities
     from cpr.migration.channel import Channel
     from cpr.migration.mode import Mode
-    from cpr.migration.parameters import Capabilities
     from cpr.pages import PagePool, RecordLoader
     from cpr.ram import RAMBlock
 

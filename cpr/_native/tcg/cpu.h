@@ -60,7 +60,7 @@ struct tcg_cpu {
     const struct tcg_ram_map *ram;
 };
 
-/* The architectural state of a vCPU, as accel/tcg.py carries it to and from x86.VMSTATE_CPU. */
+/* The architectural state of a vCPU, as accel/tcg/state.py carries it to and from x86.VMSTATE_CPU. */
 struct cpr_tcg_state {
     uint64_t regs[16];
     uint64_t rip;

@@ -2,7 +2,7 @@
 #ifndef CPR_TCG_FPU_H
 #define CPR_TCG_FPU_H
 
-#include "tcg_cpu.h"
+#include "cpu.h"
 
 /* Between the engine and `fxsave` and `ymm_high` of a state.  They go by the code segment in the
    copy: FXSAVE images of 64-bit code have no FCS and FDS. */

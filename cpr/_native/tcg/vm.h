@@ -1,10 +1,10 @@
 /* A VM whose vCPUs unicorn runs: one engine and one thread for each vCPU, one at a time. */
-#ifndef CPR_TCG_H
-#define CPR_TCG_H
+#ifndef CPR_TCG_VM_H
+#define CPR_TCG_VM_H
 
 #include <stdint.h>
 
-#include "tcg_cpu.h"
+#include "cpu.h"
 
 struct cpr_tcg;
 struct cpr_tcg_vcpu;
@@ -54,7 +54,7 @@ void cpr_tcg_set_state(struct cpr_tcg_vcpu *vcpu, const struct cpr_tcg_state *st
 uint64_t cpr_tcg_read_msr(struct cpr_tcg_vcpu *vcpu, uint32_t index);
 void cpr_tcg_write_msr(struct cpr_tcg_vcpu *vcpu, uint32_t index, uint64_t value);
 
-/* accel/tcg.py defines these. */
+/* accel/tcg/vcpu.py defines these. */
 #if 0 /* for cffi only, which does not see this line */
 extern "Python+C" {
 #endif

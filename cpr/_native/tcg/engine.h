@@ -4,13 +4,13 @@
 
 #include <stdint.h>
 
-#include "tcg_cpu.h"
-#include "tcg_ram.h"
+#include "cpu.h"
+#include "ram.h"
 
 enum { TCG_ROM_WRITES_MAX = 256 };
 enum { TCG_MAPPINGS_MAX = 65 }; /* all RAM slots, and the gaps around them */
 
-/* What is asked of an engine beside the requests of tcg.h. */
+/* What is asked of an engine beside the requests of vm.h. */
 enum {
     TCG_YIELD = 1 << 16,    /* another vCPU has waited for a whole time slice */
     TCG_UNDO_ROM = 1 << 17, /* there are writes to ROM to undo */

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "tcg_cpu.h"
+#include "cpu.h"
 
 /* The exception that an access or a check leads to. */
 struct tcg_fault {

@@ -2,7 +2,7 @@
 #ifndef CPR_TCG_SYSCALL_H
 #define CPR_TCG_SYSCALL_H
 
-#include "tcg_cpu.h"
+#include "cpu.h"
 
 /* RIP is behind the instruction, which is two bytes long.  0, or -1: a triple fault. */
 int tcg_syscall(struct tcg_cpu *cpu);

@@ -1,4 +1,4 @@
-"""Debug ports: isa-debugcon writes bytes to a chardev, isa-debug-exit ends the VMM."""
+"""isa-debugcon: bytes that the guest writes to a port go to a chardev."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from cpr.devices.base import Device
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cpr.chardev.base import Chardev
+    from cpr.config import DeviceConfig
     from cpr.devices.base import Platform
+    from cpr.devices.board import Board
 
-DEBUGCON_PORT = 0xE9
-DEBUGCON_READBACK = 0xE9
-EXIT_PORT = 0x501
-EXIT_SIZE = 2
+PORT = 0xE9
+READBACK = 0xE9
 
 
 class DebugCon(Device):
-    """isa-debugcon.  The chardev is attached later and stays the caller's; see Serial.attach."""
+    """The chardev is attached later and stays the caller's; see Serial.attach."""
 
-    def __init__(self, port: int = DEBUGCON_PORT, readback: int = DEBUGCON_READBACK) -> None:
+    def __init__(self, port: int = PORT, readback: int = READBACK) -> None:
         self.port = port
         self._readback = readback
         self._platform: Platform | None = None
@@ -54,28 +54,8 @@ class DebugCon(Device):
             self._unattached.append(value & 0xFF)
 
 
-class DebugExit(Device):
-    """isa-debug-exit: a write of `value` ends the VMM with status (value << 1) | 1."""
-
-    def __init__(self, port: int = EXIT_PORT, size: int = EXIT_SIZE) -> None:
-        self.port = port
-        self.size = size
-        self._platform: Platform | None = None
-
-    def realize(self, platform: Platform) -> None:
-        self._platform = platform
-        platform.register_io(
-            self.port, self.size, self._read, self._write, "isa-debug-exit", access_size=self.size
-        )
-
-    def unrealize(self) -> None:
-        if self._platform is not None:
-            self._platform.unregister_io(self.port, self.size)
-            self._platform = None
-
-    def _read(self, offset: int, size: int) -> int:
-        return 0
-
-    def _write(self, offset: int, size: int, value: int) -> None:
-        if self._platform is not None:
-            self._platform.request_exit((value << 1 | 1) & 0xFF)
+def create(board: Board, config: DeviceConfig) -> None:
+    properties = config.properties
+    device = DebugCon(properties.get("iobase", PORT), properties.get("readback", READBACK))
+    board.machine.add_device(device)
+    board.machine.frontends.append((device, properties["chardev"]))

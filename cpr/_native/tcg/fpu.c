@@ -1,4 +1,4 @@
-#include "tcg_fpu.h"
+#include "fpu.h"
 
 #include <string.h>
 

@@ -1,4 +1,4 @@
-#include "tcg_ram.h"
+#include "ram.h"
 
 #include <errno.h>
 #include <stddef.h>

@@ -1,8 +1,8 @@
-#include "tcg_syscall.h"
+#include "syscall.h"
 
 #include <stdint.h>
 
-#include "tcg_interrupt.h"
+#include "interrupt.h"
 
 enum { CS = 1, SS = 2 };
 enum { RCX = 1, RSP = 4, R11 = 11 };

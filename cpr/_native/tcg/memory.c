@@ -1,8 +1,8 @@
-#include "tcg_memory.h"
+#include "memory.h"
 
 #include <string.h>
 
-#include "tcg_ram.h"
+#include "ram.h"
 
 enum { EXCEPTION_PF = 14 };
 enum { PF_PRESENT = 1 << 0, PF_WRITE = 1 << 1 };

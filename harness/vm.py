@@ -1,12 +1,10 @@
-"""A VMM process under test: started, talked to over QMP, updated, and looked at through /proc."""
+"""A VMM process under test: started, talked to over QMP, updated, and looked at."""
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,82 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from harness.qmp import TIMEOUT, Qmp
+
 ROOT = Path(__file__).resolve().parent.parent
 VMM = [sys.executable, "-m", "cpr.vmm", "run"]
-TIMEOUT = 30.0
 ALL_CPUS = os.sched_getaffinity(0)  # which the VMMs may use, wherever this process is
-
-
-class QmpError(Exception):
-    """A command that was answered with an error; `error` is its dict."""
-
-    def __init__(self, error: dict) -> None:
-        super().__init__(error["desc"])
-        self.error = error
-
-
-class Qmp:
-    """A QMP connection that has left capabilities negotiation; events are kept in `events`.
-
-    `closed_ns` is when the other end was seen to close, which in an update is the exec.
-    """
-
-    def __init__(self, path: str, timeout: float = TIMEOUT) -> None:
-        self.events: list[dict] = []
-        self.closed_ns = 0
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(timeout)
-        try:
-            self._socket.connect(path)
-            self._file = self._socket.makefile("r")
-            self.greeting = self._read()
-            self.command("qmp_capabilities")
-        except BaseException:
-            self._socket.close()
-            raise
-
-    def _read(self) -> dict:
-        line = self._file.readline()
-        if not line:
-            raise ConnectionResetError("QMP connection closed")
-        message: dict = json.loads(line)
-        return message
-
-    def send(self, name: str, **arguments: Any) -> None:
-        message: dict = {"execute": name}
-        if arguments:
-            message["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}
-        self._socket.sendall(json.dumps(message).encode() + b"\n")
-
-    def command(self, name: str, **arguments: Any) -> Any:
-        """Returns what the command returns; underscores in argument names become dashes."""
-        self.send(name, **arguments)
-        while True:
-            message = self._read()
-            if "event" in message:
-                self.events.append(message)
-            elif "error" in message:
-                raise QmpError(message["error"])
-            else:
-                return message["return"]
-
-    def hmp(self, line: str) -> str:
-        return str(self.command("human-monitor-command", command_line=line))
-
-    def wait_closed(self) -> None:
-        """Reads until the other end closes, keeping the events."""
-        try:
-            while True:
-                message = self._read()
-                if "event" in message:
-                    self.events.append(message)
-        except OSError:
-            self.closed_ns = time.monotonic_ns()
-            self.close()
-
-    def close(self) -> None:
-        self._file.close()
-        self._socket.close()
 
 
 class Vm:
@@ -151,7 +80,7 @@ class Vm:
         while True:
             try:
                 return Qmp(self.socket, self._timeout)
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 status = self.process.poll()
                 if status is not None:
                     raise RuntimeError(f"VMM ended with {status}: {self.stderr}") from error
@@ -207,13 +136,11 @@ class Vm:
         self.ram[address : address + 4] = value.to_bytes(4, "little")
 
     def children(self) -> list[int]:
-        """The PIDs of the VMM's children: an mm holder, or the one that runs an overlap's guest."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):  # it has ended meanwhile
-                if int(path.read_text().rpartition(")")[2].split()[1]) == self.pid:
-                    found.append(int(path.parent.name))
-        return sorted(found)
+        """The PIDs of the VMM's children, such as the old image in an update."""
+        try:
+            return sorted(child.pid for child in psutil.Process(self.pid).children())
+        except psutil.NoSuchProcess:
+            return []
 
     def resident(self) -> int:
         """Bytes of shared memory in the VMM's page tables, huge pages included."""

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include "tcg_cpu.h"
+#include "cpu.h"
 
 enum tcg_event_kind { TCG_EXTERNAL, TCG_SOFTWARE, TCG_EXCEPTION };
 

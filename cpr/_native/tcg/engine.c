@@ -1,12 +1,12 @@
-#include "tcg_engine.h"
+#include "engine.h"
 
 #include <string.h>
 #include <time.h>
 
-#include "tcg.h"
-#include "tcg_interrupt.h"
-#include "tcg_syscall.h"
+#include "interrupt.h"
+#include "syscall.h"
 #include "unicorn_api.h"
+#include "vm.h"
 
 enum { RFLAGS_IF = 1 << 9, HFLAG_INHIBIT_IRQ = 1 << 3 };
 enum { MSR_TSC_AUX = 0xc0000103u };

@@ -1,11 +1,11 @@
 /*
- * The part of libunicorn's C interface that tcg.c uses, declared here because the library comes
+ * The part of libunicorn's C interface that vm.c uses, declared here because the library comes
  * from a wheel whose headers need not be there when this module is compiled.
  *
  * The numbers are those of unicorn.h and x86.h of unicorn 2.1; they are the library's ABI.
  */
-#ifndef CPR_UNICORN_API_H
-#define CPR_UNICORN_API_H
+#ifndef CPR_TCG_UNICORN_API_H
+#define CPR_TCG_UNICORN_API_H
 
 #include <stddef.h>
 #include <stdint.h>

@@ -1,9 +1,9 @@
-#include "tcg_cpu.h"
+#include "cpu.h"
 
 #include <stddef.h>
 #include <string.h>
 
-#include "tcg_fpu.h"
+#include "fpu.h"
 #include "unicorn_api.h"
 
 enum { ES, CS, SS, DS, FS, GS };

@@ -1,9 +1,9 @@
 /* Sections and tables named here are those of the Intel SDM, volume 3. */
-#include "tcg_interrupt.h"
+#include "interrupt.h"
 
 #include <string.h>
 
-#include "tcg_memory.h"
+#include "memory.h"
 
 enum { ES, CS, SS, DS, FS, GS };
 enum { RSP = 4 };

@@ -1,4 +1,4 @@
-#include "tcg.h"
+#include "vm.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -6,9 +6,9 @@
 #include <string.h>
 #include <time.h>
 
-#include "tcg_engine.h"
-#include "tcg_interrupt.h"
-#include "tcg_ram.h"
+#include "engine.h"
+#include "interrupt.h"
+#include "ram.h"
 
 enum { MP_RUNNABLE = 0, MP_HALTED = 3 };
 enum { EVENTS = CPR_TCG_INIT | CPR_TCG_SIPI };
