@@ -32,7 +32,7 @@ LAYERS = (
     ("cpr.state",),
     ("cpr.uapi", "cpr.runstate", "cpr.events", "cpr.mainloop", "cpr.clock"),
     ("cpr.launcher", "cpr.phases"),
-    ("cpr.errors", "cpr._native"),
+    ("cpr.errors", "cpr.report", "cpr._native"),
 )
 ONLY = {
     "cpr._native": ("cpr.uapi", "cpr.ram", "cpr.page", "cpr.accel", "cpr._native"),

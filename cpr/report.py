@@ -1,0 +1,141 @@
+"""Words for the user on stderr and stdout, which a guest must never wait for or be lost to.
+
+    error_report(text)      cpr-vmm: TEXT
+    warn_report(text)       cpr-vmm: warning: TEXT
+    info_report(text)       cpr-vmm: info: TEXT
+    exception_report(error) the traceback of an exception that nobody expected
+    announce(text)          TEXT on stdout, such as the path of a pty
+    output(text)            TEXT on stdout, all of it: the answer of a program that then ends
+
+None of them raises.  All but `output` never block: what the other end does not take at once (a
+pipe that nobody reads, a stopped terminal, a full disk) is dropped, from any thread.  They write
+to the descriptors themselves: sys.stderr may be None, has a lock and a buffer.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+
+STDIN, STDOUT, STDERR = 0, 1, 2
+PROGRAM = "cpr-vmm"
+MAX_TEXT = 64 << 10
+"""Bytes of one report; the rest is dropped."""
+
+PIECE = 512
+"""Bytes that a descriptor which poll(2) calls writable takes without blocking, at the least."""
+
+# Names from streams and files are shown: no control character of theirs reaches a terminal.
+_SHOWN = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+
+
+def error_report(text: object) -> None:
+    """Says what is wrong."""
+    _write(STDERR, f"{PROGRAM}: {text}\n")
+
+
+def warn_report(text: object) -> None:
+    """Says what is odd, and costs the guest nothing."""
+    _write(STDERR, f"{PROGRAM}: warning: {text}\n")
+
+
+def info_report(text: object) -> None:
+    """Says what the user may wait for."""
+    _write(STDERR, f"{PROGRAM}: info: {text}\n")
+
+
+def exception_report(error: BaseException) -> None:
+    """Says where a bug showed: for exceptions that nobody expected, whom a guest outlives."""
+    try:
+        import traceback
+
+        text = "".join(traceback.format_exception(error))
+    except Exception:  # no memory, no descriptor for the import, an error that cannot be shown
+        text = f"{PROGRAM}: internal error: {type(error).__name__}\n"
+    _write(STDERR, text)
+
+
+def announce(text: str) -> None:
+    """Writes a line to stdout."""
+    _write(STDOUT, f"{text}\n")
+
+
+def output(text: str) -> None:
+    """Writes `text` to stdout and waits until it is taken; silent where nobody can take it."""
+    data = memoryview(text.encode(errors="backslashreplace"))
+    poll = select.poll()
+    poll.register(STDOUT, select.POLLOUT)
+    try:
+        while data:
+            try:
+                data = data[os.write(STDOUT, data) :]
+            except BlockingIOError:
+                poll.poll()
+    except OSError:
+        pass
+
+
+def open_standard_descriptors() -> None:
+    """Puts /dev/null where stdin, stdout or stderr is closed; call it before anything is opened.
+
+    Otherwise a disk image or a socket would get the number 2, and the words for stderr.
+    """
+    for fd in (STDIN, STDOUT, STDERR):
+        try:
+            os.fstat(fd)
+        except OSError:
+            try:
+                null = os.open(os.devnull, os.O_RDWR)
+                if null != fd:
+                    os.dup2(null, fd)
+                    os.close(null)
+                else:
+                    os.set_inheritable(fd, True)
+            except OSError:
+                pass
+
+
+def _write(fd: int, text: str) -> None:
+    try:
+        shown = text.translate(_SHOWN).encode(errors="backslashreplace")
+        _put(fd, memoryview(shown[:MAX_TEXT]))
+    except Exception:  # nothing that goes wrong here is worth a guest, and nobody could be told
+        pass
+
+
+def _put(fd: int, data: memoryview) -> None:
+    """Writes what can be written now.  Raises OSError for the rest."""
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISSOCK(mode):
+        import _socket  # `socket` itself takes long to import
+
+        sock = _socket.socket(fileno=fd)
+        try:
+            while data:
+                data = data[sock.send(data, _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL) :]
+        finally:
+            sock.detach()
+        return
+    twin = -1
+    if stat.S_ISFIFO(mode) or (stat.S_ISCHR(mode) and os.isatty(fd)):
+        # O_NONBLOCK on `fd` itself would be everybody's who shares it, the user's shell among them.
+        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        try:
+            twin = os.open(f"/proc/self/fd/{fd}", flags)
+        except (FileNotFoundError, PermissionError):  # no /proc here, or another user's terminal
+            _put_in_pieces(fd, data)
+            return
+    try:
+        while data:
+            data = data[os.write(fd if twin < 0 else twin, data) :]
+    finally:
+        if twin >= 0:
+            os.close(twin)
+
+
+def _put_in_pieces(fd: int, data: memoryview) -> None:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    while data and poll.poll(0) == [(fd, select.POLLOUT)]:
+        data = data[os.write(fd, data[:PIECE]) :]
