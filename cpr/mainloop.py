@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import select
-import sys
 import time
 from _thread import allocate_lock, get_ident
 from heapq import heappop, heappush
+
+from cpr import report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -144,4 +145,4 @@ def _run(callback: Callable[..., None], *arguments: Any) -> None:
     try:
         callback(*arguments)
     except Exception as error:
-        sys.excepthook(type(error), error, error.__traceback__)
+        report.exception_report(error)

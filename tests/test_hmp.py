@@ -149,11 +149,11 @@ def test_errors(terminal: Terminal) -> None:
 
 
 def test_a_bug_in_a_command_does_not_end_the_monitor(
-    vmm: FakeVmm, terminal: Terminal, capsys: pytest.CaptureFixture
+    vmm: FakeVmm, terminal: Terminal, capfd: pytest.CaptureFixture
 ) -> None:
     vmm.machine.stop = None  # type: ignore[method-assign, assignment]
     assert terminal.enter("stop").startswith("Error: internal error: ")
-    assert "Traceback" in capsys.readouterr().err
+    assert "Traceback" in capfd.readouterr().err
     assert terminal.enter("info name") == "guest\r\n"
 
 

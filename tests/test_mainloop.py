@@ -65,11 +65,11 @@ def test_all_its_descriptors_are_close_on_exec():
 
 
 def test_an_exception_is_reported_and_the_loop_goes_on(monkeypatch):
-    reported: list[type] = []
-    monkeypatch.setattr("sys.excepthook", lambda kind, error, trace: reported.append(kind))
+    reported: list[BaseException] = []
+    monkeypatch.setattr("cpr.report.exception_report", reported.append)
     loop = MainLoop()
     loop.call_soon(lambda: [][1])
     loop.call_soon(loop.stop)
     loop.run()
-    assert reported == [IndexError]
+    assert isinstance(reported[0], IndexError) and len(reported) == 1
     loop.close()

@@ -186,11 +186,11 @@ def test_pretty(vmm: FakeVmm) -> None:
 
 
 def test_a_bug_in_a_command_does_not_end_the_monitor(
-    vmm: FakeVmm, ready: Client, capsys: pytest.CaptureFixture
+    vmm: FakeVmm, ready: Client, capfd: pytest.CaptureFixture
 ) -> None:
     vmm.machine.stop = None  # type: ignore[method-assign, assignment]
     assert ready.execute("stop").startswith("internal error: ")
-    assert "Traceback" in capsys.readouterr().err
+    assert "Traceback" in capfd.readouterr().err
     assert ready.execute("query-name") == {"name": "guest"}
 
 

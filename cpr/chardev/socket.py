@@ -10,8 +10,8 @@ import array
 import errno
 import os
 import socket
-import sys
 
+from cpr import report
 from cpr.chardev.base import flag
 from cpr.chardev.stream import FdChardev
 from cpr.errors import ConfigError
@@ -222,7 +222,7 @@ class SocketChardev(FdChardev):
     def _wait_for_client(self) -> None:
         """Blocks until the first client is there, as wait=on asks."""
         assert self._listener is not None
-        print(f"info: QEMU waiting for connection on: {self.describe()}", file=sys.stderr)
+        report.info_report(f"QEMU waiting for connection on: {self.describe()}")
         self._listener.setblocking(True)
         client, _ = self._listener.accept()
         self._listener.setblocking(False)

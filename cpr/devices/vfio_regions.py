@@ -6,8 +6,7 @@ The pages that hold the MSI-X table and its pending bits are always trapped: bot
 
 from __future__ import annotations
 
-import sys
-
+from cpr import report
 from cpr.devices.pci import ECAM_BASE, ECAM_SIZE
 from cpr.devices.pci_config import Bar, overlaps
 from cpr.errors import KernelError
@@ -104,7 +103,7 @@ class BarRegion:
             for offset, size in self._gaps():
                 self._trap(base, offset, size)
         except (KernelError, ValueError) as error:  # the guest put it over another device
-            print(f"cpr-vmm: warning: BAR {self.bar.index}: {error}", file=sys.stderr)
+            report.warn_report(f"BAR {self.bar.index}: {error}")
             self.remove()
 
     def _trap(self, base: int, start: int, size: int) -> None:
@@ -168,7 +167,7 @@ class BarRegion:
             self._interrupts.update_vector(vector)
         except KernelError as error:
             name = self._device.name
-            print(f"cpr-vmm: warning: vfio {name} vector {vector}: {error}", file=sys.stderr)
+            report.warn_report(f"vfio {name} vector {vector}: {error}")
 
     def write(self, offset: int, size: int, value: int) -> None:
         """A trapped write; what the device refuses vanishes."""

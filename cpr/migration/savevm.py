@@ -7,9 +7,8 @@ guest was running.  Loading reads and checks the whole stream before anything is
 from __future__ import annotations
 
 import os
-import sys
 
-from cpr import runstate
+from cpr import report, runstate
 from cpr.errors import KernelError
 from cpr.migration.statistics import RamCounters
 from cpr.state import mapped_ram, ram_section, stream
@@ -202,7 +201,7 @@ def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
             raise StreamError(f"there is no section '{key[0]}' instance {key[1]} in the stream")
     reader.vmdescription()
     for warning in (*warnings, *reader.warnings):
-        print(f"cpr-vmm: {warning}", file=sys.stderr)
+        report.error_report(warning)
     _apply(machine, states)
     return _runstate(machine, states.get((VMSTATE_GLOBALSTATE.name, 0)))
 

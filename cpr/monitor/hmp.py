@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
+from cpr import report
 from cpr.chardev.base import OPENED, Chardev
 from cpr.errors import CommandError, CprError
 from cpr.monitor import commands, registers
@@ -121,7 +121,7 @@ def execute(vmm: Any, session: Session, line: str) -> tuple[str, str]:
     except CprError as error:
         return f"Error: {error}\n", NOW
     except Exception as error:  # a running guest must not be lost to a bug in a command
-        sys.excepthook(type(error), error, error.__traceback__)
+        report.exception_report(error)
         return f"Error: internal error: {error}\n", NOW
 
 

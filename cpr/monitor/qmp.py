@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
+from cpr import report
 from cpr.chardev.base import OPENED, Chardev
 from cpr.errors import CommandError, CommandNotFound, CprError
 from cpr.monitor import commands
@@ -75,7 +75,7 @@ class QmpMonitor:
         except CprError as problem:
             error = problem
         except Exception as problem:  # a running guest must not be lost to a bug in a command
-            sys.excepthook(type(problem), problem, problem.__traceback__)
+            report.exception_report(problem)
             error = CommandError(f"internal error: {problem}")
         else:
             answer = {"return": {} if result is None else result}

@@ -8,11 +8,10 @@ taken in the first moments, when the rest of the program starts.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from _thread import allocate_lock, start_new_thread
 
-from cpr import ram
+from cpr import ram, report
 from cpr.errors import CprError
 
 TYPE_CHECKING = False
@@ -49,7 +48,7 @@ class Populator:
             if not self._rest(self._delay):
                 self._populate()
         except CprError as error:
-            print(f"cpr-vmm: warning: {error}", file=sys.stderr)
+            report.warn_report(error)
         finally:
             self._ended.release()
 
