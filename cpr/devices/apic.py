@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from cpr.devices.apic_bus import EXTINT, FIXED, INIT, ApicBus
 from cpr.devices.base import Device
-from cpr.devices.virtual_timer import VirtualTimer
+from cpr.devices.virtual_timer import LEAST_PERIOD_NS, VirtualTimer
 from cpr.state.vmstate import VMStateDescription, buffer, i64, u64
 
 TYPE_CHECKING = False
@@ -301,11 +301,14 @@ class LocalApic(Device):
             self._timer.set(None)
 
     def _on_timer(self, deadline: int) -> None:
-        assert self._timer is not None
+        assert self._timer is not None and self._platform is not None
         lvt = self._registers[LVT_TIMER]
         if not lvt & LVT_MASKED:
             self.request(lvt & VECTOR, False)
-        self._set_timer(self._timer.late(deadline))
+        now = self._timer.late(deadline)
+        if self._registers[INITIAL_COUNT] + 1 << self._shift() < LEAST_PERIOD_NS:
+            now = self._platform.clock.now() + LEAST_PERIOD_NS
+        self._set_timer(now)
 
     # Accesses by the guest.
 
