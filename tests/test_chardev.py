@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -17,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from cpr.chardev.base import Chardev, create
+from cpr.chardev.base import MAX_WAITING, Chardev, create
+from cpr.chardev.stream import BYTES_PER_ROUND, READ_SIZE
 from cpr.errors import ConfigError
 from cpr.mainloop import MainLoop
 
@@ -250,6 +252,90 @@ def test_output_waits_for_a_slow_client(loop: MainLoop, path: str) -> None:
         loop.iterate(1_000_000)
         received += client.recv(65536)
     assert received == b"".join(pieces)
+    client.close()
+    chardev.close()
+
+
+def test_output_for_a_client_that_never_reads_is_bounded(loop: MainLoop, path: str) -> None:
+    chardev = server(loop, path)
+    Frontend(chardev)
+    client = connect(path)
+    until(loop, lambda: chardev.connected)
+    for _ in range(2 * MAX_WAITING // 100_000):
+        chardev.write(bytes(100_000))
+    assert MAX_WAITING <= chardev.waiting <= MAX_WAITING + 100_000
+    chardev.flush()
+    assert chardev.waiting
+    client.close()
+    until(loop, lambda: not chardev.connected)
+    assert not chardev.waiting
+    chardev.close()
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_frontend_may_keep_what_does_not_go_out_at_once(
+    loop: MainLoop, path: str, leaves: bool
+) -> None:
+    chardev = server(loop, path)
+    told: list[int] = []
+    chardev.set_handlers(lambda: 1, lambda data: None, lambda event: None, lambda: told.append(1))
+    assert chardev.try_write(b"nobody is there") == 15
+    client = connect(path)
+    until(loop, lambda: chardev.connected)
+    sent = 0
+    while (taken := chardev.try_write(bytes(65536))) == 65536:
+        sent += taken
+    sent += taken
+    assert chardev.try_write(b"x") == 0 and not chardev.waiting
+    idle(loop)
+    assert not told
+    if leaves:
+        client.close()
+        until(loop, lambda: told)
+    else:
+        while sent:
+            sent -= len(client.recv(1 << 20))
+        until(loop, lambda: told)
+        assert chardev.try_write(b"x") == 1
+        client.close()
+    chardev.close()
+
+
+def test_a_flood_of_input_leaves_the_others_their_turn(loop: MainLoop, path: str) -> None:
+    chardev = server(loop, path)
+    frontend = Frontend(chardev)
+    client = connect(path)
+    client.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            client.send(bytes(65536))
+    until(loop, lambda: frontend.data)
+    while frontend.data:
+        frontend.data = b""
+        loop.iterate(0)
+        assert len(frontend.data) <= BYTES_PER_ROUND + READ_SIZE
+    client.close()
+    chardev.close()
+
+
+def test_room_that_is_made_while_the_watch_is_set_is_not_missed(
+    loop: MainLoop, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chardev = server(loop, path)
+    frontend = Frontend(chardev, room=1)
+    client = connect(path)
+    until(loop, lambda: chardev.connected)
+    watch = loop.watch
+
+    def watch_while_a_vcpu_reads(fd: int, events: int, callback: Callable[[int], None]) -> None:
+        watch(fd, events, callback)
+        if not frontend.room:
+            frontend.room = 1
+            chardev.accept_input()
+
+    monkeypatch.setattr(loop, "watch", watch_while_a_vcpu_reads)
+    client.send(b"abc")
+    until(loop, lambda: frontend.data == b"abc")
     client.close()
     chardev.close()
 

@@ -50,6 +50,7 @@ class PtyChardev(FdChardev):
             self.in_fd = self.out_fd = -1
             self.connected = False
         self.event(CLOSED)
+        self._tell_writable()
         self._look_later()
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 DEBUGCON_PORT = 0xE9
 DEBUGCON_READBACK = 0xE9
+MAX_UNATTACHED = 64 << 10  # bytes that are kept for a chardev which is still to come
 EXIT_PORT = 0x501
 EXIT_SIZE = 2
 
@@ -50,7 +51,7 @@ class DebugCon(Device):
     def _write(self, offset: int, size: int, value: int) -> None:
         if self._chardev is not None:
             self._chardev.write(bytes([value & 0xFF]))
-        elif self._unattached is not None:
+        elif self._unattached is not None and len(self._unattached) < MAX_UNATTACHED:
             self._unattached.append(value & 0xFF)
 
 
