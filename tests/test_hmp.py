@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from cpr import runstate
 from cpr.chardev.base import create
 from cpr.monitor.commands import COMMANDS
+from cpr.monitor.control import MAX_UNREAD
 from cpr.monitor.hmp import HmpMonitor, execute
 from cpr.monitor.schema import Session
 
@@ -301,3 +302,14 @@ def test_on_a_pty(vmm: FakeVmm) -> None:
     os.close(slave)
     monitor.close()
     chardev.close()
+
+
+def test_lines_of_a_client_that_reads_nothing_wait(vmm: FakeVmm, terminal: Terminal) -> None:
+    chardev = terminal.chardev
+    chardev.stalled = True
+    chardev.type(b"help\n" * 100)
+    assert MAX_UNREAD < len(chardev.output) < 2 * MAX_UNREAD
+    assert chardev.typed
+    while chardev.typed:
+        chardev.take_output()
+        chardev.accept_input()

@@ -10,7 +10,7 @@ from cpr.chardev.base import OPENED, Chardev
 from cpr.errors import CommandError, CprError
 from cpr.monitor import commands, registers
 from cpr.monitor.command_line import ArgumentReader, Line, UsageError
-from cpr.monitor.control import QEMU_VERSION
+from cpr.monitor.control import MAX_UNREAD, QEMU_VERSION
 from cpr.monitor.readline import Readline
 from cpr.monitor.schema import AFTER_MIGRATION, NOW, Command, Session
 
@@ -36,7 +36,7 @@ class HmpMonitor:
 
     def _can_receive(self) -> int:
         """One byte at a time: what is behind a command that suspends stays in the chardev."""
-        return 0 if self._suspended else 1
+        return 0 if self._suspended or self._chardev.waiting > MAX_UNREAD else 1
 
     def _receive(self, data: bytes) -> None:
         for byte in data:
