@@ -18,9 +18,10 @@ import select
 import socket
 import time
 
-from cpr.errors import CommandError, MigrationError
+from cpr.errors import CommandError, MigrationError, StateError
 from cpr.migration.mode import TRANSFER, Mode, cpr_blockers
 from cpr.state import cpr_channel
+from cpr.state.fds import MAX_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ MESSAGE_SIZE = 65536
 HAND_OVER_NS = 5_000_000_000  # the source unlocks when its stream is out, a moment after its end
 LOCK_POLL = 0.0005  # s
 MAX_DESCRIPTORS = 16  # of one message; QEMU sends one
+MAX_ALL_DESCRIPTORS = 16384  # of one state: several devices, 2048 vectors each
 
 
 def check_address(address: dict) -> str:
@@ -126,22 +128,37 @@ class CprListener:
 
         Raises StateError; then no descriptor stays open.
         """
-        data, descriptors = b"", []
-        while True:
-            piece, fds, _, _ = socket.recv_fds(self._connection, MESSAGE_SIZE, MAX_DESCRIPTORS)
-            descriptors += fds
-            if not piece:
-                break
-            data += piece
+        data, descriptors = bytearray(), []
         try:
-            return cpr_channel.decode(data, descriptors)
-        except Exception:
-            for fd in descriptors:
-                os.close(fd)
+            while True:
+                piece, fds, _, _ = socket.recv_fds(self._connection, MESSAGE_SIZE, MAX_DESCRIPTORS)
+                descriptors += fds
+                if not piece:
+                    break
+                data += piece
+                if len(data) > MAX_SIZE or len(descriptors) > MAX_ALL_DESCRIPTORS:
+                    raise StateError(
+                        f"the cpr channel has more than {MAX_SIZE} bytes or "
+                        f"{MAX_ALL_DESCRIPTORS} descriptors: its sender is no VMM"
+                    )
+            return cpr_channel.decode(bytes(data), descriptors)
+        except OSError as error:
+            _close_all(descriptors)
+            raise StateError(
+                f"Unable to read from the cpr channel: {error.strerror}; start this VMM again, "
+                "and then the migration"
+            ) from None
+        except BaseException:
+            _close_all(descriptors)
             raise
 
     def close(self) -> None:
         self._connection.close()
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for fd in descriptors:
+        os.close(fd)
 
 
 def _lockable(machine: Machine) -> list[int]:
