@@ -17,8 +17,11 @@ import os
 import select
 import socket
 import time
+from contextlib import suppress
 
 from cpr.errors import CommandError, MigrationError, StateError
+from cpr.migration.address import check_unix_path
+from cpr.migration.listener import listen_at
 from cpr.migration.mode import TRANSFER, Mode, cpr_blockers
 from cpr.state import cpr_channel
 from cpr.state.fds import MAX_SIZE
@@ -45,6 +48,7 @@ def check_address(address: dict) -> str:
     """The path of a cpr channel's address.  Raises MigrationError with QEMU's text."""
     if address.get("transport") != "socket" or address.get("type") != "unix":
         raise MigrationError("bad cpr channel address; must be unix")
+    check_unix_path(address["path"])
     return str(address["path"])
 
 
@@ -110,18 +114,19 @@ class CprListener:
         if address.get("type") != "unix":
             raise MigrationError("bad cpr channel socket type; must be unix")
         path = address["path"]
-        if os.path.exists(path):
-            os.unlink(path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        check_unix_path(path)
         try:
-            listener.bind(path)
+            listener = listen_at(path)
         except OSError as error:
-            listener.close()
             raise MigrationError(f"Failed to bind socket to {path}: {error.strerror}") from None
-        listener.listen(1)
-        self._connection = listener.accept()[0]
-        listener.close()
-        os.unlink(path)
+        try:
+            self._connection = listener.accept()[0]
+        except OSError as error:
+            raise MigrationError(f"Failed to accept the source: {error.strerror}") from None
+        finally:
+            listener.close()
+            with suppress(OSError):  # somebody else may have removed it
+                os.unlink(path)
 
     def receive(self) -> CprState:
         """The state; its descriptors, close-on-exec, are the caller's.
