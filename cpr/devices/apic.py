@@ -7,7 +7,7 @@ here, xAPIC mode only, with a bus clock of 1 GHz.
 from __future__ import annotations
 
 from cpr.devices.apic_bus import EXTINT, FIXED, INIT, ApicBus
-from cpr.devices.base import Device
+from cpr.devices.base import Device, check_time
 from cpr.devices.virtual_timer import LEAST_PERIOD_NS, VirtualTimer
 from cpr.state.vmstate import VMStateDescription, buffer, i64, u64
 
@@ -134,6 +134,10 @@ class LocalApic(Device):
             "initial_count_load_time": self._load_time,
             "next_time": NEVER if deadline is None else deadline,
         }
+
+    def check(self, state: dict) -> None:
+        check_time("initial_count_load_time", state["initial_count_load_time"])
+        check_time("next_time", state["next_time"])
 
     def restore(self, state: dict) -> None:
         self.apicbase = state["apicbase"]

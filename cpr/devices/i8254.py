@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-from cpr.devices.base import Device
+from cpr.devices.base import Device, check_range, check_time
 from cpr.devices.virtual_timer import LEAST_PERIOD_NS, VirtualTimer
 from cpr.state.vmstate import VMStateDescription, i32, i64, struct_, u8, u16, u32
 
@@ -248,11 +248,21 @@ class I8254(Device):
             "channels[0].next_transition_time": self.channels[0].next_transition_time,
         }
 
+    def check(self, state: dict) -> None:
+        for number, channel in enumerate(state["channels"]):
+            name = f"channels[{number}]"
+            check_range(f"{name}.count", channel["count"], 0, MOST_COUNT)
+            for field in ("count_load_time", "next_transition_time"):
+                check_time(f"{name}.{field}", channel[field])
+        field = "channels[0].next_transition_time"
+        check_time(field, state[field])
+
     def restore(self, state: dict) -> None:
         self.irq_disabled = state["channels[0].irq_disabled"]
         for channel, saved in zip(self.channels, state["channels"], strict=True):
             for name in Channel.__slots__:
                 setattr(channel, name, saved[name])
+            channel.count = channel.count or MOST_COUNT
         self.channels[0].next_transition_time = state["channels[0].next_transition_time"]
         self._set_timer()
 

@@ -19,6 +19,7 @@ from cpr.state.vmstate import VMStateDescription, buffer, u8, u32
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from cpr.devices.base import Device
     from cpr.machine import Machine
     from cpr.migration.channel import Channel
     from cpr.migration.mode import Mode
@@ -195,6 +196,8 @@ def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
                     vmstate = devices[key].vmstate if key in devices else VMSTATE_GLOBALSTATE
                     assert vmstate is not None
                     states[key] = vmstate.decode(reader, section.version_id)
+                    if key in devices:
+                        _check(devices[key], states[key])
             except StreamError as error:
                 raise section.failure(error) from None
     finally:
@@ -210,12 +213,27 @@ def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
     return _runstate(machine, states.get((VMSTATE_GLOBALSTATE.name, 0)))
 
 
+def _check(device: Device, state: dict) -> None:
+    try:
+        device.check(state)
+    except ValueError as error:
+        raise StreamError(f"Failed to load {device.idstr} state: {error}") from None
+
+
 def _apply(machine: Machine, states: dict[tuple[str, int], dict]) -> None:
+    """Has each device take over its state.  Raises CprError; then the guest is in pieces."""
     with machine.lock:
         for device in machine.sections():
             state = states.get((device.idstr, device.instance_id))
-            if state is not None:
+            if state is None:
+                continue
+            try:
                 device.restore(state)
+            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+                raise StreamError(
+                    f"the state of device '{device.idstr}' instance {device.instance_id} cannot "
+                    f"be set: {error}"
+                ) from error
 
 
 def _load_ram(
