@@ -6,7 +6,9 @@ import contextlib
 import fcntl
 import os
 import pty
+import resource
 import socket
+import stat
 import subprocess
 import sys
 import termios
@@ -160,6 +162,40 @@ def test_server_talks_to_one_client_after_the_other(loop: MainLoop, path: str) -
     assert frontend.events == ["opened", "closed", "opened", "closed"]
     chardev.close()
     assert not os.path.exists(path)
+
+
+def test_a_listening_path_is_for_its_owner_only(loop: MainLoop, path: str) -> None:
+    chardev = server(loop, path)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    chardev.close()
+
+
+def test_a_client_waits_where_no_descriptor_is_left(loop: MainLoop, path: str) -> None:
+    chardev = server(loop, path)
+    client = connect(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_descriptors()) + 1, hard))
+    taken = []
+    try:
+        while True:
+            taken.append(os.dup(0))
+    except OSError:
+        pass
+    try:
+        rounds = 0
+        end = time.monotonic() + 0.15
+        while time.monotonic() < end:
+            loop.iterate(10_000_000)
+            rounds += 1
+        assert rounds < 50, "it asks for the client without a pause"
+        assert not chardev.connected
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    until(loop, lambda: chardev.connected)
+    client.close()
+    chardev.close()
 
 
 def test_server_takes_a_path_that_is_left_over(loop: MainLoop, path: str) -> None:

@@ -175,7 +175,8 @@ class BarRegion:
             start, length = self._table
             if start <= offset < start + length:
                 vector = self._msix.write_table(offset - start, size, value)
-                self._follow(vector)
+                if vector >= 0:
+                    self._follow(vector)
                 return
             start, length = self._pba
             if start <= offset < start + length:
