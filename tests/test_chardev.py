@@ -692,6 +692,48 @@ def test_stdio_on_a_terminal() -> None:
     assert terminal.end() == 0
 
 
+SHELL = """
+import fcntl, os, subprocess, sys, termios, time
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+job = subprocess.Popen(sys.argv[1:], process_group=0)
+print("started", flush=True)
+sys.stdin.readline()
+os.tcsetpgrp(0, job.pid)
+status = os.waitpid(job.pid, os.WUNTRACED)[1]
+os._exit(9 if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_stdio_in_the_background_is_not_stopped_and_reads_nothing() -> None:
+    master, slave = pty.openpty()
+    shell = subprocess.Popen(
+        [sys.executable, "-c", SHELL, *program()], stdin=slave, stdout=slave, stderr=slave
+    )
+    output = b""
+
+    def expect(text: bytes) -> None:
+        nonlocal output
+        while text not in output:
+            output += os.read(master, 1000)
+        output = output.partition(text)[2]
+
+    expect(b"started")
+    expect(b"opened")
+    assert termios.tcgetattr(slave)[3] & termios.ICANON, "the terminal is the shell's"
+    os.write(master, b"fg\n")  # for the shell, which makes it the foreground job
+    end = time.monotonic() + DEADLINE_S
+    while termios.tcgetattr(slave)[3] & termios.ICANON:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.write(master, b"aq")
+    expect(b"<a>")
+    expect(b"end")
+    assert shell.wait(DEADLINE_S) == 0
+    os.close(master)
+    os.close(slave)
+
+
 def test_stdio_without_signals() -> None:
     terminal = Terminal({"signal": False})
     terminal.expect(b"opened")

@@ -117,6 +117,10 @@ class FdChardev(Chardev):
         self._drain()
         self.detach_fds()
 
+    def room(self) -> int:
+        """How many bytes may be read now."""
+        return self.can_receive()
+
     def read_some(self, size: int) -> bytes:
         """At most `size` bytes; b"" at the end.  Raises BlockingIOError or another OSError."""
         return os.read(self.in_fd, size)
@@ -162,7 +166,7 @@ class FdChardev(Chardev):
     def _update(self) -> None:
         """Watches for what is wanted now: input if there is room, and output that waits."""
         self._update_queued = False
-        room = self.can_receive() if self.in_fd >= 0 else 0
+        room = self.room() if self.in_fd >= 0 else 0
         with self._lock:
             wanted: dict[int, int] = {}
             if self.in_fd >= 0 and (room > 0 or not self._hung_up):
@@ -176,7 +180,7 @@ class FdChardev(Chardev):
                 if self._watched.get(fd) != events:
                     self._watch(fd, events)
         # A vCPU that has made room meanwhile saw in accept_input what was watched before.
-        if room <= 0 <= self.in_fd and self.can_receive() > 0:
+        if room <= 0 <= self.in_fd and self.room() > 0:
             self._queue_update()
 
     def _watch(self, fd: int, events: int) -> None:
@@ -219,7 +223,7 @@ class FdChardev(Chardev):
         for _ in range(READS_PER_ROUND):
             if left <= 0:
                 break
-            room = self.can_receive()
+            room = self.room()
             if room <= 0:
                 return False
             try:
