@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from cpr import runstate
 from cpr.chardev.base import create
+from cpr.monitor.command_line import MAX_LINE_SIZE
 from cpr.monitor.commands import COMMANDS
 from cpr.monitor.control import MAX_UNREAD
-from cpr.monitor.hmp import HmpMonitor, execute
+from cpr.monitor.hmp import HmpMonitor, execute, run_line
 from cpr.monitor.schema import Session
 
 BANNER = b"QEMU 11.1.3 monitor - type 'help' for more information\r\n"
@@ -313,3 +314,10 @@ def test_lines_of_a_client_that_reads_nothing_wait(vmm: FakeVmm, terminal: Termi
     while chardev.typed:
         chardev.take_output()
         chardev.accept_input()
+
+
+def test_a_line_that_is_too_long_is_refused(vmm: FakeVmm) -> None:
+    for line in ("x" * MAX_LINE_SIZE, 'print "' + "x" * (1 << 20)):
+        text = run_line(vmm, Session(lambda: -1), line, None)
+        too_long = len(line) > MAX_LINE_SIZE
+        assert text.startswith("command line of more than" if too_long else "unknown command")
