@@ -11,8 +11,8 @@ from pathlib import Path
 from benchmarks.cases import GIB, HUGETLB, Case, size_text
 from benchmarks.observer import HEARTBEAT
 from benchmarks.peer import Peer
-from harness.qmp import QmpError
-from harness.vm import ROOT, Vm
+from tests.harness.qmp import QmpError
+from tests.harness.vm import ROOT, Vm
 
 IMAGES = ROOT / "examples" / "build"
 BOOT_TIMEOUT = 120.0  # of a BIOS under a slow KVM

@@ -15,7 +15,7 @@ from benchmarks import settings
 from benchmarks.cases import Case
 from benchmarks.pause import Result
 from benchmarks.peer import Peer
-from harness.vm import ALL_CPUS, ROOT
+from tests.harness.vm import ALL_CPUS, ROOT
 
 FORMAT = 1
 FOLDER = ROOT / "build" / "benchmarks"

@@ -31,17 +31,33 @@ PAGE_TABLES = 0x1000  # PML4, PDPT, then four page directories of 2 MiB pages
 ELF_STACK = GDT_ADDRESS
 CODE_SELECTOR, DATA_SELECTOR, TSS_SELECTOR = 0x10, 0x18, 0x20
 
+MAX_FILE_SIZE = 256 << 20
+"""Bytes of a -kernel file, and of all its segments together as far as they are in it."""
+
+MAX_LOADED_SIZE = 4 << 30
+"""Bytes of all segments of an ELF image together in memory."""
+
+ZEROS = bytes(1 << 20)
 PAGE_PRESENT_WRITABLE = 0x3
 PAGE_HUGE = 0x80
 
 
 class BootImage:
-    """Bytes to load, by guest-physical address, and the state in which vCPU 0 starts."""
+    """Bytes to load, by guest-physical address, and the state in which vCPU 0 starts.
 
-    __slots__ = ("loads", "registers")
+    `cleared` are the address and the size of what must be zero.
+    """
 
-    def __init__(self, loads: list[tuple[int, bytes]], registers: dict) -> None:
+    __slots__ = ("cleared", "loads", "registers")
+
+    def __init__(
+        self,
+        loads: list[tuple[int, bytes]],
+        registers: dict,
+        cleared: list[tuple[int, int]] | None = None,
+    ) -> None:
         self.loads = loads
+        self.cleared = cleared or []
         self.registers = registers
 
     def load(self, memory: GuestMemory) -> dict:
@@ -49,14 +65,19 @@ class BootImage:
 
         Raises ConfigError where an address has no RAM.
         """
-        for address, data in self.loads:
-            end = memory.find(address + max(len(data), 1) - 1)
+        sizes = [(address, len(data)) for address, data in self.loads]
+        for address, size in (*sizes, *self.cleared):
+            end = memory.find(address + max(size, 1) - 1)
             if memory.find(address) is None or end is None:
                 raise ConfigError(
-                    f"the boot image needs RAM at {address:#x} to {address + len(data):#x}: "
+                    f"the boot image needs RAM at {address:#x} to {address + size:#x}: "
                     "give the guest more with -m"
                 )
+        for address, data in self.loads:
             memory.write(address, data)
+        for address, size in self.cleared:
+            for offset in range(0, size, len(ZEROS)):
+                memory.write(address + offset, ZEROS[: size - offset])
         return self.registers
 
 
@@ -99,9 +120,17 @@ def _boot_sector(drive: DriveConfig) -> BootImage:
 def _kernel(path: str) -> BootImage:
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            pieces, left = [], MAX_FILE_SIZE + 1
+            while left > 0 and (piece := file.read(min(left, len(ZEROS)))):
+                pieces.append(piece)
+                left -= len(piece)
     except OSError as error:
         raise ConfigError(f"could not open kernel file '{path}': {error.strerror}") from None
+    except ValueError:
+        raise ConfigError(f"could not open kernel file {path!r}: it has a NUL in it") from None
+    data = b"".join(pieces)
+    if len(data) > MAX_FILE_SIZE:
+        raise ConfigError(f"kernel file '{path}' is larger than {MAX_FILE_SIZE >> 20} MiB")
     if not data:
         raise ConfigError(f"kernel file '{path}' is empty")
     if data[:4] == b"\x7fELF":
@@ -133,8 +162,10 @@ class _Elf:
                 f"kernel '{path}' is an ELF image, but not for x86 (machine {machine})"
             )
         self.entry = self._number(24, 8 if self.is_64 else 4)
-        self.loads = self._segments()
-        if not self.loads:
+        self.loads: list[tuple[int, bytes]] = []
+        self.cleared: list[tuple[int, int]] = []
+        self._take_segments()
+        if not self.loads and not self.cleared:
             raise ConfigError(f"kernel '{path}' has no loadable segment")
 
     def _number(self, offset: int, size: int) -> int:
@@ -142,14 +173,14 @@ class _Elf:
             raise ConfigError(f"kernel '{self._path}' is cut short: no ELF header at {offset:#x}")
         return int.from_bytes(self._data[offset : offset + size], "little")
 
-    def _segments(self) -> list[tuple[int, bytes]]:
+    def _take_segments(self) -> None:
         if self.is_64:
             table, entry_size, count = self._number(32, 8), self._number(54, 2), self._number(56, 2)
             offset_at, address_at, file_size_at, size_at, width = 8, 24, 32, 40, 8
         else:
             table, entry_size, count = self._number(28, 4), self._number(42, 2), self._number(44, 2)
             offset_at, address_at, file_size_at, size_at, width = 4, 12, 16, 20, 4
-        loads = []
+        in_file = in_memory = 0
         for header in range(table, table + entry_size * count, entry_size or 1):
             if self._number(header, 4) != 1:  # PT_LOAD
                 continue
@@ -159,10 +190,13 @@ class _Elf:
             size = self._number(header + size_at, width)
             if offset + file_size > len(self._data) or size < file_size or size > 1 << 32:
                 raise ConfigError(f"kernel '{self._path}' is cut short: a segment is not all there")
-            if size:
-                content = self._data[offset : offset + file_size]
-                loads.append((address, content + bytes(size - file_size)))
-        return loads
+            in_file, in_memory = in_file + file_size, in_memory + size
+            if in_file > MAX_FILE_SIZE or in_memory > MAX_LOADED_SIZE:
+                raise ConfigError(f"kernel '{self._path}': its segments are too large together")
+            if file_size:
+                self.loads.append((address, self._data[offset : offset + file_size]))
+            if size > file_size:
+                self.cleared.append((address + file_size, size - file_size))
 
 
 def _elf(path: str, data: bytes) -> BootImage:
@@ -188,7 +222,7 @@ def _elf(path: str, data: bytes) -> BootImage:
         state["env.efer"] = x86.EFER_LME | x86.EFER_LMA
     else:
         state["env.cr"] = [cr0, 0, 0, 0, 0]
-    return BootImage(loads, state)
+    return BootImage(loads, state, elf.cleared)
 
 
 def _gdt(flat: list[int], tss: int) -> bytes:

@@ -5,10 +5,9 @@ The machine does not know whether it comes from an exec.
 
 from __future__ import annotations
 
-import sys
 from _thread import RLock
 
-from cpr import runstate
+from cpr import report, runstate
 from cpr.bus import IOBus, Region
 from cpr.clock import VirtualClock
 from cpr.constants import PAGE_SIZE
@@ -318,7 +317,7 @@ class Machine:
         try:
             self.load_boot_image()
         except CprError as error:
-            print(f"cpr-vmm: reset failed: {error}", file=sys.stderr)
+            report.error_report(f"reset failed: {error}")
             return False
         self.events.emit("RESET", {"guest": guest, "reason": reason})
         return True
@@ -334,7 +333,7 @@ class Machine:
             self.on_exit(0)
 
     def _on_vcpu_error(self, error: CprError) -> None:
-        print(f"cpr-vmm: {error}", file=sys.stderr)
+        report.error_report(error)
         self.loop.call_soon(lambda: self.stop(runstate.INTERNAL_ERROR))
 
     # Looking in from outside.

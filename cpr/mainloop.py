@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import select
-import sys
 import time
 from _thread import allocate_lock, get_ident
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
+
+from cpr import report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 HANGUP = select.EPOLLHUP
+MAX_WAIT_NS = 3600_000_000_000  # of one epoll_wait, which takes no more than 2^31 ms
+FEW_TIMERS = 64  # so many may be cancelled before they are looked for
 
 
 class Timer:
@@ -47,6 +50,7 @@ class MainLoop:
         self._calls: list[Callable[[], None]] = []
         self._timers: list[tuple[int, int, Timer]] = []
         self._sequence = 0
+        self._compact_at = FEW_TIMERS
         self._lock = allocate_lock()
         self._stopped = False
         self._thread = 0
@@ -81,6 +85,8 @@ class MainLoop:
         timer = Timer(deadline_ns, callback)
         with self._lock:
             self._sequence += 1
+            if len(self._timers) >= self._compact_at:
+                self._forget_cancelled()
             heappush(self._timers, (deadline_ns, self._sequence, timer))
         if get_ident() != self._thread:
             os.eventfd_write(self._wakeup, 1)
@@ -88,6 +94,12 @@ class MainLoop:
 
     def call_later(self, delay_ns: int, callback: Callable[[], None]) -> Timer:
         return self.call_at(time.monotonic_ns() + delay_ns, callback)
+
+    def _forget_cancelled(self) -> None:
+        """A guest that arms a timer again and again leaves no more behind than half the heap."""
+        self._timers = [entry for entry in self._timers if entry[2].callback is not None]
+        heapify(self._timers)
+        self._compact_at = max(FEW_TIMERS, 2 * len(self._timers))
 
     def stop(self) -> None:
         """Makes `run` return; from any thread."""
@@ -102,7 +114,10 @@ class MainLoop:
         self._stopped = False
 
     def iterate(self, timeout_ns: int | None) -> None:
-        """One round: waits at most `timeout_ns` (None: for ever), then runs all that is due."""
+        """One round: waits at most `timeout_ns` (None: for ever), then runs all that is due.
+
+        What becomes due by that (a call, a timer that is armed again) has its turn in the next.
+        """
         with self._lock:
             while self._timers and self._timers[0][2].callback is None:
                 heappop(self._timers)
@@ -111,7 +126,8 @@ class MainLoop:
             elif self._timers:
                 due = max(0, self._timers[0][0] - time.monotonic_ns())
                 timeout_ns = due if timeout_ns is None else min(due, timeout_ns)
-        ready = self._epoll.poll(None if timeout_ns is None else timeout_ns / 1e9)
+        wait = None if timeout_ns is None else min(timeout_ns, MAX_WAIT_NS) / 1e9
+        ready = self._epoll.poll(wait)
         with self._lock:
             calls, self._calls = self._calls, []
         for fd, events in ready:
@@ -125,11 +141,11 @@ class MainLoop:
 
     def _run_timers(self) -> None:
         now = time.monotonic_ns()
-        while True:
-            with self._lock:
-                if not self._timers or self._timers[0][0] > now:
-                    return
-                timer = heappop(self._timers)[2]
+        due = []
+        with self._lock:
+            while self._timers and self._timers[0][0] <= now:
+                due.append(heappop(self._timers)[2])
+        for timer in due:
             if timer.callback is not None:
                 callback, timer.callback = timer.callback, None
                 _run(callback)
@@ -144,4 +160,4 @@ def _run(callback: Callable[..., None], *arguments: Any) -> None:
     try:
         callback(*arguments)
     except Exception as error:
-        sys.excepthook(type(error), error, error.__traceback__)
+        report.exception_report(error)

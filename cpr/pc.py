@@ -11,9 +11,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from cpr import boot
+from cpr import boot, report
 from cpr.config.device_table import DEVICES
 from cpr.constants import GIB, MAX_CPUS
 from cpr.devices import isa_serial
@@ -116,9 +114,9 @@ def _create_accel(names: Sequence[str]) -> Accelerator:
             problems.append(f"-accel {name}: {error}")
             continue
         for problem in problems:
-            print(f"cpr-vmm: {problem}", file=sys.stderr)
+            report.error_report(problem)
         if problems:
-            print(f"cpr-vmm: falling back to {name}", file=sys.stderr)
+            report.error_report(f"falling back to {name}")
         return accel
     raise ConfigError("\ncpr-vmm: ".join(problems))
 

@@ -45,7 +45,9 @@ class RAMBlock:
     -1 for anonymous memory.  `preserved` says that the descriptor goes over
     an exec, `reopened` that the new VMM opens the same file again by its path; a block that is
     neither loses its content in an exec, unless it is `regenerated` (a ROM that the machine
-    makes).  `prealloc` asks for all of it to be populated, `populated` bytes of it are by now.
+    makes).  `stale` says that it is a file whose bytes may be another guest's, so that pages which
+    do not come in a state are to be cleared.  `prealloc` asks for all of it to be populated,
+    `populated` bytes of it are by now.
 
     While a copy of the block is being made for another image, `copy_fd` is that copy's memfd, else
     -1, and `written` a bitmap of the pages that this process itself writes, else None.
@@ -70,6 +72,7 @@ class RAMBlock:
         "reopened",
         "shared",
         "size",
+        "stale",
         "written",
     )
 
@@ -90,6 +93,7 @@ class RAMBlock:
         self.preserved = False
         self.kept = False
         self.reopened = False
+        self.stale = False
         self.regenerated = False
         self.copy_fd = -1
         self.written: PageBitmap | None = None
@@ -232,6 +236,7 @@ def _take_found(block: RAMBlock, fds: PreservedFds) -> bool:
 
 
 def _attach_descriptor(block: RAMBlock, properties: dict[str, Any], fds: PreservedFds) -> None:
+    block.stale = block.backend == "memory-backend-file" and not fds.incoming
     if block.backend == "memory-backend-file" and block.shared:
         block.fd = _open_file(block, properties)
         block.reopened = True

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import select
 import stat
+import sys
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 PROGRAM = "cpr-vmm"
@@ -81,19 +82,25 @@ def open_standard_descriptors() -> None:
 
     Otherwise a disk image or a socket would get the number 2, and the words for stderr.
     """
-    for fd in (STDIN, STDOUT, STDERR):
+    for fd, name, mode in ((STDIN, "stdin", "r"), (STDOUT, "stdout", "w"), (STDERR, "stderr", "w")):
         try:
-            os.fstat(fd)
-        except OSError:
             try:
-                null = os.open(os.devnull, os.O_RDWR)
-                if null != fd:
-                    os.dup2(null, fd)
-                    os.close(null)
-                else:
-                    os.set_inheritable(fd, True)
+                os.fstat(fd)
             except OSError:
-                pass
+                _open_null(fd)
+            if getattr(sys, name) is None:  # Python found it closed; libraries expect a file
+                setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115
+        except OSError:
+            pass  # there is no /dev/null: what is said vanishes all the same
+
+
+def _open_null(fd: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    if null == fd:
+        os.set_inheritable(fd, True)
+    else:
+        os.dup2(null, fd)
+        os.close(null)
 
 
 def _write(fd: int, text: str) -> None:

@@ -176,8 +176,13 @@ class ScriptedChardev(Chardev):
         super().__init__(label, loop)
         self.output = b""
         self.typed = b""
+        self.stalled = False  # the client reads nothing until `take_output`
         self.fds: list[int] = []
         self.connected = True
+
+    @property
+    def waiting(self) -> int:
+        return len(self.output) if self.stalled else 0
 
     def write(self, data: bytes) -> None:
         self.output += data

@@ -9,6 +9,7 @@ from cpr.devices.apic import ADDRESS, LocalApic
 from cpr.devices.apic_bus import ApicBus
 from cpr.devices.i8259 import I8259Pair
 from cpr.devices.ioapic import IOApic
+from cpr.devices.virtual_timer import LEAST_PERIOD_NS
 
 ID, VERSION, TPR, PPR, EOI, LDR, DFR, SVR = 0x20, 0x30, 0x80, 0xA0, 0xB0, 0xD0, 0xE0, 0xF0
 ISR, TMR, IRR, ICR_LOW, ICR_HIGH = 0x100, 0x180, 0x200, 0x300, 0x310
@@ -208,9 +209,9 @@ def test_periodic_timer(machine: Machine) -> None:
     loop = machine.platform.loop
     machine.write(DIVIDE, DIVIDE_BY_1)
     machine.write(LVT_TIMER, PERIODIC | 0x41)
-    machine.write(INITIAL_COUNT, 999)
+    machine.write(INITIAL_COUNT, 999_999)
     for n in range(1, 5):
-        loop.advance(1000 * n)
+        loop.advance(1_000_000 * n)
         assert machine.apics[0].acknowledge() == 0x41
         machine.write(EOI, 0)
         assert not machine.apics[0].pending()
@@ -236,6 +237,19 @@ def test_late_timer_gives_one_interrupt_and_keeps_its_phase(machine: Machine) ->
     machine.platform.loop.advance(10_500_000)
     assert machine.apics[0].acknowledge() == 0x41
     assert machine.platform.loop.armed() == [11_000_000]
+
+
+def test_a_period_of_two_nanoseconds_gets_the_least_that_there_is(machine: Machine) -> None:
+    loop = machine.platform.loop
+    machine.write(DIVIDE, DIVIDE_BY_1)
+    machine.write(LVT_TIMER, PERIODIC | 0x41)
+    machine.write(INITIAL_COUNT, 1)
+    count = 0
+    machine.platform.clock.time = 50_000_000  # the host was busy
+    while loop.armed()[0] <= 100_000_000:
+        loop.advance(loop.armed()[0])
+        count += 1
+    assert count <= 100_000_000 // LEAST_PERIOD_NS
 
 
 def test_timer_stops_with_the_vm(machine: Machine) -> None:

@@ -9,8 +9,8 @@ import subprocess
 import pytest
 from waiting import wait_for, wait_for_change
 
-from harness.qmp import QmpError
-from harness.vm import VMM
+from tests.harness.qmp import QmpError
+from tests.harness.vm import VMM
 
 HEARTBEAT = 0x8000
 BASE = ("-nodefaults", "-display", "none", "-accel", "tcg")

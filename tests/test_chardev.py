@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import os
 import pty
+import resource
 import socket
+import stat
 import subprocess
 import sys
 import termios
@@ -18,7 +21,8 @@ from typing import Any
 
 import pytest
 
-from cpr.chardev.base import Chardev, create
+from cpr.chardev.base import MAX_WAITING, Chardev, create
+from cpr.chardev.stream import BYTES_PER_ROUND, READ_SIZE
 from cpr.errors import ConfigError
 from cpr.mainloop import MainLoop
 
@@ -165,6 +169,40 @@ def test_server_talks_to_one_client_after_the_other(loop: MainLoop, path: str) -
     assert not os.path.exists(path)
 
 
+def test_a_listening_path_is_for_its_owner_only(loop: MainLoop, path: str) -> None:
+    chardev = server(loop, path)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    chardev.close()
+
+
+def test_a_client_waits_where_no_descriptor_is_left(loop: MainLoop, path: str) -> None:
+    chardev = server(loop, path)
+    client = connect(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_descriptors()) + 1, hard))
+    taken = []
+    try:
+        while True:
+            taken.append(os.dup(0))
+    except OSError:
+        pass
+    try:
+        rounds = 0
+        end = time.monotonic() + 0.15
+        while time.monotonic() < end:
+            loop.iterate(10_000_000)
+            rounds += 1
+        assert rounds < 50, "it asks for the client without a pause"
+        assert not chardev.connected
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    until(loop, lambda: chardev.connected)
+    client.close()
+    chardev.close()
+
+
 def test_server_takes_a_path_that_is_left_over(loop: MainLoop, path: str) -> None:
     Path(path).write_text("an old file")
     chardev = server(loop, path)
@@ -255,6 +293,90 @@ def test_output_waits_for_a_slow_client(loop: MainLoop, path: str) -> None:
         loop.iterate(1_000_000)
         received += client.recv(65536)
     assert received == b"".join(pieces)
+    client.close()
+    chardev.close()
+
+
+def test_output_for_a_client_that_never_reads_is_bounded(loop: MainLoop, path: str) -> None:
+    chardev = server(loop, path)
+    Frontend(chardev)
+    client = connect(path)
+    until(loop, lambda: chardev.connected)
+    for _ in range(2 * MAX_WAITING // 100_000):
+        chardev.write(bytes(100_000))
+    assert MAX_WAITING <= chardev.waiting <= MAX_WAITING + 100_000
+    chardev.flush()
+    assert chardev.waiting
+    client.close()
+    until(loop, lambda: not chardev.connected)
+    assert not chardev.waiting
+    chardev.close()
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_frontend_may_keep_what_does_not_go_out_at_once(
+    loop: MainLoop, path: str, leaves: bool
+) -> None:
+    chardev = server(loop, path)
+    told: list[int] = []
+    chardev.set_handlers(lambda: 1, lambda data: None, lambda event: None, lambda: told.append(1))
+    assert chardev.try_write(b"nobody is there") == 15
+    client = connect(path)
+    until(loop, lambda: chardev.connected)
+    sent = 0
+    while (taken := chardev.try_write(bytes(65536))) == 65536:
+        sent += taken
+    sent += taken
+    assert chardev.try_write(b"x") == 0 and not chardev.waiting
+    idle(loop)
+    assert not told
+    if leaves:
+        client.close()
+        until(loop, lambda: told)
+    else:
+        while sent:
+            sent -= len(client.recv(1 << 20))
+        until(loop, lambda: told)
+        assert chardev.try_write(b"x") == 1
+        client.close()
+    chardev.close()
+
+
+def test_a_flood_of_input_leaves_the_others_their_turn(loop: MainLoop, path: str) -> None:
+    chardev = server(loop, path)
+    frontend = Frontend(chardev)
+    client = connect(path)
+    client.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            client.send(bytes(65536))
+    until(loop, lambda: frontend.data)
+    while frontend.data:
+        frontend.data = b""
+        loop.iterate(0)
+        assert len(frontend.data) <= BYTES_PER_ROUND + READ_SIZE
+    client.close()
+    chardev.close()
+
+
+def test_room_that_is_made_while_the_watch_is_set_is_not_missed(
+    loop: MainLoop, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chardev = server(loop, path)
+    frontend = Frontend(chardev, room=1)
+    client = connect(path)
+    until(loop, lambda: chardev.connected)
+    watch = loop.watch
+
+    def watch_while_a_vcpu_reads(fd: int, events: int, callback: Callable[[int], None]) -> None:
+        watch(fd, events, callback)
+        if not frontend.room:
+            frontend.room = 1
+            chardev.accept_input()
+
+    monkeypatch.setattr(loop, "watch", watch_while_a_vcpu_reads)
+    client.send(b"abc")
+    until(loop, lambda: frontend.data == b"abc")
     client.close()
     chardev.close()
 
@@ -574,6 +696,48 @@ def test_stdio_on_a_terminal() -> None:
     terminal.process.wait(DEADLINE_S)
     assert termios.tcgetattr(terminal.slave) == terminal.before
     assert terminal.end() == 0
+
+
+SHELL = """
+import fcntl, os, subprocess, sys, termios, time
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+job = subprocess.Popen(sys.argv[1:], process_group=0)
+print("started", flush=True)
+sys.stdin.readline()
+os.tcsetpgrp(0, job.pid)
+status = os.waitpid(job.pid, os.WUNTRACED)[1]
+os._exit(9 if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_stdio_in_the_background_is_not_stopped_and_reads_nothing() -> None:
+    master, slave = pty.openpty()
+    shell = subprocess.Popen(
+        [sys.executable, "-c", SHELL, *program()], stdin=slave, stdout=slave, stderr=slave
+    )
+    output = b""
+
+    def expect(text: bytes) -> None:
+        nonlocal output
+        while text not in output:
+            output += os.read(master, 1000)
+        output = output.partition(text)[2]
+
+    expect(b"started")
+    expect(b"opened")
+    assert termios.tcgetattr(slave)[3] & termios.ICANON, "the terminal is the shell's"
+    os.write(master, b"fg\n")  # for the shell, which makes it the foreground job
+    end = time.monotonic() + DEADLINE_S
+    while termios.tcgetattr(slave)[3] & termios.ICANON:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.write(master, b"aq")
+    expect(b"<a>")
+    expect(b"end")
+    assert shell.wait(DEADLINE_S) == 0
+    os.close(master)
+    os.close(slave)
 
 
 def test_stdio_without_signals() -> None:

@@ -757,3 +757,11 @@ def test_human_monitor_command_has_its_own_cpu(vmm: FakeVmm) -> None:
         "unknown command: 'foo'\r\n"
     )
     assert execute(vmm, "human-monitor-command", {"command-line": ""}) == ""
+
+
+@pytest.mark.parametrize("name", ["memsave", "pmemsave"])
+def test_files_that_memory_cannot_be_saved_to(vmm, tmp_path, name):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (f"{tmp_path}/fifo", "a\0b", f"{tmp_path}/no/file", str(tmp_path)):
+        answer = execute(vmm, name, {"val": 0x7C00, "size": 16, "filename": path})
+        assert isinstance(answer, str) and answer.startswith("Could not open"), path

@@ -43,6 +43,24 @@ def test_example(guests, name, tmp_path):
     doc_examples.run(blocks, tmp_path)
 
 
+# Limits.
+
+UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "ms": 10**6, "us": 10**3}
+
+
+@pytest.mark.parametrize("row", REFERENCE.rows("Limits"), ids=lambda row: row[3])
+def test_limits(row):
+    module, _, name = row[3].strip("`").rpartition(".")
+    value = getattr(importlib.import_module(module), name)
+    number = re.search(r"(\d+) ?(bytes|KiB|MiB|GiB|ms|us)?", row[1])
+    shown = int(number[1]) * UNITS.get(number[2], 1)
+    if "2^63" in row[1]:
+        shown = (1 << 63) - 1
+    elif "years" in row[1]:
+        value //= 365 * 86400 * 10**9
+    assert shown == value, row
+
+
 # The command line.
 
 

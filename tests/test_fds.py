@@ -11,7 +11,7 @@ import pytest
 
 from cpr.errors import KernelError, StateError
 from cpr.state.cpr_state import REMEDY, STATE_NAME, CprState, VfioDevice
-from cpr.state.fds import PreservedFds
+from cpr.state.fds import SEALS, PreservedFds
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_persist_and_unpersist(memfd):
     assert fds.state_fd == fd
     assert environ == {"PATH": "/bin", STATE_NAME: str(fd)}
     assert os.readlink(f"/proc/self/fd/{fd}") == f"/memfd:{STATE_NAME} (deleted)"
-    assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == fcntl.F_SEAL_SEAL
+    assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == SEALS
     assert not os.get_inheritable(fd)
     size = os.fstat(fd).st_size
     assert os.lseek(fd, 0, os.SEEK_CUR) == size
@@ -125,6 +125,23 @@ def test_persist_and_unpersist(memfd):
     fds.unpersist(environ)
     assert (environ, fds.state_fd, is_open(fd)) == ({"PATH": "/bin"}, -1, False)
     fds.unpersist(environ)
+
+
+def test_nobody_changes_a_state_that_is_persisted(memfd):
+    fds = PreservedFds()
+    fds.save("ram0", 0, memfd())
+    fd = fds.persist({})
+    for number in (1, 2):
+        assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == SEALS
+        with pytest.raises(PermissionError):
+            os.pwrite(fd, b"x", 0)
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, 0)
+        assert not os.get_inheritable(fd)
+        fds.save("ram0", number, memfd())
+        fds.refresh()
+        assert fds.state_fd == fd
+    fds.unpersist({})
 
 
 def test_refresh_writes_what_has_changed_since(memfd):

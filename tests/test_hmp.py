@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from cpr import runstate
 from cpr.chardev.base import create
+from cpr.monitor.command_line import MAX_LINE_SIZE
 from cpr.monitor.commands import COMMANDS
-from cpr.monitor.hmp import HmpMonitor, execute
+from cpr.monitor.control import MAX_UNREAD
+from cpr.monitor.hmp import HmpMonitor, execute, run_line
 from cpr.monitor.schema import Session
 
 BANNER = b"QEMU 11.1.3 monitor - type 'help' for more information\r\n"
@@ -149,11 +151,11 @@ def test_errors(terminal: Terminal) -> None:
 
 
 def test_a_bug_in_a_command_does_not_end_the_monitor(
-    vmm: FakeVmm, terminal: Terminal, capsys: pytest.CaptureFixture
+    vmm: FakeVmm, terminal: Terminal, capfd: pytest.CaptureFixture
 ) -> None:
     vmm.machine.stop = None  # type: ignore[method-assign, assignment]
     assert terminal.enter("stop").startswith("Error: internal error: ")
-    assert "Traceback" in capsys.readouterr().err
+    assert "Traceback" in capfd.readouterr().err
     assert terminal.enter("info name") == "guest\r\n"
 
 
@@ -302,3 +304,21 @@ def test_on_a_pty(vmm: FakeVmm) -> None:
     os.close(slave)
     monitor.close()
     chardev.close()
+
+
+def test_lines_of_a_client_that_reads_nothing_wait(vmm: FakeVmm, terminal: Terminal) -> None:
+    chardev = terminal.chardev
+    chardev.stalled = True
+    chardev.type(b"help\n" * 100)
+    assert MAX_UNREAD < len(chardev.output) < 2 * MAX_UNREAD
+    assert chardev.typed
+    while chardev.typed:
+        chardev.take_output()
+        chardev.accept_input()
+
+
+def test_a_line_that_is_too_long_is_refused(vmm: FakeVmm) -> None:
+    for line in ("x" * MAX_LINE_SIZE, 'print "' + "x" * (1 << 20)):
+        text = run_line(vmm, Session(lambda: -1), line, None)
+        too_long = len(line) > MAX_LINE_SIZE
+        assert text.startswith("command line of more than" if too_long else "unknown command")

@@ -7,6 +7,7 @@ from described import description_of, golden
 from fake_platform import SteppedPlatform
 
 from cpr.devices.i8254 import FREQUENCY, I8254, SECOND, Channel, PcSpeaker
+from cpr.devices.virtual_timer import LEAST_PERIOD_NS
 
 CONTROL = 0x43
 MILLISECOND = SECOND // 1000
@@ -165,6 +166,18 @@ def test_missed_ticks_are_caught_up(platform: SteppedPlatform, pit: I8254) -> No
     platform.clock.time = 100 * SECOND  # hopelessly late: what is long past is left out
     platform.loop.advance(100 * SECOND)
     assert rising_edges(platform) in range(600, 603)
+
+
+@pytest.mark.parametrize("mode", [2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3, 100])
+def test_a_period_below_the_least_has_one_tick_in_each_of_these(
+    platform: SteppedPlatform, pit: I8254, mode: int, count: int
+) -> None:
+    program(platform, 0, mode, count)
+    platform.irqs.clear()
+    platform.clock.time = 50 * MILLISECOND
+    platform.loop.advance(100 * MILLISECOND)
+    assert rising_edges(platform) == 50 * MILLISECOND // LEAST_PERIOD_NS + 1
 
 
 def test_stops_with_the_vm(platform: SteppedPlatform, pit: I8254) -> None:

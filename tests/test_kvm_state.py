@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable, Iterator
 
 import pytest
+from benchmarks.vm import Vm
 from conftest import missing_kvm
 from waiting import wait_for
 
-from benchmarks.vm import Vm
 from cpr.accel import x86
 from cpr.accel.kvm import KvmAccelerator, cpuid, msrs
 from cpr.accel.kvm import state as steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
-from cpr.mainloop import READ, MainLoop
+from cpr.mainloop import FEW_TIMERS, READ, MainLoop
 
 
 def test_watch_and_unwatch():
@@ -65,11 +65,50 @@ def test_all_its_descriptors_are_close_on_exec():
 
 
 def test_an_exception_is_reported_and_the_loop_goes_on(monkeypatch):
-    reported: list[type] = []
-    monkeypatch.setattr("sys.excepthook", lambda kind, error, trace: reported.append(kind))
+    reported: list[BaseException] = []
+    monkeypatch.setattr("cpr.report.exception_report", reported.append)
     loop = MainLoop()
     loop.call_soon(lambda: [][1])
     loop.call_soon(loop.stop)
     loop.run()
-    assert reported == [IndexError]
+    assert isinstance(reported[0], IndexError) and len(reported) == 1
+    loop.close()
+
+
+def test_a_deadline_in_a_thousand_years_is_waited_for():
+    loop = MainLoop()
+    loop.call_later(1000 * 365 * 86400 * 1_000_000_000, lambda: None)
+    loop.call_at(1 << 70, lambda: None)
+    loop.call_soon(loop.stop)
+    loop.run()
+    writer = threading.Timer(0.05, loop.stop)
+    writer.start()
+    loop.run()
+    writer.join()
+    loop.close()
+
+
+def test_timers_that_are_armed_again_and_again_leave_nothing_behind():
+    loop = MainLoop()
+    kept = [loop.call_later(1 << 50, lambda: None) for _ in range(10)]
+    for _ in range(10_000):
+        loop.call_later(1 << 40, lambda: None).cancel()
+    assert len(loop._timers) <= FEW_TIMERS
+    assert sum(entry[2] in kept for entry in loop._timers) == len(kept)
+    loop.close()
+
+
+def test_a_timer_that_is_always_due_leaves_the_others_their_turn():
+    loop = MainLoop()
+    turns = []
+
+    def again() -> None:
+        turns.append("timer")
+        loop.call_at(0, again)
+
+    loop.call_at(0, again)
+    loop.call_soon(lambda: turns.append("call"))
+    for _ in range(3):
+        loop.iterate(0)
+    assert turns == ["call", "timer", "timer", "timer"]
     loop.close()

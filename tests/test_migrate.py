@@ -10,8 +10,8 @@ import psutil
 import pytest
 from waiting import wait_for, wait_for_change
 
-from harness.qmp import QmpError
-from harness.vm import VMM
+from tests.harness.qmp import QmpError
+from tests.harness.vm import VMM
 
 HEARTBEAT = 0x8000
 DUMPER = """

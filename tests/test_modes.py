@@ -11,8 +11,8 @@ import threading
 import pytest
 from waiting import is_listening, wait_for, wait_for_change
 
-from harness.qmp import QmpError
-from harness.vm import VMM, Vm
+from tests.harness.qmp import QmpError
+from tests.harness.vm import VMM, Vm
 
 HEARTBEAT = 0x8000
 RAM = "64M"
@@ -109,6 +109,27 @@ def test_to_a_file_and_back_in_a_new_process(start, accel, tmp_path, mode, backe
     wait_completed(target)
     wait_for(lambda: target.qmp.command("query-status")["running"], "the guest resumes")
     assert trail(target) == ["setup", "active", "RESUME", "completed"]
+    check_churn(target)
+
+
+@pytest.mark.parametrize("share", ["on", "off"])
+def test_zero_pages_of_mapped_ram_are_zero_in_a_file_with_old_bytes(start, tmp_path, share):
+    old = tmp_path / "old"
+    old.write_bytes(b"\xa5" * (64 << 20))
+    source = start(*arguments("tcg", "memory-backend-ram"))
+    wait_for_change(lambda: u64(source, 0x9018), "the guest has written its range", steps=2)
+    source.qmp.command("migrate-set-capabilities", capabilities=on("mapped-ram"))
+    source.qmp.command("migrate", uri=f"file:{tmp_path}/state")
+    wait_completed(source)
+    backend = f"memory-backend-file,share={share},mem-path={old}"
+    target = start(*arguments("tcg", backend), "-incoming", "defer")
+    target.qmp.command("migrate-set-capabilities", capabilities=on("mapped-ram"))
+    target.qmp.command("stop")
+    target.qmp.command("migrate-incoming", uri=f"file:{tmp_path}/state")
+    wait_completed(target)
+    for address in range(0, 64 << 20, 1 << 20):
+        assert u64(target, address) == u64(source, address), hex(address)
+    target.qmp.command("cont")
     check_churn(target)
 
 

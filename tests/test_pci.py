@@ -266,3 +266,17 @@ def test_msix_table_and_pending_bits(count: int, data) -> None:
     other.restore(msix.save())
     assert other.save() == msix.save()
     assert other.is_pending(vector) and other.message(vector) == msix.message(vector)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_no_write_makes_the_msix_table_another_size(size: int) -> None:
+    msix = MsixCapability(ConfigSpace(256), 0x40, 3, 0, 0x800)
+    for offset in range(-8, msix.table_size + 8):
+        value = (1 << 8 * size) - 1
+        vector = msix.write_table(offset, size, value)
+        inside = offset % size == 0 and 0 <= offset <= msix.table_size - size
+        assert vector == (offset // 16 if inside else -1)
+        assert len(msix.save()["table"]) == msix.table_size
+        if inside:
+            assert msix.read_table(offset, size) == value
+    assert msix.vmstate.encode(msix.save())

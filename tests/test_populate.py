@@ -81,7 +81,7 @@ def test_close_ends_it_between_steps(monkeypatch):
     assert len(steps) == done
 
 
-def test_lack_of_memory_is_a_warning(monkeypatch, capsys):
+def test_lack_of_memory_is_a_warning(monkeypatch, capfd):
     def chunk(block):
         raise ConfigError("cannot set up guest memory 'ram0': Cannot allocate memory")
 
@@ -90,7 +90,7 @@ def test_lack_of_memory_is_a_warning(monkeypatch, capsys):
     populator._ended.acquire()
     populator._ended.release()
     populator.close()
-    assert capsys.readouterr().err == (
+    assert capfd.readouterr().err == (
         "cpr-vmm: warning: cannot set up guest memory 'ram0': Cannot allocate memory\n"
     )
 

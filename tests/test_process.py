@@ -11,8 +11,8 @@ import psutil
 import pytest
 from waiting import wait_for
 
-from harness.qmp import Qmp
-from harness.vm import VMM
+from tests.harness.qmp import Qmp
+from tests.harness.vm import VMM
 
 ARGUMENTS = (
     *("-nodefaults", "-display", "none", "-m", "16M"),

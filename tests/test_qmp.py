@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from cpr.chardev.base import create
 from cpr.errors import CommandError
+from cpr.monitor.control import MAX_UNREAD
 from cpr.monitor.json_stream import JsonStream
 from cpr.monitor.qmp import QmpMonitor
 
@@ -186,11 +187,11 @@ def test_pretty(vmm: FakeVmm) -> None:
 
 
 def test_a_bug_in_a_command_does_not_end_the_monitor(
-    vmm: FakeVmm, ready: Client, capsys: pytest.CaptureFixture
+    vmm: FakeVmm, ready: Client, capfd: pytest.CaptureFixture
 ) -> None:
     vmm.machine.stop = None  # type: ignore[method-assign, assignment]
     assert ready.execute("stop").startswith("internal error: ")
-    assert "Traceback" in capsys.readouterr().err
+    assert "Traceback" in capfd.readouterr().err
     assert ready.execute("query-name") == {"name": "guest"}
 
 
@@ -536,3 +537,32 @@ def test_with_qemus_own_client(vmm: FakeVmm, tmp_path: Path) -> None:
         thread.join()
         monitor.close()
         chardev.close()
+
+
+# A client that does not read.
+
+
+def test_commands_of_a_client_that_reads_no_answer_wait(vmm: FakeVmm, ready: Client) -> None:
+    chardev = ready.chardev
+    chardev.stalled = True
+    chardev.type(b'{"execute":"query-commands"}' * 1000)
+    largest = 64 << 10  # of one answer
+    assert MAX_UNREAD < len(chardev.output) < MAX_UNREAD + largest
+    assert chardev.typed, "what it sent on was read"
+    answers = len(ready.read())
+    while answers < 1000:
+        chardev.writable()
+        got = len(ready.read())
+        assert got
+        answers += got
+    assert answers == 1000
+
+
+def test_a_client_that_comes_after_one_that_did_not_read(vmm: FakeVmm, ready: Client) -> None:
+    ready.chardev.stalled = True
+    ready.chardev.type(b'{"execute":"query-commands"}' * 100)
+    ready.chardev.typed = b""
+    ready.chardev.take_output()
+    ready.chardev.reconnect()
+    ready.chardev.writable()
+    assert ready.read() == [GREETING]

@@ -228,6 +228,7 @@ def test_closed_standard_descriptors_are_taken_before_a_file_gets_their_number()
         "import os; from cpr import report; report.open_standard_descriptors()\n"
         "fd = os.memfd_create('disk'); report.error_report('not into a disk'); "
         "report.announce('no')\n"
+        "import sys; print('no', file=sys.stderr, flush=True); sys.stdout.flush()\n"
         "os._exit(not (fd > 2 and os.fstat(fd).st_size == 0 and os.get_inheritable(2)))"
     )
     command = f'exec {sys.executable} -c "$0" <&- >&- 2>&-'

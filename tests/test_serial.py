@@ -21,13 +21,26 @@ class FakeChardev:
         self.waiting = b""
         self.can_receive = lambda: 0
         self.receive = lambda data: None
+        self.writable = lambda: None
+        self.room = 1 << 30
 
-    def set_handlers(self, can_receive, receive, event) -> None:
+    def set_handlers(self, can_receive, receive, event, writable) -> None:
         self.can_receive = can_receive
         self.receive = receive
+        self.writable = writable
 
     def write(self, data: bytes) -> None:
         self.written += data
+
+    def try_write(self, data: bytes) -> int:
+        taken = data[: self.room]
+        self.room -= len(taken)
+        self.written += taken
+        return len(taken)
+
+    def read_on(self, room: int) -> None:
+        self.room = room
+        self.writable()
 
     def accept_input(self) -> None:
         room = self.can_receive()
@@ -150,6 +163,87 @@ def test_output_before_the_chardev_is_there_is_kept():
     device.attach(chardev)
     platform.bus.io_write(0x2F8, 1, ord("b"))
     assert chardev.written == b"ab"
+
+
+BUSY = 0
+SHIFTING = serial.LSR_THRE
+IDLE = serial.LSR_THRE | serial.LSR_TEMT
+
+
+def transmitter(port: Port) -> int:
+    return port.read(serial.LSR) & IDLE
+
+
+def test_a_peer_that_does_not_read_makes_the_transmitter_busy(port):
+    port.chardev.room = 1
+    port.write(serial.IER, serial.IER_THRI)
+    port.write(serial.RBR_THR, ord("a"))
+    assert transmitter(port) == IDLE
+    port.write(serial.RBR_THR, ord("b"))
+    assert transmitter(port) == SHIFTING
+    port.write(serial.RBR_THR, ord("c"))
+    assert transmitter(port) == BUSY
+    assert not port.irq
+    port.chardev.read_on(1)
+    assert (transmitter(port), port.irq) == (SHIFTING, True)
+    port.chardev.read_on(100)
+    assert transmitter(port) == IDLE
+    assert port.chardev.written == b"abc"
+
+
+@pytest.mark.parametrize("fifo", [0, ENABLE_FIFO])
+def test_a_guest_that_writes_on_loses_its_oldest_bytes_and_no_memory(port, fifo):
+    port.write(serial.IIR_FCR, fifo)
+    port.chardev.room = 0
+    for value in range(256):
+        port.write(serial.RBR_THR, value)
+    size = serial.FIFO_SIZE if fifo else 1
+    port.chardev.read_on(1000)
+    assert port.chardev.written == bytes([0, *range(256 - size, 256)])
+    assert transmitter(port) == IDLE
+
+
+def test_clearing_the_transmit_fifo(port):
+    port.write(serial.IIR_FCR, ENABLE_FIFO)
+    port.chardev.room = 0
+    for value in b"abc":
+        port.write(serial.RBR_THR, value)
+    port.write(serial.IIR_FCR, ENABLE_FIFO | serial.FCR_CLEAR_TX)
+    port.chardev.read_on(1000)
+    assert port.chardev.written == b"a"
+
+
+def test_what_could_not_be_sent_goes_over_with_the_guest(port):
+    port.write(serial.IIR_FCR, ENABLE_FIFO)
+    port.chardev.room = 0
+    for value in b"abcdef":
+        port.write(serial.RBR_THR, value)
+    port.platform.clock.disable()
+    port.chardev.read_on(1000)
+    assert port.chardev.written == b""  # what is saved now is all that there is
+    body = port.device.vmstate.encode(port.device.save())
+    from cpr.state.reader import BytesReader
+
+    other = Port()
+    other.device.restore(other.device.vmstate.decode(BytesReader(body), 3))
+    assert other.device.save() == port.device.save()
+    assert transmitter(other) == BUSY
+    other.device.on_run()
+    other.platform.loop.iterate(0)
+    assert other.chardev.written == b"abcdef"
+    assert transmitter(other) == IDLE
+
+
+def test_output_without_a_chardev_yet_is_bounded():
+    platform, device = FakePlatform(), Serial(0)
+    device.realize(platform)
+    for _ in range(serial.MAX_UNATTACHED):
+        platform.bus.io_write(COM1, 1, ord("x"))
+    platform.bus.io_write(COM1, 1, ord("y"))
+    assert not platform.bus.io_read(COM1 + serial.LSR, 1) & serial.LSR_TEMT
+    chardev = FakeChardev()
+    device.attach(chardev)
+    assert chardev.written == b"x" * serial.MAX_UNATTACHED + b"y"
 
 
 def test_state_round_trip_through_the_stream(port):

@@ -531,13 +531,13 @@ def test_unbound_device_is_refused(host: FakeHost) -> None:
     vmm.close()
 
 
-def test_a_mapping_that_gets_no_address_costs_the_guest_nothing(make, host, capsys) -> None:
+def test_a_mapping_that_gets_no_address_costs_the_guest_nothing(make, host, capfd) -> None:
     vmm = make()
     host.fail["update_vaddr"] = lambda iova: errno.ENOMEM if iova else 0
     vmm.prepare()
     vmm.save()
     vmm.walk_back()
-    assert "DMA goes on; updates are refused until this works" in capsys.readouterr().err
+    assert "DMA goes on; updates are refused until this works" in capfd.readouterr().err
     assert host_addresses(host).count(None) == 1, "the others have theirs"
     assert "VFIO container has no addresses since the last update" in vmm.blockers()[0]
     host.fail.clear()
@@ -546,7 +546,7 @@ def test_a_mapping_that_gets_no_address_costs_the_guest_nothing(make, host, caps
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_new_vmm_runs_the_guest_although_it_may_not_lock(make, host, capsys, kind) -> None:
+def test_the_new_vmm_runs_the_guest_although_it_may_not_lock(make, host, capfd, kind) -> None:
     vmm = make(kind)
     vmm.prepare()
     state = vmm.copied_state()
@@ -557,7 +557,7 @@ def test_the_new_vmm_runs_the_guest_although_it_may_not_lock(make, host, capsys,
     fds.take_over(state)
     new = Vmm(host, kind, [NAME], fds)
     load(new, sections)
-    assert "DMA goes on; updates are refused until this works" in capsys.readouterr().err
+    assert "DMA goes on; updates are refused until this works" in capfd.readouterr().err
     assert new.blockers() != []
     host.fail.clear()
     assert new.blockers() == []
@@ -597,11 +597,11 @@ def test_one_device_twice(host: FakeHost, kind: str) -> None:
     vmm.close()
 
 
-def test_vectors_that_the_host_refuses_cost_the_guest_interrupts_only(make, host, capsys) -> None:
+def test_vectors_that_the_host_refuses_cost_the_guest_interrupts_only(make, host, capfd) -> None:
     vmm = make()
     host.fail["set_triggers"] = lambda index: errno.ENOSPC if index == vfio.MSIX_IRQ else 0
     vmm.enable_msix(NAME)
-    assert f"warning: vfio {NAME}" in capsys.readouterr().err
+    assert f"warning: vfio {NAME}" in capfd.readouterr().err
     host.fail.clear()
     vmm.write(NAME, MSIX_AT + 2, 2, 0)
     vmm.enable_msix(NAME)

@@ -1,6 +1,7 @@
 """Chardev: the host's end of a serial port or a monitor, and `create`, which makes one.
 
-Bytes go out by `write`, from any thread; bytes come in on the main loop, never more at once than
+Bytes go out by `write` or `try_write`, from any thread; neither waits for a peer that does not
+read, and what is kept for it is bounded.  Bytes come in on the main loop, never more at once than
 the frontend has said it has room for, and what it has no room for stays in the kernel: nothing is
 lost while it waits, also not by an exec.  Every descriptor that a Chardev opens is close-on-exec
 and its own until `close`.
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
         options: dict[str, Any]
 
 
+MAX_WAITING = 4 << 20
+"""Bytes that may wait for a peer before another `write` is dropped; what one write brings over
+this is kept whole."""
+
 OPENED = "opened"
 CLOSED = "closed"
 
@@ -45,18 +50,22 @@ class Chardev:
         self.can_receive: Callable[[], int] = _no_room
         self.receive: Callable[[bytes], None] = _ignore
         self.event: Callable[[str], None] = _ignore
+        self.writable: Callable[[], None] = _do_nothing
 
     def set_handlers(
         self,
         can_receive: Callable[[], int],
         receive: Callable[[bytes], None],
         event: Callable[[str], None],
+        writable: Callable[[], None] | None = None,
     ) -> None:
-        """Attaches the frontend; all three are called on the main loop.
+        """Attaches the frontend; all are called on the main loop.
 
         `can_receive()` says how many bytes it takes now, `receive(data)` gives it at most as
         many, `event` is "opened" or "closed"; "opened" comes at once where a peer is there.
+        `writable()` says that nothing waits for the peer any more, or that it has gone.
         """
+        self.writable = writable or _do_nothing
         self.can_receive = can_receive
         self.receive = receive
         self.event = event
@@ -69,20 +78,37 @@ class Chardev:
         self.can_receive = _no_room
         self.receive = _ignore
         self.event = _ignore
+        self.writable = _do_nothing
 
     @property
     def has_frontend(self) -> bool:
         return self.can_receive is not _no_room
 
+    @property
+    def waiting(self) -> int:
+        """How many bytes wait for the peer."""
+        return 0
+
     def write(self, data: bytes) -> None:
-        """Sends `data`; from any thread, never blocks, keeps what does not go out at once."""
+        """Sends `data`; from any thread, never blocks, keeps what does not go out at once.
+
+        Where MAX_WAITING bytes wait already, `data` is dropped as a whole.
+        """
         raise NotImplementedError
+
+    def try_write(self, data: bytes) -> int:
+        """Sends what of `data` goes out at once, and keeps nothing; returns how many bytes went.
+
+        From any thread.  If that is not all, `writable` is called when there is room again.
+        """
+        self.write(data)
+        return len(data)
 
     def accept_input(self) -> None:
         """Says that the frontend has room again; from any thread."""
 
-    def flush(self, timeout_ns: int) -> None:
-        """Waits until all that was written is out, at most `timeout_ns`; call it before an exec."""
+    def flush(self, timeout_ns: int = 0) -> None:
+        """Sends what waits, as far as that goes within `timeout_ns`; by default without waiting."""
 
     def take_fd(self) -> int:
         """A descriptor that the peer passed with SCM_RIGHTS, the caller's from now on; else -1."""
@@ -143,4 +169,8 @@ def _no_room() -> int:
 
 
 def _ignore(_: Any) -> None:
+    pass
+
+
+def _do_nothing() -> None:
     pass

@@ -6,6 +6,7 @@ import os
 import select
 import termios
 
+from cpr import report
 from cpr.chardev.base import CLOSED
 from cpr.chardev.stream import FdChardev
 from cpr.errors import ConfigError
@@ -33,7 +34,7 @@ class PtyChardev(FdChardev):
         _set_raw(slave)
         os.close(slave)
         os.set_blocking(self._master, False)
-        print(f"char device redirected to {self.path} (label {label})", flush=True)
+        report.announce(f"char device redirected to {self.path} (label {label})")
         self._look()
 
     def describe(self) -> str:
@@ -49,6 +50,7 @@ class PtyChardev(FdChardev):
             self.in_fd = self.out_fd = -1
             self.connected = False
         self.event(CLOSED)
+        self._tell_writable()
         self._look_later()
 
     def close(self) -> None:

@@ -10,8 +10,8 @@ import array
 import errno
 import os
 import socket
-import sys
 
+from cpr import report
 from cpr.chardev.base import flag
 from cpr.chardev.stream import FdChardev
 from cpr.errors import ConfigError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 UNIX_PATH_MAX = 108  # sizeof(sockaddr_un.sun_path), unix(7)
 MAX_PASSED_FDS = 16
+RETRY_NS = 200_000_000  # until a client is accepted again, where there was no descriptor for it
 
 
 class SocketOptions:
@@ -201,6 +202,8 @@ class SocketChardev(FdChardev):
         else:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        if family == socket.AF_UNIX:
+            os.chmod(address, 0o600)  # before anybody can connect
         listener.listen(1)
         listener.setblocking(False)
         if family == socket.AF_UNIX:
@@ -222,13 +225,14 @@ class SocketChardev(FdChardev):
     def _wait_for_client(self) -> None:
         """Blocks until the first client is there, as wait=on asks."""
         assert self._listener is not None
-        print(f"info: QEMU waiting for connection on: {self.describe()}", file=sys.stderr)
+        report.info_report(f"QEMU waiting for connection on: {self.describe()}")
         self._listener.setblocking(True)
         client, _ = self._listener.accept()
         self._listener.setblocking(False)
         self._attach(client)
 
     def _watch_listener(self) -> None:
+        self._timer = None
         assert self._listener is not None
         self.loop.watch(self._listener.fileno(), READ, lambda _: self._accept())
 
@@ -236,8 +240,11 @@ class SocketChardev(FdChardev):
         assert self._listener is not None
         try:
             client, _ = self._listener.accept()
-        except OSError:
-            return  # it has gone again
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self.loop.unwatch(self._listener.fileno())  # it is ready, and cannot be had
+                self._timer = self.loop.call_later(RETRY_NS, self._watch_listener)
+            return  # or it has gone again
         self.loop.unwatch(self._listener.fileno())
         self._attach(client)
 

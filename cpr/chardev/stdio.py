@@ -8,6 +8,7 @@ usually has (QEMU would leave it in character mode).
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import stat
 import termios
@@ -20,9 +21,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from cpr.mainloop import MainLoop
+    from cpr.mainloop import MainLoop, Timer
 
 STDIN, STDOUT = 0, 1
+LOOK_NS = 200_000_000  # how often a job in the background looks whether it still is
 IFLAG, OFLAG, CFLAG, LFLAG, CC = 0, 1, 2, 3, 6  # indices in termios.tcgetattr's list
 
 # What character mode takes away; COOKED_* is what a terminal usually has of it.
@@ -60,9 +62,9 @@ class StdioChardev(FdChardev):
         self._made_nonblocking: list[int] = []
         self._signals = signals
         self._original: list[Any] | None = None
+        self._look: Timer | None = None
         self._on_continue_before: Any = None
-        if os.isatty(STDIN):
-            found = termios.tcgetattr(STDIN)
+        if (found := _settings()) is not None:
             self._original = cooked(found) if after_exec else found
             self._set_character_mode()
             loop.call_soon(self._watch_continue)
@@ -70,6 +72,21 @@ class StdioChardev(FdChardev):
         self.attach_fds(
             self._twin(STDIN, os.O_RDONLY, after_exec), self._twin(STDOUT, os.O_WRONLY, after_exec)
         )
+
+    def room(self) -> int:
+        """In the background nothing is read: SIGTTIN would stop this process with its guest."""
+        if self._original is None or _in_foreground():
+            return super().room()
+        if self._look is None:
+            self._look = self.loop.call_later(LOOK_NS, self._on_look)
+        return 0
+
+    def _on_look(self) -> None:
+        """A shell tells nobody when a running job comes to the foreground."""
+        self._look = None
+        if self._original is not None and _in_foreground():
+            self._set_character_mode()
+        self._queue_update()
 
     def hang_up(self) -> None:
         """Standard input has ended; output goes on."""
@@ -82,6 +99,8 @@ class StdioChardev(FdChardev):
 
     def close(self) -> None:
         super().close()
+        if self._look is not None:
+            self._look.cancel()
         self._restore()
         if self._on_continue_before is not None:
             import signal
@@ -110,7 +129,11 @@ class StdioChardev(FdChardev):
         return os.dup(fd)
 
     def _set_character_mode(self) -> None:
+        """In the background it does nothing: the terminal is the shell's, and SIGTTOU would stop
+        this process with its guest.  `_watch_continue` makes up for it."""
         assert self._original is not None
+        if not _in_foreground():
+            return
         settings = list(self._original)
         settings[IFLAG] &= ~RAW_IFLAG
         settings[OFLAG] |= termios.OPOST
@@ -120,7 +143,7 @@ class StdioChardev(FdChardev):
             settings[LFLAG] &= ~termios.ISIG
         settings[CC] = list(settings[CC])
         settings[CC][termios.VMIN], settings[CC][termios.VTIME] = 1, 0
-        termios.tcsetattr(STDIN, termios.TCSANOW, settings)
+        _set(settings)
 
     def _watch_continue(self) -> None:
         """After a stop (Ctrl-Z) and SIGCONT the shell has changed the settings: set them again."""
@@ -141,11 +164,31 @@ class StdioChardev(FdChardev):
             os.set_blocking(fd, True)
         self._made_nonblocking = []
         original, self._original = self._original, None
-        if original is not None:
-            try:
-                termios.tcsetattr(STDIN, termios.TCSANOW, original)
-            except termios.error:
-                pass  # the terminal has gone
+        if original is not None and _in_foreground():
+            _set(original)
+
+
+def _settings() -> list[Any] | None:
+    """The terminal's settings; None where stdin is none, or one that has hung up."""
+    try:
+        return termios.tcgetattr(STDIN)
+    except termios.error:
+        return None
+
+
+def _set(settings: list[Any]) -> None:
+    try:
+        termios.tcsetattr(STDIN, termios.TCSANOW, settings)
+    except termios.error:
+        pass  # the terminal has gone
+
+
+def _in_foreground() -> bool:
+    """Whether this process may change the terminal; also where it is not its controlling one."""
+    try:
+        return os.tcgetpgrp(STDIN) == os.getpgrp()
+    except OSError as error:
+        return error.errno == errno.ENOTTY
 
 
 def cooked(settings: list[Any]) -> list[Any]:

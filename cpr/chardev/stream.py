@@ -7,7 +7,7 @@ import select
 import time
 from _thread import RLock
 
-from cpr.chardev.base import CLOSED, OPENED, Chardev
+from cpr.chardev.base import CLOSED, MAX_WAITING, OPENED, Chardev
 from cpr.mainloop import READ, WRITE
 
 TYPE_CHECKING = False
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from cpr.mainloop import MainLoop
 
 READ_SIZE = 65536
-READS_PER_ROUND = 4096  # then the loop's other descriptors get their turn
+# After so much of one peer's input the loop's other descriptors get their turn.
+READS_PER_ROUND = 256
+BYTES_PER_ROUND = 16384
 HANGUP = select.EPOLLRDHUP
 
 
@@ -37,6 +39,7 @@ class FdChardev(Chardev):
         self._update_queued = False
         self._read_queued = False
         self._hung_up = False
+        self._tells_writable = False  # the frontend waits for `writable`
 
     def attach_fds(self, in_fd: int, out_fd: int) -> None:
         """Owns the descriptors from now on and tells the frontend that a peer is there."""
@@ -61,28 +64,45 @@ class FdChardev(Chardev):
         self.close_fds(fds)
         if was_connected:
             self.event(CLOSED)
+        self._tell_writable()
 
     def close_fds(self, fds: set[int]) -> None:
         for fd in fds:
             os.close(fd)
 
+    @property
+    def waiting(self) -> int:
+        return len(self._pending)
+
     def write(self, data: bytes) -> None:
         with self._lock:
-            if self.out_fd < 0:
+            if self.out_fd < 0 or len(self._pending) >= MAX_WAITING:
                 return
             if not self._pending:
                 data = data[self._send(data) :]
             if data:
                 self._pending += data
+                self._tells_writable = True
                 self._queue_update()
 
-    def flush(self, timeout_ns: int) -> None:
+    def try_write(self, data: bytes) -> int:
+        with self._lock:
+            if self.out_fd < 0:
+                return len(data)
+            sent = 0 if self._pending else self._send(data)
+            if sent < len(data):
+                self._tells_writable = True
+                self._queue_update()
+            return sent
+
+    def flush(self, timeout_ns: int = 0) -> None:
         deadline = time.monotonic_ns() + timeout_ns
-        while (left := deadline - time.monotonic_ns()) > 0:
+        while True:
             with self._lock:
                 self._drain()
                 fd = self.out_fd
-                if fd < 0 or not self._pending:
+                left = deadline - time.monotonic_ns()
+                if fd < 0 or not self._pending or left <= 0:
                     return
             poll = select.poll()
             poll.register(fd, select.POLLOUT)
@@ -96,6 +116,10 @@ class FdChardev(Chardev):
         super().close()
         self._drain()
         self.detach_fds()
+
+    def room(self) -> int:
+        """How many bytes may be read now."""
+        return self.can_receive()
 
     def read_some(self, size: int) -> bytes:
         """At most `size` bytes; b"" at the end.  Raises BlockingIOError or another OSError."""
@@ -129,6 +153,11 @@ class FdChardev(Chardev):
                     sent = self._send(view)
                 del self._pending[:sent]
 
+    def _tell_writable(self) -> None:
+        told, self._tells_writable = self._tells_writable, False
+        if told:
+            self.writable()
+
     def _queue_update(self) -> None:
         if not self._update_queued:
             self._update_queued = True
@@ -137,12 +166,12 @@ class FdChardev(Chardev):
     def _update(self) -> None:
         """Watches for what is wanted now: input if there is room, and output that waits."""
         self._update_queued = False
-        room = self.can_receive() if self.in_fd >= 0 else 0
+        room = self.room() if self.in_fd >= 0 else 0
         with self._lock:
             wanted: dict[int, int] = {}
             if self.in_fd >= 0 and (room > 0 or not self._hung_up):
                 wanted[self.in_fd] = READ if room > 0 else HANGUP
-            if self.out_fd >= 0 and self._pending:
+            if self.out_fd >= 0 and (self._pending or self._tells_writable):
                 wanted[self.out_fd] = wanted.get(self.out_fd, 0) | WRITE
             for fd in [fd for fd in self._watched if fd not in wanted]:
                 self.loop.unwatch(fd)
@@ -150,6 +179,9 @@ class FdChardev(Chardev):
             for fd, events in wanted.items():
                 if self._watched.get(fd) != events:
                     self._watch(fd, events)
+        # A vCPU that has made room meanwhile saw in accept_input what was watched before.
+        if room <= 0 <= self.in_fd and self.room() > 0:
+            self._queue_update()
 
     def _watch(self, fd: int, events: int) -> None:
         try:
@@ -159,6 +191,8 @@ class FdChardev(Chardev):
             if events & READ and not self._read_queued:
                 self._read_queued = True
                 self.loop.call_soon(lambda: self._on_always_ready(fd))
+            if events & WRITE:
+                self.loop.call_soon(lambda: self._on_ready(fd, WRITE))
 
     def _on_always_ready(self, fd: int) -> None:
         self._read_queued = False
@@ -167,6 +201,8 @@ class FdChardev(Chardev):
     def _on_ready(self, fd: int, ready: int) -> None:
         if fd == self.out_fd and ready & ~READ:
             self._drain()
+            if not self._pending:
+                self._tell_writable()
         if fd == self.in_fd and ready & ~WRITE and not self._read_round():
             self._on_hangup(ready)
         if fd in (self.in_fd, self.out_fd):
@@ -183,8 +219,11 @@ class FdChardev(Chardev):
     def _read_round(self) -> bool:
         """Gives the frontend what it has room for.  False: it has none."""
         fd = self.in_fd
+        left = BYTES_PER_ROUND
         for _ in range(READS_PER_ROUND):
-            room = self.can_receive()
+            if left <= 0:
+                break
+            room = self.room()
             if room <= 0:
                 return False
             try:
@@ -196,6 +235,7 @@ class FdChardev(Chardev):
             if not data:
                 self.hang_up()
                 return True
+            left -= len(data)
             self.receive(data)
             if self.in_fd != fd:
                 return True

@@ -7,8 +7,8 @@ here, xAPIC mode only, with a bus clock of 1 GHz.
 from __future__ import annotations
 
 from cpr.devices.apic_bus import EXTINT, FIXED, INIT, ApicBus
-from cpr.devices.base import Device
-from cpr.devices.virtual_timer import VirtualTimer
+from cpr.devices.base import Device, check_time
+from cpr.devices.virtual_timer import LEAST_PERIOD_NS, VirtualTimer
 from cpr.state.vmstate import VMStateDescription, buffer, i64, u64
 
 TYPE_CHECKING = False
@@ -134,6 +134,10 @@ class LocalApic(Device):
             "initial_count_load_time": self._load_time,
             "next_time": NEVER if deadline is None else deadline,
         }
+
+    def check(self, state: dict) -> None:
+        check_time("initial_count_load_time", state["initial_count_load_time"])
+        check_time("next_time", state["next_time"])
 
     def restore(self, state: dict) -> None:
         self.apicbase = state["apicbase"]
@@ -301,11 +305,14 @@ class LocalApic(Device):
             self._timer.set(None)
 
     def _on_timer(self, deadline: int) -> None:
-        assert self._timer is not None
+        assert self._timer is not None and self._platform is not None
         lvt = self._registers[LVT_TIMER]
         if not lvt & LVT_MASKED:
             self.request(lvt & VECTOR, False)
-        self._set_timer(self._timer.late(deadline))
+        now = self._timer.late(deadline)
+        if self._registers[INITIAL_COUNT] + 1 << self._shift() < LEAST_PERIOD_NS:
+            now = self._platform.clock.now() + LEAST_PERIOD_NS
+        self._set_timer(now)
 
     # Accesses by the guest.
 

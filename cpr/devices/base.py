@@ -87,6 +87,22 @@ if TYPE_CHECKING:
             """Ends the whole VMM with `status`, as isa-debug-exit does."""
 
 
+MAX_TIME_NS = 1 << 61
+"""No guest's clock is further from zero (73 years): sums of such times fit into 64 bits."""
+
+
+def check_time(name: str, value: int) -> None:
+    """Raises ValueError for a time, in ns, that no guest's clock shows."""
+    if abs(value) > MAX_TIME_NS:
+        raise ValueError(f"field '{name}' is {value} ns, which is no time of a guest's clock")
+
+
+def check_range(name: str, value: int, low: int, high: int) -> None:
+    """Raises ValueError for a value that is not within `low` and `high`."""
+    if not low <= value <= high:
+        raise ValueError(f"field '{name}' is {value}, not within {low} and {high}")
+
+
 class Device:
     """A device without state of its own; subclasses say what they have.
 
@@ -115,7 +131,7 @@ class Device:
         return {}
 
     def check(self, state: dict) -> None:
-        """Raises ValueError or ConfigError for a state that the device cannot take.
+        """Raises ValueError or ConfigError, naming the field, for what the device cannot take.
 
         Called for a whole state before any device has taken over its own.
         """

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 PORT = 0xE9
 READBACK = 0xE9
+MAX_UNATTACHED = 64 << 10  # bytes that are kept for a chardev which is still to come
 
 
 class DebugCon(Device):
@@ -50,7 +51,7 @@ class DebugCon(Device):
     def _write(self, offset: int, size: int, value: int) -> None:
         if self._chardev is not None:
             self._chardev.write(bytes([value & 0xFF]))
-        elif self._unattached is not None:
+        elif self._unattached is not None and len(self._unattached) < MAX_UNATTACHED:
             self._unattached.append(value & 0xFF)
 
 

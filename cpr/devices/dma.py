@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
+from cpr import report
 from cpr.devices.base import DESCRIPTORS_KEPT, Device
 
 TYPE_CHECKING = False
@@ -38,8 +37,5 @@ class DmaMappings(Device):
 
 def warn(error: KernelError) -> None:
     """Where the mappings could not be made this process's: the guest does not suffer from it."""
-    print(f"cpr-vmm: warning: {error}", file=sys.stderr)
-    print(
-        "cpr-vmm: warning: the device's DMA goes on; updates are refused until this works",
-        file=sys.stderr,
-    )
+    report.warn_report(error)
+    report.warn_report("the device's DMA goes on; updates are refused until this works")

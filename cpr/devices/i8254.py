@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 
-from cpr.devices.base import Device
-from cpr.devices.virtual_timer import VirtualTimer
+from cpr.devices.base import Device, check_range, check_time
+from cpr.devices.virtual_timer import LEAST_PERIOD_NS, VirtualTimer
 from cpr.state.vmstate import VMStateDescription, i32, i64, struct_, u8, u16, u32
 
 TYPE_CHECKING = False
@@ -91,6 +91,10 @@ class Channel:
         self.count = count or 0x10000
         self.count_load_time = now
         self.next_transition_time = self.transition_after(now)
+
+    @property
+    def is_periodic(self) -> bool:
+        return self.mode in (RATE, SQUARE_WAVE)
 
     def elapsed(self, now: int) -> int:
         """Clock ticks since the counter was loaded."""
@@ -244,11 +248,21 @@ class I8254(Device):
             "channels[0].next_transition_time": self.channels[0].next_transition_time,
         }
 
+    def check(self, state: dict) -> None:
+        for number, channel in enumerate(state["channels"]):
+            name = f"channels[{number}]"
+            check_range(f"{name}.count", channel["count"], 0, MOST_COUNT)
+            for field in ("count_load_time", "next_transition_time"):
+                check_time(f"{name}.{field}", channel[field])
+        field = "channels[0].next_transition_time"
+        check_time(field, state[field])
+
     def restore(self, state: dict) -> None:
         self.irq_disabled = state["channels[0].irq_disabled"]
         for channel, saved in zip(self.channels, state["channels"], strict=True):
             for name in Channel.__slots__:
                 setattr(channel, name, saved[name])
+            channel.count = channel.count or MOST_COUNT
         self.channels[0].next_transition_time = state["channels[0].next_transition_time"]
         self._set_timer()
 
@@ -335,8 +349,15 @@ class I8254(Device):
             self._timer.set(deadline if deadline >= 0 else None)
 
     def _on_transition(self, deadline: int) -> None:
-        assert self._timer is not None
-        self._update_irq(self._timer.late(deadline))
+        assert self._timer is not None and self._platform is not None
+        channel = self.channels[0]
+        if channel.is_periodic and channel.count * SECOND // FREQUENCY < LEAST_PERIOD_NS:
+            self._platform.set_irq(IRQ, not self.irq_disabled)
+            self._platform.set_irq(IRQ, False)
+            channel.next_transition_time = self.now() + LEAST_PERIOD_NS
+            self._set_timer()
+        else:
+            self._update_irq(self._timer.late(deadline))
 
 
 class PcSpeaker(Device):

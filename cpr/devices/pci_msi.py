@@ -150,7 +150,12 @@ class MsixCapability:
         return int.from_bytes(self._table[offset : offset + size], "little")
 
     def write_table(self, offset: int, size: int, value: int) -> int:
-        """Writes a part of an entry; returns the vector that it belongs to."""
+        """Writes a part of an entry; returns the vector that it belongs to.
+
+        A write that is not aligned, or not all within the table, vanishes: -1.
+        """
+        if offset % size or not 0 <= offset <= self.table_size - size:
+            return -1
         self._table[offset : offset + size] = value.to_bytes(size, "little")
         return offset // ENTRY_SIZE
 

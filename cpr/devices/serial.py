@@ -1,7 +1,9 @@
 """The 16550A UART of COM1 to COM4 (National Semiconductor PC16550D data sheet).
 
-The transmitter is as fast as its chardev: what the guest writes has left at once.  Received bytes
-wait in the FIFO, and before that in the chardev's own host buffer: none is dropped.
+The transmitter is as fast as its chardev: what the guest writes has left at once.  Where the peer
+does not read, the bytes wait in the shift register and the transmit FIFO, and the guest sees that
+the transmitter is busy; if it writes on, the oldest are lost.  Received bytes wait in the FIFO, and
+before that in the chardev's own host buffer: none is dropped.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 PORTS = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
 IRQS = (4, 3, 4, 3)
 FIFO_SIZE = 16
+MAX_UNATTACHED = 64 << 10  # bytes that are kept for a chardev which is still to come
 CLOCK_HZ = 115200
 
 # Register offsets; RBR and THR, and FCR and IIR, share one.
@@ -44,6 +47,10 @@ VMSTATE_RECV_FIFO = VMStateDescription(
 VMSTATE_PENDING = VMStateDescription(
     "serial/thr_ipending", 1, 1, (i32("thr_ipending"), boolean("timeout_ipending"))
 )
+VMSTATE_TSR = VMStateDescription("serial/tsr", 1, 1, (u32("tsr_retry"), u8("thr"), u8("tsr")))
+VMSTATE_XMIT_FIFO = VMStateDescription(
+    "serial/xmit_fifo", 1, 1, (struct_("xmit_fifo", VMSTATE_FIFO8),)
+)
 VMSTATE_SERIAL = VMStateDescription(
     "serial",
     3,
@@ -60,7 +67,7 @@ VMSTATE_SERIAL = VMStateDescription(
         u8("scr"),
         u8("fcr_vmstate"),
     ),
-    subsections=(VMSTATE_PENDING, VMSTATE_RECV_FIFO),
+    subsections=(VMSTATE_PENDING, VMSTATE_TSR, VMSTATE_RECV_FIFO, VMSTATE_XMIT_FIFO),
 )
 
 
@@ -86,6 +93,7 @@ class Serial(Device):
         self._unattached: bytearray | None = bytearray()
         self._timer: Timer | None = None
         self._fifo = bytearray()
+        self._unsent = bytearray()  # the shift register, then the transmit FIFO
         self.reset()
 
     def realize(self, platform: Platform) -> None:
@@ -105,7 +113,10 @@ class Serial(Device):
         if chardev is not None:
             if written:
                 chardev.write(bytes(written))
-            chardev.set_handlers(self._can_receive, self._on_receive, self._on_event)
+            chardev.set_handlers(
+                self._can_receive, self._on_receive, self._on_event, self._on_writable
+            )
+        self._on_writable()
 
     def detach(self) -> None:
         self._chardev = None
@@ -113,6 +124,7 @@ class Serial(Device):
 
     def reset(self) -> None:
         self._fifo.clear()
+        self._unsent.clear()
         self._divider = 0x0C
         self._ier = 0
         self._iir = IIR_NO_INT
@@ -129,8 +141,12 @@ class Serial(Device):
         self._update_irq()
 
     def save(self) -> dict:
-        data = bytes(self._fifo)
-        fifo = {"data": data.ljust(FIFO_SIZE, b"\0"), "head": 0, "num": len(data)}
+        waiting: dict = {}
+        if self._unsent:
+            # A retry count of 1 is what says that there is a byte in the shift register.
+            waiting[VMSTATE_TSR.name] = {"tsr_retry": 1, "thr": 0, "tsr": self._unsent[0]}
+        if len(self._unsent) > 1:
+            waiting[VMSTATE_XMIT_FIFO.name] = {"xmit_fifo": _fifo_state(self._unsent[1:])}
         return {
             "state": {
                 "divider": self._divider,
@@ -147,7 +163,8 @@ class Serial(Device):
                     "thr_ipending": int(self._thr_ipending),
                     "timeout_ipending": self._timeout_ipending,
                 },
-                VMSTATE_RECV_FIFO.name: {"recv_fifo": fifo},
+                VMSTATE_RECV_FIFO.name: {"recv_fifo": _fifo_state(self._fifo)},
+                **waiting,
             }
         }
 
@@ -167,9 +184,14 @@ class Serial(Device):
         self._timeout_ipending = pending.get("timeout_ipending", False)
         fifo = registers.get(VMSTATE_RECV_FIFO.name, {}).get("recv_fifo")
         if fifo is not None:
-            ring = fifo["data"] + fifo["data"]
-            head = fifo["head"] % FIFO_SIZE
-            self._fifo = bytearray(ring[head : head + min(fifo["num"], FIFO_SIZE)])
+            self._fifo = _fifo_content(fifo)
+        self._unsent.clear()
+        shift = registers.get(VMSTATE_TSR.name)
+        if shift is not None and shift["tsr_retry"]:
+            self._unsent.append(shift["tsr"])
+        fifo = registers.get(VMSTATE_XMIT_FIFO.name, {}).get("xmit_fifo")
+        if fifo is not None:
+            self._unsent += _fifo_content(fifo)
         self._iir = registers["iir"]  # the interrupt line is the irqchip's own state
 
     def on_run(self) -> None:
@@ -177,6 +199,8 @@ class Serial(Device):
             self._start_timer()
         if self._chardev is not None:
             self._chardev.accept_input()
+        if self._unsent and self._platform is not None:
+            self._platform.loop.call_soon(self._on_writable)
 
     def on_stop(self) -> None:
         self._stop_timer()
@@ -253,6 +277,7 @@ class Serial(Device):
             self._timeout_ipending = False
             self._stop_timer()
         if value & FCR_CLEAR_TX:
+            del self._unsent[1:]
             self._lsr |= LSR_THRE
             self._thr_ipending = True
         self._fcr = value & 0xC9
@@ -262,12 +287,46 @@ class Serial(Device):
     def _transmit(self, value: int) -> None:
         if self._mcr & MCR_LOOP:
             self._store(bytes([value]))
-        elif self._chardev is not None:
-            self._chardev.write(bytes([value]))
-        elif self._unattached is not None:
-            self._unattached.append(value)
+        elif self._unsent or not self._send(bytes([value])):
+            size = FIFO_SIZE if self._fcr & FCR_ENABLE else 1
+            if len(self._unsent) > size:
+                del self._unsent[1]
+            self._unsent.append(value)
+            self._update_transmitter()
+            self._update_irq()
+            return
         self._thr_ipending = True
         self._update_irq()
+
+    def _send(self, data: bytes) -> int:
+        """How many bytes have left."""
+        if self._chardev is not None:
+            return self._chardev.try_write(data)
+        if self._unattached is not None:
+            data = data[: MAX_UNATTACHED - len(self._unattached)]
+            self._unattached += data
+        return len(data)
+
+    def _on_writable(self) -> None:
+        """The peer takes bytes again: what has waited leaves, and the guest goes on."""
+        if self._platform is None:
+            return
+        with self._platform.lock:
+            # A stopped VM changes no register, or the saved state would be an older one.
+            if self._unsent and self._platform.clock.enabled:
+                del self._unsent[: self._send(bytes(self._unsent))]
+                self._update_transmitter()
+                self._update_irq()
+
+    def _update_transmitter(self) -> None:
+        """THRE: the FIFO is empty; TEMT: and the shift register too."""
+        was_busy = not self._lsr & LSR_THRE
+        self._lsr &= ~(LSR_THRE | LSR_TEMT)
+        if len(self._unsent) <= 1:
+            self._lsr |= LSR_THRE
+        if not self._unsent:
+            self._lsr |= LSR_TEMT
+        self._thr_ipending = bool(self._lsr & LSR_THRE) and (was_busy or self._thr_ipending)
 
     def _receive_byte(self) -> int:
         if self._fcr & FCR_ENABLE:
@@ -361,3 +420,13 @@ class Serial(Device):
             if self._fifo and self._fcr & FCR_ENABLE:
                 self._timeout_ipending = True
                 self._update_irq()
+
+
+def _fifo_state(content: bytearray) -> dict:
+    return {"data": bytes(content).ljust(FIFO_SIZE, b"\0"), "head": 0, "num": len(content)}
+
+
+def _fifo_content(state: dict) -> bytearray:
+    ring = state["data"] + state["data"]
+    head = state["head"] % FIFO_SIZE
+    return bytearray(ring[head : head + min(state["num"], FIFO_SIZE)])

@@ -6,7 +6,7 @@ Each is a Device, so that the machine saves and restores everything in one way.
 from __future__ import annotations
 
 from cpr.accel import x86
-from cpr.devices.base import Device
+from cpr.devices.base import Device, check_range, check_time
 from cpr.state.vmstate import VMStateDescription, i64, u64, unused
 
 TYPE_CHECKING = False
@@ -28,6 +28,9 @@ class Timers(Device):
 
     def save(self) -> dict:
         return {"cpu_ticks_offset": 0, "cpu_clock_offset": self._clock.now()}
+
+    def check(self, state: dict) -> None:
+        check_time("cpu_clock_offset", state["cpu_clock_offset"])
 
     def restore(self, state: dict) -> None:
         self._clock.set(state["cpu_clock_offset"])
@@ -66,7 +69,19 @@ class VCpuState(Device):
         return self._vcpu.get_state()
 
     def check(self, state: dict) -> None:
+        """What is wider in the stream than in the processor, and what the accelerator refuses."""
+        for name in ("env.ldt", "env.tr", *[f"env.segs[{i}]" for i in range(6)]):
+            check_range(f"{name}.selector", _segment(state, name)["selector"], 0, 0xFFFF)
+        for name in ("env.gdt", "env.idt"):
+            check_range(f"{name}.limit", state[name]["limit"], 0, 0xFFFF)
+        check_range("env.tsc_khz", state["env.tsc_khz"], 0, 0xFFFFFFFF)
         self._vcpu.check_state(state)
 
     def restore(self, state: dict) -> None:
         self._vcpu.set_state(state)
+
+
+def _segment(state: dict, name: str) -> dict:
+    array, bracket, index = name.partition("[")
+    segment: dict = state[array][int(index.rstrip("]"))] if bracket else state[array]
+    return segment

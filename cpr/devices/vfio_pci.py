@@ -8,8 +8,8 @@ over, and it is neither opened, bound, attached nor reset again.
 from __future__ import annotations
 
 import os
-import sys
 
+from cpr import report
 from cpr.constants import NORMAL, REBOOT
 from cpr.devices import pci_config
 from cpr.devices.base import DESCRIPTORS_KEPT, Device
@@ -214,10 +214,7 @@ class VfioPci(Device, PciFunction):
         )
 
     def _on_request(self) -> None:
-        print(
-            f"cpr-vmm: warning: the host wants {self.name} back: end this VM to give it away",
-            file=sys.stderr,
-        )
+        report.warn_report(f"the host wants {self.name} back: end this VM to give it away")
 
     def unrealize(self) -> None:
         if self._platform is None:
@@ -294,7 +291,7 @@ class VfioPci(Device, PciFunction):
         try:
             self._follow(messages, mode)
         except KernelError as error:
-            print(f"cpr-vmm: warning: vfio {self.name}: {error}", file=sys.stderr)
+            report.warn_report(f"vfio {self.name}: {error}")
 
     def _follow(self, messages: Any, mode: str) -> None:
         if messages.enabled and self._interrupts.mode != mode:
@@ -315,7 +312,7 @@ class VfioPci(Device, PciFunction):
             try:
                 self._kernel.reset(self._device)
             except KernelError as error:
-                print(f"cpr-vmm: warning: vfio {self.name}: {error}", file=sys.stderr)
+                report.warn_report(f"vfio {self.name}: {error}")
         command = self._device_read(pci_config.COMMAND, 2)
         command &= ~pci_config.COMMAND_GUESTS
         self._kernel.write_region(self._device, self._config_region, pci_config.COMMAND, 2, command)

@@ -6,8 +6,7 @@ The pages that hold the MSI-X table and its pending bits are always trapped: bot
 
 from __future__ import annotations
 
-import sys
-
+from cpr import report
 from cpr.constants import PAGE_SIZE
 from cpr.devices.pci import ECAM_BASE, ECAM_SIZE
 from cpr.devices.pci_config import Bar, overlaps
@@ -104,7 +103,7 @@ class BarRegion:
             for offset, size in self._gaps():
                 self._trap(base, offset, size)
         except (KernelError, ValueError) as error:  # the guest put it over another device
-            print(f"cpr-vmm: warning: BAR {self.bar.index}: {error}", file=sys.stderr)
+            report.warn_report(f"BAR {self.bar.index}: {error}")
             self.remove()
 
     def _trap(self, base: int, start: int, size: int) -> None:
@@ -168,7 +167,7 @@ class BarRegion:
             self._interrupts.update_vector(vector)
         except KernelError as error:
             name = self._device.name
-            print(f"cpr-vmm: warning: vfio {name} vector {vector}: {error}", file=sys.stderr)
+            report.warn_report(f"vfio {name} vector {vector}: {error}")
 
     def write(self, offset: int, size: int, value: int) -> None:
         """A trapped write; what the device refuses vanishes."""
@@ -176,7 +175,8 @@ class BarRegion:
             start, length = self._table
             if start <= offset < start + length:
                 vector = self._msix.write_table(offset - start, size, value)
-                self._follow(vector)
+                if vector >= 0:
+                    self._follow(vector)
                 return
             start, length = self._pba
             if start <= offset < start + length:

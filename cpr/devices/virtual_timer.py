@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 CATCH_UP_NS = 500_000_000
 """How far behind a periodic timer may be before it leaves ticks out instead of catching up."""
 
+LEAST_PERIOD_NS = 200_000
+"""Of a periodic timer, as KVM's own have it; a guest that asks for less gets this, and has not the
+main loop for itself."""
+
 
 class VirtualTimer:
     """Calls `callback(deadline)` on the main loop, with the lock held, once `deadline` has come.

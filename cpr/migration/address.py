@@ -13,6 +13,8 @@ from cpr.constants import SIZE_SUFFIXES
 from cpr.errors import MigrationError
 
 BACKGROUND = frozenset({"unix", "inet"})
+UNIX_PATH_MAX = 108  # sizeof(sockaddr_un.sun_path), unix(7)
+MAX_OFFSET = (1 << 63) - 1  # of a file
 
 
 def parse(uri: str | None, channels: list[dict] | None) -> dict:
@@ -22,7 +24,7 @@ def parse(uri: str | None, channels: list[dict] | None) -> dict:
     if uri is not None:
         return parse_uri(uri)
     assert channels is not None
-    main = [c for c in channels if c.get("channel-type") == "main"]
+    main = [c for c in channels if _channel_type(c) == "main"]
     if len(main) > 1:
         raise MigrationError("Channel list has more than one main entry")
     if not main:
@@ -33,7 +35,7 @@ def parse(uri: str | None, channels: list[dict] | None) -> dict:
 def cpr_address(channels: list[dict] | None) -> dict | None:
     """The address of the cpr channel, or None where there is none."""
     for each in channels or ():
-        if each.get("channel-type") == "cpr":
+        if _channel_type(each) == "cpr":
             return check(each["addr"])
     return None
 
@@ -50,27 +52,84 @@ REQUIRED_KEYS = {
 def check(address: dict) -> dict:
     """The address of a `channels` argument or of -incoming, with all the keys that it must have.
 
-    Raises MigrationError with QEMU's text.
+    What no system call takes (a NUL in a path, an offset of 2^63) is refused here.  Raises
+    MigrationError with QEMU's text.
     """
-    transport = address.get("transport")
-    if transport is None:
-        raise MigrationError("Parameter 'transport' is missing")
-    kind = address.get("type") if transport == "socket" else transport
-    if kind is None:
-        raise MigrationError("Parameter 'type' is missing")
+    if not isinstance(address, dict):
+        raise MigrationError("Invalid parameter type for 'addr', expected: object")
+    transport = _string(address, "transport")
+    kind = _string(address, "type") if transport == "socket" else transport
     if kind not in REQUIRED_KEYS or (transport == "socket" and kind in ("file", "exec")):
         name = "type" if transport == "socket" else "transport"
         raise MigrationError(f"Parameter '{name}' does not accept value '{kind}'")
     for key in REQUIRED_KEYS[kind]:
-        if key not in address:
-            raise MigrationError(f"Parameter '{key}' is missing")
+        if key == "args":
+            _check_arguments(address)
+        else:
+            _string(address, key)
     if kind == "file":
-        return address | {"offset": int(address.get("offset", 0))}
+        return address | {"offset": _offset(address.get("offset", 0))}
+    if kind == "unix":
+        check_unix_path(address["path"])
     return address
 
 
+def check_unix_path(path: str) -> None:
+    """Raises MigrationError with QEMU's text for one that no socket can have."""
+    if len(path.encode(errors="surrogateescape")) >= UNIX_PATH_MAX:
+        raise MigrationError(
+            f"UNIX socket path '{path}' is too long\nPath must be less than {UNIX_PATH_MAX} bytes"
+        )
+
+
+def _channel_type(channel: dict) -> object:
+    if not isinstance(channel, dict) or "addr" not in channel:
+        raise MigrationError("Parameter 'addr' is missing")
+    return channel.get("channel-type")
+
+
+def _string(address: dict, key: str) -> str:
+    if key not in address:
+        raise MigrationError(f"Parameter '{key}' is missing")
+    return _checked(key, address[key])
+
+
+def _checked(key: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise MigrationError(f"Invalid parameter type for '{key}', expected: string")
+    if "\0" in value:
+        raise MigrationError(f"Parameter '{key}' has a NUL in it: {value!r}")
+    return value
+
+
+def _check_arguments(address: dict) -> None:
+    arguments = address.get("args")
+    if arguments is None:
+        raise MigrationError("Parameter 'args' is missing")
+    if not isinstance(arguments, list):
+        raise MigrationError("Invalid parameter type for 'args', expected: array")
+    if not arguments:
+        raise MigrationError("Parameter 'args' expects a command: its program and arguments")
+    for number, argument in enumerate(arguments):
+        _checked(f"args[{number}]", argument)
+
+
+def _offset(value: object) -> int:
+    try:
+        offset = int(str(value))
+    except ValueError:
+        raise MigrationError(f"Parameter 'offset' expects a number, not {value!r}") from None
+    if not 0 <= offset <= MAX_OFFSET:
+        raise MigrationError(f"file offset {offset:#x} is in no file: give one below {1 << 63:#x}")
+    return offset
+
+
 def parse_uri(uri: str) -> dict:
-    """The address that `uri` stands for.  Raises MigrationError with QEMU's text."""
+    """The address that `uri` stands for, checked.  Raises MigrationError with QEMU's text."""
+    return check(_parse(uri))
+
+
+def _parse(uri: str) -> dict:
     scheme, colon, rest = uri.partition(":")
     if scheme == "file" and colon:
         return _parse_file(rest)

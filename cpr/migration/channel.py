@@ -1,17 +1,28 @@
-"""Migration channels: bytes out to an address, or bytes in from one."""
+"""Migration channels: bytes out to an address, or bytes in from one.
+
+No peer can hold a thread here for ever: descriptors are non-blocking, every wait is also one for
+`Channel.shutdown`, which any thread may call, and what the system calls raise is translated at
+this edge.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import select
 import stat
+from _thread import allocate_lock
 
 from cpr.errors import MigrationError
 from cpr.migration.address import describe
+from cpr.migration.cancellation import Cancellation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, Protocol
+
+    from cpr.migration.child import Child
 
     class Handed(Protocol):
         """Descriptors that monitors were handed; what they give becomes the caller's."""
@@ -21,21 +32,64 @@ if TYPE_CHECKING:
 
 
 BUFFER_SIZE = 1 << 20
+"""Bytes of one read, and of what is written before it goes out."""
+
 FD_SET = "/dev/fdset/"
 
 
 class Channel:
-    """A byte stream over one descriptor, which it owns.  Not for several threads at once."""
+    """A byte stream over one descriptor, which it owns.  Not for several threads at once, but for
+    `shutdown`."""
 
-    def __init__(self, fd: int, kind: str, process: Any = None) -> None:
-        """`kind` is "file", "socket" or "command", for errors; `process` is its exec: command."""
+    def __init__(self, fd: int, kind: str, child: Child | None = None) -> None:
+        """`kind` is "file", "socket" or "command", for errors; `child` is its exec: command.
+
+        Raises MigrationError where there is no descriptor left; then `fd` is closed.
+        """
         self.kind = kind
         self._fd = fd
-        self._process = process
+        self._child = child
         self._pending: list[bytes] = []
         self._pending_size = 0
         self._ahead = b""
         self.transferred = 0
+        self._made_nonblocking = False
+        self._closing = allocate_lock()  # a number that was closed may be another file's
+        try:
+            self._cancellation = Cancellation()
+            mode = os.fstat(fd).st_mode
+            self._is_socket = stat.S_ISSOCK(mode)
+            if not stat.S_ISREG(mode) and os.get_blocking(fd):
+                os.set_blocking(fd, False)
+                self._made_nonblocking = True
+        except OSError as error:
+            os.close(fd)
+            raise MigrationError(f"Could not use the {kind}: {_strerror(error)}") from None
+
+    def shutdown(self) -> None:
+        """Ends what another thread does with this channel, and refuses all that comes later.
+
+        Writes raise OSError ECANCELED, reads MigrationError; an exec: command is killed.  May be
+        called from any thread and again, also after `close`.
+        """
+        self._cancellation.cancel()
+        with self._closing:
+            if self._is_socket and self._fd >= 0:
+                import socket
+
+                try:
+                    with socket.socket(fileno=os.dup(self._fd)) as twin:
+                        twin.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass  # it is not connected any more
+        if self._child is not None:
+            self._child.kill()
+
+    def call_on_shutdown(self, callback: Callable[[], None]) -> None:
+        """`shutdown` calls `callback` too, for a writer that uses `fd` itself; the last one set."""
+        self._cancellation.callback = callback
+        if self._cancellation.cancelled:
+            callback()
 
     def write(self, data: bytes) -> None:
         """Buffers `data`; raises OSError when the other end has gone."""
@@ -51,14 +105,31 @@ class Channel:
         self._pending_size = 0
         self.transferred += len(data)
         while data:
-            data = data[os.write(self._fd, data) :]
+            self._cancellation.check()
+            try:
+                data = data[os.write(self._fd, data) :]
+            except BlockingIOError:
+                self._cancellation.wait(self._fd, select.POLLOUT)
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes; b"" at the end."""
+        """Up to `size` bytes; b"" at the end.  Raises MigrationError."""
         if not self._ahead:
-            self._ahead = os.read(self._fd, max(size, BUFFER_SIZE))
+            try:
+                self._ahead = self._read_some()
+            except OSError as error:
+                raise MigrationError(
+                    f"Unable to read from {self.kind}: {_strerror(error)}"
+                ) from None
         data, self._ahead = self._ahead[:size], self._ahead[size:]
         return data
+
+    def _read_some(self) -> bytes:
+        while True:
+            self._cancellation.check()
+            try:
+                return os.read(self._fd, BUFFER_SIZE)
+            except BlockingIOError:
+                self._cancellation.wait(self._fd, select.POLLIN)
 
     @property
     def fd(self) -> int:
@@ -66,12 +137,12 @@ class Channel:
         return self._fd
 
     def tell(self) -> int:
-        """The offset in the file at which the next write goes on."""
+        """The offset in the file at which the next write goes on.  Raises OSError."""
         self.flush()
         return os.lseek(self._fd, 0, os.SEEK_CUR)
 
     def seek(self, offset: int) -> None:
-        """Goes on at `offset` of the file."""
+        """Goes on at `offset` of the file.  Raises OSError."""
         self.flush()
         self._ahead = b""
         os.lseek(self._fd, offset, os.SEEK_SET)
@@ -80,47 +151,26 @@ class Channel:
         """Flushes and closes.  Raises OSError, also if an exec: command has failed."""
         self.flush()
         self._close_fd()
-        if self._process is not None and self._process.wait() != 0:
+        if self._child is not None and self._child.wait(self._cancellation) != 0:
             raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
+        self.close()
 
     def close(self) -> None:
-        """Closes without flushing; may be called twice."""
+        """Closes without flushing and without waiting for anybody; may be called twice."""
         self._pending = []
         self._close_fd()
-        if self._process is not None:
-            self._process.wait()
+        self._cancellation.close()
+        if self._child is not None:
+            self._child.leave()
+            self._child = None
 
     def _close_fd(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-class Listener:
-    """A socket on which a source will connect.  Owns it until `accept` or `close`."""
-
-    def __init__(self, address: dict) -> None:
-        """Raises MigrationError with QEMU's text."""
-        import socket
-
-        try:
-            if address["type"] == "unix":
-                if os.path.exists(address["path"]):
-                    os.unlink(address["path"])
-                self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                self._socket.bind(address["path"])
-                self._socket.listen(1)
-            else:
-                self._socket = socket.create_server((address["host"], int(address["port"])))
-        except (OSError, ValueError) as error:
-            raise MigrationError(
-                f"Failed to bind socket to {describe(address)}: {_strerror(error)}"
-            ) from None
-
-    def accept(self) -> Channel:
-        """Waits for the source; the channel is the caller's."""
-        with self._socket:
-            return Channel(self._socket.accept()[0].detach(), "socket")
+        with self._closing:
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                if self._made_nonblocking:  # whoever handed it over may still use it
+                    os.set_blocking(fd, True)
+                os.close(fd)
 
 
 def open_outgoing(address: dict, handed: Handed) -> Channel:
@@ -168,43 +218,48 @@ def _open(path: str, flags: int, handed: Handed) -> int:
 def _create_file(address: dict, handed: Handed) -> Channel:
     path, offset = address["filename"], address.get("offset", 0)
     try:
-        fd = _open(path, os.O_WRONLY | os.O_CREAT, handed)
+        # O_NONBLOCK: a FIFO that nobody reads must not hold the monitor.
+        fd = _open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, handed)
     except OSError as error:
         raise MigrationError(f"Could not create '{path}': {error.strerror}") from None
     try:
         os.ftruncate(fd, offset)
+        os.lseek(fd, offset, os.SEEK_SET)
     except OSError as error:
         os.close(fd)
         raise MigrationError(
             f"failed to truncate migration file to offset {offset:x}: {error.strerror}"
         ) from None
-    os.lseek(fd, offset, os.SEEK_SET)
     return Channel(fd, "file")
 
 
 def _open_file(address: dict, handed: Handed) -> Channel:
-    path = address["filename"]
+    path, offset = address["filename"], address.get("offset", 0)
     try:
         fd = _open(path, os.O_RDONLY, handed)
     except OSError as error:
         raise MigrationError(f"Could not open '{path}': {error.strerror}") from None
-    os.lseek(fd, address.get("offset", 0), os.SEEK_SET)
+    try:
+        os.lseek(fd, offset, os.SEEK_SET)
+    except OSError as error:
+        if offset or error.errno != errno.ESPIPE:
+            os.close(fd)
+            raise MigrationError(
+                f"Could not go to offset {offset:#x} of '{path}': {error.strerror}"
+            ) from None
     return Channel(fd, "file")
 
 
 def _spawn(args: list[str], writing: bool) -> Channel:
-    import subprocess
+    from cpr.migration.child import Child
 
-    pipe: dict[str, Any] = {"stdin" if writing else "stdout": subprocess.PIPE}
+    child = Child(args, writing)
     try:
-        process = subprocess.Popen(args, **pipe)
-    except OSError as error:
-        raise MigrationError(f"Could not run '{args[0]}': {error.strerror}") from None
-    stream = process.stdin if writing else process.stdout
-    assert stream is not None
-    fd = os.dup(stream.fileno())
-    stream.close()
-    return Channel(fd, "command", process)
+        return Channel(child.fd, "command", child)
+    except MigrationError:
+        child.kill()
+        child.leave()
+        raise
 
 
 def _connect(address: dict) -> int:
@@ -217,7 +272,7 @@ def _connect(address: dict) -> int:
             sock.connect(address["path"])
         else:
             sock = socket.create_connection((address["host"], int(address["port"])))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         if sock is not None:
             sock.close()
         raise MigrationError(
@@ -228,3 +283,12 @@ def _connect(address: dict) -> int:
 
 def _strerror(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def __getattr__(name: str) -> Any:
+    """Listener, which no update needs, is imported when it is asked for."""
+    if name != "Listener":
+        raise AttributeError(name)
+    from cpr.migration.listener import Listener
+
+    return Listener

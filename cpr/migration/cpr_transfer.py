@@ -17,10 +17,14 @@ import os
 import select
 import socket
 import time
+from contextlib import suppress
 
-from cpr.errors import CommandError, MigrationError
+from cpr.errors import CommandError, MigrationError, StateError
+from cpr.migration.address import check_unix_path
+from cpr.migration.listener import listen_at
 from cpr.migration.mode import TRANSFER, Mode, cpr_blockers
 from cpr.state import cpr_channel
+from cpr.state.fds import MAX_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,12 +41,14 @@ MESSAGE_SIZE = 65536
 HAND_OVER_NS = 5_000_000_000  # the source unlocks when its stream is out, a moment after its end
 LOCK_POLL = 0.0005  # s
 MAX_DESCRIPTORS = 16  # of one message; QEMU sends one
+MAX_ALL_DESCRIPTORS = 16384  # of one state: several devices, 2048 vectors each
 
 
 def check_address(address: dict) -> str:
     """The path of a cpr channel's address.  Raises MigrationError with QEMU's text."""
     if address.get("transport") != "socket" or address.get("type") != "unix":
         raise MigrationError("bad cpr channel address; must be unix")
+    check_unix_path(address["path"])
     return str(address["path"])
 
 
@@ -108,40 +114,56 @@ class CprListener:
         if address.get("type") != "unix":
             raise MigrationError("bad cpr channel socket type; must be unix")
         path = address["path"]
-        if os.path.exists(path):
-            os.unlink(path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        check_unix_path(path)
         try:
-            listener.bind(path)
+            listener = listen_at(path)
         except OSError as error:
-            listener.close()
             raise MigrationError(f"Failed to bind socket to {path}: {error.strerror}") from None
-        listener.listen(1)
-        self._connection = listener.accept()[0]
-        listener.close()
-        os.unlink(path)
+        try:
+            self._connection = listener.accept()[0]
+        except OSError as error:
+            raise MigrationError(f"Failed to accept the source: {error.strerror}") from None
+        finally:
+            listener.close()
+            with suppress(OSError):  # somebody else may have removed it
+                os.unlink(path)
 
     def receive(self) -> CprState:
         """The state; its descriptors, close-on-exec, are the caller's.
 
         Raises StateError; then no descriptor stays open.
         """
-        data, descriptors = b"", []
-        while True:
-            piece, fds, _, _ = socket.recv_fds(self._connection, MESSAGE_SIZE, MAX_DESCRIPTORS)
-            descriptors += fds
-            if not piece:
-                break
-            data += piece
+        data, descriptors = bytearray(), []
         try:
-            return cpr_channel.decode(data, descriptors)
-        except Exception:
-            for fd in descriptors:
-                os.close(fd)
+            while True:
+                piece, fds, _, _ = socket.recv_fds(self._connection, MESSAGE_SIZE, MAX_DESCRIPTORS)
+                descriptors += fds
+                if not piece:
+                    break
+                data += piece
+                if len(data) > MAX_SIZE or len(descriptors) > MAX_ALL_DESCRIPTORS:
+                    raise StateError(
+                        f"the cpr channel has more than {MAX_SIZE} bytes or "
+                        f"{MAX_ALL_DESCRIPTORS} descriptors: its sender is no VMM"
+                    )
+            return cpr_channel.decode(bytes(data), descriptors)
+        except OSError as error:
+            _close_all(descriptors)
+            raise StateError(
+                f"Unable to read from the cpr channel: {error.strerror}; start this VMM again, "
+                "and then the migration"
+            ) from None
+        except BaseException:
+            _close_all(descriptors)
             raise
 
     def close(self) -> None:
         self._connection.close()
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for fd in descriptors:
+        os.close(fd)
 
 
 def _lockable(machine: Machine) -> list[int]:

@@ -7,10 +7,9 @@ guest was running.  Loading reads and checks the whole stream before anything is
 from __future__ import annotations
 
 import os
-import sys
 
-from cpr import runstate
-from cpr.errors import ConfigError, KernelError
+from cpr import report, runstate
+from cpr.errors import ConfigError, KernelError, MigrationError
 from cpr.migration.statistics import RamCounters
 from cpr.state import mapped_ram, ram_section, stream
 from cpr.state.configuration import CHECKED_CAPABILITIES, Configuration
@@ -110,6 +109,7 @@ class Saver:
         with PagePool() as pool:
             for block in blocks:
                 layout, pages = layouts[block.idstr], Pages.of_block(block)
+                self._channel.call_on_shutdown(pages.cancel)
                 present = bytearray(layout.bitmap_size)
                 counts = pool.save(pages, self._channel.fd, layout.pages_offset, present)
                 self.counters.duplicate += counts.zero
@@ -127,6 +127,7 @@ class Saver:
             for block in blocks:
                 pages = Pages.of_block(block)
                 records = RecordWriter(pool, pages, block.idstr)
+                channel.call_on_shutdown(pages.cancel)
                 while not pages.done:
                     writer.open_part(RAM_SECTION_ID)
                     channel.flush()
@@ -182,7 +183,9 @@ def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
     bulk, had_pages = BulkLoader(machine.blocks), False
     ram.bulk = bulk.take
     if capabilities.enabled("mapped-ram"):
-        ram.mapped = MappedLoader(machine.blocks, channel).take
+        ignored = capabilities.enabled("x-ignore-shared")
+        cleared = {b.idstr for b in machine.blocks if b.stale and not (ignored and b.reopened)}
+        ram.mapped = MappedLoader(machine.blocks, cleared, channel).take
     try:
         for section in reader.sections(versions):
             key = (section.idstr, section.instance_id)
@@ -205,7 +208,7 @@ def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
             raise StreamError(f"there is no section '{key[0]}' instance {key[1]} in the stream")
     reader.vmdescription()
     for warning in (*warnings, *reader.warnings):
-        print(f"cpr-vmm: {warning}", file=sys.stderr)
+        report.error_report(warning)
     _apply(machine, states)
     return _runstate(machine, states.get((VMSTATE_GLOBALSTATE.name, 0)))
 
@@ -218,11 +221,19 @@ def _check(device: Device, state: dict) -> None:
 
 
 def _apply(machine: Machine, states: dict[tuple[str, int], dict]) -> None:
+    """Has each device take over its state.  Raises CprError; then the guest is in pieces."""
     with machine.lock:
         for device in machine.sections():
             state = states.get((device.idstr, device.instance_id))
-            if state is not None:
+            if state is None:
+                continue
+            try:
                 device.restore(state)
+            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+                raise StreamError(
+                    f"the state of device '{device.idstr}' instance {device.instance_id} cannot "
+                    f"be set: {error}"
+                ) from error
         machine.accel.apply_state()
 
 
@@ -254,10 +265,14 @@ def _check_content(machine: Machine, had_pages: bool) -> None:
 
 
 class MappedLoader:
-    """mapped-ram: reads the pages of a block from their places in the file."""
+    """mapped-ram: reads the pages of a block from their places in the file.
 
-    def __init__(self, blocks: list[RAMBlock], channel: Channel) -> None:
+    Pages that are not there are zero: in blocks that are `cleared` they are made so.
+    """
+
+    def __init__(self, blocks: list[RAMBlock], cleared: set[str], channel: Channel) -> None:
         self._blocks = {block.idstr: block for block in blocks}
+        self._cleared = cleared
         self._channel = channel
 
     def take(self, reader: StreamReader, listed: ram_section.Block) -> None:
@@ -266,14 +281,27 @@ class MappedLoader:
 
         layout = mapped_ram.Layout.take(reader, listed.used_length)
         fd = self._channel.fd
-        present = bytearray(os.pread(fd, layout.bitmap_size, layout.bitmap_offset))
-        if any(present):
-            block = self._blocks[listed.idstr]
-            present.extend(bytes(layout.bitmap_size - len(present)))
-            with PagePool() as pool:
+        try:
+            present = bytearray(os.pread(fd, layout.bitmap_size, layout.bitmap_offset))
+        except OSError as error:
+            raise MigrationError(
+                f"the bitmap of RAM block {listed.idstr} cannot be read: {error.strerror}; "
+                "mapped-ram needs a file"
+            ) from None
+        present.extend(bytes(layout.bitmap_size - len(present)))
+        block = self._blocks[listed.idstr]
+        with PagePool() as pool:
+            if block.idstr in self._cleared:
+                pool.clear(Pages.of_block(block, present, inverted=True))
+            if any(present):
                 pool.load(Pages.of_block(block, present, holes=False), fd, layout.pages_offset)
-            block.kept = True
-        reader.jump(layout.end, self._channel.seek)
+                block.kept = True
+        try:
+            reader.jump(layout.end, self._channel.seek)
+        except OSError as error:
+            raise MigrationError(
+                f"the end of RAM block {listed.idstr} cannot be found: {error.strerror}"
+            ) from None
 
 
 class BulkLoader:

@@ -14,6 +14,9 @@ ESCAPES = {"n": "\n", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
 DIGITS = tuple("0123456789")
 FORMATS = "oduxic"
 MAX_COUNT_DIGITS = 9
+MAX_LINE_SIZE = 64 << 10
+"""Characters of a command line; the line editor takes fewer, human-monitor-command no more."""
+
 SIZES = {"b": 1, "h": 2, "w": 4, "g": 8, "L": 8}
 
 Register = Callable[[str], "int | None"]
@@ -27,6 +30,9 @@ class Line:
     """A command line and how far it has been read."""
 
     def __init__(self, text: str) -> None:
+        """Raises UsageError for one that is too long."""
+        if len(text) > MAX_LINE_SIZE:
+            raise UsageError(f"command line of more than {MAX_LINE_SIZE} characters")
         self._text = text
         self._position = 0
 
@@ -62,7 +68,7 @@ class Line:
                 self._position += 1
             return self._text[start : self._position]
         self._position += 1
-        result = ""
+        result: list[str] = []
         while (char := self._peek()) != '"':
             if char == "":
                 raise UsageError("unterminated string")
@@ -73,9 +79,9 @@ class Line:
                     raise UsageError(f"unsupported escape code: '\\{char}'")
                 char = ESCAPES[char]
                 self._position += 1
-            result += char
+            result.append(char)
         self._position += 1
-        return result
+        return "".join(result)
 
     def _peek(self) -> str:
         return self._text[self._position : self._position + 1]

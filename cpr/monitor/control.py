@@ -12,6 +12,9 @@ from cpr.monitor.schema import Session
 QEMU_VERSION = {"micro": 3, "minor": 1, "major": 11}
 VERSION = {"qemu": QEMU_VERSION, "package": "cpr-vmm 0.1.0"}
 
+MAX_UNREAD = 64 << 10
+"""Bytes of answers that a monitor's client may leave unread before its next commands wait."""
+
 NIL_UUID = "00000000-0000-0000-0000-000000000000"
 ACCELERATORS = ("kvm", "tcg")
 DEFAULT_MODELS = {"kvm": "host", "tcg": "qemu64"}

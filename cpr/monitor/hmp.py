@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
+from cpr import report
 from cpr.chardev.base import OPENED, Chardev
 from cpr.errors import CommandError, CprError
 from cpr.monitor import commands, registers
 from cpr.monitor.command_line import ArgumentReader, Line, UsageError
-from cpr.monitor.control import QEMU_VERSION
+from cpr.monitor.control import MAX_UNREAD, QEMU_VERSION
 from cpr.monitor.readline import Readline
 from cpr.monitor.schema import AFTER_MIGRATION, NOW, Command, Session
 
@@ -36,7 +36,7 @@ class HmpMonitor:
 
     def _can_receive(self) -> int:
         """One byte at a time: what is behind a command that suspends stays in the chardev."""
-        return 0 if self._suspended else 1
+        return 0 if self._suspended or self._chardev.waiting > MAX_UNREAD else 1
 
     def _receive(self, data: bytes) -> None:
         for byte in data:
@@ -121,7 +121,7 @@ def execute(vmm: Any, session: Session, line: str) -> tuple[str, str]:
     except CprError as error:
         return f"Error: {error}\n", NOW
     except Exception as error:  # a running guest must not be lost to a bug in a command
-        sys.excepthook(type(error), error, error.__traceback__)
+        report.exception_report(error)
         return f"Error: internal error: {error}\n", NOW
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -148,13 +149,20 @@ def _pieces(address: int, size: int, unit: int = SAVE_CHUNK) -> Iterator[tuple[i
 
 def _save(filename: str, chunks: Iterator[bytes]) -> None:
     try:
-        with open(filename, "wb") as file:
+        with open(filename, "wb", opener=_open) as file:
             for chunk in chunks:
                 file.write(chunk)
     except OSError as error:
         if error.filename is not None:
             raise CommandError(f"Could not open '{filename}': {error.strerror}") from None
         raise CommandError(f"writing memory to '{filename}' failed: {error.strerror}") from None
+    except ValueError:
+        raise CommandError(f"Could not open {filename!r}: no file has such a name") from None
+
+
+def _open(path: str, flags: int) -> int:
+    """A FIFO that nobody reads must not hold the monitor."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def info_registers(

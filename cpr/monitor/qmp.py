@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from cpr import report
 from cpr.chardev.base import OPENED, Chardev
 from cpr.errors import CommandError, CommandNotFound, CprError
 from cpr.monitor import commands
-from cpr.monitor.control import VERSION
+from cpr.monitor.control import MAX_UNREAD, VERSION
 from cpr.monitor.json_stream import JsonStream
 from cpr.monitor.schema import Argument, Command, Enum, ListOf, Session
 
@@ -24,7 +25,8 @@ class QmpMonitor:
     """One QMP monitor on `chardev`, which stays the caller's.
 
     Commands are executed in the order in which they come, each before the next is read: there is
-    none that could run out of band.  `pretty` spreads answers over lines.
+    none that could run out of band.  `pretty` spreads answers over lines.  Where a client leaves
+    too many answers unread, its commands wait, and what comes after them is not even read.
     """
 
     def __init__(self, chardev: Chardev, vmm: Any, pretty: bool = False) -> None:
@@ -34,7 +36,7 @@ class QmpMonitor:
         self._session = Session(chardev.take_fd)
         self._start()
         vmm.events.subscribe(self._on_vm_event)
-        chardev.set_handlers(lambda: ROOM, self._receive, self._on_event)
+        chardev.set_handlers(self._can_receive, self._receive, self._on_event, self._go_on)
 
     def close(self) -> None:
         self._vmm.events.unsubscribe(self._on_vm_event)
@@ -43,6 +45,7 @@ class QmpMonitor:
     def _start(self) -> None:
         """Before a client's negotiation."""
         self._stream = JsonStream()
+        self._requests: deque[Any] = deque()
         self._negotiated = False
         self._oob = False
 
@@ -59,12 +62,22 @@ class QmpMonitor:
         text = json.dumps(message, indent=self._indent)
         self._chardev.write(text.encode() + b"\r\n")
 
+    def _can_receive(self) -> int:
+        return 0 if self._requests or self._chardev.waiting > MAX_UNREAD else ROOM
+
     def _receive(self, data: bytes) -> None:
-        stream = self._stream
-        for request in stream.feed(data):
-            if stream is not self._stream:
+        self._requests += self._stream.feed(data)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Executes what has come, as long as the client reads the answers."""
+        requests = self._requests
+        while requests and self._chardev.waiting <= MAX_UNREAD:
+            answer = self._answer(requests.popleft())
+            if requests is not self._requests:
                 return  # another client has come meanwhile
-            self._send(self._answer(request))
+            self._send(answer)
+        self._chardev.accept_input()
 
     def _answer(self, request: Any) -> dict:
         error: CprError
@@ -75,7 +88,7 @@ class QmpMonitor:
         except CprError as problem:
             error = problem
         except Exception as problem:  # a running guest must not be lost to a bug in a command
-            sys.excepthook(type(problem), problem, problem.__traceback__)
+            report.exception_report(problem)
             error = CommandError(f"internal error: {problem}")
         else:
             answer = {"return": {} if result is None else result}

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 HISTORY_SIZE = 64
 LINE_SIZE = 4095
+MAX_PARAMETER = 9999  # of an escape sequence; no key has so large a one
 SCREEN_COLUMNS = 80
 MIN_COLUMN, MAX_COLUMN = 10, 80
 
@@ -88,7 +89,7 @@ class Readline:
 
     def _control_sequence(self, byte: int) -> None:
         if 0x30 <= byte <= 0x39:
-            self._parameter = self._parameter * 10 + byte - 0x30
+            self._parameter = min(self._parameter * 10 + byte - 0x30, MAX_PARAMETER)
             return
         self._state = NORMAL
         keys, key = (TILDE_KEYS, self._parameter) if byte == 0x7E else (CSI_KEYS, byte)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from errno import EINVAL
 
-from cpr.state.fields import Field, element
+from cpr.state.fields import MAX_ELEMENTS, Field, check_most, element
 from cpr.state.reader import StreamError
 from cpr.state.vmstate import VMStateDescription, u8, u32, vbuffer
 
@@ -35,6 +35,7 @@ class _CapabilityNames(Field):
 
     def decode(self, reader: Reader, state: dict) -> None:
         names = state[self.name] = []
+        check_most(self.name, state["caps_count"], MAX_ELEMENTS, "elements")
         for _ in range(state["caps_count"]):
             names.append(reader.read(reader.read(1)[0]))
 

@@ -9,6 +9,7 @@ started gets them; only between `set_cloexec(False)` and the exec are they not.
 
 from __future__ import annotations
 
+import fcntl
 import os
 
 from cpr.errors import KernelError, StateError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 MAX_SIZE = 16 << 20
 """More than any state has, in bytes; less than the guest RAM that a wrong number may lead to."""
+
+SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class PreservedFds:
@@ -106,28 +109,20 @@ class PreservedFds:
     def persist(self, environ: MutableMapping[str, str] = os.environ) -> int:
         """Writes the state to a memfd, names it in `environ`, and returns it.
 
-        The memfd is close-on-exec and stays the registry's; its offset is at its end.  Raises
-        KernelError; then nothing has changed.
+        The memfd is close-on-exec, sealed, and stays the registry's; its offset is at its end.
+        Raises KernelError; then nothing has changed.
         """
         if self.state_fd >= 0:
             raise ValueError("the CPR state is persisted already")
         data = self.state().encode()
-        try:
-            fd = os.memfd_create(STATE_NAME)
-        except OSError as error:
-            raise KernelError("memfd_create", error.errno or 0) from error
-        try:
-            write_memfd(fd, data)
-        except OSError as error:
-            os.close(fd)
-            raise KernelError(f"write to memfd {STATE_NAME}", error.errno or 0) from error
+        fd = _sealed_memfd(data)
         environ[STATE_NAME] = str(fd)
         self.state_fd = fd
         self._persisted = data
         return fd
 
     def refresh(self) -> None:
-        """Writes the state to its memfd again, where it is another one now.
+        """Makes the state's memfd another one under its number, where the state is another now.
 
         A device may have opened or closed a descriptor since `persist`, while the guest still
         ran.  Raises KernelError.
@@ -135,10 +130,9 @@ class PreservedFds:
         data = self.state().encode()
         if data == self._persisted:
             return
-        try:
-            write_memfd(self.state_fd, data)
-        except OSError as error:
-            raise KernelError(f"write to memfd {STATE_NAME}", error.errno or 0) from error
+        fd = _sealed_memfd(data)
+        os.dup2(fd, self.state_fd, inheritable=os.get_inheritable(self.state_fd))
+        os.close(fd)
         self._persisted = data
 
     def unpersist(self, environ: MutableMapping[str, str] = os.environ) -> None:
@@ -200,13 +194,28 @@ class PreservedFds:
             return False
         try:
             fd = int(value)
-            if not -(1 << 31) <= fd < 1 << 31:
+            if not -(1 << 31) <= fd < 1 << 31 or 0 <= fd <= 2:  # of a state, these are never it
                 raise ValueError
         except ValueError:
             text = f"{STATE_NAME}='{value}' is not the number of a descriptor; {REMEDY}"
             raise StateError(text) from None
         self.load(fd)
         return True
+
+
+def _sealed_memfd(data: bytes) -> int:
+    """A close-on-exec memfd with `data` that nobody can change any more.  Raises KernelError."""
+    try:
+        fd = os.memfd_create(STATE_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise KernelError("memfd_create", error.errno or 0) from error
+    try:
+        write_memfd(fd, data)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+    except OSError as error:
+        os.close(fd)
+        raise KernelError(f"write to memfd {STATE_NAME}", error.errno or 0) from error
+    return fd
 
 
 def _read_and_close(fd: int) -> bytes:

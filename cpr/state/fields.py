@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from cpr.state.reader import Reader
     from cpr.state.vmstate import VMStateDescription
 
+MAX_VARIABLE_SIZE = 64 << 10
+"""Bytes of a buffer whose length is in the stream."""
+
+MAX_ELEMENTS = 16 << 10
+"""Elements of an array or a list whose number is in the stream."""
+
 FORMATS = {
     "uint8": "B",
     "uint16": "H",
@@ -116,7 +122,9 @@ class VariableBuffer(Field):
         return value
 
     def decode(self, reader: Reader, state: dict) -> None:
-        state[self.name] = reader.read(state[self.size_name])
+        size = state[self.size_name]
+        state[self.name] = reader.read(min(size, MAX_VARIABLE_SIZE))
+        check_most(self.name, size, MAX_VARIABLE_SIZE, "bytes")
 
     def describe(self, state: dict, name: str) -> list[dict]:
         return [element(name, "buffer", len(state[self.name]))]
@@ -141,6 +149,8 @@ class StructField(Field):
     def decode(self, reader: Reader, state: dict) -> None:
         vmsd = self.vmsd
         count = self.count if self.count_name is None else state[self.count_name]
+        if self.count_name is not None:
+            check_most(self.name, state[self.count_name], MAX_ELEMENTS, "elements")
         if count is None:
             state[self.name] = vmsd.decode(reader, vmsd.version_id)
         elif vmsd.record is not None and count > 0:
@@ -182,6 +192,7 @@ class ListField(Field):
     def decode(self, reader: Reader, state: dict) -> None:
         elements = state[self.name] = []
         while reader.read(1) != b"\0":
+            check_most(self.name, len(elements) + 1, MAX_ELEMENTS, "elements")
             elements.append(self.vmsd.decode(reader, self.vmsd.version_id))
 
     def describe(self, state: dict, name: str) -> list[dict]:
@@ -204,6 +215,15 @@ def element(
         entry["struct"] = struct
     entry["size"] = size
     return entry
+
+
+def check_most(name: str, number: int, most: int, unit: str) -> None:
+    """Raises StreamError where a length or a count in a stream is more than any state has.
+
+    A stream of some bytes and a hole must not take all memory.
+    """
+    if number > most:
+        raise StreamError(f"field '{name}' has {number} {unit}, more than the {most} there can be")
 
 
 def _check_length(name: str, value: list | bytes, wanted: int) -> None:

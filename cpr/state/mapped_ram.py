@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _HEADER = struct.Struct(">IQQQ")
 VERSION = 1
 ALIGNMENT = 1 << 20
+MAX_OFFSET = (1 << 63) - 1  # of a file
 
 
 class Layout:
@@ -59,4 +60,11 @@ class Layout:
             )
         if page_size != PAGE_SIZE:
             raise LoadError(EINVAL, f"Migration mapped-ram page size {page_size} is not supported")
-        return cls(bitmap_offset, pages_offset, used_length)
+        layout = cls(bitmap_offset, pages_offset, used_length)
+        if max(bitmap_offset + layout.bitmap_size, layout.end) > MAX_OFFSET:
+            raise LoadError(
+                EINVAL,
+                f"Migration mapped-ram offsets {bitmap_offset:#x} and {pages_offset:#x} are in no "
+                "file",
+            )
+        return layout

@@ -47,6 +47,8 @@ FOOTER = 0x7E
 SWITCHOVER_START = 11  # the command that says: RAM is done, now come the devices
 
 CHUNK = 32768  # bytes asked for in one read
+MAX_DESCRIPTION = 16 << 20
+"""Bytes of a stream's description of itself that are kept; it ends the stream."""
 
 
 class Section:
@@ -280,7 +282,12 @@ class StreamReader:
         if kind != VMDESCRIPTION:
             self.warnings.append(f"Expected vmdescription section, but got {kind}")
             return b""
-        return self.take(self.integer(4))
+        left = self.integer(4)
+        text = self.take(min(left, MAX_DESCRIPTION))
+        left -= len(text)
+        while left > 0 and not self.failed:
+            left -= len(self.take(min(left, CHUNK)))
+        return text
 
     def _fill(self, size: int) -> None:
         pieces = [self._buffer[self._position :]]

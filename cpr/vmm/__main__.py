@@ -12,6 +12,9 @@ if sys.flags.no_site:  # nobody has said yet where packages are: this is the scr
     sys.path += folders[1:]
 
 if __name__ == "__main__":
+    from cpr.report import open_standard_descriptors
+
+    open_standard_descriptors()
     from cpr.vmm.main import main
 
     sys.exit(main())

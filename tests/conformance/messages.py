@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from harness.qmp import Closed, Qmp
+from tests.harness.qmp import Closed, Qmp
 
 from .match import Mismatch, fill, matches
 

@@ -36,12 +36,13 @@ class Cursor:
     file that is cut short there.
     """
 
-    __slots__ = ("data", "missing", "offset", "place", "place_offset")
+    __slots__ = ("data", "missing", "offset", "place", "place_offset", "values")
 
     def __init__(self, data: Data, offset: int = 0) -> None:
         self.data = data
         self.offset = offset
         self.missing = 0
+        self.values = 0  # how many have been decoded
         self.enter("the file")
 
     def enter(self, place: str, offset: int | None = None) -> None:

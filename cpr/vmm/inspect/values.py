@@ -18,6 +18,8 @@ from cpr.vmm.inspect.cursor import Cursor, Damage
 INTEGER = re.compile(r"(u?)int(8|16|32|64)\b.*")  # also with a check: 'int32 equal', 'int32 le'
 SIGNED = frozenset({"int8", "int16", "int32", "int64", "timer"})
 SUBSECTION_TYPE = "subsection"
+VALUES_PER_BYTE = 8
+"""No file has more structs than this, those within structs counted; empty ones could be endless."""
 
 Scalar = int | bool | str
 Content = Scalar | bytes | list[Scalar | bytes] | None
@@ -100,6 +102,9 @@ def _decode_entry(cursor: Cursor, entry: dict) -> list[Value]:
 
 def _decode_struct(cursor: Cursor, name: str, kind: str, size: int, description: dict) -> Value:
     begin = cursor.offset
+    cursor.values += 1
+    if cursor.values > VALUES_PER_BYTE * len(cursor.data):
+        raise Damage(begin, f"the description has more structs than there is room for: '{name}'")
     parts = decode(cursor, description)
     if cursor.offset - begin != size:
         raise Damage(

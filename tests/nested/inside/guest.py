@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 from waiting import wait_for
 
-from harness.vm import VMM, Vm
+from tests.harness.vm import VMM, Vm
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 BUILD = Path(__file__).resolve().parent.parent / "guests" / "build"

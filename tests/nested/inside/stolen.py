@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cpr.uapi.fd import Fd
-from harness.vm import Vm
+from tests.harness.vm import Vm
 
 PIDFD_GETFD = 438  # the system call's number (asm-generic/unistd.h)
 

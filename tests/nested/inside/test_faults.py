@@ -7,8 +7,8 @@ import subprocess
 import pytest
 from waiting import wait_for
 
-from harness.qmp import QmpError
-from harness.vm import VMM
+from tests.harness.qmp import QmpError
+from tests.harness.vm import VMM
 
 from .conftest import UNPRIVILEGED as UID
 from .conftest import User, give_devices

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from harness.qmp import TIMEOUT, Qmp
+from tests.harness.qmp import TIMEOUT, Qmp
 
 ROOT = Path(__file__).resolve().parent.parent
 VMM = [sys.executable, "-m", "cpr.vmm", "run"]

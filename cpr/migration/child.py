@@ -1,0 +1,75 @@
+"""The command of an exec: address, and the pipe to or from it."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from _thread import start_new_thread
+
+from cpr.errors import MigrationError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from subprocess import Popen
+
+    from cpr.migration.cancellation import Cancellation
+
+
+class Child:
+    """A command in a process group of its own; `fd`, the pipe's end, is the caller's.
+
+    Its stdin or stdout is the pipe, and the other of them /dev/null: a monitor may be on the
+    VMM's own.  stderr is the VMM's.
+    """
+
+    def __init__(self, args: list[str], writing: bool) -> None:
+        """Starts it; `writing` says that the caller writes.  Raises MigrationError."""
+        import subprocess
+
+        try:
+            self._process: Popen = subprocess.Popen(
+                args,
+                stdin=subprocess.PIPE if writing else subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL if writing else subprocess.PIPE,
+                process_group=0,
+            )
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise MigrationError(f"Could not run '{args[0]}': {reason}") from None
+        stream = self._process.stdin if writing else self._process.stdout
+        assert stream is not None
+        try:
+            self.fd = os.dup(stream.fileno())
+        except OSError as error:
+            self.kill()
+            self.leave()
+            raise MigrationError(f"Could not run '{args[0]}': {error.strerror}") from None
+        finally:
+            stream.close()
+
+    def kill(self) -> None:
+        """Ends it and what it has started; from any thread, and again."""
+        process = self._process
+        if process.returncode is None:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except OSError:
+                pass  # it has ended, or has become another user's
+
+    def wait(self, cancellation: Cancellation) -> int:
+        """Its exit status, once it has ended.  Raises OSError ECANCELED where that comes first."""
+        pidfd = os.pidfd_open(self._process.pid)
+        try:
+            cancellation.wait(pidfd, select.POLLIN)
+        finally:
+            os.close(pidfd)
+        return self._process.wait()
+
+    def leave(self) -> None:
+        """Has it reaped once it ends, without waiting for that."""
+        if self._process.poll() is None:
+            try:
+                start_new_thread(self._process.wait, ())
+            except RuntimeError:
+                pass  # no thread can be had: it stays a zombie until this process ends
