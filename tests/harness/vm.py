@@ -135,6 +135,22 @@ class Vm:
     def write_u32(self, address: int, value: int) -> None:
         self.ram[address : address + 4] = value.to_bytes(4, "little")
 
+    def processes(self) -> list[int]:
+        """All processes that run this VM or its update: the VMM, a new image, a guard."""
+        found = []
+        for process in psutil.process_iter(["cmdline", "status"]):
+            words = process.info["cmdline"] or []
+            if process.info["status"] != psutil.STATUS_ZOMBIE and any(
+                self._directory.name in word for word in words
+            ):
+                found.append(process.pid)
+        return found
+
+    def follow(self) -> int:
+        """The PID of the one process that has this VM now, which an update may have changed."""
+        (self.pid,) = self.processes()
+        return self.pid
+
     def children(self) -> list[int]:
         """The PIDs of the VMM's children, such as the old image in an update."""
         try:
@@ -151,11 +167,10 @@ class Vm:
     def close(self) -> None:
         if self._ram is not None:
             self._ram.close()
-        if self.process.poll() is None:
-            for child in self.children():  # or it would start the VMM again
-                with suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-            self.process.kill()
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.kill()
         self.process.wait()
         self._directory.cleanup()
 
