@@ -104,11 +104,12 @@ def accepts(device: Device, path: tuple, state: dict) -> bool:
 
 def use(platform: SteppedPlatform) -> None:
     """What a guest may do then: read every register, and let some interrupts come and go."""
-    for port in platform.io:
-        platform.inb(port)
-    for base, (length, read, _) in platform.mmio.items():
-        for offset in range(0, min(length, 0x400), 0x10):
-            assert 0 <= read(offset, 4) < 1 << 32, hex(base + offset)
+    for region in platform.bus.io.regions:
+        for port in range(region.base, region.end):
+            platform.inb(port)
+    for region in platform.bus.memory.regions:
+        for address in range(region.base, min(region.end, region.base + 0x400), 0x10):
+            assert 0 <= platform.readl(address) < 1 << 32, hex(address)
     for line in range(16):
         platform.set_irq(line, True)
         platform.set_irq(line, False)
@@ -142,7 +143,7 @@ REFUSED = [
 
 
 def test_registers_that_a_processor_does_not_have() -> None:
-    device = VCpuState(VCpu())  # type: ignore
+    device = VCpuState(VCpu())
     state = x86.reset_state(0)
     device.check(state)
     for name, change, field in REFUSED:

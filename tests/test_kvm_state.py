@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-from benchmarks.vm import Vm
 from conftest import missing_kvm
 from waiting import wait_for
 
@@ -22,6 +22,7 @@ from cpr.state.fds import PreservedFds
 from cpr.state.reader import BytesReader
 from cpr.uapi import kvm
 from cpr.vcpus import VCpuThread, _semaphore
+from tests.harness.vm import Vm
 
 needs_kvm = pytest.mark.skipif(missing_kvm() is not None, reason=str(missing_kvm()))
 
@@ -113,7 +114,7 @@ def test_order_of_the_table() -> None:
         assert names.index(first) < names.index(second)
     assert [step.name for step in steps.TIME_STEPS] == ["clock", "tsc", "deadline"]
     assert [name for name, _ in steps.CHIP_STEPS][-2:] == ["ioapic", "i8254"]
-    rows = [*steps.VCPU_STEPS, *steps.TIME_STEPS]
+    rows: list[Any] = [*steps.VCPU_STEPS, *steps.TIME_STEPS]
     assert all(len(row.why) > 5 for row in rows)
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.vm import Vm
 from waiting import is_listening, wait_for
+
+from tests.harness.vm import Vm
 
 RAM = "64M"
 MEMFD, PRIVATE = "memory-backend-memfd,share=on", "memory-backend-ram"
