@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import missing_kvm
+from harness.vm import Vm
 from waiting import wait_for
 
 from cpr.accel import x86
@@ -22,7 +23,6 @@ from cpr.state.fds import PreservedFds
 from cpr.state.reader import BytesReader
 from cpr.uapi import kvm
 from cpr.vcpus import VCpuThread, _semaphore
-from tests.harness.vm import Vm
 
 needs_kvm = pytest.mark.skipif(missing_kvm() is not None, reason=str(missing_kvm()))
 

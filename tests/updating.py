@@ -12,9 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from harness.vm import Vm
 from waiting import is_listening, wait_for
-
-from tests.harness.vm import Vm
 
 RAM = "64M"
 MEMFD, PRIVATE = "memory-backend-memfd,share=on", "memory-backend-ram"
