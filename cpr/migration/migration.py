@@ -53,8 +53,9 @@ class Migration:
 
     `before_exec()` is called on the main loop just before an exec, to flush what must not be
     lost, `park()` and `unpark()` around it, to end all threads but the caller's and to start them
-    again, and `on_new_pid()` where this VMM goes on in another process; `handed` are the
-    descriptors that monitors were handed by getfd and add-fd.
+    again, and `on_new_pid()` where this VMM goes on in another process.  `exec_fds()` are the
+    sockets that QEMU's exec closes, and `reopen()` makes them again where it has failed after that.
+    `handed` are the descriptors that monitors were handed by getfd and add-fd.
     """
 
     def __init__(
@@ -77,6 +78,8 @@ class Migration:
         self.park: Callable[[], None] = machine.park
         self.unpark: Callable[[], None] = machine.unpark
         self.on_new_pid: Callable[[], None] = lambda: None
+        self.exec_fds: Callable[[], list[int]] = list
+        self.reopen: Callable[[], None] = lambda: None
         self.files = ProgramFiles()
         self.early: EarlyUpdate | None = None
         self.stopped_ns = 0
@@ -148,6 +151,7 @@ class Migration:
         mode.before_exec = self.before_exec
         mode.park, mode.unpark = self._park, self.unpark
         mode.on_new_pid = self.on_new_pid
+        mode.exec_fds, mode.reopen = self.exec_fds, self.reopen
         mode.timeout_ms = int(self.parameters.get("x-cpr-exec-timeout"))
         mode.give_back = self._give_back
         mode.stages = self._stages

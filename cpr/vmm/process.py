@@ -67,6 +67,7 @@ class Vmm:
         migration.before_exec = self._before_exec
         migration.park, migration.unpark = self._park, self._unpark
         migration.on_new_pid = self._on_new_pid
+        migration.exec_fds, migration.reopen = self._exec_fds, self._reopen
 
     def quit(self, reason: str) -> None:
         """Ends the process from the host's side, with a SHUTDOWN event."""
@@ -95,6 +96,18 @@ class Vmm:
         """This VMM goes on in another process than before."""
         if self.pidfile is not None:
             self.pidfile.rewrite()
+        for chardev in self.chardevs.values():
+            chardev.expect_another()
+
+    def _exec_fds(self) -> list[int]:
+        return [fd for chardev in self.chardevs.values() for fd in chardev.exec_fds()]
+
+    def _reopen(self) -> None:
+        for chardev in self.chardevs.values():
+            try:
+                chardev.reopen()
+            except CprError as error:
+                error_report(error)
 
     def create_frontends(self, after_exec: bool) -> None:
         """Makes the chardevs, connects the devices to them, and starts the monitors.
