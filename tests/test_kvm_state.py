@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Iterator
 
 import pytest
-from harness.vm import Vm
 from conftest import missing_kvm
+from harness.vm import Vm
 from waiting import wait_for
 
 from cpr.accel import x86
