@@ -25,9 +25,9 @@ rehearse.  A rehearsal is a child that goes as far as ready, and is thanked.
 
 from __future__ import annotations
 
+import _signal as signal  # `signal` itself makes enums, which a late update would wait for
 import os
 import select
-import signal
 import time
 
 from cpr.errors import CprError

@@ -21,8 +21,8 @@ from cpr.migration.capabilities import Capabilities
 from cpr.migration.incoming import Incoming
 from cpr.migration.mode import EXEC, NORMAL, TRANSFER, Mode
 from cpr.migration.parameters import Parameters
-from cpr.migration.program import ProgramFiles, check_command, knows_protocol
-from cpr.migration.statistics import STOPPED_SYNCS, RamCounters, Times
+from cpr.migration.program import ProgramFiles, check_command, knows_protocol, own_command
+from cpr.migration.statistics import STOPPED_SYNCS, RamCounters, Times, UpdateTimes
 from cpr.phases import mark
 from cpr.report import error_report, exception_report
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cpr.mainloop import MainLoop
     from cpr.migration.channel import Channel, Handed
     from cpr.migration.early import EarlyUpdate
+    from cpr.migration.rehearsal import Rehearsed
     from cpr.migration.staging import Staging
     from cpr.state.fds import PreservedFds
 
@@ -82,8 +83,8 @@ class Migration:
         self.reopen: Callable[[], None] = lambda: None
         self.files = ProgramFiles()
         self.early: EarlyUpdate | None = None
-        self.stopped_ns = 0
-        """When the guest stopped in the image before this one; 0 if that is not known."""
+        self.update_times: UpdateTimes | None = None
+        """What the update that this image comes from has cost, if it tells."""
         self.handed = handed
         self.incoming_side = Incoming(self)
         self._finish_callbacks: list[Callable[[], None]] = []
@@ -283,8 +284,14 @@ class Migration:
 
         self.loop.call_soon(execute)
 
-    def check_cpr_exec(self, command: list[str] | None = None) -> list[str]:
-        """All that would refuse `start_cpr_exec(command)` now, without doing it."""
+    def check_cpr_exec(self, command: list[str] | None = None) -> Rehearsed:
+        """What would refuse `start_cpr_exec(command)` now, found by a rehearsal of it.
+
+        A program that cannot be rehearsed is not started; see `can_rehearse`.
+        """
+        from cpr.migration.rehearsal import Rehearsed, rehearse
+
+        words = command or own_command()
         mode = self._as_asked(cpr_exec.Exec(self.fds, command or [""]))
         try:
             self._check({"transport": "file"}, mode)
@@ -295,7 +302,14 @@ class Migration:
         else:
             reasons = []
         reasons += [reason for reason in mode.blockers(self.machine) if reason not in reasons]
-        return reasons + check_command(command)
+        reasons += check_command(command)
+        if reasons or not self.can_rehearse(command):
+            return Rehearsed(reasons, None)
+        return rehearse(self, words, mode.timeout_ms)
+
+    def can_rehearse(self, command: list[str] | None) -> bool:
+        """Whether the program of `command` knows how; RAM that is staged is not there yet."""
+        return not self._stages and knows_protocol(command or own_command(), self.files)
 
     def incoming(
         self,
@@ -643,7 +657,8 @@ class Migration:
         if self.error is not None and self.status in ("failed", "cancelled"):
             result["error-desc"] = self.error
         if not self._outgoing:
-            return result | self.incoming_side.query()
+            times = self.update_times.query() if self.update_times is not None else {}
+            return result | self.incoming_side.query() | times
         if self.status in ("active", "pre-switchover", "device"):
             downtime = self.ram.expected_downtime
             limit = self.parameters.get("downtime-limit")
