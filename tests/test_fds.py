@@ -347,3 +347,12 @@ def test_descriptors_survive_two_execs_with_their_content():
     memfds = ["/memfd:private (deleted)", "/memfd:ram0 (deleted)"]
     assert process.returncode == 0
     assert output.strip() == f"{process.pid} {30 + 3 * 30} {b'012'!r} {devices} {memfds}"
+
+
+def test_a_later_version_of_a_state_names_anew_what_came(memfd):
+    fds, ram, copy, late = PreservedFds(), memfd(), memfd(), memfd()
+    fds.take_over(CprState([("ram0", 0, ram)], []))
+    fds.replace(CprState([("ram0", 0, copy), ("irq", 1, late)], []))
+    assert fds.entries() == [("ram0", 0, ram), ("irq", 1, late)]
+    assert fds.came("ram0", 0) and fds.came("irq", 1)
+    assert not is_open(copy)

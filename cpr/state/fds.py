@@ -182,6 +182,7 @@ class PreservedFds:
         for fd in known.values():
             os.close(fd)
         self._fds = entries
+        self._came = frozenset((name, id) for name, id, _ in entries)
         self.vfio_devices = state.vfio_devices
 
     def load_from_environment(self, environ: MutableMapping[str, str] = os.environ) -> bool:
