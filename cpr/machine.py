@@ -71,6 +71,7 @@ class Machine:
         self._reset_requested: tuple[bool, str] | None = None
         self._shutdown_requested = False
         self.was_suspended = False
+        self._parked: list[bool] = []
         self._state_lock = RLock()
         self.ended = False
 
@@ -204,6 +205,24 @@ class Machine:
             self.clock.disable()
             for device in self.devices:
                 device.on_stop()
+
+    def park(self) -> None:
+        """Ends the vCPUs' threads for the moment of an exec; `unpark` is the inverse.
+
+        The guest does not notice: its clock goes on, and no device is told.
+        """
+        for thread in self.threads:
+            thread.request_pause()
+        self._parked = [thread.running for thread in self.threads]
+        for thread in self.threads:
+            thread.end()
+
+    def unpark(self) -> None:
+        """Starts the threads again, and those vCPUs that ran."""
+        for thread, was_running in zip(self.threads, self._parked, strict=True):
+            thread.start()
+            if was_running:
+                thread.resume()
 
     def stop(self, new_state: str = runstate.PAUSED) -> None:
         """vm_stop: pauses a running VM into `new_state`, with a STOP event if it was running.

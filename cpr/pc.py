@@ -143,7 +143,8 @@ def _create_ram(config: Config, memory: GuestMemory, fds: PreservedFds) -> None:
     bios = memory.add_block(create_aux_block("pc.bios", BIOS_SIZE, share, fds))
     rom = memory.add_block(create_aux_block("pc.rom", ROM_SIZE, share, fds))
     bios.readonly = rom.readonly = True
-    bios.write(0, _bios())
+    if not bios.kept:  # its guest may be running
+        bios.write(0, _bios())
     conventional = min(low, VGA_ADDRESS)
     memory.add_section(0, conventional, ram, 0, False, "ram-below-4g")
     memory.add_section(ROM_ADDRESS, ROM_SIZE, rom, 0, True, "pc.rom")

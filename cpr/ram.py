@@ -17,6 +17,7 @@ from cpr.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
     from cpr.config import ObjectConfig
@@ -411,8 +412,32 @@ def populate_chunk(block: RAMBlock) -> bool:
     size = min(max(POPULATE_CHUNK, block.page_size), block.size - block.populated)
     if size <= 0:
         return False
-    address = ffi.cast("void *", block.host + block.populated)
-    if lib.madvise(address, size, lib.MADV_POPULATE_WRITE) < 0:
-        raise _no_memory(block, OSError(ffi.errno, os.strerror(ffi.errno)))
+    populate_range(block, block.populated, size)
     block.populated += size
     return True
+
+
+def populate_range(block: RAMBlock, offset: int, size: int) -> None:
+    """Populates so many bytes of the block, writable.  Raises ConfigError as `populate`."""
+    address = ffi.cast("void *", block.host + offset)
+    if lib.madvise(address, size, lib.MADV_POPULATE_WRITE) < 0:
+        raise _no_memory(block, OSError(ffi.errno, os.strerror(ffi.errno)))
+
+
+def touched(block: RAMBlock) -> Iterator[tuple[int, int]]:
+    """The ranges [start, end) of a shared block that its file has memory for, in bytes.
+
+    All of it where prealloc=on asks for that.
+    """
+    if block.prealloc or block.fd < 0:
+        yield 0, block.size if block.prealloc else 0
+        return
+    end = 0
+    while end < block.size:
+        try:
+            start = os.lseek(block.fd, block.offset + end, os.SEEK_DATA) - block.offset
+            end = os.lseek(block.fd, block.offset + start, os.SEEK_HOLE) - block.offset
+        except OSError:  # ENXIO: only a hole is left
+            return
+        if start < block.size:
+            yield start, min(end, block.size)

@@ -43,12 +43,22 @@ class VCpuThread:
         self._running = False
         self._work: list[tuple[Callable[[VCpu], Any], list, Any]] = []
         self._work_lock = allocate_lock()
+        self.start()
+
+    def start(self) -> None:
+        """Starts the thread, paused; the inverse of `end`."""
+        self._ending = False
         self._go = _semaphore()
         self._parked = _semaphore()
         self._woken = _semaphore()
         self._started = _semaphore()
         self._ident = start_new_thread(self._main, ())
         self._started.acquire()
+
+    @property
+    def running(self) -> bool:
+        """Whether the vCPU was let go by `resume`."""
+        return self._running
 
     @property
     def is_current(self) -> bool:
@@ -90,7 +100,7 @@ class VCpuThread:
         return result[0]
 
     def end(self) -> None:
-        """Pauses the vCPU and ends the thread."""
+        """Pauses the vCPU and ends the thread, soon; the inverse of `start`."""
         self.pause()
         self._ending = True
         self._go.release()

@@ -48,7 +48,14 @@ ffibuilder.set_source(
     sources=[f"cpr/_native/{name}" for name in SOURCES],
     include_dirs=["cpr/_native"],
     depends=[f"cpr/_native/{name}" for name in [*C_ONLY, *HEADERS]],
-    extra_compile_args=["-O2", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror"],
+    extra_compile_args=[
+        "-O2",
+        "-D_GNU_SOURCE",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fcf-protection=none",
+    ],
     libraries=["dl", "pthread"],
 )
 

@@ -309,3 +309,8 @@ struct iommu_ioas_change_process { uint32_t size; ...; };
 struct iommu_hwpt_alloc {
     uint32_t size; uint32_t flags; uint32_t dev_id; uint32_t pt_id; uint32_t out_hwpt_id; ...;
 };
+
+/* pidfd_abi.h */
+#define CPR_PIDFD_GET_INFO ...
+enum { CPR_PIDFD_INFO_EXIT = ... };
+struct cpr_pidfd_info { uint64_t mask; int32_t exit_code; ...; };

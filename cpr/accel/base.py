@@ -13,7 +13,7 @@ from cpr.errors import KernelError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol
+    from typing import Any, Protocol
 
     class Bus(Protocol):
         """Where a vCPU's port and memory-mapped accesses go; it does its own locking.
@@ -187,6 +187,13 @@ class Accelerator:
 
     def remove_vfio_file(self, fd: int) -> None:
         raise NotImplementedError
+
+    def cpu_model(self) -> Any:
+        """What the guest's CPUs can do, as plain data that JSON can carry."""
+        return []
+
+    def check_cpu_model(self, model: Any) -> None:
+        """Raises ConfigError where CPUs here would lack what those of `model` have."""
 
     def close(self) -> None:
         """Frees the VM; the vCPUs are closed before."""

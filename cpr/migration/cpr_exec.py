@@ -10,15 +10,12 @@ reads the state from a private temporary directory; the new image removes that d
 
 from __future__ import annotations
 
-import errno
 import os
-import sys
 
-from cpr import launcher
-from cpr.config import parse_command_line, strip_options
-from cpr.errors import CprError, MigrationError
+from cpr.errors import MigrationError
+from cpr.live.update import Update, UpdateError
 from cpr.migration.mode import EXEC, Mode, cpr_blockers
-from cpr.phases import mark
+from cpr.migration.program import check_own_command, incoming_uri, own_command
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,13 +26,16 @@ if TYPE_CHECKING:
     from cpr.state.fds import PreservedFds
 
 STATE_FILE = "vmstate"
-INCOMING = frozenset({"-incoming", "--incoming"})
+NS_PER_MS = 1_000_000
 
 
 class Exec(Mode):
     """One update's exec, whose new image reads its state from `uri`.
 
-    `directory` is the private temporary directory that it owns, or None.
+    `directory` is the private temporary directory that it owns, or None.  `knows_protocol`: the
+    program takes the guest over by the token of the update, and can be given way to by it; one that
+    has no idea of that has it when it has read its CPR state.  `stopped_ns` is when the guest
+    stopped, `ended_by` the signal that ended the new image, and the VM with it.
     """
 
     ends_process = True
@@ -48,11 +48,21 @@ class Exec(Mode):
         self.uri = uri
         self.directory = directory
         self.before_exec: Callable[[], None] = lambda: None
+        self.park: Callable[[], None] = lambda: None
+        self.unpark: Callable[[], None] = lambda: None
+        self.on_new_pid: Callable[[], None] = lambda: None
+        self.timeout_ms = 0
+        self.knows_protocol = False
+        self._persists = False
+        self.stopped_ns = 0
+        self.ended_by = 0
+        self.give_back: Callable[[Update, str], None] = lambda update, reason: None
         self._fds = fds
 
     def begin(self, go_on: Callable[[], None]) -> bool:
         """Writes the CPR state to a memfd, which the environment names."""
         self._fds.persist()
+        self._persists = True
         return False
 
     def sends(self, block: RAMBlock, ignore_shared: bool) -> bool:
@@ -62,32 +72,56 @@ class Exec(Mode):
         return cpr_blockers(machine, self)
 
     def finish(self, machine: Machine) -> None:
-        """Becomes the command under this PID.  Comes back only with MigrationError."""
+        """Becomes the command under this PID.  Comes back only with MigrationError.
+
+        The guard is behind it: where the new program does not take over, this one goes on.
+        """
         import signal
 
         self.before_exec()
         self._fds.refresh()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        update = Update([(block.host, block.max_length) for block in machine.blocks])
         # Python ignores it; the new program shall not.
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        # Not earlier: a child forked by anything else in this process must not inherit them.
-        self._fds.set_cloexec(False)
+        update.page.struct.stopped_ns = self.stopped_ns
+        keep = [fd for _, _, fd in self._fds.entries()] + [self._fds.state_fd]
+        self.park()
         try:
-            if not self.command[0]:
-                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-            mark("exec")
-            os.execvp(self.command[0], self.command)
-        except (OSError, ValueError) as error:
-            text = error.strerror if isinstance(error, OSError) else str(error)
-            raise MigrationError(f"execvp {self.command[0]} failed: {text}") from None
+            update.execute(
+                self.command,
+                os.environ,
+                early=False,
+                timeout_ns=self.timeout_ms * NS_PER_MS,
+                keep=keep,
+                state_fd=-1 if self.knows_protocol else self._fds.state_fd,
+            )
+            reason = str(update.receive().body.get("reason", ""))
+        except UpdateError as error:
+            update.close()
+            raise self._failed(error) from None
         finally:
-            self._fds.set_cloexec(True)
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            self.unpark()
+        self.on_new_pid()
+        self.give_back(update, reason)
+        raise MigrationError(f"the new program refused: {reason}")
+
+    def _failed(self, error: UpdateError) -> MigrationError:
+        """What is told of an update after which the guest goes on here."""
+        if not error.pid_changed:
+            return MigrationError(str(error))
+        self.on_new_pid()
+        if error.status is not None and os.WIFSIGNALED(error.status):
+            self.ended_by = os.WTERMSIG(error.status)
+        return MigrationError(f"{error}; the guest goes on in the old VMM, PID {os.getpid()}")
 
     def walk_back(self) -> None:
-        if self._fds.state_fd >= 0:
+        if self._persists:  # one that was refused must not undo another's
             self._fds.unpersist()
+            self._persists = False
+        self.remove_directory()
+
+    def remove_directory(self) -> None:
         if self.directory is not None:
             remove_directory(self.directory)
             self.directory = None
@@ -102,7 +136,7 @@ def plan(fds: PreservedFds, command: list[str] | None) -> Exec:
     """
     words = list(command) if command else own_command()
     if not command:
-        _rehearse(words)
+        check_own_command()
     uri = incoming_uri(words)
     if uri == "defer":
         raise MigrationError(
@@ -114,56 +148,6 @@ def plan(fds: PreservedFds, command: list[str] | None) -> Exec:
     directory = _create_directory()
     uri = f"file:{directory}/{STATE_FILE}"
     return Exec(fds, [*words, "-incoming", uri], uri, directory)
-
-
-def own_command() -> list[str]:
-    """The command line of this VMM, without -incoming, and without -S: the state says it.
-
-    Python starts without its `site` module, which takes a third of its start, where the packages
-    are found without it too.
-    """
-    arguments = sys.argv[1:2] + strip_options(sys.argv[2:], ("incoming", "S"))
-    if launcher.finds_packages():
-        return [sys.executable, "-I", "-S", launcher.SCRIPT, *arguments]
-    return [sys.executable, "-m", "cpr.vmm", *arguments]
-
-
-def _rehearse(words: list[str]) -> None:
-    """Parses our own command line again: guest.cfg may have become unreadable since the start."""
-    try:
-        parse_command_line(words[words.index("run") + 1 :])
-    except CprError as error:
-        raise MigrationError(f"the new VMM would refuse its command line: {error}") from None
-
-
-def incoming_uri(command: list[str]) -> str | None:
-    """The URI of the last -incoming of a command line."""
-    uri = None
-    for word, following in zip(command, [*command[1:], ""], strict=True):
-        if word in INCOMING:
-            uri = following
-    return uri
-
-
-def check_command(command: list[str] | None) -> list[str]:
-    """Why the first word of `command` could not be executed; empty where it could."""
-    if not command:
-        try:
-            _rehearse(own_command())
-        except MigrationError as error:
-            return [str(error)]
-        return []
-    name = command[0]
-    if "/" in name:
-        candidates = [name]
-    else:
-        candidates = [os.path.join(folder, name) for folder in os.get_exec_path()]
-    existing = [path for path in candidates if os.path.isfile(path)]
-    if not existing:
-        return [f"execvp {name} failed: {os.strerror(errno.ENOENT)}"]
-    if not any(os.access(path, os.X_OK) for path in existing):
-        return [f"execvp {name} failed: {os.strerror(errno.EACCES)}"]
-    return []
 
 
 def _create_directory() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from _thread import start_new_thread
 
 from cpr import runstate
@@ -11,11 +10,12 @@ from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.migration import address as addresses
 from cpr.migration import channel, savevm
 from cpr.phases import mark
+from cpr.report import error_report
 from cpr.state.reader import StreamError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from cpr.migration.cpr_transfer import CprListener
     from cpr.migration.migration import Migration
@@ -77,6 +77,8 @@ class Incoming:
 
     `expected` once -incoming was given, `started` once a load has begun.  `listener` is the cpr
     channel of a cpr-transfer: it is closed when a source can connect to the main channel.
+    `commit()` is called when the guest has been loaded, just before it runs, and raises CprError
+    where it is another image's; `hold(on)` while a load is waited for and when it begins.
     """
 
     def __init__(self, migration: Migration) -> None:
@@ -85,6 +87,8 @@ class Incoming:
         self.started = False
         self.start_paused = False
         self.listener: CprListener | None = None
+        self.commit: Callable[[], None] = lambda: None
+        self.hold: Callable[[bool], None] = lambda on: None
         self._address: dict | None = None
 
     def expect(self, start_paused: bool) -> None:
@@ -103,7 +107,7 @@ class Incoming:
             source = channel.open_incoming(address, self._migration.handed)
         except MigrationError as error:
             raise ConfigError(str(error)) from None
-        self._load(source)
+        self.load(source)
 
     def start(self, address: dict, exit_on_error: bool) -> None:
         """Waits for a source on a socket, or opens the channel, and loads.
@@ -113,6 +117,7 @@ class Incoming:
         self.check()
         if self._migration.status != "none":
             raise MigrationError(f"Illegal migration incoming state: {self._migration.status}")
+        self.hold(False)
         self._migration.set_incoming_status("setup")
         self._address = address
         if addresses.connects_in_background(address):
@@ -156,17 +161,17 @@ class Incoming:
 
     def _load_or_exit(self, source: channel.Channel, exit_on_error: bool) -> None:
         try:
-            self._load(source)
+            self.load(source)
         except CprError as error:
             self._fail(str(error), exit_on_error)
 
     def _fail(self, text: str, exit_on_error: bool) -> None:
         self._migration.set_incoming_status("failed", text)
         if exit_on_error:
-            print(f"cpr-vmm: {text}", file=sys.stderr)
+            error_report(text)
             self._migration.machine.on_exit(1)
 
-    def _load(self, source: channel.Channel) -> None:
+    def load(self, source: channel.Channel) -> None:
         """Loads the stream and brings the VM up as it was."""
         mark("load")
         migration = self._migration
@@ -175,7 +180,7 @@ class Incoming:
             old_state = savevm.load(migration.machine, migration.capabilities, source)
         except StreamError as error:
             for line in error.stderr:
-                print(f"cpr-vmm: {line}", file=sys.stderr)
+                error_report(line)
             text = f"{PREFIX}{os.strerror(error.errno)}: {error}"
             raise MigrationError(text) from None
         finally:
@@ -185,6 +190,7 @@ class Incoming:
             from cpr.migration.cpr_transfer import HAND_OVER_NS, take_guest
 
             take_guest(migration.machine, HAND_OVER_NS)
+        self.commit()
         mark("resume")
         self._come_up(old_state)
         mark("run")

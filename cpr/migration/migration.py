@@ -10,7 +10,6 @@ main loop.
 
 from __future__ import annotations
 
-import sys
 from _thread import allocate_lock, start_new_thread
 
 from cpr import runstate
@@ -21,21 +20,26 @@ from cpr.migration import channel, cpr_exec, savevm
 from cpr.migration.incoming import Incoming
 from cpr.migration.mode import EXEC, NORMAL, TRANSFER, Mode
 from cpr.migration.parameters import Capabilities, Parameters
+from cpr.migration.program import ProgramFiles, check_command, knows_protocol
 from cpr.migration.statistics import STOPPED_SYNCS, RamCounters, Times
 from cpr.phases import mark
+from cpr.report import error_report, exception_report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cpr.events import EventBus
+    from cpr.live.update import Update
     from cpr.machine import Machine
     from cpr.mainloop import MainLoop
     from cpr.migration.channel import Channel, Handed
+    from cpr.migration.early import EarlyUpdate
     from cpr.migration.staging import Staging
     from cpr.state.fds import PreservedFds
 
 CLOSE_TIMEOUT = 2.0  # s, for a thread that waits for whoever reads its stream
+ENDING_SIGNALS = frozenset({1, 2, 15})  # SIGHUP, SIGINT and SIGTERM, signal(7)
 ENDED = frozenset({"none", "completed", "failed", "cancelled"})
 
 
@@ -47,7 +51,9 @@ class Migration:
     """The outgoing migration of one VM, and its parameters.
 
     `before_exec()` is called on the main loop just before an exec, to flush what must not be
-    lost; `handed` are the descriptors that monitors were handed by getfd and add-fd.
+    lost, `park()` and `unpark()` around it, to end all threads but the caller's and to start them
+    again, and `on_new_pid()` where this VMM goes on in another process; `handed` are the
+    descriptors that monitors were handed by getfd and add-fd.
     """
 
     def __init__(
@@ -67,10 +73,17 @@ class Migration:
         self.status = "none"
         self.error: str | None = None
         self.before_exec: Callable[[], None] = lambda: None
+        self.park: Callable[[], None] = machine.park
+        self.unpark: Callable[[], None] = machine.unpark
+        self.on_new_pid: Callable[[], None] = lambda: None
+        self.files = ProgramFiles()
+        self.early: EarlyUpdate | None = None
+        self.stopped_ns = 0
+        """When the guest stopped in the image before this one; 0 if that is not known."""
         self.handed = handed
         self.incoming_side = Incoming(self)
         self._finish_callbacks: list[Callable[[], None]] = []
-        self._old_state = runstate.RUNNING
+        self.old_state = runstate.RUNNING
         self._switchover = allocate_lock()
         self._outgoing = False  # whether the status is of a migration that began here
         self._cancel = False
@@ -132,8 +145,33 @@ class Migration:
     def _as_asked(self, mode: cpr_exec.Exec) -> cpr_exec.Exec:
         """Gives the mode the parameters that are about how it does its exec."""
         mode.before_exec = self.before_exec
+        mode.park, mode.unpark = self._park, self.unpark
+        mode.on_new_pid = self.on_new_pid
+        mode.timeout_ms = int(self.parameters.get("x-cpr-exec-timeout"))
+        mode.give_back = self._give_back
         mode.stages = self._stages
         return mode
+
+    def _give_back(self, update: Update, reason: str) -> None:
+        """A new image has refused, and still has the PID: the old command has it next."""
+        from cpr.migration.early import EarlyUpdate
+
+        assert isinstance(self._mode, cpr_exec.Exec)
+        early = EarlyUpdate(self, self._mode, self._mode.timeout_ms, update)
+
+        def give_back() -> None:
+            self.early = early
+            early.give_back(reason)
+
+        self.loop.call_soon(give_back)
+
+    def _park(self) -> None:
+        """Ends all threads of this process but the caller's, the main loop's."""
+        if self._thread_done.acquire(timeout=CLOSE_TIMEOUT):
+            self._thread_done.release()
+        if self._staging is not None:
+            self._staging.park()
+        self.park()
 
     def _check(self, address: dict, mode: Mode, resume: bool = False) -> None:
         """What refuses a migration, in QEMU's order; the guest is not touched."""
@@ -146,7 +184,7 @@ class Migration:
             raise MigrationError("Migration requires streamable transport (eg unix)")
         if resume:
             raise MigrationError("Cannot resume if there is no paused migration")
-        if self.running:
+        if self.running or self.early is not None:
             raise MigrationError("There's a migration process in progress")
         if self.machine.runstate.current == runstate.INMIGRATE:
             raise MigrationError("Guest is waiting for an incoming migration")
@@ -182,6 +220,9 @@ class Migration:
         self._check(address, mode, resume)
         if mode.name == TRANSFER and cpr_address is None:
             raise MigrationError("missing 'cpr' migration channel")
+        if isinstance(mode, cpr_exec.Exec) and self._is_early(mode, "on"):
+            self._start_early(mode)
+            return
         self._start(address, mode)
 
     def start_cpr_exec(self, command: list[str] | None = None) -> None:
@@ -197,11 +238,45 @@ class Migration:
         try:
             address = addresses.parse_uri(mode.uri)
             self._check(address, mode)
-            self._start(address, mode)
+            if self._is_early(mode, "on", "auto"):
+                self._start_early(mode)
+            else:
+                self._start(address, mode)
         except CprError:
             self.parameters.set(saved)
             mode.walk_back()
             raise
+
+    def _is_early(self, mode: Mode, *settings: str) -> bool:
+        """Whether the guest runs on while the new program starts.
+
+        Not with RAM that is staged, nor with a program that knows no hand-over: they stop it.
+        """
+        if not isinstance(mode, cpr_exec.Exec) or mode.stages:
+            return False
+        if self.parameters.get("x-cpr-exec-overlap") not in settings:
+            return False
+        return knows_protocol(mode.command, self.files)
+
+    def _start_early(self, mode: cpr_exec.Exec) -> None:
+        """Executes the command after this round of the loop, with the answer gone out."""
+        from cpr.migration.early import EarlyUpdate
+
+        savevm.prepare()
+        self._begin(mode)
+        self._unstage()
+        mode.remove_directory()
+        try:
+            self.early = early = EarlyUpdate(self, mode, mode.timeout_ms)
+        except CprError as error:
+            self._fail(error)
+            raise
+
+        def execute() -> None:
+            if self.early is early:  # and not cancelled meanwhile
+                early.execute()
+
+        self.loop.call_soon(execute)
 
     def check_cpr_exec(self, command: list[str] | None = None) -> list[str]:
         """All that would refuse `start_cpr_exec(command)` now, without doing it."""
@@ -215,7 +290,7 @@ class Migration:
         else:
             reasons = []
         reasons += [reason for reason in mode.blockers(self.machine) if reason not in reasons]
-        return reasons + cpr_exec.check_command(command)
+        return reasons + check_command(command)
 
     def incoming(
         self,
@@ -229,20 +304,25 @@ class Migration:
 
     def cancel(self) -> None:
         """migrate_cancel: nothing happens where no migration runs."""
-        if self.status in ("setup", "active", "pre-switchover"):
+        if self.early is not None:
+            self.set_status("cancelling")
+            self.early.cancel()
+        elif self.status in ("setup", "active", "pre-switchover"):
             self._cancel = True
-            self._set_status("cancelling")
+            self.set_status("cancelling")
             self._let_go()
             if self._staging is not None:
                 self._staging.cancel()
             if self._waits_for_target:
                 self._waits_for_target = False
-                self._end("cancelled", None)
+                self.end("cancelled", None)
 
     def continue_(self, state: str) -> None:
         """migrate-continue: goes on from pre-switchover.  Raises MigrationError elsewhere."""
         if self.status != state:
             raise MigrationError(f"Migration not in expected state: {self.status}")
+        if self.early is not None:
+            self.early.continue_()
         self._let_go()
 
     def check_cont(self) -> None:
@@ -257,8 +337,7 @@ class Migration:
                 take_guest(self.machine)
             except CprError as error:
                 drive = next((drive.file for drive in self.machine.config.drives), "")
-                print(f"cpr-vmm: {error}", file=sys.stderr)
-                print(f"Is another process using the image [{drive}]?", file=sys.stderr)
+                error_report(f"{error}\nIs another process using the image [{drive}]?")
                 raise
             self._unstage()  # the guest goes on in its own RAM
             self.machine.cpr_walk_back()
@@ -276,14 +355,19 @@ class Migration:
 
     # The migration itself.
 
-    def _start(self, address: dict, mode: Mode) -> None:
+    def _begin(self, mode: Mode) -> None:
         self.error = None
         self.ram = RamCounters()
         self._outgoing = True
         self._cancel = False
         self._mode = mode
         self._times = Times()
-        self._set_status("setup")
+        self.set_status("setup")
+
+    def _start(self, address: dict, mode: Mode) -> None:
+        self._begin(mode)
+        if isinstance(mode, cpr_exec.Exec):
+            mode.knows_protocol = knows_protocol(mode.command, self.files)
         try:
             savevm.prepare()
             self._unstage()
@@ -350,13 +434,15 @@ class Migration:
         self._channel = channel.open_outgoing(address, self.handed)
         self._times.set_up()
         if self._mode.stops_first and self._staging is None:
-            self._stop_guest()
+            self.stop_guest()
 
-    def _stop_guest(self) -> None:
-        assert self._mode is not None
+    def stop_guest(self) -> None:
+        """Stops the guest for the rest of the migration; `run_on` is the inverse."""
         self._times.stop()
-        self._old_state = self.machine.runstate.current
+        self.old_state = self.machine.runstate.current
         mark("stop")
+        if isinstance(self._mode, cpr_exec.Exec):
+            self._mode.stopped_ns = self._times.stopped_ns
         self.machine.stop(runstate.FINISH_MIGRATE)
         mark("save")
 
@@ -367,7 +453,7 @@ class Migration:
         self._check_cancel()
         if address is not None:  # not before: who is connected to does nothing but read
             self._open(address)
-        self._stop_guest()
+        self.stop_guest()
         staging.finish()
         self._check_cancel()
 
@@ -377,8 +463,11 @@ class Migration:
         finally:
             self._thread_done.release()
 
-    def close(self) -> None:
-        """Cancels a copy of RAM that is being made, and waits until it is walked back."""
+    def close(self, exit_status: int) -> None:
+        """Ends what is under way: a new image ends too, and a copy of RAM is walked back."""
+        if self.early is not None:
+            self.early.end_vm(exit_status)
+            self.early = None
         if self._staging is not None:
             self._cancel = True
             self._staging.cancel()
@@ -393,15 +482,15 @@ class Migration:
             if address is not None and self._staging is None:
                 self._open(address)
             self._check_cancel()
-            self._set_status("active")
+            self.set_status("active")
             if self._staging is not None:
                 self._copy_ram(self._staging, self._mode, address)
             elif not self._mode.stops_first:
-                self._stop_guest()
+                self.stop_guest()
             assert self._channel is not None
             self.machine.cpr_prepare(self._mode.name)
             self._saver = savevm.Saver(
-                self.machine, self.capabilities, self._old_state, self._mode, self._channel
+                self.machine, self.capabilities, self.old_state, self._mode, self._channel
             )
             self._write(self._saver.ram)
             if self._staging is None:
@@ -409,22 +498,22 @@ class Migration:
                 self._emit_pass(STOPPED_SYNCS)
             if self.capabilities.enabled("pause-before-switchover"):
                 self._wait_for_switchover()
-            self._set_status("device")
+            self.set_status("device")
             self._write_all()
             self._times.end()
             self.loop.call_soon(self._complete)
         except Cancelled as error:
-            print(f"cpr-vmm: {error}", file=sys.stderr)
-            self._end("cancelled", str(error))
+            error_report(error)
+            self.end("cancelled", str(error))
         except CprError as error:
             self._fail(error)
         except Exception as error:  # the guest must not be lost to a bug here
-            sys.excepthook(type(error), error, error.__traceback__)
+            exception_report(error)
             self._fail(MigrationError(f"internal error: {error}"))
 
     def _wait_for_switchover(self) -> None:
         self._switchover.acquire(blocking=False)
-        self._set_status("pre-switchover")
+        self.set_status("pre-switchover")
         self._check_cancel()
         self._switchover.acquire()
         self._let_go()
@@ -468,22 +557,25 @@ class Migration:
             return
         try:
             if self._mode.ends_process:
-                self._set_status("completed")
+                self.set_status("completed")
             self._mode.finish(self.machine)
         except CprError as error:
-            print(f"cpr-vmm: {error}", file=sys.stderr)
-            self._end("failed", str(error))
+            error_report(error)
+            mode = self._mode
+            self.end("failed", str(error))
+            if isinstance(mode, cpr_exec.Exec) and mode.ended_by in ENDING_SIGNALS:
+                self.machine.shutdown(False, "host-signal")
             return
         if self._staging is not None:
             self._staging.hand_over()
-        self._set_status("completed")
+        self.set_status("completed")
         self._call_back()
 
     def _fail(self, error: CprError) -> None:
-        self._set_status("failing")
-        self._end("failed", str(error))
+        self.set_status("failing")
+        self.end("failed", str(error))
 
-    def _end(self, status: str, error: str | None) -> None:
+    def end(self, status: str, error: str | None) -> None:
         """Walks everything back: the channel, what the mode did, and the vCPUs."""
         if self._channel is not None:
             self._channel.close()
@@ -491,16 +583,22 @@ class Migration:
         if self._mode is not None:
             self._mode.walk_back()
             self._mode = None
+        self.early = None
         self.machine.cpr_walk_back()
         self._unstage()
         self.error = error
         exec_failed = self.status == "completed"
         if exec_failed:
-            self._set_status(status)
+            self.set_status(status)
         self._go_back(exec_failed)
         if not exec_failed:
-            self._set_status(status)
+            self.set_status(status)
         self._call_back()
+
+    def run_on(self) -> None:
+        """The inverse of `stop_guest`, for a hand-over that did not happen."""
+        self.machine.cpr_walk_back()
+        self._go_back(False)
 
     def _call_back(self) -> None:
         callbacks, self._finish_callbacks = self._finish_callbacks, []
@@ -510,14 +608,14 @@ class Migration:
     def _go_back(self, exec_failed: bool) -> None:
         if self.machine.runstate.current != runstate.FINISH_MIGRATE:
             return
-        if self._old_state in runstate.LIVE:
+        if self.old_state in runstate.LIVE:
             self.machine.cont()
         elif exec_failed:
             self.machine.runstate.set(runstate.POSTMIGRATE)
         else:
-            self.machine.runstate.set(self._old_state)
+            self.machine.runstate.set(self.old_state)
 
-    def _set_status(self, status: str) -> None:
+    def set_status(self, status: str) -> None:
         self.status = status
         if self.capabilities.enabled("events"):
             self.events.emit("MIGRATION", {"status": status})
@@ -525,7 +623,7 @@ class Migration:
     def set_incoming_status(self, status: str, error: str | None = None) -> None:
         """The same state machine, driven by the incoming side."""
         self.error = error
-        self._set_status(status)
+        self.set_status(status)
 
     # Answers.
 

@@ -289,6 +289,12 @@ class Staging:
         counters.copied += counts.bytes
         counters.remaining -= (counts.normal + counts.zero) * PAGE_SIZE
 
+    def park(self) -> None:
+        """Ends the threads that copy, when all is copied."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
     def hand_over(self) -> None:
         """Frees all but the descriptors of the copies, which stay in the CPR state."""
         if self._logging:

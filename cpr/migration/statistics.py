@@ -26,6 +26,11 @@ class Times:
         self._ended = time.monotonic_ns()
 
     @property
+    def stopped_ns(self) -> int:
+        """When the guest was stopped; 0 if it has not been."""
+        return self._stopped
+
+    @property
     def total_ns(self) -> int:
         return (self._ended or time.monotonic_ns()) - self._started
 

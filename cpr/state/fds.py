@@ -165,6 +165,24 @@ class PreservedFds:
         self.vfio_devices = state.vfio_devices
         self.incoming = True
 
+    def replace(self, state: CprState) -> None:
+        """Takes over a later version of a state that was taken over before.
+
+        Descriptors that are here already stay as they are, and their copies are closed; those
+        that the new state has not any more are closed too, for nobody has taken them.
+        """
+        known = {(name, id): fd for name, id, fd in self._fds}
+        entries = []
+        for name, id, fd in state.fds:
+            old = known.pop((name, id), -1)
+            if old >= 0:
+                os.close(fd)
+            entries.append((name, id, fd if old < 0 else old))
+        for fd in known.values():
+            os.close(fd)
+        self._fds = entries
+        self.vfio_devices = state.vfio_devices
+
     def load_from_environment(self, environ: MutableMapping[str, str] = os.environ) -> bool:
         """Loads the state that `environ` names and unsets the variable; False if it names none.
 

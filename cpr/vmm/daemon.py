@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import sys
 
 from cpr.errors import ConfigError
+from cpr.mainloop import READ
+from cpr.report import error_report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from cpr.vmm.process import Vmm
 
 READY = b"\0"
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def daemonize() -> Callable[[], None]:
@@ -44,45 +46,72 @@ def daemonize() -> Callable[[], None]:
     return ready
 
 
-def write_pidfile(path: str) -> Callable[[], None]:
-    """Writes this PID to `path` and locks the file; returns what removes it again.
+class Pidfile:
+    """The file of -pidfile: has this process's PID, and is locked by it.
 
-    Raises ConfigError where another process holds it.
+    Owns the descriptor; `remove` is the inverse.
     """
-    try:
-        fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot create PID file: Could not create '{path}': {error.strerror}"
-        ) from None
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise ConfigError(
-            f"cannot create PID file: Cannot lock '{path}': {error.strerror}: is it another VMM's?"
-        ) from None
-    os.ftruncate(fd, 0)
-    os.write(fd, f"{os.getpid()}\n".encode())
 
-    def remove() -> None:
-        os.unlink(path)
-        os.close(fd)
+    def __init__(self, path: str) -> None:
+        """Raises ConfigError where the file cannot be had, or is another process's."""
+        self._path = os.path.abspath(path)
+        flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            self._fd = os.open(path, flags, 0o600)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ConfigError(
+                f"cannot create PID file: Could not create '{path}': {reason}"
+            ) from None
+        try:
+            self._write()
+        except OSError as error:
+            os.close(self._fd)
+            raise ConfigError(
+                f"cannot create PID file: Cannot lock '{path}': {error.strerror}: is it another "
+                "VMM's?"
+            ) from None
 
-    return remove
+    def _write(self) -> None:
+        fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        text = f"{os.getpid()}\n".encode()
+        os.pwrite(self._fd, text, 0)
+        os.ftruncate(self._fd, len(text))
+
+    def rewrite(self) -> None:
+        """For another PID than before; a lock does not go over to a new process."""
+        try:
+            self._write()
+        except OSError as error:
+            error_report(f"cannot rewrite PID file '{self._path}': {error.strerror}")
+
+    def remove(self) -> None:
+        """Unlinks the file, if it is still this one, and closes it."""
+        try:
+            if os.path.samestat(os.stat(self._path), os.fstat(self._fd)):
+                os.unlink(self._path)
+        except OSError:
+            pass
+        os.close(self._fd)
 
 
-def watch_signals(vmm: Vmm) -> None:
-    """Makes SIGINT, SIGTERM and SIGHUP end the VM in an orderly way, on the main loop."""
-    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+class Signals:
+    """SIGINT, SIGTERM and SIGHUP: they end the VM in an orderly way, on its main loop.
 
-    def on_wakeup(events: int) -> None:
-        for number in os.read(reader, 64):
-            if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                print(f"cpr-vmm: terminating on signal {number}", file=sys.stderr)
-                vmm.quit("host-signal")
+    What comes before there is one waits until `attach`.
+    """
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: None)
-    vmm.loop.watch(reader, 1, on_wakeup)
+    def __init__(self) -> None:
+        self._reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in ENDING:
+            signal.signal(number, lambda number, frame: None)
+
+    def attach(self, vmm: Vmm) -> None:
+        def on_wakeup(events: int) -> None:
+            for number in os.read(self._reader, 64):
+                if number in ENDING:
+                    error_report(f"terminating on signal {number}")
+                    vmm.quit("host-signal")
+
+        vmm.loop.watch(self._reader, READ, on_wakeup)

@@ -2,6 +2,7 @@
 
 run [guest.cfg] [QEMU options]    boots a guest, or takes over the one of an update
 inspect FILE|PID|-                shows a CPR state or a migration stream, and what is wrong in it
+protocol                          the version of what old and new VMM say to each other
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ def inspect(arguments: list[str]) -> int:
     return run_inspect(arguments)
 
 
-VERBS = {"run": run, "inspect": inspect}
+def protocol(arguments: list[str]) -> int:
+    from cpr.live.update import PROTOCOL
+
+    print(PROTOCOL)
+    return 0
+
+
+VERBS = {"run": run, "inspect": inspect, "protocol": protocol}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,8 +11,9 @@ import os
 import time
 from _thread import allocate_lock, start_new_thread
 
-from cpr import ram, report
+from cpr import ram
 from cpr.errors import CprError
+from cpr.report import warn_report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 NS_PER_S = 1_000_000_000
 START_DELAY = 0.25  # s
 LEAST_REST = 0.0005  # s
+BUDGET_NS = 10_000_000_000
 
 
 class Populator:
@@ -48,7 +50,7 @@ class Populator:
             if not self._rest(self._delay):
                 self._populate()
         except CprError as error:
-            report.warn_report(error)
+            warn_report(error)
         finally:
             self._ended.release()
 
@@ -72,3 +74,34 @@ class Populator:
         """Ends the thread and waits for that; what is populated stays so.  Call it once."""
         self._closing.release()
         self._ended.acquire()
+
+
+def populate_before(blocks: Sequence[RAMBlock], budget_ns: int = BUDGET_NS) -> None:
+    """Maps what there is of the guest's RAM, before this process has the guest.
+
+    All of a block that asks for prealloc, and of others what the guest has touched, so that it
+    meets no page faults after the hand-over; no longer than the budget.  A thread of its own does
+    it, which takes no time slice from the vCPUs.
+    """
+    done = allocate_lock()
+    done.acquire()
+    deadline = time.monotonic_ns() + budget_ns
+
+    def run() -> None:
+        try:
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+            for block in blocks:
+                for start, end in ram.touched(block):
+                    for at in range(start, end, ram.POPULATE_CHUNK):
+                        if time.monotonic_ns() > deadline:
+                            return
+                        ram.populate_range(block, at, min(ram.POPULATE_CHUNK, end - at))
+                if block.prealloc:
+                    block.populated = block.size
+        except (CprError, OSError) as error:
+            warn_report(error)
+        finally:
+            done.release()
+
+    start_new_thread(run, ())
+    done.acquire()

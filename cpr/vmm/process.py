@@ -1,25 +1,29 @@
 """One VMM process: builds the machine, brings the guest up, then serves its monitors.
 
-After an exec the guest resumes first: chardevs and monitors, and all that they import, come when
-it runs again.
+A new image of an update checks and builds everything before it has the guest; chardevs and
+monitors, and all that they import, come when the guest runs again.
 """
 
 from __future__ import annotations
 
-import sys
+import os
 
 from cpr import pc
 from cpr.config import parse_command_line
 from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.events import EventBus
-from cpr.mainloop import MainLoop
+from cpr.live import guard
+from cpr.live.update import LATE, find_predecessor
+from cpr.mainloop import READ, MainLoop
 from cpr.migration import cpr_exec
 from cpr.migration.address import connects_in_background
-from cpr.migration.incoming import Sources
+from cpr.migration.incoming import DEFER, Sources
 from cpr.migration.migration import Migration
 from cpr.monitor.passed_fds import PassedFds
 from cpr.phases import mark
+from cpr.report import error_report, warn_report
 from cpr.state.fds import PreservedFds
+from cpr.vmm import daemon
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,11 +31,14 @@ if TYPE_CHECKING:
 
     from cpr.chardev.base import Chardev
     from cpr.config import Config
+    from cpr.live.update import Predecessor
     from cpr.machine import Machine
     from cpr.migration.cpr_transfer import CprListener
+    from cpr.migration.early import Arrival
     from cpr.vmm.populate import Populator
 
 FLUSH_NS = 200_000_000
+HANG_UP_NS = 2_000_000_000
 
 
 class Vmm:
@@ -54,9 +61,12 @@ class Vmm:
         self.monitors: list[Any] = []
         self.passed_fds = passed_fds
         self.populator: Populator | None = None
+        self.pidfile: daemon.Pidfile | None = None
         self.exit_status = 0
         machine.on_exit = self._exit
         migration.before_exec = self._before_exec
+        migration.park, migration.unpark = self._park, self._unpark
+        migration.on_new_pid = self._on_new_pid
 
     def quit(self, reason: str) -> None:
         """Ends the process from the host's side, with a SHUTDOWN event."""
@@ -69,6 +79,22 @@ class Vmm:
     def _before_exec(self) -> None:
         for chardev in self.chardevs.values():
             chardev.flush(FLUSH_NS)
+
+    def _park(self) -> None:
+        """Ends all threads but the main loop's, for an exec; `_unpark` is the inverse."""
+        if self.populator is not None:
+            self.populator.close()
+        self.machine.park()
+
+    def _unpark(self) -> None:
+        self.machine.unpark()
+        if self.populator is not None:
+            self.start_populating()
+
+    def _on_new_pid(self) -> None:
+        """This VMM goes on in another process than before."""
+        if self.pidfile is not None:
+            self.pidfile.rewrite()
 
     def create_frontends(self, after_exec: bool) -> None:
         """Makes the chardevs, connects the devices to them, and starts the monitors.
@@ -85,7 +111,7 @@ class Vmm:
                 text = f"{config.location}: {error}"
                 if not after_exec:
                     raise ConfigError(text) from None
-                print(f"cpr-vmm: {text}", file=sys.stderr)
+                error_report(text)
         for device, chardev_id in self.machine.frontends:
             device.attach(self.chardevs.get(chardev_id) if chardev_id else None)
         self._create_monitors()
@@ -109,9 +135,26 @@ class Vmm:
 
         self.populator = Populator(self.machine.blocks)
 
+    def reap(self) -> None:
+        """Reaps the children that earlier images of this process have left, when they end."""
+        for pid in guard.children():
+            try:
+                pidfd = os.pidfd_open(pid)
+            except OSError:
+                continue
+            self._reap_later(pid, pidfd)
+
+    def _reap_later(self, pid: int, pidfd: int) -> None:
+        def on_end(events: int) -> None:
+            self.loop.unwatch(pidfd)
+            os.close(pidfd)
+            guard.reap(pid)
+
+        self.loop.watch(pidfd, READ, on_end)
+
     def close(self) -> None:
         """Stops the guest and frees everything, the terminal's settings included."""
-        self.migration.close()
+        self.migration.close(self.exit_status)
         if self.populator is not None:
             self.populator.close()
         self.machine.pause_vcpus()
@@ -120,33 +163,71 @@ class Vmm:
             chardev.close()
         self.passed_fds.close_all()
         self.machine.close()
+        if self.pidfile is not None:
+            self.pidfile.remove()
 
 
 def run_vmm(arguments: list[str]) -> int:
     """Runs a VMM until the guest or the user ends it; returns the exit status.
 
-    Raises CprError where it cannot start.
+    Raises CprError where it cannot start; where it is the new image of an update, the old one then
+    goes on, under this PID if that can be.
     """
     mark("config")
+    predecessor = find_predecessor()
+    try:
+        return _run(arguments, predecessor)
+    except Exception as error:
+        if predecessor is not None:
+            predecessor.refuse(str(error) or type(error).__name__)
+        raise
+
+
+def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
+    signals = daemon.Signals() if predecessor is not None else None
     config = parse_command_line(arguments)
     if config.action is not None:
         print(config.action_text, end="")
         return 0
     for warning in config.warnings:
-        print(f"cpr-vmm: {warning}", file=sys.stderr)
-    sources = Sources(config.incoming)
+        warn_report(warning)
     fds = PreservedFds()
+    if predecessor is not None and predecessor.mode != LATE:
+        vmm = _arrive(config, fds, predecessor)
+        ready = None
+    else:
+        vmm, ready = _start(config, fds, predecessor)
+    after_exec = fds.incoming
+    fds.incoming = False
+    if after_exec:
+        vmm.reap()
+    (signals or daemon.Signals()).attach(vmm)
+    if config.pidfile:
+        vmm.pidfile = _write_pidfile(config.pidfile, after_exec)
+    if ready is not None:
+        ready()
+    vmm.loop.run()
+    vmm.close()
+    return vmm.exit_status
+
+
+def _start(config: Config, fds: PreservedFds, predecessor: Predecessor | None) -> tuple[Vmm, Any]:
+    """A new guest, one that comes in, or the one of a late update."""
+    sources = Sources(config.incoming)
     after_exec = fds.load_from_environment()
     ready = None
     if config.daemonize and not after_exec:
-        from cpr.vmm.daemon import daemonize
-
-        ready = daemonize()
+        ready = daemon.daemonize()
     listener = None
     if sources.cpr is not None:
         listener = _receive(sources.cpr, fds, after_exec)
     vmm = _create(config, fds)
-    vmm.migration.incoming_side.listener = listener
+    incoming = vmm.migration.incoming_side
+    incoming.listener = listener
+    if predecessor is not None:
+        incoming.hold = predecessor.hold
+        incoming.hold(sources.main == DEFER)
+        incoming.commit = lambda: _commit(vmm, predecessor)
     _confine(config)
     if isinstance(sources.main, dict) and not connects_in_background(sources.main):
         _load(vmm, sources.main, sources.option)
@@ -155,18 +236,50 @@ def run_vmm(arguments: list[str]) -> int:
         vmm.create_frontends(after_exec)
         _boot(vmm, sources.main, sources.option)
     vmm.start_populating()
-    fds.incoming = False
-    from cpr.vmm import daemon
+    return vmm, ready
 
-    daemon.watch_signals(vmm)
-    remove_pidfile = daemon.write_pidfile(config.pidfile) if config.pidfile else None
-    if ready is not None:
-        ready()
-    vmm.loop.run()
-    vmm.close()
-    if remove_pidfile is not None:
-        remove_pidfile()
-    return vmm.exit_status
+
+def _commit(vmm: Vmm, predecessor: Predecessor) -> None:
+    """The guest of a late update is loaded: it is this VMM's from here on."""
+    predecessor.commit()
+    vmm.migration.stopped_ns = int(predecessor.page.struct.stopped_ns)
+    predecessor.close()
+
+
+def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
+    """The guest of an early update, which runs elsewhere until all is ready here."""
+    from cpr.migration.early import Arrival
+    from cpr.vmm.populate import populate_before
+
+    arrival = Arrival(predecessor)
+    arrival.receive_state(fds)
+    vmm = _create(config, fds)
+    arrival.check(vmm.machine)
+    if arrival.rehearses:
+        arrival.rehearsed()
+    _confine(config)
+    incoming = vmm.migration.incoming_side
+    incoming.expect(config.start_paused)
+    incoming.commit = arrival.commit
+    populate_before(vmm.machine.blocks)
+    source = arrival.receive_guest(fds)
+    incoming.load(source)
+    vmm.migration.stopped_ns = int(predecessor.page.struct.stopped_ns)
+    predecessor.wait_hang_up(HANG_UP_NS)
+    predecessor.close()
+    _report(vmm, arrival)
+    vmm.create_frontends(True)
+    return vmm
+
+
+def _report(vmm: Vmm, arrival: Arrival) -> None:
+    """Says what has become of the update."""
+    if arrival.failure:
+        vmm.migration.set_incoming_status("failed", arrival.failure)
+        error_report(
+            f"the update failed: {arrival.failure}; the guest goes on in the old VMM, PID "
+            f"{os.getpid()}"
+        )
 
 
 def _create(config: Config, fds: PreservedFds) -> Vmm:
@@ -190,6 +303,17 @@ def _confine(config: Config) -> None:
         seccomp.apply(config.sandbox)
 
 
+def _write_pidfile(path: str, after_exec: bool) -> daemon.Pidfile | None:
+    """Raises ConfigError where it cannot be had; a guest that runs already is not lost to that."""
+    try:
+        return daemon.Pidfile(path)
+    except ConfigError as error:
+        if not after_exec:
+            raise
+        error_report(error)
+        return None
+
+
 def _load(vmm: Vmm, source: dict, option: str) -> None:
     """Takes over the guest from the channel at `source`; it may run when this returns."""
     incoming = vmm.migration.incoming_side
@@ -205,7 +329,7 @@ def _load(vmm: Vmm, source: dict, option: str) -> None:
 def _receive(address: dict, fds: PreservedFds, after_exec: bool) -> CprListener | None:
     """Waits for the CPR state of a cpr-transfer; nothing is made before it has come."""
     if after_exec:
-        print("cpr-vmm: warning: ignoring cpr channel for migration mode cpr-exec", file=sys.stderr)
+        warn_report("ignoring cpr channel for migration mode cpr-exec")
         return None
     from cpr.migration.cpr_transfer import CprListener
 
@@ -217,8 +341,8 @@ def _receive(address: dict, fds: PreservedFds, after_exec: bool) -> CprListener 
 
 def _boot(vmm: Vmm, source: dict | str | None, option: str) -> None:
     """A new guest, or, with -incoming, one that waits for its state."""
+    incoming = vmm.migration.incoming_side
     if source is not None:
-        incoming = vmm.migration.incoming_side
         incoming.expect(vmm.config.start_paused)
         if isinstance(source, dict):
             try:
@@ -226,6 +350,7 @@ def _boot(vmm: Vmm, source: dict | str | None, option: str) -> None:
             except MigrationError as error:
                 raise ConfigError(f"-incoming {option}: {error}") from None
         return
+    incoming.commit()
     vmm.machine.load_boot_image()
     if not vmm.config.start_paused:
         vmm.machine.cont()

@@ -1,0 +1,366 @@
+/* The guard: the old image lives on behind an exec, in a process that shares its address space.
+
+   clone(CLONE_VM) makes the guard on a stack of its own, where it makes raw system calls only, for
+   the caller's thread-local storage is its own too. The caller execs; from then on nobody but the
+   guard has this memory, and it goes back to the place where the caller stood, on the caller's
+   stack: the old image, whole, in another process. */
+#include "guard.h"
+
+#define Py_LIMITED_API 0x030b0000
+#include <Python.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/rseq.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "raw_syscall.h"
+
+#define STACK_SIZE 65536
+#define PROTECTED 4096                /* below the stack */
+#define PIECE ((uint64_t)64 << 20)    /* in which mappings are undone */
+#define KERNEL_SIGSET_SIZE 8          /* sizeof(sigset_t) of the kernel (rt_sigprocmask(2)) */
+#define TICK_MS 50                    /* how often it is looked at what no descriptor tells */
+#define GRACE_NS ((uint64_t)2000000000)
+/* For so long a program that has read its CPR state, and knows no token, may still fail to load. */
+#define TIMERS 3                      /* ITIMER_REAL, _VIRTUAL, _PROF */
+#define TEXT_SIZE 256
+
+/* What the clone and the exec take away from the thread that goes on. */
+static struct {
+    struct cpr_guard *guard;
+    char *stack;
+    void *context[5];
+    int *tid_address;
+    void *robust_list;
+    size_t robust_size;
+    uint64_t mask;
+    stack_t altstack;
+    struct itimerval timers[TIMERS];
+    int exec_pipe[2];
+    int death_signal, subreaper;
+    volatile int pid;
+    uint32_t alive; /* CLONE_CHILD_CLEARTID */
+    int outcome;
+} self;
+
+/* ---- in the guard: raw system calls, on its own stack ---- */
+
+CPR_IN_CHILD static int take_token(void)
+{
+    uint64_t count;
+
+    return cpr_syscall3(SYS_read, self.guard->token_fd, &count, sizeof(count)) == sizeof(count);
+}
+
+CPR_IN_CHILD static void forget(const struct cpr_mapping *mappings, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        uint64_t end = mappings[i].address + mappings[i].size;
+
+        for (uint64_t at = mappings[i].address; at < end; at += PIECE) {
+            uint64_t size = end - at < PIECE ? end - at : PIECE;
+
+            if (cpr_syscall3(SYS_munmap, at, size, 0) < 0) {
+                break; /* part of a huge page: it goes with the rest */
+            }
+        }
+    }
+}
+
+CPR_IN_CHILD void cpr_guard_end(const struct cpr_mapping *mappings, uint32_t count)
+{
+    struct sched_param none = {0};
+
+    cpr_syscall3(SYS_close_range, 0, UINT_MAX, 0); /* first: what the new image closes is closed */
+    cpr_syscall3(SYS_sched_setscheduler, 0, SCHED_IDLE, &none); /* the guest comes before this */
+    forget(mappings, count);
+    cpr_syscall1(SYS_exit_group, 0);
+    __builtin_unreachable();
+}
+
+/* Whether the new program has closed the CPR state that its predecessor gave it. */
+CPR_IN_CHILD static int has_consumed(void)
+{
+    char text[TEXT_SIZE];
+    const char *expected = self.guard->state_text;
+    long size;
+
+    if (self.guard->state_link == NULL) {
+        return 0;
+    }
+    size = cpr_syscall3(SYS_readlink, self.guard->state_link, text, sizeof(text));
+    for (long i = 0; i < size; i++) {
+        if (text[i] != expected[i]) {
+            return 1;
+        }
+    }
+    return size < 0;
+}
+
+CPR_IN_CHILD static void kill_new_image(void)
+{
+    struct pollfd death = {.fd = self.guard->pid_fd, .events = POLLIN};
+
+    cpr_syscall5(SYS_pidfd_send_signal, self.guard->pid_fd, SIGKILL, 0, 0, 0);
+    while (cpr_syscall3(SYS_poll, &death, 1, -1) != 1) {
+    }
+}
+
+CPR_IN_CHILD static void go_back(int outcome)
+{
+    self.outcome = outcome;
+    __builtin_longjmp(self.context, 1); /* on the caller's stack */
+}
+
+CPR_IN_CHILD static void committed(void)
+{
+    cpr_guard_end(self.guard->mappings, self.guard->mapping_count);
+}
+
+/* Comes back, or ends, where the exec is done; an early guard's caller does the rest. */
+CPR_IN_CHILD static void wait_for_exec(void)
+{
+    struct pollfd ready[2] = {
+        {.fd = self.guard->pid_fd, .events = POLLIN},
+        {.fd = self.exec_pipe[0], .events = POLLIN},
+    };
+
+    cpr_syscall1(SYS_close, self.exec_pipe[1]);
+    while (cpr_syscall3(SYS_poll, ready, 2, -1) < 0) {
+    }
+    cpr_syscall1(SYS_close, self.exec_pipe[0]);
+    if (!(ready[0].revents & POLLIN)) {
+        go_back(CPR_GUARD_EARLY);
+    }
+    if (take_token()) {
+        go_back(CPR_GUARD_DIED);
+    }
+    committed();
+}
+
+/* Waits until the new image has the token, ends, speaks, or is past its deadline. */
+CPR_IN_CHILD static int watch(void)
+{
+    struct cpr_guard *guard = self.guard;
+    struct pollfd ready[3] = {
+        {.fd = guard->pid_fd, .events = POLLIN},
+        {.fd = guard->token_fd, .events = POLLOUT},
+        {.fd = guard->socket_fd, .events = POLLIN},
+    };
+    uint64_t before = cpr_monotonic_ns(), used_ns = 0, consumed_ns = 0;
+
+    for (;;) {
+        uint64_t now;
+
+        cpr_syscall3(SYS_poll, ready, 3, TICK_MS);
+        now = cpr_monotonic_ns();
+        if (ready[1].revents & POLLOUT) {
+            committed();
+        }
+        if (ready[0].revents & POLLIN) {
+            return CPR_GUARD_DIED;
+        }
+        if (ready[2].revents & POLLIN) {
+            return CPR_GUARD_MESSAGE;
+        }
+        if (guard->hold == NULL || !__atomic_load_n(guard->hold, __ATOMIC_SEQ_CST)) {
+            used_ns += now - before;
+        }
+        before = now;
+        guard->consumed |= has_consumed();
+        if (guard->consumed) { /* there is no other sign: what lives on has the guest */
+            consumed_ns = consumed_ns ? consumed_ns : now;
+            if (now - consumed_ns > GRACE_NS) {
+                committed();
+            }
+        } else if (guard->timeout_ns && used_ns > guard->timeout_ns) {
+            return CPR_GUARD_KILLED;
+        }
+    }
+}
+
+CPR_IN_CHILD static int run_guard(void *argument)
+{
+    int outcome;
+
+    (void)argument;
+    if (self.guard->early) {
+        wait_for_exec();
+    }
+    outcome = watch();
+    if (outcome == CPR_GUARD_MESSAGE) {
+        go_back(outcome);
+    }
+    if (!take_token()) {
+        committed();
+    }
+    if (outcome == CPR_GUARD_KILLED) {
+        kill_new_image();
+    }
+    go_back(outcome);
+    return 0;
+}
+
+/* ---- in the process that calls ---- */
+
+static void set_cloexec(int on)
+{
+    for (uint32_t i = 0; i < self.guard->keep_count; i++) {
+        fcntl(self.guard->keep[i], F_SETFD, on ? FD_CLOEXEC : 0);
+    }
+}
+
+static void stop_guard(void)
+{
+    uint32_t alive;
+
+    kill(self.pid, SIGKILL);
+    while ((alive = __atomic_load_n(&self.alive, __ATOMIC_SEQ_CST)) != 0) {
+        syscall(SYS_futex, &self.alive, FUTEX_WAIT, alive, NULL, NULL, 0);
+    }
+    cpr_guard_reap(self.pid);
+}
+
+/* Makes the guard and execs. Comes back, with -errno, only where there is no exec. */
+__attribute__((noinline)) static long attempt(void)
+{
+    uint64_t before = cpr_monotonic_ns();
+    long error;
+
+    self.alive = 1;
+    self.pid = clone(run_guard, self.stack + STACK_SIZE, CLONE_VM | CLONE_CHILD_CLEARTID, NULL, NULL,
+                     NULL, &self.alive);
+    if (self.pid < 0) {
+        return -errno;
+    }
+    *self.guard->guard_pid = (uint32_t)self.pid;
+    self.guard->clone_ns = cpr_monotonic_ns() - before;
+    set_cloexec(0); /* not earlier: nothing else that is started may inherit them */
+    cpr_syscall5(SYS_rt_sigprocmask, SIG_SETMASK, &self.mask, 0, KERNEL_SIGSET_SIZE, 0);
+    execve(self.guard->path, self.guard->argv, self.guard->envp);
+    error = -errno;
+    if (!take_token()) {
+        for (;;) {
+            pause(); /* the guard was first: it ends this process, and goes on in its place */
+        }
+    }
+    set_cloexec(1);
+    stop_guard();
+    return error;
+}
+
+static int remember(void)
+{
+    if (self.stack == NULL) {
+        char *base =
+            mmap(NULL, STACK_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+        if (base == MAP_FAILED) {
+            return -errno;
+        }
+        mprotect(base, PROTECTED, PROT_NONE);
+        self.stack = base;
+    }
+    self.guard->pid_fd = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    if (self.guard->pid_fd < 0) {
+        return -errno;
+    }
+    if (self.guard->early && pipe2(self.exec_pipe, O_CLOEXEC) < 0) {
+        close(self.guard->pid_fd);
+        return -errno;
+    }
+    self.guard->old_pid = getpid();
+    self.guard->consumed = 0;
+    sigaltstack(NULL, &self.altstack);
+    for (int i = 0; i < TIMERS; i++) {
+        getitimer(i, &self.timers[i]);
+    }
+    prctl(PR_GET_PDEATHSIG, &self.death_signal);
+    prctl(PR_GET_CHILD_SUBREAPER, &self.subreaper);
+    prctl(PR_GET_TID_ADDRESS, &self.tid_address);
+    syscall(SYS_get_robust_list, 0, &self.robust_list, &self.robust_size);
+    return 0;
+}
+
+/* Puts right what clone(CLONE_VM) does not inherit and what the exec has changed in this memory. */
+static void mend(void)
+{
+    *self.tid_address = (int)syscall(SYS_gettid); /* the exec has written 0 there */
+    syscall(SYS_set_tid_address, self.tid_address);
+    syscall(SYS_set_robust_list, self.robust_list, self.robust_size);
+    if (__rseq_size) {
+        syscall(SYS_rseq, (char *)__builtin_thread_pointer() + __rseq_offset,
+                __rseq_size < sizeof(struct rseq) ? sizeof(struct rseq) : __rseq_size, 0, RSEQ_SIG);
+    }
+    sigaltstack(&self.altstack, NULL);
+    for (int i = 0; i < TIMERS; i++) {
+        setitimer(i, &self.timers[i], NULL);
+    }
+    prctl(PR_SET_PDEATHSIG, self.death_signal);
+    prctl(PR_SET_CHILD_SUBREAPER, self.subreaper);
+}
+
+/* 0 in the old image that goes on in a new process; -errno where nothing has happened. */
+__attribute__((noinline)) static long transact(void)
+{
+    if (__builtin_setjmp(self.context)) {
+        mend();
+        return 0;
+    }
+    return attempt();
+}
+
+int cpr_guard_exec(struct cpr_guard *guard)
+{
+    PyGILState_STATE gil = PyGILState_Ensure(); /* cffi has released it */
+    uint64_t all = ~0ull;
+    long result;
+
+    self.guard = guard;
+    result = remember();
+    if (result < 0) {
+        PyGILState_Release(gil);
+        return (int)result;
+    }
+    PyOS_BeforeFork();
+    cpr_syscall5(SYS_rt_sigprocmask, SIG_SETMASK, &all, &self.mask, KERNEL_SIGSET_SIZE, 0);
+    result = transact();
+    if (result < 0) {
+        cpr_syscall5(SYS_rt_sigprocmask, SIG_SETMASK, &self.mask, 0, KERNEL_SIGSET_SIZE, 0);
+        PyOS_AfterFork_Parent();
+        if (guard->early) {
+            close(self.exec_pipe[0]);
+            close(self.exec_pipe[1]);
+        }
+        close(guard->pid_fd);
+    } else {
+        result = self.outcome;
+        PyOS_AfterFork_Child();
+        cpr_syscall5(SYS_rt_sigprocmask, SIG_SETMASK, &self.mask, 0, KERNEL_SIGSET_SIZE, 0);
+    }
+    PyGILState_Release(gil);
+    return (int)result;
+}
+
+int cpr_guard_reap(int pid)
+{
+    while (waitpid(pid, NULL, __WALL) < 0) {
+        if (errno != EINTR) {
+            return -errno;
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,70 @@
+#ifndef CPR_GUARD_H
+#define CPR_GUARD_H
+#include <stdint.h>
+
+/* A range of memory that is the old image's own. */
+struct cpr_mapping {
+    uint64_t address, size;
+};
+
+/* Why cpr_guard_exec came back in the old image. */
+enum cpr_guard_outcome {
+    CPR_GUARD_EARLY = 1, /* the exec is done, and the new image starts: the caller has asked for that */
+    CPR_GUARD_DIED,      /* the new image has ended; the token is the caller's */
+    CPR_GUARD_KILLED,    /* it was killed at its deadline; the token is the caller's */
+    CPR_GUARD_MESSAGE,   /* it has sent something on `socket_fd`; nobody has the token yet */
+};
+
+/* What both images see besides the token: a page of a memfd. New fields come last. */
+struct cpr_live_page {
+    uint32_t version;    /* of this layout: CPR_LIVE_VERSION */
+    uint32_t hold;       /* not 0: the new image waits for somebody, and the deadline does not run */
+    uint32_t guard_pid;  /* the child of the new image that it reaps */
+    uint32_t reserved;
+    uint64_t began_ns;   /* CLOCK_MONOTONIC: the update was asked for, */
+    uint64_t stopped_ns; /* what is updated stood still (0: it has not yet), */
+    uint64_t exec_ns;    /* the exec began */
+};
+
+enum { CPR_LIVE_VERSION = 1 };
+
+/* One exec and its guard. All pointers and descriptors stay the caller's. */
+struct cpr_guard {
+    const char *path;
+    void *argv, *envp;        /* as execve takes them */
+    const int32_t *keep;      /* descriptors that go over the exec; close-on-exec but for that moment */
+    uint32_t keep_count;
+    int32_t token_fd;         /* an eventfd, non-blocking; its count is 2^64-2 until it is taken */
+    int32_t socket_fd;        /* the old image's end of the hand-over's socket, or -1 */
+    uint32_t *guard_pid;      /* where the new image finds the guard's PID, to reap it */
+    int32_t early;            /* come back as soon as the exec is done */
+    uint64_t timeout_ns;      /* 0: there is no deadline */
+    const uint32_t *hold;     /* while this is not 0 the deadline does not run; or NULL */
+    /* For a program that does not know of the token: /proc/PID/fd/N of the CPR state, and what that
+       link says for as long as the program has not closed it. NULL otherwise. */
+    const char *state_link, *state_text;
+    const struct cpr_mapping *mappings; /* what is given back piece by piece after a commit */
+    uint32_t mapping_count;
+    /* The answer, in the old image. */
+    int32_t pid_fd;           /* of the process that the new image is or was in; the caller's */
+    int32_t old_pid;          /* its PID */
+    int32_t consumed;         /* it had closed the CPR state */
+    uint64_t clone_ns;        /* what the clone took */
+};
+
+/* Executes `path` under this PID, with the old image in a guard: a process that shares this address
+   space. The caller is the only thread of the process; it holds no lock that a guard may want.
+
+   Returns -errno in the same process, where there is no exec: nothing has changed then. Returns an
+   outcome in the guard, where the old image goes on. Does not return where the new image commits:
+   the guard then closes all descriptors, frees the mappings and ends. */
+int cpr_guard_exec(struct cpr_guard *guard);
+
+/* What the guard does when the new image has committed: never comes back. For a caller that came
+   back early. */
+void cpr_guard_end(const struct cpr_mapping *mappings, uint32_t count);
+
+/* Reaps a child that was cloned, and not forked, as a guard is. 0 or -errno. */
+int cpr_guard_reap(int pid);
+
+#endif

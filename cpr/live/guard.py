@@ -1,0 +1,255 @@
+"""The guard: an exec from which the old image comes back where the new one does not commit.
+
+`execute` makes a process that shares this address space, and execs.  The old image then goes on in
+that process, the guard: at once (`early`), or only where the new image fails (late).  Who has what
+the update is about is decided by one atomic act: the token, the count of an eventfd, is read once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+
+from cpr._native._cpr import ffi, lib
+from cpr.errors import KernelError
+from cpr.uapi.fd import Fd
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+TOKEN = (1 << 64) - 2
+"""The most that an eventfd counts (eventfd(2)): it becomes writable when this has been read."""
+
+EARLY = lib.CPR_GUARD_EARLY
+DIED = lib.CPR_GUARD_DIED
+KILLED = lib.CPR_GUARD_KILLED
+MESSAGE = lib.CPR_GUARD_MESSAGE
+
+ALONE_TIMEOUT_NS = 2_000_000_000
+STATUS_TIMEOUT_NS = 100_000_000
+STEP = 0.0002  # s
+FLAGS_FIELD = 6  # of /proc/PID/stat behind the name: 9 in proc_pid_stat(5), less three
+PF_USER_WORKER = 0x4000  # include/linux/sched.h: a worker of the kernel in a process of the user's
+EXIT_CODE_FIELD = 49  # of /proc/PID/stat behind the name: 52 in proc_pid_stat(5), less three
+
+
+def create_token() -> int:
+    """A new token; the caller owns the descriptor, close-on-exec.  Raises OSError."""
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    os.eventfd_write(fd, TOKEN)
+    return fd
+
+
+def take_token(fd: int) -> bool:
+    """Takes the token: true for exactly one of all that ever ask."""
+    try:
+        os.eventfd_read(fd)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class Page:
+    """The page that both images see; owns its descriptor and its mapping until `close`."""
+
+    def __init__(self, fd: int = -1) -> None:
+        """A new one, or the one of `fd`, which becomes this object's.  Raises OSError."""
+        self.fd = os.memfd_create("cpr-live") if fd < 0 else fd
+        size = ffi.sizeof("struct cpr_live_page")
+        if fd < 0:
+            os.ftruncate(self.fd, size)
+        elif os.fstat(fd).st_size < size:
+            raise OSError(errno.EINVAL, "the page of the update is too small")
+        address = lib.mmap(
+            ffi.NULL, size, lib.PROT_READ | lib.PROT_WRITE, lib.MAP_SHARED, self.fd, 0
+        )
+        if address == ffi.cast("void *", -1):
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+        self._size = size
+        self.struct: Any = ffi.cast("struct cpr_live_page *", address)
+        if fd < 0:
+            self.struct.version = lib.CPR_LIVE_VERSION
+
+    def close(self) -> None:
+        lib.munmap(self.struct, self._size)
+        self.struct = None
+        os.close(self.fd)
+
+
+class Returned:
+    """How the old image came back: `outcome` is one of the constants above.
+
+    `pid` is the process that the new image is or was in, `pidfd` its pidfd, which is the
+    receiver's.  `consumed`: a program that knows no token had closed the CPR state.
+    """
+
+    def __init__(self, outcome: int, pid: int, pidfd: int, consumed: bool) -> None:
+        self.outcome = outcome
+        self.pid = pid
+        self.pidfd = pidfd
+        self.consumed = consumed
+
+
+def wait_alone() -> None:
+    """Waits until the caller is the only thread of this process; all others have been ended.
+
+    Raises KernelError naming one that stays.
+    """
+    deadline = time.monotonic_ns() + ALONE_TIMEOUT_NS
+    while others := [task for task in os.listdir("/proc/self/task") if _is_other_thread(task)]:
+        if time.monotonic_ns() > deadline:
+            names = [_task_name(task) for task in others]
+            text = f"an update with the threads {', '.join(names)}"
+            raise KernelError(text, errno.EBUSY, "they have to be ended before")
+        time.sleep(STEP)
+
+
+def _is_other_thread(task: str) -> bool:
+    """Whether this is a thread of the program's, and not a kernel's worker (KVM, vhost)."""
+    if int(task) == os.getpid():
+        return False
+    try:
+        with open(f"/proc/self/task/{task}/stat") as file:
+            flags = int(file.read().rpartition(")")[2].split()[FLAGS_FIELD])
+    except OSError:  # it has ended meanwhile
+        return False
+    return not flags & PF_USER_WORKER
+
+
+def _task_name(task: str) -> str:
+    try:
+        with open(f"/proc/self/task/{task}/comm") as file:
+            return f"{task} ({file.read().strip()})"
+    except OSError:
+        return task
+
+
+def execute(
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    keep: Sequence[int],
+    token: int,
+    page: Page,
+    *,
+    early: bool = False,
+    socket: int = -1,
+    timeout_ns: int = 0,
+    mappings: Sequence[tuple[int, int]] = (),
+    state_fd: int = -1,
+) -> Returned:
+    """Executes `argv`, looked up in PATH, with the descriptors `keep` and a guard.
+
+    The caller is this process's only thread.  `mappings` are (address, bytes) of memory that is
+    freed piece by piece after a commit.  `state_fd`, one of `keep`, is for a program that knows no
+    token: it has taken over when it has closed that and lives on.
+
+    Comes back in the old image only.  Raises OSError of execve where it is the same process as
+    before, and nothing has changed.
+    """
+    request: Any = ffi.new("struct cpr_guard *")
+    words = [ffi.new("char[]", os.fsencode(word)) for word in argv]
+    variables = [ffi.new("char[]", os.fsencode(f"{k}={v}")) for k, v in environment.items()]
+    memory = [  # the guard reads all of it
+        request,
+        *words,
+        *variables,
+        argv_array := ffi.new("char *[]", [*words, ffi.NULL]),
+        envp_array := ffi.new("char *[]", [*variables, ffi.NULL]),
+        keep_array := ffi.new("int32_t[]", list(keep)),
+        mapping_array := ffi.new("struct cpr_mapping[]", list(mappings)),
+    ]
+    request.argv, request.envp = argv_array, envp_array
+    request.keep, request.keep_count = keep_array, len(keep)
+    request.mappings, request.mapping_count = mapping_array, len(mappings)
+    request.token_fd, request.socket_fd = token, socket
+    request.early, request.timeout_ns = early, timeout_ns
+    request.hold = ffi.addressof(page.struct, "hold")
+    request.guard_pid = ffi.addressof(page.struct, "guard_pid")
+    if state_fd >= 0:
+        link = f"/proc/{os.getpid()}/fd/{state_fd}"
+        memory += [ffi.new("char[]", link.encode()), ffi.new("char[]", os.readlink(link).encode())]
+        request.state_link, request.state_text = memory[-2:]
+    error = -errno.ENOENT
+    for path in _candidates(argv[0], environment):
+        memory.append(ffi.new("char[]", os.fsencode(path)))
+        request.path = memory[-1]
+        page.struct.exec_ns = time.monotonic_ns()
+        outcome = lib.cpr_guard_exec(request)
+        if outcome > 0:
+            return Returned(outcome, request.old_pid, request.pid_fd, bool(request.consumed))
+        if outcome not in (-errno.ENOENT, -errno.ENOTDIR):
+            error = outcome
+            if outcome != -errno.EACCES:
+                break
+    raise OSError(-error, os.strerror(-error))
+
+
+def _candidates(name: str, environment: Mapping[str, str]) -> list[str]:
+    """The files that execvp(3) would try; only those that are there, or the last of all."""
+    if not name or "/" in name:
+        return [name] if name else []
+    paths = [os.path.join(folder, name) for folder in os.get_exec_path(dict(environment))]
+    return [path for path in paths if os.path.exists(path)] or paths[-1:]
+
+
+def end(mappings: Sequence[tuple[int, int]]) -> None:
+    """The new image has committed: closes all descriptors, frees the memory and ends.
+
+    Nothing comes after this, no exit handler and no exit status that anybody sees.
+    """
+    lib.cpr_guard_end(ffi.new("struct cpr_mapping[]", list(mappings)), len(mappings))
+
+
+def children() -> list[int]:
+    """The PIDs of this process's children: right after an exec, those of the images before it."""
+    pid = os.getpid()
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(word) for word in file.read().split()]
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN: they stay zombies
+        return []
+
+
+def reap(pid: int) -> None:
+    """Waits for the guard, a child that was cloned and not forked."""
+    lib.cpr_guard_reap(pid)
+
+
+def exit_status(pid: int, pidfd: int) -> int | None:
+    """The wait status of a process that has ended and is not this one's child, or None.
+
+    While it is a zombie /proc tells it, to who may trace it; when its parent has reaped it the
+    pidfd does (Linux 6.15).  Waits a moment for one of the two.
+    """
+    deadline = time.monotonic_ns() + STATUS_TIMEOUT_NS
+    while True:
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+            if fields[0] == "Z":
+                return int(fields[EXIT_CODE_FIELD])
+        except (OSError, IndexError, ValueError):
+            pass
+        info: Any = ffi.new("struct cpr_pidfd_info *")
+        info.mask = lib.CPR_PIDFD_INFO_EXIT
+        try:
+            Fd(pidfd, "pidfd").ioctl(lib.CPR_PIDFD_GET_INFO, "PIDFD_GET_INFO", info)
+        except KernelError:
+            info.mask = 0
+        if info.mask & lib.CPR_PIDFD_INFO_EXIT:
+            return int(info.exit_code)
+        if time.monotonic_ns() > deadline:
+            return None
+        time.sleep(STEP)
+
+
+def describe_status(status: int | None) -> str:
+    """How a process has ended, for the end of a sentence that begins with what it was."""
+    if status is None:
+        return "has ended"
+    if os.WIFSIGNALED(status):
+        return f"was ended by signal {os.WTERMSIG(status)}"
+    return f"has ended with exit status {os.WEXITSTATUS(status)}"

@@ -1,0 +1,107 @@
+"""What old and new image say to each other: JSON with descriptors beside it, over a socketpair.
+
+A message is one packet (SOCK_SEQPACKET): a byte that says where its text is, in the packet or, if
+it is long, in a memfd that is its first descriptor, then the text.  Descriptors that do not fit
+into one packet go before it, in packets of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from typing import Any
+
+INLINE, MEMFD, MORE = b"i", b"m", b"+"
+MOST_INLINE = 16 << 10  # bytes; far below what a socket buffer takes
+MOST_TEXT = 16 << 20  # bytes
+MOST_FDS = 200  # of one packet; the kernel's limit is 253 (SCM_MAX_FD)
+MOST_PACKETS = 100
+
+
+class Message:
+    """`kind` and the other members of the JSON; `fds` are the receiver's, close-on-exec."""
+
+    def __init__(self, kind: str, body: dict[str, Any], fds: list[int]) -> None:
+        self.kind = kind
+        self.body = body
+        self.fds = fds
+
+    def close(self) -> None:
+        """Closes the descriptors that nobody has taken out of `fds`."""
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+
+class Ended(Exception):
+    """The other side has hung up, or has sent what is no message."""
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Both ends, close-on-exec; the caller owns them.  Raises OSError."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def send(sock: socket.socket, kind: str, body: dict[str, Any], fds: list[int]) -> None:
+    """Sends one message; `fds` stay the caller's.  Raises Ended where nobody takes it."""
+    text = json.dumps({"kind": kind, **body}).encode()
+    memfd = -1
+    try:
+        if len(text) > MOST_INLINE:
+            memfd = os.memfd_create("cpr-message")
+            with open(memfd, "wb", closefd=False) as file:
+                file.write(text)
+            fds, mark, text = [memfd, *fds], MEMFD, b""
+        else:
+            mark = INLINE
+        while len(fds) > MOST_FDS:
+            socket.send_fds(sock, [MORE], fds[:MOST_FDS])
+            fds = fds[MOST_FDS:]
+        socket.send_fds(sock, [mark + text], fds)
+    except OSError as error:
+        raise Ended(f"the other side takes nothing: {error.strerror}") from None
+    finally:
+        if memfd >= 0:
+            os.close(memfd)
+
+
+def receive(sock: socket.socket) -> Message:
+    """Waits for the next message.  Raises Ended; then no descriptor stays open."""
+    fds: list[int] = []
+    try:
+        for _ in range(MOST_PACKETS):
+            packet, more, flags, _ = socket.recv_fds(
+                sock, MOST_INLINE + 1, MOST_FDS + 1, socket.MSG_CMSG_CLOEXEC
+            )
+            fds += more
+            if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+                raise Ended("a message of the other side came in part only: raise RLIMIT_NOFILE")
+            if packet[:1] != MORE:
+                return _decode(packet, fds)
+        raise Ended("the other side's message does not end")
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        _close(fds)
+        raise Ended(f"what the other side sent is no message: {error}") from None
+    except Ended:
+        _close(fds)
+        raise
+
+
+def _decode(packet: bytes, fds: list[int]) -> Message:
+    mark, text = packet[:1], packet[1:]
+    if not mark:
+        raise Ended("the other side has hung up")
+    if mark == MEMFD:
+        memfd = fds.pop(0)
+        try:
+            text = os.pread(memfd, min(os.fstat(memfd).st_size, MOST_TEXT), 0)
+        finally:
+            os.close(memfd)
+    body = json.loads(text)
+    return Message(str(body.pop("kind")), body, fds)
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,445 @@
+"""An update, from top to bottom: a process gets a new program, and goes on if that fails.
+
+    old image (Update)                              new image (Predecessor), under the same PID
+    threads have ended; token, page and socketpair
+    execute: clone(CLONE_VM), execve  ───────────►  starts
+    early: the guard, which is the old image, goes
+    on at once
+                                      ◄───────────  hello
+    state, descriptors                ───────────►  builds all that it needs
+                                      ◄───────────  ready
+    stops; hand-over: what was left   ───────────►  loads it
+                                                    takes the token: it is its own from here on
+    the token is gone: closes all descriptors, frees its memory, ends
+
+A late update has no hello: the state goes over the exec, and the old image comes back only where
+the new one ends, is past its deadline, or refuses.  Until the token is taken the old image may take
+it itself, and has all that it had.
+
+A new image that refuses says so (refuse) and is told what to do: to execute the old command, which
+then asks for everything in the same way and so has the PID again (back), or to end (end).
+
+CPR_LIVE in the environment is "TOKEN,PAGE,SOCKET,MODE": three descriptors, and early, late or
+rehearse.  A rehearsal is a child that goes as far as ready, and is thanked.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+
+from cpr.errors import CprError
+from cpr.live import guard
+from cpr.phases import mark
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+    from cpr.live.messages import Message
+
+VARIABLE = "CPR_LIVE"
+EARLY, LATE, REHEARSE = "early", "late", "rehearse"
+PROTOCOL = 1
+"""The version of what is said; a program that has another one is updated late."""
+
+HELLO, STATE, READY, HAND_OVER = "hello", "state", "ready", "hand-over"
+REFUSE, BACK, END = "refuse", "back", "end"
+
+# What the old image does next; a message that the row does not have ends the update.
+STARTING, BUILDING, PREPARED, GOING, RETURNING, CLOSED = (
+    "starting",
+    "building",
+    "ready",
+    "handing over",
+    "returning",
+    "closed",
+)
+TRANSITIONS: dict[str, frozenset[str]] = {
+    STARTING: frozenset({BUILDING, RETURNING, CLOSED}),
+    BUILDING: frozenset({PREPARED, RETURNING, CLOSED}),
+    PREPARED: frozenset({GOING, RETURNING, CLOSED}),
+    GOING: frozenset({RETURNING, CLOSED}),
+    RETURNING: frozenset({BUILDING, RETURNING, CLOSED}),
+    CLOSED: frozenset(),
+}
+AFTER = {HELLO: BUILDING, READY: PREPARED, REFUSE: RETURNING}
+END_TIMEOUT_MS = 5000  # for a new image that was told to end
+NS_PER_MS = 1_000_000
+NS_PER_S = 1_000_000_000
+
+
+class UpdateError(CprError):
+    """The update has failed, and the old image goes on.
+
+    `status` is the new image's wait status or None; `pid_changed`: the old image is in another
+    process now.
+    """
+
+    def __init__(self, text: str, status: int | None = None, pid_changed: bool = False) -> None:
+        super().__init__(text)
+        self.status = status
+        self.pid_changed = pid_changed
+
+
+class Update:
+    """The old image's side of one update.  Owns the token, the page and the socket until `close`.
+
+    After an early `execute`, or a late one that was refused, `pid` and `pidfd` are the new image's,
+    and `receive` waits for what it says.
+    """
+
+    def __init__(self, mappings: Sequence[tuple[int, int]] = ()) -> None:
+        """`mappings` as for guard.execute.  Raises UpdateError; then nothing stays open."""
+        from cpr.live import messages
+
+        self.state = STARTING
+        self.pid = 0
+        self.pidfd = -1
+        self._mappings = list(mappings)
+        self._socket: socket.socket | None = None
+        self._theirs: socket.socket | None = None
+        self.token = -1
+        try:
+            self.page = guard.Page()
+        except OSError as error:
+            raise UpdateError(f"memfd of the update: {error.strerror}") from None
+        self.page.struct.began_ns = time.monotonic_ns()
+        try:
+            self.token = guard.create_token()
+            self._socket, self._theirs = messages.pair()
+        except OSError as error:
+            self.close()
+            raise UpdateError(f"descriptors of the update: {error.strerror}") from None
+
+    def fileno(self) -> int:
+        """Readable when the new image has said something, or its end is closed."""
+        return self._socket.fileno() if self._socket is not None else -1
+
+    def environment(self, mode: str, base: Mapping[str, str]) -> dict[str, str]:
+        """`base` with what tells a program of this update."""
+        assert self._theirs is not None
+        fds = f"{self.token},{self.page.fd},{self._theirs.fileno()}"
+        return {**base, VARIABLE: f"{fds},{mode}"}
+
+    @property
+    def handed_fds(self) -> list[int]:
+        """The descriptors that `environment` names."""
+        assert self._theirs is not None
+        return [self.token, self.page.fd, self._theirs.fileno()]
+
+    def execute(
+        self,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        early: bool,
+        timeout_ns: int,
+        keep: Sequence[int] = (),
+        state_fd: int = -1,
+    ) -> None:
+        """Becomes `argv` under this PID; `keep` are descriptors that go over besides.
+
+        An early one returns in the guard when that has happened, a late one when the new image has
+        refused: it then waits to be told what to do.  Raises UpdateError: nothing has happened, or
+        the old image goes on in another process, and there is no new one any more.
+
+        With `state_fd` the program is one that knows nothing of this, and gets only `keep`.
+        """
+        try:
+            guard.wait_alone()
+            mark("exec")
+            returned = guard.execute(
+                argv,
+                environment
+                if state_fd >= 0
+                else self.environment(EARLY if early else LATE, environment),
+                [*keep, *([] if state_fd >= 0 else self.handed_fds)],
+                self.token,
+                self.page,
+                early=early,
+                socket=-1 if early else self.fileno(),
+                timeout_ns=timeout_ns,
+                mappings=self._mappings,
+                state_fd=state_fd,
+            )
+        except (OSError, ValueError) as error:
+            text = error.strerror if isinstance(error, OSError) else str(error)
+            name = argv[0] if argv else ""
+            raise UpdateError(f"execvp {name} failed: {text}") from None
+        self.pid, self.pidfd = returned.pid, returned.pidfd
+        assert self._theirs is not None
+        self._theirs.close()
+        self._theirs = None
+        if returned.outcome in (guard.EARLY, guard.MESSAGE):
+            return
+        self._set(CLOSED)
+        if returned.outcome == guard.KILLED:
+            raise UpdateError(
+                f"the new program did not take over within {timeout_ns // NS_PER_MS} ms, and was "
+                "killed",
+                pid_changed=True,
+            )
+        status = guard.exit_status(self.pid, self.pidfd)
+        if returned.consumed and status == 0:  # it had it all, and was ended in an orderly way
+            guard.end(self._mappings)
+        raise UpdateError(
+            f"the new program {guard.describe_status(status)} before it took over", status, True
+        )
+
+    def spawn(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Starts `argv` as a child, for a rehearsal.  Raises UpdateError; then there is none."""
+        import subprocess
+
+        assert self._theirs is not None
+        try:
+            self._child = subprocess.Popen(
+                list(argv),
+                env=self.environment(REHEARSE, environment),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=self.handed_fds,
+            )
+        except (OSError, ValueError) as error:
+            text = error.strerror if isinstance(error, OSError) else str(error)
+            raise UpdateError(f"execvp {argv[0]} failed: {text}") from None
+        self.pid, self.pidfd = self._child.pid, os.pidfd_open(self._child.pid)
+        self._theirs.close()
+        self._theirs = None
+
+    def end_child(self) -> tuple[int, str]:
+        """Ends and reaps the child of `spawn`: its exit status, and the end of its stderr."""
+        self._child.kill()
+        error = self._child.communicate()[1]
+        return self._child.returncode, error[-2000:].decode(errors="replace").strip()
+
+    def _set(self, state: str) -> None:
+        if state not in TRANSITIONS[self.state]:
+            raise UpdateError(f"an update that is {self.state} cannot be {state}")
+        self.state = state
+
+    def receive(self) -> Message:
+        """What the new image says; its descriptors are the caller's.
+
+        Raises UpdateError where it has hung up, or says what has no place now.
+        """
+        from cpr.live import messages
+
+        assert self._socket is not None
+        try:
+            message = messages.receive(self._socket)
+        except messages.Ended as error:
+            raise UpdateError(str(error)) from None
+        if message.kind not in AFTER:
+            message.close()
+            raise UpdateError(f"the new program sent '{message.kind}', which is unknown")
+        self._set(AFTER[message.kind])
+        return message
+
+    def send(self, kind: str, body: dict[str, Any] | None = None, fds: Sequence[int] = ()) -> None:
+        """Sends one message; `fds` stay the caller's.  Raises UpdateError."""
+        from cpr.live import messages
+
+        assert self._socket is not None
+        try:
+            messages.send(self._socket, kind, body or {}, list(fds))
+        except messages.Ended as error:
+            raise UpdateError(str(error)) from None
+        if kind == HAND_OVER:
+            self._set(GOING)
+
+    def take_back(self) -> bool:
+        """Takes the token, and kills the new image if there is one; false: it has committed."""
+        if not guard.take_token(self.token):
+            return False
+        self.kill()
+        return True
+
+    def kill(self) -> None:
+        """Ends the new image, and waits for that."""
+        if self.pidfd >= 0:
+            try:
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            select.select([self.pidfd], [], [])
+
+    def end(self, status: int) -> None:
+        """The VM ends: the new image does so too, with `status`; it is killed where it does not."""
+        try:
+            self.send(END, {"status": status})
+        except UpdateError:
+            pass
+        if self.pidfd >= 0 and not self.is_dead(END_TIMEOUT_MS):
+            self.kill()
+
+    def is_dead(self, timeout_ms: int) -> bool:
+        """Whether the new image has ended, or does so within the time."""
+        return _is_ready(self.pidfd, timeout_ms)
+
+    def exit_status(self) -> int | None:
+        """The wait status of the new image, which has ended, if it can be known."""
+        return guard.exit_status(self.pid, self.pidfd)
+
+    def leave(self) -> None:
+        """The new image has committed: this process ends here."""
+        guard.end(self._mappings)
+
+    def close(self) -> None:
+        """Frees everything; may be called twice."""
+        for sock in (self._socket, self._theirs):
+            if sock is not None:
+                sock.close()
+        self._socket = self._theirs = None
+        for fd in (self.token, self.pidfd):
+            if fd >= 0:
+                os.close(fd)
+        self.token = self.pidfd = -1
+        if self.page is not None and self.page.struct is not None:
+            self.page.close()
+        self.state = CLOSED
+
+
+def _is_ready(fd: int, timeout_ms: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout_ms))
+
+
+class Predecessor:
+    """The new image's side: the old image behind this exec.
+
+    `mode` is EARLY, LATE or REHEARSE; `page` tells when things began.  Owns the token, the page
+    and the socket until `commit` or `close`.
+    """
+
+    def __init__(self, token: int, page: guard.Page, sock: int, mode: str) -> None:
+        self.mode = mode
+        self.page = page
+        self._token = token
+        self._socket_fd = sock
+        self._socket_object: socket.socket | None = None
+        self.committed = False
+
+    @property
+    def _socket(self) -> socket.socket:
+        if self._socket_object is None:  # a late image that gets on needs none
+            import socket
+
+            self._socket_object = socket.socket(fileno=self._socket_fd)
+        return self._socket_object
+
+    def hello(self, program: str) -> None:
+        """Asks for the state; `program` names this one, with its version."""
+        self.send(HELLO, {"protocol": PROTOCOL, "program": program})
+
+    def send(self, kind: str, body: dict[str, Any] | None = None) -> None:
+        """Raises UpdateError where the old image is not there any more."""
+        from cpr.live import messages
+
+        try:
+            messages.send(self._socket, kind, body or {}, [])
+        except messages.Ended as error:
+            raise UpdateError(f"the old program has ended: {error}") from None
+
+    def receive(self, expected: str) -> Message:
+        """Waits for a message of this kind; its descriptors are the caller's.
+
+        Ends this process, with the status that it is told, where the old image has ended on
+        purpose.  Raises UpdateError where that is not there any more.
+        """
+        from cpr.live import messages
+
+        try:
+            message = messages.receive(self._socket)
+        except messages.Ended as error:
+            raise UpdateError(f"the old program has ended: {error}") from None
+        if message.kind == END:
+            message.close()
+            raise SystemExit(int(message.body.get("status", 0)))
+        if message.kind != expected:
+            message.close()
+            raise UpdateError(f"the old program sent '{message.kind}' in place of '{expected}'")
+        return message
+
+    def hold(self, on: bool) -> None:
+        """While it is on the deadline does not run: somebody is waited for."""
+        self.page.struct.hold = int(on)
+
+    def commit(self) -> None:
+        """Takes the token: all that was handed over is this image's from now on.
+
+        Raises UpdateError where the old image has taken it first; this one then has nothing.
+        """
+        if not guard.take_token(self._token):
+            raise UpdateError("the old program has taken back over: this one came too late")
+        self.committed = True
+
+    def wait_hang_up(self, timeout_ns: int) -> None:
+        """Waits until the old image has closed all that it had, but no longer than this."""
+        from cpr.live import messages
+
+        self._socket.settimeout(timeout_ns / NS_PER_S)
+        try:
+            messages.receive(self._socket).close()
+        except messages.Ended:
+            pass
+
+    def refuse(self, reason: str) -> None:
+        """Tells the old image why this one cannot take over, and does what it is told.
+
+        It executes the old command; comes back only where this process is to end.
+        """
+        if self.committed:
+            return
+        try:
+            self.send(REFUSE, {"reason": reason})
+            message = self.receive(BACK)
+        except UpdateError:
+            return
+        fds = (self._token, self.page.fd, self._socket_fd)
+        words, folder = message.body["argv"], message.body["cwd"]
+        variables = dict(message.body["environment"])
+        variables[VARIABLE] = f"{','.join(map(str, fds))},{EARLY}"
+        for fd in fds:
+            os.set_inheritable(fd, True)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        try:
+            os.chdir(folder)
+            os.execve(words[0], words, variables)
+        except OSError:
+            return  # this process ends, which the old image sees
+
+    def close(self) -> None:
+        """Gives up what the update needed; the guard ends meanwhile, and is this one's to reap."""
+        if self._socket_object is not None:
+            self._socket_object.close()
+        else:
+            os.close(self._socket_fd)
+        os.close(self._token)
+        self.page.close()
+
+
+def find_predecessor() -> Predecessor | None:
+    """The old image that this process's environment names, if any; the variable is unset.
+
+    Raises UpdateError for a variable that is none of ours, or descriptors that are not there.
+    """
+    text = os.environ.pop(VARIABLE, None)
+    if text is None:
+        return None
+    try:
+        token, page, sock, mode = text.split(",")
+        numbers = [int(word) for word in (token, page, sock)]
+        for number in numbers:
+            os.set_inheritable(number, False)
+        return Predecessor(numbers[0], guard.Page(numbers[1]), numbers[2], mode)
+    except (ValueError, OSError) as error:
+        raise UpdateError(
+            f"{VARIABLE}='{text}' names no update: {error}; unset it to start afresh"
+        ) from None

@@ -1,0 +1,135 @@
+"""The programs of an update: this one's command line and files, what another one knows.
+
+A program says what it knows when its verb `run` is replaced: `python -m cpr.vmm protocol` prints
+the version of what old and new image say to each other.  What is not asked, because its command has
+no such verb, or does not answer, is updated in QEMU's way.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+from cpr import launcher
+from cpr.config import parse_command_line, strip_options
+from cpr.errors import CprError, MigrationError
+from cpr.live.update import PROTOCOL
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+VERB = "run"
+PROTOCOL_VERB = "protocol"
+ANSWER_TIMEOUT = 10.0  # s
+INCOMING = frozenset({"-incoming", "--incoming"})
+PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SUFFIXES = (".py", ".so")
+
+Stamp = tuple[int, int, int]
+
+
+def own_command() -> list[str]:
+    """The command line of this VMM, without -incoming, and without -S: the state says it.
+
+    Python starts without its `site` module, which takes a third of its start, where the packages
+    are found without it too.
+    """
+    arguments = sys.argv[1:2] + strip_options(sys.argv[2:], ("incoming", "S"))
+    if launcher.finds_packages():
+        return [sys.executable, "-I", "-S", launcher.SCRIPT, *arguments]
+    return [sys.executable, "-m", "cpr.vmm", *arguments]
+
+
+def check_own_command() -> None:
+    """Parses it again: guest.cfg may have become unreadable since.  Raises MigrationError."""
+    words = own_command()
+    try:
+        parse_command_line(words[words.index(VERB) + 1 :])
+    except CprError as error:
+        raise MigrationError(f"the new VMM would refuse its command line: {error}") from None
+
+
+def incoming_uri(command: Sequence[str]) -> str | None:
+    """The URI of the last -incoming of a command line."""
+    uri = None
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        if word in INCOMING:
+            uri = following
+    return uri
+
+
+def check_command(command: list[str] | None) -> list[str]:
+    """Why the first word of `command` could not be executed; empty where it could."""
+    if not command:
+        try:
+            check_own_command()
+        except MigrationError as error:
+            return [str(error)]
+        return []
+    name = command[0]
+    if "/" in name:
+        candidates = [name]
+    else:
+        candidates = [os.path.join(folder, name) for folder in os.get_exec_path()]
+    existing = [path for path in candidates if os.path.isfile(path)]
+    if not existing:
+        return [f"execvp {name} failed: {os.strerror(errno.ENOENT)}"]
+    if not any(os.access(path, os.X_OK) for path in existing):
+        return [f"execvp {name} failed: {os.strerror(errno.EACCES)}"]
+    return []
+
+
+def knows_protocol(command: Sequence[str], files: ProgramFiles) -> bool:
+    """Whether the program of `command` updates as this one does.  Takes a program's start."""
+    words = list(command)
+    if VERB not in words:
+        return False
+    program = words[: words.index(VERB)]
+    own = own_command()
+    if program == own[: own.index(VERB)] and not files.changed():
+        return True
+    import subprocess
+
+    try:
+        answer = subprocess.run(
+            [*program, PROTOCOL_VERB],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=ANSWER_TIMEOUT,
+            check=False,
+        )
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return False
+    return answer.returncode == 0 and answer.stdout.strip() == str(PROTOCOL).encode()
+
+
+class ProgramFiles:
+    """What the files of this program were when it started: an upgrade in place replaces them."""
+
+    def __init__(self) -> None:
+        self._stamps = _stamps()
+
+    def changed(self) -> list[str]:
+        """The paths of those that are not what they were."""
+        now = _stamps()
+        return sorted(
+            path for path in self._stamps.keys() | now if self._stamps.get(path) != now.get(path)
+        )
+
+
+def _stamps() -> dict[str, Stamp]:
+    """(device, inode, mtime in ns) of the interpreter and of each file of this package."""
+    paths = [sys.executable]
+    for folder, _, names in os.walk(PACKAGE):
+        paths += [os.path.join(folder, name) for name in names if name.endswith(SUFFIXES)]
+    found = {}
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue
+        found[path] = (status.st_dev, status.st_ino, status.st_mtime_ns)
+    return found
