@@ -4,8 +4,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard cpr/_native/*.c cpr/_native/*.h) cpr/_native/build.py
-NATIVE := $(filter-out cpr/_native/_cpr.c,$(NATIVE))
+NATIVE := $(wildcard $(addprefix cpr/_native/,[!_]*.c *.h tcg/*.c tcg/*.h)) cpr/_native/build.py
 GUEST ?= examples/heartbeat.cfg
 ARGS ?=
 
@@ -63,8 +62,8 @@ bench: setup $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
-	rm -rf $(VENV) build cpr_vmm.egg-info cpr/_native/_cpr.c cpr/_native/*.o \
-		cpr/_native/_cpr*.so
+	rm -rf $(VENV) build cpr_vmm.egg-info cpr/_native/_*.c cpr/_native/_*.so \
+		cpr/_native/*.o cpr/_native/tcg/*.o
 	$(MAKE) -C examples clean
 	$(MAKE) -C tests/nested/guests clean
 
@@ -88,7 +87,9 @@ $(VENV)/.checked:
 $(BIN)/python: | $(VENV)/.checked
 	$(PYTHON) -m venv $(VENV)
 
+# What `.built` has made goes first: its suffix wins over that of what pip builds.
 $(VENV)/.installed: pyproject.toml setup.py | $(BIN)/python
+	@rm -f cpr/_native/_*.so
 	$(BIN)/python -m pip install -q -e '.[tcg]'
 	@touch $@ $(VENV)/.built
 

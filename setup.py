@@ -19,4 +19,7 @@ class BuildExt(build_ext):
             raise SystemExit(f"{error}{REMEDY}") from error
 
 
-setup(cffi_modules=["cpr/_native/build.py:ffibuilder"], cmdclass={"build_ext": BuildExt})
+setup(
+    cffi_modules=["cpr/_native/build.py:cpr", "cpr/_native/build.py:tcg"],
+    cmdclass={"build_ext": BuildExt},
+)

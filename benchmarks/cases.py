@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-MIB = 1 << 20
-GIB = 1 << 30
+import psutil
+
+from cpr.constants import GIB, MIB, PAGE_SIZE
+
 UNITS = {"M": MIB, "G": GIB}
 
 # From the longest pause to the shortest; the plots and tables keep this order.
@@ -18,7 +19,7 @@ ACCELS = ("kvm", "tcg")
 PAGES = ("4K", "THP", "2M", "1G")
 BACKINGS = ("lazy", "prealloc")
 RAM = ("64M", "256M", "1G", "4G", "8G", "16G")
-PAGE_SIZES = {"4K": 4096, "THP": 4096, "2M": 2 * MIB, "1G": GIB}
+PAGE_SIZES = {"4K": PAGE_SIZE, "THP": PAGE_SIZE, "2M": 2 * MIB, "1G": GIB}
 HUGETLB = ("2M", "1G")
 OVERHEAD = 160 * MIB  # a VMM process without its guest's RAM, and what it needs to start
 
@@ -100,11 +101,7 @@ def obstacle(case: Case, touched: bool = False) -> str | None:
 
 def available_memory() -> int:
     """Bytes of memory that can be had."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, value, *_ = line.split()
-        if name == "MemAvailable:":
-            return int(value) << 10
-    return 0
+    return psutil.virtual_memory().available
 
 
 def batches(cases: list[Case], memory: int, touched: bool = False) -> list[list[Case]]:

@@ -7,7 +7,7 @@ import sys
 import time
 
 from benchmarks.observer import HEARTBEAT, Observer
-from benchmarks.vm import Vm
+from tests.harness.vm import Vm
 
 UPDATES = 10
 SETTLE = 0.25

@@ -11,7 +11,8 @@ from pathlib import Path
 from benchmarks.cases import GIB, HUGETLB, Case, size_text
 from benchmarks.observer import HEARTBEAT
 from benchmarks.peer import Peer
-from benchmarks.vm import ROOT, QmpError, Vm
+from tests.harness.qmp import QmpError
+from tests.harness.vm import ROOT, Vm
 
 IMAGES = ROOT / "examples" / "build"
 BOOT_TIMEOUT = 120.0  # of a BIOS under a slow KVM

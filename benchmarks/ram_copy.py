@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.cases import available_memory
+from cpr.constants import MIB, PAGE_SIZE
 from cpr.errors import CprError
+from cpr.migration.savevm import RECORDS_SIZE
 from cpr.pages import (
     INSTRUCTION_SETS,
     ZERO_CLEAR,
@@ -37,8 +39,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path(__file__).with_name("ram_ceilings.c")
 LIBRARY = ROOT / "build" / "ram_ceilings.so"
 
-PAGE = 4096
-MIB = 1 << 20
 MAPPED_RAM_OFFSET = MIB  # QEMU aligns the pages of a block in the file to this
 RANDOM_TILE = 64 * MIB
 
@@ -73,7 +73,7 @@ class FreshRam:
         self.address = ctypes.addressof(self._first)
 
     def pages(self, bitmap: bytearray | None = None) -> Pages:
-        return Pages("RAM", self.address, self.size // PAGE, self.fd, bitmap)
+        return Pages("RAM", self.address, self.size // PAGE_SIZE, self.fd, bitmap)
 
     def __enter__(self) -> Self:
         return self
@@ -223,7 +223,7 @@ def measure_copying(results: Results, size: int, rounds: int, threads: list[int]
         copying = Copying(results, random, zero, target)
         for _ in range(rounds):
             copying.memcpy("memcpy", size)
-            copying.memcpy("memcpy by page", PAGE, "memcpy")
+            copying.memcpy("memcpy by page", PAGE_SIZE, "memcpy")
             for pool in pools:
                 copying.copy_random(f"copy random, {pool.threads} thr", pool, "memcpy")
             for pool in sets:
@@ -246,6 +246,14 @@ def pool_of(instruction_set: str) -> PagePool | None:
         return PagePool(1, instruction_set)
     except CprError:
         return None
+
+
+def load_records(loader: RecordLoader, fd: int) -> None:
+    """As a VMM takes them: a piece of the stream at a time."""
+    pending = b""
+    while piece := os.read(fd, RECORDS_SIZE - len(pending)):
+        pending += piece
+        pending = pending[loader.feed(pending) :]
 
 
 class Saving:
@@ -275,12 +283,12 @@ class Saving:
         os.lseek(fd, 0, os.SEEK_SET)
         with FreshRam(self.ram.size) as target:
             loader = RecordLoader(pool, [("ram0", target.pages())])
-            self._add(results, "load records", pool, timed(lambda: loader.read(fd)))
+            self._add(results, "load records", pool, timed(lambda: load_records(loader, fd)))
         os.close(fd)
 
     def mapped(self, results: Results, pool: PagePool) -> None:
         fd = self._new_file()
-        present = bytearray(bitmap_size(self.ram.size // PAGE))
+        present = bytearray(bitmap_size(self.ram.size // PAGE_SIZE))
         source = self.ram.pages()
         seconds = timed(lambda: pool.save(source, fd, MAPPED_RAM_OFFSET, present))
         self._add(results, "save mapped-ram", pool, seconds)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks import settings
 from benchmarks.cases import Case
 from benchmarks.pause import Result
 from benchmarks.peer import Peer
-from benchmarks.vm import ALL_CPUS, ROOT
+from tests.harness.vm import ALL_CPUS, ROOT
 
 FORMAT = 1
 FOLDER = ROOT / "build" / "benchmarks"
@@ -30,9 +31,9 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu or platform.machine(),
         "cores": len(ALL_CPUS),
-        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory": psutil.virtual_memory().total,
         "kernel": platform.release(),
-        "load": os.getloadavg()[0],
+        "load": psutil.getloadavg()[0],
         "settings": settings.describe(),
     }
 

@@ -19,7 +19,7 @@ from benchmarks.peer import Peer
 from benchmarks.ram_copy import touch
 from benchmarks.report import table
 from benchmarks.rounds import Progress, take_turns
-from benchmarks.vm import Vm
+from tests.harness.vm import Vm
 
 KINDS = ("random", "zero", "untouched")
 TMPFS = "/dev/shm"

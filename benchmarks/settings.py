@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from benchmarks.cases import HUGETLB, PAGE_SIZES
 
 JOURNAL = Path("/run/cpr-benchmarks-settings.json")
@@ -148,7 +150,7 @@ def restore_leftovers() -> list[str]:
     warnings = []
     if JOURNAL.exists():
         journal = json.loads(JOURNAL.read_text())
-        if Path(f"/proc/{journal['pid']}").exists():
+        if psutil.pid_exists(journal["pid"]):
             raise RuntimeError(f"another benchmark runs, PID {journal['pid']}: wait for its end")
         for name, value in reversed(journal["before"]):
             if read(Path(name)) != value:

@@ -10,6 +10,7 @@ from _thread import RLock
 from cpr import report, runstate
 from cpr.bus import IOBus, Region
 from cpr.clock import VirtualClock
+from cpr.constants import PAGE_SIZE
 from cpr.errors import CommandError, CprError
 from cpr.memory import GuestMemory
 from cpr.runstate import RunState
@@ -153,13 +154,9 @@ class Machine:
     # Running and stopping.
 
     def add_device(self, device: Device) -> None:
-        """Realizes `device`; `remove_device` is the inverse."""
+        """Realizes `device`; it stays until the machine is closed."""
         device.realize(self)
         self.devices.append(device)
-
-    def remove_device(self, device: Device) -> None:
-        self.devices.remove(device)
-        device.unrealize()
 
     def create_threads(self) -> None:
         self.threads = [
@@ -183,6 +180,7 @@ class Machine:
             for device in self.devices:
                 device.reset()
         self.vcpus[0].set_state(registers)
+        self.accel.apply_state()
 
     def resume_vcpus(self) -> None:
         """Lets the clock and the vCPUs go; `pause_vcpus` is the inverse.  No event is sent."""
@@ -190,6 +188,7 @@ class Machine:
             self.clock.enable()
             for device in self.devices:
                 device.on_run()
+            self.accel.start_time()
         for thread in self.threads:
             thread.resume()
 
@@ -202,6 +201,7 @@ class Machine:
         for thread in self.threads:
             thread.pause()
         with self.lock:
+            self.accel.stop_time()
             self.clock.disable()
             for device in self.devices:
                 device.on_stop()
@@ -276,6 +276,7 @@ class Machine:
                 for device in self.devices:
                     device.reset()
             self.vcpus[0].set_state(self.boot_image().registers)
+            self.accel.apply_state()
             self.was_suspended = False
             self.runstate.set(runstate.RUNNING)
             self.events.emit("WAKEUP")
@@ -366,7 +367,7 @@ class Machine:
             physical = translate(state, self.memory.read, virtual)
             if physical is None:
                 raise CommandError(f"Invalid addr 0x{virtual:016x}/size {size} specified")
-            piece = min(size - len(data), 4096 - virtual % 4096)
+            piece = min(size - len(data), PAGE_SIZE - virtual % PAGE_SIZE)
             data += self.memory.read(physical, piece)
         return data
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cpr.constants import PAGE_SIZE
 from cpr.errors import CprError
 
 TYPE_CHECKING = False
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
         def section_removed(self, section: Section) -> None: ...
 
 
-OFFSET_ALIGNMENT = 64 * 4096  # ram_addr_t granularity of QEMU's ram_list, seen in info ramblock
+OFFSET_ALIGNMENT = (
+    64 * PAGE_SIZE
+)  # ram_addr_t granularity of QEMU's ram_list, seen in info ramblock
 
 
 class Section:

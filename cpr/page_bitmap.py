@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 
 from cpr._native._cpr import ffi, lib
+from cpr.constants import PAGE_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-PAGE_SIZE = 4096
 WORD_BITS = 64
 ENTRY_SIZE = 8  # bytes of an entry of /proc/PID/pagemap
 READ_PAGES = 1 << 16

@@ -14,6 +14,7 @@ import os
 from errno import ENOTSUP
 
 from cpr._native._cpr import ffi, lib
+from cpr.constants import PAGE_SIZE
 from cpr.errors import CprError, KernelError
 
 TYPE_CHECKING = False
@@ -25,10 +26,8 @@ if TYPE_CHECKING:
 
     from cpr.ram import RAMBlock
 
-PAGE_SIZE = 4096
 WORD_BITS = 64
 LONGEST_RECORD = lib.CPR_RECORD_MOST
-LOAD_BUFFER_SIZE = 256 << 10  # stays in the L2 cache between read and copy
 NO_LIMIT = (1 << 64) - 1
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")  # the fastest first
@@ -303,24 +302,6 @@ class RecordLoader:
         taken = lib.cpr_load_bytes(self._pool.handle, self._load, source, len(source))
         _check(min(taken, 0), "loading pages")
         return int(taken)
-
-    def read(self, fd: int, pending: bytes = b"") -> bytes:
-        """Takes records from `pending`, then from `fd`, the caller's, until `stopped` or its end.
-
-        Returns what was read and not taken.  `cancel` ends a wait for a non-blocking descriptor;
-        shut a blocking socket down.  Raises KernelError.
-        """
-        capacity = max(LOAD_BUFFER_SIZE, len(pending) + LONGEST_RECORD)
-        buffer = ffi.new("uint8_t[]", capacity)
-        filled = ffi.new("uint64_t *", len(pending))
-        ffi.memmove(buffer, pending, len(pending))
-        error = lib.cpr_load_fd(self._pool.handle, self._load, fd, buffer, capacity, filled)
-        _check(error, f"loading pages from descriptor {fd}")
-        return bytes(ffi.buffer(buffer, filled[0]))
-
-    def cancel(self) -> None:
-        """Ends a `read` on another thread, and any later one, with KernelError ECANCELED."""
-        lib.cpr_load_cancel(self._load)
 
 
 def _check(error: int, operation: str) -> None:

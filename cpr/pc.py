@@ -12,23 +12,17 @@
 from __future__ import annotations
 
 from cpr import boot, report
+from cpr.config.device_table import DEVICES
+from cpr.constants import GIB, MAX_CPUS
+from cpr.devices import isa_serial
 from cpr.devices.apic import ApicBus, LocalApic
-from cpr.devices.debug import (
-    DEBUGCON_PORT,
-    DEBUGCON_READBACK,
-    EXIT_PORT,
-    EXIT_SIZE,
-    DebugCon,
-    DebugExit,
-)
 from cpr.devices.i8254 import I8254, PcSpeaker
 from cpr.devices.i8259 import I8259Pair
 from cpr.devices.ioapic import IOApic
 from cpr.devices.pckbd import I8042
 from cpr.devices.piix4_pm import Piix4Pm
 from cpr.devices.port92 import Port92
-from cpr.devices.serial import PORTS, Serial
-from cpr.devices.system import KvmClock, Timers, VCpuState
+from cpr.devices.system import ParavirtualClock, Timers, VCpuState
 from cpr.errors import ConfigError, CprError
 from cpr.machine import Machine
 from cpr.memory import GuestMemory
@@ -42,10 +36,10 @@ from cpr.ram import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from cpr.accel.base import Accelerator
-    from cpr.config import Config, DeviceConfig
+    from cpr.config import Config
     from cpr.devices.iommufd import IommufdBackend
     from cpr.devices.pci import PciHost
     from cpr.devices.vfio import Type1
@@ -54,7 +48,6 @@ if TYPE_CHECKING:
     from cpr.ram import RAMBlock
     from cpr.state.fds import PreservedFds
 
-GIB = 1 << 30
 LOW_RAM_LIMIT = 0xE0000000  # RAM of this size or more leaves the PCI hole from 3 GiB on
 LOW_RAM_SPLIT = 0xC0000000
 BIOS_SIZE = 256 << 10
@@ -64,7 +57,6 @@ ISA_BIOS_ADDRESS = 0xE0000
 ROM_SIZE = 128 << 10
 ROM_ADDRESS = 0xC0000
 VGA_ADDRESS = 0xA0000
-MAX_CPUS = 255
 RESET_VECTOR = BIOS_SIZE - 16
 JUMP_TO_BOOT = bytes((0xEA, 0x00, 0x7C, 0x00, 0x00))  # jmp far 0:7c00
 HLT = 0xF4
@@ -241,16 +233,16 @@ def _create_devices(board: Board) -> None:
         machine.add_device(device)
     for index, chardev in enumerate(config.serials):
         if chardev is not None:
-            _add_serial(machine, index, chardev)
+            isa_serial.add(machine, index, chardev)
     for device_config in config.devices:
-        create = DEVICES.get(device_config.driver)
-        if create is None:
+        model = DEVICES.get(device_config.driver)
+        if model is None:
             raise ConfigError(
                 f"{device_config.location}: '{device_config.driver}' is not a valid device model "
                 "name"
             )
         try:
-            create(board, device_config)
+            __import__(model.module, fromlist=["create"]).create(board, device_config)
         except (CprError, ValueError) as error:
             raise ConfigError(f"{device_config.location}: {error}") from None
 
@@ -265,61 +257,9 @@ def _create_interrupts(machine: Machine) -> None:
     for device in (*apics, pic.master, pic.slave, ioapic, pit, PcSpeaker(pit)):
         machine.add_device(device)
     if accel.kernel_irqchip:
-        machine.add_device(KvmClock())
+        machine.add_device(ParavirtualClock())
         machine.irq_handlers.append(accel.set_irq)
         return
     machine.irq_handlers += [pic.set_irq, ioapic.set_irq]
     for vcpu, apic in zip(machine.vcpus, apics, strict=True):
         vcpu.interrupt_source = apic
-
-
-def _add_serial(
-    machine: Machine, index: int, chardev: str | None, port: int | None = None, irq: int = 0
-) -> None:
-    if index >= len(PORTS):
-        raise ConfigError(f"Max. supported number of ISA serial ports is {len(PORTS)}.")
-    serial = Serial(index, port, irq)
-    machine.add_device(serial)
-    machine.frontends.append((serial, chardev))
-
-
-def _isa_serial(board: Board, config: DeviceConfig) -> None:
-    machine, properties = board.machine, config.properties
-    used = {device.instance_id for device in machine.devices if device.idstr == Serial.idstr}
-    free = [index for index in range(len(PORTS)) if index not in used]
-    index = properties.get("index", free[0] if free else len(PORTS))
-    chardev, port = properties.get("chardev"), properties.get("iobase")
-    _add_serial(machine, index, chardev, port, properties.get("irq", 0))
-
-
-def _isa_debugcon(board: Board, config: DeviceConfig) -> None:
-    properties = config.properties
-    device = DebugCon(
-        int(properties.get("iobase", DEBUGCON_PORT)),
-        int(properties.get("readback", DEBUGCON_READBACK)),
-    )
-    board.machine.add_device(device)
-    board.machine.frontends.append((device, properties.get("chardev")))
-
-
-def _isa_debug_exit(board: Board, config: DeviceConfig) -> None:
-    properties = config.properties
-    board.machine.add_device(
-        DebugExit(
-            int(properties.get("iobase", EXIT_PORT)), int(properties.get("iosize", EXIT_SIZE))
-        )
-    )
-
-
-def _vfio_pci(board: Board, config: DeviceConfig) -> None:
-    from cpr.devices.vfio_options import create
-
-    create(board, config)
-
-
-DEVICES: dict[str, Callable[[Board, DeviceConfig], None]] = {
-    "isa-serial": _isa_serial,
-    "isa-debugcon": _isa_debugcon,
-    "isa-debug-exit": _isa_debug_exit,
-    "vfio-pci": _vfio_pci,
-}

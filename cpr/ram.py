@@ -13,6 +13,7 @@ import fcntl
 import os
 
 from cpr._native._cpr import ffi, lib
+from cpr.constants import PAGE_SIZE
 from cpr.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from cpr.page_bitmap import PageBitmap
     from cpr.state.fds import PreservedFds
 
-PAGE_SIZE = 4096
 HUGE_ALIGNMENT = 2 << 20  # so that the kernel can use transparent huge pages
 DEFAULT_HUGEPAGE = 2 << 20
 HUGEPAGES = "/sys/kernel/mm/hugepages"

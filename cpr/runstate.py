@@ -5,10 +5,6 @@ The table below is literal: a transition that is not in it is a bug in the calle
 
 from __future__ import annotations
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 PRELAUNCH = "prelaunch"
 INMIGRATE = "inmigrate"
 RUNNING = "running"
@@ -39,11 +35,10 @@ LIVE = frozenset({RUNNING, SUSPENDED})
 
 
 class RunState:
-    """The current run state, and the handlers called with (old, new) after each change."""
+    """The current run state."""
 
     def __init__(self, initial: str = PRELAUNCH) -> None:
         self.current = initial
-        self._handlers: list[Callable[[str, str], None]] = []
 
     def set(self, new: str) -> None:
         """Changes to `new`; setting the current state again does nothing.
@@ -56,14 +51,6 @@ class RunState:
         if new not in TRANSITIONS.get(old, frozenset()):
             raise ValueError(f"invalid runstate transition: '{old}' -> '{new}'")
         self.current = new
-        for handler in list(self._handlers):
-            handler(old, new)
-
-    def add_change_handler(self, handler: Callable[[str, str], None]) -> None:
-        self._handlers.append(handler)
-
-    def remove_change_handler(self, handler: Callable[[str, str], None]) -> None:
-        self._handlers.remove(handler)
 
     @property
     def running(self) -> bool:

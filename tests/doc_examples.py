@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 from conformance.terminal import Screen
 from waiting import wait_for
 
@@ -259,11 +260,5 @@ def run(blocks: list[Block], folder: Path) -> None:
 
 def processes_in(folder: Path) -> set[int]:
     """The processes that have `folder` as their working directory."""
-    found = set()
-    for name in os.listdir("/proc"):
-        try:
-            if name.isdecimal() and os.readlink(f"/proc/{name}/cwd") == str(folder.resolve()):
-                found.add(int(name))
-        except OSError:
-            continue
-    return found
+    processes = psutil.process_iter(["cwd"])
+    return {each.pid for each in processes if each.info["cwd"] == str(folder.resolve())}

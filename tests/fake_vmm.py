@@ -11,7 +11,8 @@ from cpr.chardev.base import CLOSED, OPENED, Chardev
 from cpr.errors import CommandError, MigrationError
 from cpr.events import EventBus
 from cpr.mainloop import MainLoop
-from cpr.migration.parameters import Capabilities, Parameters
+from cpr.migration.capabilities import Capabilities
+from cpr.migration.parameters import Parameters
 from cpr.monitor.passed_fds import PassedFds
 
 RAM_SIZE = 1 << 20
@@ -33,7 +34,7 @@ class FakeMachine:
         self.vcpus = [object(), object()]
         self.ram = bytearray(RAM_SIZE)
         self.states = [x86.reset_state(0), x86.reset_state(1)]
-        block = Namespace(
+        block: Any = Namespace(
             idstr="ram0",
             page_size=4096,
             offset=0,
@@ -46,7 +47,7 @@ class FakeMachine:
             populated=0,
             shared=True,
         )
-        rom = Namespace(**{**block.__dict__, "idstr": "pc.bios", "readonly": True})
+        rom: Any = Namespace(**{**block.__dict__, "idstr": "pc.bios", "readonly": True})
         rom.backend, rom.offset, rom.size, rom.max_length = "aux", RAM_SIZE, 0x40000, 0x40000
         self.blocks = [block, rom]
 
@@ -104,7 +105,7 @@ class FakeMigration:
         self.finish_callbacks: list[Any] = []
         self.parameters = Parameters()
         self.capabilities = Capabilities(self.parameters, lambda: self.status == "active")
-        self.incoming_side = Namespace(start_paused=False)
+        self.incoming_side: Any = Namespace(start_paused=False)
 
     def _take(self, *call: Any) -> None:
         if self.refusal:

@@ -8,9 +8,10 @@ from contextlib import redirect_stderr, redirect_stdout
 
 from described import DATA, STREAMS
 
+from cpr.constants import PAGE_SIZE
 from cpr.state.configuration import Configuration
 from cpr.state.ram_section import END as RAM_END
-from cpr.state.ram_section import PAGE_SIZE, Block
+from cpr.state.ram_section import Block
 from cpr.state.stream import SWITCHOVER_START, StreamWriter
 from cpr.state.vmstate import VMStateDescription, buffer, i32, u8
 from cpr.vmm.inspect import source

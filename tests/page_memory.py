@@ -6,8 +6,9 @@ import ctypes
 import mmap
 import os
 
+from ram_records import PageEncoder
+
 from cpr.pages import PAGE_SIZE, Pages
-from cpr.state.ram_section import PageEncoder
 
 ZEROS = bytes(PAGE_SIZE)
 

@@ -6,7 +6,7 @@ import re
 
 from waiting import wait_for_change
 
-from benchmarks.vm import Vm
+from tests.harness.vm import Vm
 
 CHURN_ROUND, CHURN_MISMATCHES = 0x9018, 0x9020
 CHURN_RANGE = (16 << 20, 32 << 20)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from stepped_platform import SteppedPlatform
+from fake_platform import SteppedPlatform
 
 from cpr.devices.apic import ADDRESS, LocalApic
 from cpr.devices.apic_bus import ApicBus
@@ -77,7 +77,9 @@ def test_registers_after_a_reset() -> None:
 
 
 def test_only_aligned_doublewords_of_a_vcpu_are_accesses(machine: Machine) -> None:
-    _, read, write = machine.platform.mmio[ADDRESS]
+    region = machine.platform.bus.memory.find(ADDRESS)
+    assert region is not None
+    read, write = region.read, region.write
     write(TPR, 1, 0x30)
     write(TPR + 4, 4, 0x30)
     assert machine.read(TPR) == 0
@@ -358,7 +360,7 @@ def test_in_kernel() -> None:
     for apic in apics:
         apic.realize(platform)
         apic.reset()
-    assert not platform.mmio
+    assert not platform.bus.memory.regions
     assert platform.accel.apics[1][ID : ID + 4] == bytes([0, 0, 0, 1])
     platform.accel.apics[1] = bytes(range(256)) * 4
     state = apics[1].save()
@@ -372,6 +374,6 @@ def test_unrealize(machine: Machine) -> None:
     machine.write(INITIAL_COUNT, 1000)
     for device in machine.devices:
         device.unrealize()
-    assert not machine.platform.mmio
-    assert not machine.platform.io
+    assert not machine.platform.bus.memory.regions
+    assert not machine.platform.bus.io.regions
     assert machine.platform.loop.armed() == []

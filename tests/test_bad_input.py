@@ -9,7 +9,8 @@ import subprocess
 import pytest
 from waiting import wait_for, wait_for_change
 
-from benchmarks.vm import VMM, QmpError
+from tests.harness.qmp import QmpError
+from tests.harness.vm import VMM
 
 HEARTBEAT = 0x8000
 BASE = ("-nodefaults", "-display", "none", "-accel", "tcg")
@@ -144,8 +145,8 @@ def test_no_kvm_falls_back_where_asked(guests, tmp_path, monkeypatch):
 
 def raw_qmp(vm, data):
     """Sends bytes as they are and returns the first message that comes back."""
-    vm.qmp._socket.sendall(data)
-    return vm.qmp._read()
+    vm.qmp.send_raw(data)
+    return vm.qmp.read()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def raw_qmp(vm, data):
 def test_malformed_qmp_is_answered_and_the_monitor_goes_on(start, accel, data):
     vm = start.guest("heartbeat", accel)
     assert raw_qmp(vm, data)["error"]["class"] == "GenericError"
-    vm.qmp._socket.sendall(b"\n")
+    vm.qmp.send_raw(b"\n")
     while True:
         try:
             status = vm.qmp.command("query-status")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import pty
 import resource
@@ -33,6 +34,10 @@ class Config:
         self.id = "char0"
         self.backend = backend
         self.options = {name.replace("_", "-"): value for name, value in options.items()}
+
+
+def has_received(frontend, data):
+    return frontend.data == data
 
 
 class Frontend:
@@ -585,7 +590,8 @@ def test_pty_survives_closing_and_opening(loop: MainLoop, capfd: pytest.CaptureF
         until(loop, lambda: chardev.connected)
         assert termios.tcgetattr(slave)[3] & (termios.ICANON | termios.ECHO | termios.ISIG) == 0
         os.write(slave, b"typed\r")
-        until(loop, lambda number=number: frontend.data == b"typed\r" * number)
+        typed = b"typed\r" * number
+        until(loop, functools.partial(has_received, frontend, typed))
         chardev.write(b"shown\n")
         assert os.read(slave, 100) == b"shown\n"
         os.close(slave)

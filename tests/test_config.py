@@ -24,10 +24,10 @@ from cpr.config import (
 )
 from cpr.config.command_line import FLAGS, HANDLERS, OPTIONS
 from cpr.config.usage import QEMU_ONLY, USAGE, VERSION
+from cpr.constants import MIB
 from cpr.errors import ConfigError
 
 PROJECT = Path(__file__).parent.parent
-MIB = 1 << 20
 MEMFD = "-object memory-backend-memfd,id=ram0,size=16M"
 
 
@@ -535,7 +535,7 @@ def test_records_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         del config.smp
     with pytest.raises(AttributeError):
-        config.bogus = 1  # type: ignore[attr-defined]
+        config.bogus = 1
     device = DeviceConfig("isa-debug-exit", "a", {}, "-device isa-debug-exit,id=a")
     assert config.devices[0] == device
     assert repr(device) == (

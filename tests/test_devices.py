@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 from fake_platform import FakePlatform
 
-from cpr.devices.debug import DebugCon, DebugExit
+from cpr.config.device_table import DEVICES, DeviceModel
+from cpr.devices.debug_exit import DebugExit
+from cpr.devices.debugcon import DebugCon
 from cpr.devices.pckbd import I8042
 from cpr.devices.piix4_pm import Piix4Pm
 from cpr.devices.port92 import Port92
@@ -60,11 +64,11 @@ def test_power_button_and_soft_off(platform):
     device = realized(Piix4Pm(), platform)
     io = platform.bus
     device.on_powerdown()
-    assert not platform.irqs.get(9)
+    assert not platform.lines.get(9)
     io.io_write(0x602, 2, 0x100)
-    assert platform.irqs[9]
+    assert platform.lines[9]
     io.io_write(0x600, 2, 0x100)
-    assert not platform.irqs[9]
+    assert not platform.lines[9]
     io.io_write(0x604, 2, 0x2000)
     io.io_write(0x604, 2, 0x2400)
     assert platform.requests == [("shutdown", True, "guest-shutdown"), ("suspend",)]
@@ -111,3 +115,9 @@ def test_state_round_trips(platform, make):
     other = realized(make(), FakePlatform())
     other.restore(device.vmstate.decode(BytesReader(body), device.vmstate.version_id))
     assert other.save() == device.save()
+
+
+@pytest.mark.parametrize("model", DEVICES.values(), ids=DEVICES)
+def test_a_row_of_the_table_names_a_module_that_makes_the_device(model: DeviceModel) -> None:
+    assert callable(importlib.import_module(model.module).create)
+    assert (model.chardev is not None) == ("chardev" in model.properties)

@@ -14,11 +14,12 @@ from doc_tables import Document, words
 
 from cpr import devices, runstate
 from cpr.config import chardev_options, command_line, drive_options, machine_options, usage
-from cpr.config.device_options import DEVICES
+from cpr.config.device_table import DEVICES
 from cpr.config.object_options import DEFAULT_ONLY, OBJECTS
 from cpr.devices.base import Device
 from cpr.errors import CommandError
 from cpr.migration import parameters
+from cpr.migration.capabilities import CAPABILITIES
 from cpr.migration.savevm import VMSTATE_GLOBALSTATE
 from cpr.monitor.commands import COMMANDS
 from cpr.monitor.qmp import NEGOTIATE
@@ -99,7 +100,9 @@ def test_other_objects():
 
 def test_devices_and_their_properties():
     shown = [(row[0], row[1]) for row in REFERENCE.rows("Devices and their properties")]
-    assert sorted(shown) == sorted((name, key) for name, keys in DEVICES.items() for key in keys)
+    assert sorted(shown) == sorted(
+        (name, key) for name, model in DEVICES.items() for key in model.properties
+    )
 
 
 def test_keys_of_drives_and_chardevs():
@@ -209,7 +212,7 @@ def test_what_parameters_do():
 
 def test_capabilities():
     rows = dict(REFERENCE.rows("Migration capabilities"))
-    assert list(rows) == list(parameters.CAPABILITIES)
+    assert list(rows) == list(CAPABILITIES)
     used = set(re.findall(r'capabilities\.enabled\("([\w-]+)"\)', SOURCES))
     assert {name for name, here in rows.items() if here.startswith("acts")} == used
     refused = {name for name, here in rows.items() if here.endswith("refused in CPR")}

@@ -64,19 +64,23 @@ def test_what_is_saved_is_not_saved_again(memfd):
     assert fds.entries() == [("ram0", 0, fd)]
 
 
-def test_resave_takes_only_the_same_fd(memfd):
-    fds, fd, other = PreservedFds(), memfd(), memfd()
-    fds.resave("iommufd0", 0, fd)
-    fds.resave("iommufd0", 0, fd)
-    assert fds.entries() == [("iommufd0", 0, fd)]
-    text = (
-        f"internal error: cpr fd 'iommufd0' id 0 value {other} "
-        f"already saved with a different value {fd}"
-    )
-    with pytest.raises(ValueError) as caught:
-        fds.resave("iommufd0", 0, other)
+def test_what_came_with_a_state_is_known_until_it_is_deleted_or_all_is_taken_over(memfd):
+    fds, group, ram = PreservedFds(), memfd(), memfd()
+    fds.require("vfio_group", 12, "never asked of a VMM that starts")
+    fds.take_over(CprState([("vfio_group", 12, group), ("ram0", 0, ram)], []))
+    fds.require("vfio_group", 12, "")
+    with pytest.raises(StateError) as caught:
+        fds.require("vfio_group", 13, "give the same devices")
+    text = "the CPR state has no descriptor 'vfio_group' id 13: give the same devices"
     assert str(caught.value) == text
-    assert fds.find("iommufd0", 0) == fd
+    assert fds.open("vfio_group", 12, memfd) == group
+    fds.open("vfio_group", 13, memfd)
+    came = [fds.came(*each) for each in (("vfio_group", 12), ("vfio_group", 13), ("ram0", 0))]
+    assert came == [True, False, True]
+    fds.delete("ram0", 0)
+    assert not fds.came("ram0", 0)
+    fds.incoming = False
+    assert not fds.came("vfio_group", 12)
 
 
 def test_open_opens_once(memfd):
@@ -160,7 +164,8 @@ def test_refresh_writes_what_has_changed_since(memfd):
 
 
 def test_persist_leaves_nothing_behind_when_it_fails(monkeypatch):
-    fds, environ, before = PreservedFds(), {}, os.listdir("/proc/self/fd")
+    environ: dict[str, str] = {}
+    fds, before = PreservedFds(), os.listdir("/proc/self/fd")
 
     def full(fd: int, size: int) -> None:
         raise OSError(28, "No space left on device")
@@ -172,7 +177,8 @@ def test_persist_leaves_nothing_behind_when_it_fails(monkeypatch):
 
 
 def test_set_cloexec_is_for_all_and_is_its_own_inverse(memfd):
-    fds, environ, others = PreservedFds(), {}, [memfd(), memfd()]
+    environ: dict[str, str] = {}
+    fds, others = PreservedFds(), [memfd(), memfd()]
     for id, fd in enumerate(others):
         fds.save("ram0", id, fd)
     every = [*others, fds.persist(environ)]
@@ -340,4 +346,4 @@ def test_descriptors_survive_two_execs_with_their_content():
     devices = [VfioDevice("0000:3a:10.1", 1, 2, 3)]
     memfds = ["/memfd:private (deleted)", "/memfd:ram0 (deleted)"]
     assert process.returncode == 0
-    assert output.strip() == f"{process.pid} {30 + 3 * 30} {b'012'} {devices} {memfds}"
+    assert output.strip() == f"{process.pid} {30 + 3 * 30} {b'012'!r} {devices} {memfds}"

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fake_platform import FakePlatform
-from stepped_platform import SteppedPlatform
+from fake_platform import FakePlatform, SteppedPlatform
 
 from cpr.accel import x86
 from cpr.devices.apic import ApicBus, LocalApic

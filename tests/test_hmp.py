@@ -283,7 +283,8 @@ def test_close_detaches(vmm: FakeVmm, terminal: Terminal) -> None:
 
 def test_on_a_pty(vmm: FakeVmm) -> None:
     class Config:
-        id, backend, options = "pty0", "pty", {}
+        id, backend = "pty0", "pty"
+        options: dict[str, object] = {}
 
     chardev = create(Config, vmm.loop)
     monitor = HmpMonitor(chardev, vmm)

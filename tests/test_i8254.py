@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from described import description_of, golden
-from stepped_platform import SteppedPlatform
+from fake_platform import SteppedPlatform
 
 from cpr.devices.i8254 import FREQUENCY, I8254, SECOND, Channel, PcSpeaker
 from cpr.devices.virtual_timer import LEAST_PERIOD_NS
@@ -216,7 +216,7 @@ def test_speaker_port(platform: SteppedPlatform, pit: I8254, speaker: PcSpeaker)
     platform.outb(0x61, 0x03)
     assert platform.inb(0x61) & 0x0F == 0x03
     speaker.unrealize()
-    assert 0x61 not in platform.io
+    assert platform.bus.io.find(0x61) is None
 
 
 def test_state_continues_in_a_new_one(
@@ -278,7 +278,7 @@ def test_in_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     for device in (pit, speaker):
         device.realize(platform)
         device.reset()
-    assert not platform.io
+    assert not platform.bus.io.regions
     pit.on_run()
     loaded = platform.accel.chips["i8254"]
     assert loaded["channels"][0]["count_load_time"] == 501_000
@@ -304,5 +304,5 @@ def test_in_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unrealize(platform: SteppedPlatform, pit: I8254) -> None:
     pit.unrealize()
-    assert not platform.io
+    assert not platform.bus.io.regions
     assert platform.loop.armed() == []

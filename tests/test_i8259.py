@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from described import description_of, golden
-from stepped_platform import SteppedPlatform
+from fake_platform import SteppedPlatform
 
 from cpr.accel.irqchip import PIC_FIELDS
 from cpr.devices.i8259 import I8259Pair
@@ -241,7 +241,7 @@ def test_vmstate_is_that_of_qemu() -> None:
 def test_in_kernel(platform: SteppedPlatform) -> None:
     platform = SteppedPlatform(kernel_irqchip=True)
     pair = make_pair(platform)
-    assert not platform.io
+    assert not platform.bus.io.regions
     assert set(platform.accel.chips) == {"i8259-0", "i8259-1"}
     state = dict.fromkeys(PIC_FIELDS, 0) | {"imr": 0xFB, "irq_base": 8}
     pair.slave.restore(state)
@@ -253,4 +253,4 @@ def test_in_kernel(platform: SteppedPlatform) -> None:
 def test_unrealize_frees_the_ports(platform: SteppedPlatform, pair: I8259Pair) -> None:
     pair.master.unrealize()
     pair.slave.unrealize()
-    assert not platform.io
+    assert not platform.bus.io.regions

@@ -10,9 +10,10 @@ import pytest
 from conftest import ROOT
 from described import DATA, STREAMS, description_of, golden, understood, vmsd_of
 from inspecting import BLOCKS, STATES, as_json, inspected, mapped_ram, run, stream_with_ram
+from ram_records import PageEncoder, block_list
 
+from cpr.constants import PAGE_SIZE
 from cpr.state.cpr_state import CprState, VfioDevice
-from cpr.state.ram_section import PAGE_SIZE, PageEncoder, block_list
 from cpr.state.reader import BytesReader
 from cpr.state.vmstate import decode
 from cpr.vmm.inspect import source

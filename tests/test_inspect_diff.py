@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from described import DATA
 from inspecting import BLOCKS, FILES, as_json, mapped_ram, run, stream_with_ram
+from ram_records import PageEncoder, block_list
 
+from cpr.constants import PAGE_SIZE
 from cpr.state.cpr_state import CprState, VfioDevice
-from cpr.state.ram_section import PAGE_SIZE, Block, PageEncoder, block_list
+from cpr.state.ram_section import Block
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from described import DATA, STREAMS, description_of, golden
 from hypothesis import given
 from hypothesis import strategies as st
 from inspecting import BLOCKS, FILES, as_json, inspected, mapped_ram, run, stream_with_ram
+from ram_records import PageEncoder, block_list
 
+from cpr.constants import PAGE_SIZE
 from cpr.state.cpr_state import CprState
-from cpr.state.ram_section import PAGE_SIZE, PageEncoder, block_list
 
 SMALL = [name for name in FILES if (DATA / name).stat().st_size < 2000]
 NONE = golden("machine_none")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import psutil
 from inspecting import as_json, run
 from waiting import wait_for
 
@@ -126,7 +126,7 @@ def test_the_state_of_a_real_update(start, accel, tmp_path):
         "migrate-set-parameters", mode="cpr-exec", cpr_exec_command=["/bin/sleep", "1000"]
     )
     vm.qmp.send("migrate", uri=f"file:{tmp_path}/vmstate")
-    wait_for(lambda: Path(f"/proc/{vm.pid}/comm").read_text() == "sleep\n", "the exec")
+    wait_for(lambda: psutil.Process(vm.pid).name() == "sleep", "the exec")
     status, _, err = run(vm.pid)
     assert (status, err) == (0, "")
     entries = {entry["name"]: entry["descriptor"] for entry in as_json(vm.pid)["entries"]}

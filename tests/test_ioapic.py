@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from described import description_of, golden
-from stepped_platform import SteppedPlatform
+from fake_platform import SteppedPlatform
 
 from cpr.devices.ioapic import ADDRESS, IOApic
 
@@ -169,7 +169,7 @@ def test_in_kernel(bus: FakeApicBus) -> None:
     ioapic = IOApic(bus)
     ioapic.realize(platform)
     ioapic.reset()
-    assert not platform.mmio
+    assert not platform.bus.memory.regions
     assert platform.accel.chips["ioapic"]["ioredtbl"] == [MASKED] * 24
     state = {"id": 1, "ioregsel": 2, "irr": 3, "ioredtbl": list(range(24))}
     ioapic.restore(state)
@@ -179,5 +179,5 @@ def test_in_kernel(bus: FakeApicBus) -> None:
 
 def test_unrealize(platform: SteppedPlatform, bus: FakeApicBus, ioapic: IOApic) -> None:
     ioapic.unrealize()
-    assert not platform.mmio
+    assert not platform.bus.memory.regions
     assert not bus.eoi_handlers

@@ -11,7 +11,7 @@ from waiting import wait_for
 
 from cpr.accel import x86
 from cpr.accel.kvm import KvmAccelerator
-from cpr.accel.kvm_interrupts import drain
+from cpr.accel.kvm.interrupts import drain
 from cpr.bus import IOBus
 from cpr.errors import KernelError
 from cpr.ram import RAMBlock, create_default_block
@@ -49,6 +49,7 @@ class CountingVm:
         self.accel.set_apic(self.vcpu, bytes(apic))
         for chip in ("i8259-0", "i8259-1"):  # GSI 11 is theirs too
             self.accel.set_irqchip(chip, self.accel.get_irqchip(chip) | {"imr": 0xFF})
+        self.accel.apply_state()
         self.eventfds: list[int] = []
         self.thread = VCpuThread(self.vcpu, IOBus(_semaphore()), print, print)
 
@@ -163,6 +164,7 @@ def test_level_interrupt_is_resampled(vm: CountingVm) -> None:
     ioapic = vm.accel.get_irqchip("ioapic")
     ioapic["ioredtbl"][LEVEL_PIN] = 1 << 15 | LEVEL_VECTOR
     vm.accel.set_irqchip("ioapic", ioapic)
+    vm.accel.apply_state()
     vm.accel.add_irqfd(LEVEL_PIN, up, ended)
     vm.thread.resume()
     for count in range(1, 4):

@@ -6,10 +6,12 @@ import json
 import os
 import sys
 
+import psutil
 import pytest
 from waiting import wait_for, wait_for_change
 
-from benchmarks.vm import VMM, QmpError
+from tests.harness.qmp import QmpError
+from tests.harness.vm import VMM
 
 HEARTBEAT = 0x8000
 DUMPER = """
@@ -37,8 +39,7 @@ def on(capability):
 
 def own_command(vm, *more):
     """The VMM's own words, as a management tool would repeat them."""
-    with open(f"/proc/{vm.pid}/cmdline") as file:
-        return [*file.read().split("\0")[:-1], *more]
+    return [*psutil.Process(vm.pid).cmdline(), *more]
 
 
 def trail(vm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
 import subprocess
@@ -10,7 +11,8 @@ import threading
 import pytest
 from waiting import is_listening, wait_for, wait_for_change
 
-from benchmarks.vm import VMM, QmpError, Vm
+from tests.harness.qmp import QmpError
+from tests.harness.vm import VMM, Vm
 
 HEARTBEAT = 0x8000
 RAM = "64M"
@@ -42,6 +44,10 @@ def trail(vm):
 
 def u64(vm, address):
     return int(vm.qmp.hmp(f"xp /1xg {address:#x}").split(":")[1], 16)
+
+
+def is_running(vm):
+    return vm.qmp.command("query-status")["running"]
 
 
 def check_churn(vm):
@@ -215,7 +221,7 @@ def test_a_chain_of_transfers(start, accel, tmp_path):
         pair.begin()
         wait_completed(pair.source)
         vm = pair.target
-        wait_for(lambda vm=vm: vm.qmp.command("query-status")["running"], "the guest runs there")
+        wait_for(functools.partial(is_running, vm), "the guest runs there")
         check_churn(vm)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from cpr.errors import CommandError, MigrationError
 from cpr.migration import parameters as module
-from cpr.migration.parameters import CAPABILITIES, Capabilities, Parameter, Parameters
+from cpr.migration.capabilities import CAPABILITIES, Capabilities
+from cpr.migration.parameters import Parameter, Parameters
 from cpr.migration.text import words
 
 DEFAULTS = {
@@ -79,7 +82,8 @@ def test_the_defaults_are_qemus_thirty() -> None:
 
 @pytest.mark.parametrize("name", [n for n, value in DEFAULTS.items() if type(value) is int])
 def test_an_integer_takes_no_other_type(name: str) -> None:
-    for wrong in ("1", 1.5, None, True, [], 1 << 64):
+    wrongs: list[Any] = ["1", 1.5, None, True, [], 1 << 64]
+    for wrong in wrongs:
         with pytest.raises(CommandError) as refused:
             Parameters().set({name: wrong})
         assert str(refused.value) == f"Parameter '{name}' expects uint64"

@@ -7,12 +7,13 @@ from fake_platform import FakePlatform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpr.constants import PAGE_SIZE
 from cpr.devices import pci_config
 from cpr.devices.pci import ECAM_BASE, PciFunction, PciHost, parse_slot
 from cpr.devices.pci_config import Bar, ConfigSpace
 from cpr.devices.pci_msi import MsiCapability, MsixCapability
 from cpr.devices.vfio_options import parse_host
-from cpr.devices.vfio_regions import PAGE, mappable
+from cpr.devices.vfio_regions import mappable
 from cpr.errors import ConfigError
 from cpr.uapi.vfio_info import RegionInfo
 
@@ -191,17 +192,19 @@ def test_emulated_bits_are_ours_and_the_others_the_devices(
     st.lists(st.tuples(st.integers(0, 1 << 18), st.integers(0, 1 << 13)), max_size=2),
 )
 def test_mapped_areas_leave_out_the_pages_of_the_holes(pages: int, holes: list) -> None:
-    size = pages * PAGE
+    size = pages * PAGE_SIZE
     areas = mappable(RegionInfo(0, size, True, True, [(0, size)]), holes)
     mapped = {
-        page for start, length in areas for page in range(start // PAGE, (start + length) // PAGE)
+        page
+        for start, length in areas
+        for page in range(start // PAGE_SIZE, (start + length) // PAGE_SIZE)
     }
     for start, length in areas:
-        assert start % PAGE == length % PAGE == 0 and length and start + length <= size
+        assert start % PAGE_SIZE == length % PAGE_SIZE == 0 and length and start + length <= size
     wanted = set(range(pages))
     for start, length in holes:
         if length:
-            wanted -= set(range(start // PAGE, (start + length - 1) // PAGE + 1))
+            wanted -= set(range(start // PAGE_SIZE, (start + length - 1) // PAGE_SIZE + 1))
     assert mapped == wanted
 
 

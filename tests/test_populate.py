@@ -9,10 +9,10 @@ from staged_guest import mapping
 from waiting import wait_for, wait_for_change
 
 from cpr import ram
+from cpr.constants import MIB
 from cpr.errors import ConfigError
 from cpr.vmm import populate
 
-MIB = 1 << 20
 HEARTBEAT = 0x8000
 
 

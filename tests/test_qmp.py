@@ -44,7 +44,7 @@ class Client:
 
     def execute(self, name: str, **arguments: Any) -> Any:
         """The return value or the error's text."""
-        request = {"execute": name}
+        request: dict[str, Any] = {"execute": name}
         if arguments:
             request["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}
         (answer,) = self.send(json.dumps(request))
@@ -259,6 +259,20 @@ def test_limits(ready: Client) -> None:
     assert str(JsonStream().feed(b"1" * (65 << 10))[0]) == "JSON token size limit exceeded"
     results = JsonStream().feed(b"[" + b"1," * (1 << 20))
     assert [str(result) for result in results] == ["JSON token count limit exceeded"]
+
+
+@pytest.mark.parametrize(
+    "start", [b'"', b"a", b"1", b"[ "], ids=["string", "word", "number", "blanks"]
+)
+def test_small_pieces_of_what_is_long(start: bytes) -> None:
+    """A byte is looked at once, however small the pieces are: this would take minutes otherwise."""
+    stream = JsonStream()
+    piece = start[-1:].replace(b'"', b"x") * 8
+    results = stream.feed(start)
+    for _ in range(1 << 17):
+        results += stream.feed(piece)
+    results += stream.feed(b'"\n]\n{}')
+    assert results[-1] == {}
 
 
 def test_qemus_dialect() -> None:

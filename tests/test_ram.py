@@ -11,10 +11,9 @@ import pytest
 
 from cpr import memory as guest_memory
 from cpr import ram
+from cpr.constants import MIB
 from cpr.errors import ConfigError
 from cpr.state.fds import PreservedFds
-
-MIB = 1 << 20
 
 
 def backend(kind: str, **properties: object) -> SimpleNamespace:

@@ -9,6 +9,7 @@ import pytest
 from described import blocks, golden, reader_of
 from hypothesis import given
 from hypothesis import strategies as st
+from ram_records import PageEncoder, block_list
 
 from cpr.state.ram_section import (
     CONTINUE,
@@ -22,9 +23,7 @@ from cpr.state.ram_section import (
     VERSION_ID,
     ZERO,
     Block,
-    PageEncoder,
     RamDecoder,
-    block_list,
 )
 from cpr.state.reader import LoadError
 
@@ -37,7 +36,7 @@ def ram_bodies(name: str, decoder: RamDecoder) -> list[tuple[bytes, list]]:
     reader = reader_of(stream)
     reader.header()
     reader.configuration()
-    found = []
+    found: list[tuple] = []
     for section in reader.sections(None):
         if section.idstr != "ram":
             return found

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from cpr.constants import MIB
 from cpr.migration import rate
 
-MIB = 1 << 20
 MS = 1_000_000
 
 

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from benchmarks.vm import ROOT, VMM
+from tests.harness.vm import ROOT, VMM
 
 qmp = pytest.importorskip("qemu.qmp")
 

@@ -71,7 +71,7 @@ class Port:
 
     @property
     def irq(self) -> bool:
-        return self.platform.irqs.get(IRQ4, False)
+        return self.platform.lines.get(IRQ4, False)
 
 
 @pytest.fixture

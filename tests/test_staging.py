@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from cpr import ram
+from cpr.constants import MIB
+from cpr.constants import PAGE_SIZE as PAGE
 from cpr.errors import KernelError, MigrationError
 from cpr.memory import GuestMemory
 from cpr.migration import staging
@@ -19,8 +21,6 @@ from cpr.migration.parameters import Parameters
 from cpr.migration.statistics import RamCounters
 from cpr.state.fds import PreservedFds
 
-PAGE = 4096
-MIB = 1 << 20
 SIZE = 8 * MIB
 LOW = 160 * PAGE  # as on a PC: conventional memory
 LAST_START = 1 << 32
@@ -111,12 +111,17 @@ def guest():
 
 
 def test_passes_until_nothing_is_left(guest):
-    turns = []
+    turns: list[None] = []
 
     def run():
         turns.append(None)
         if len(turns) < 4:
-            for address in (0, LOW - PAGE, 2 * MIB + len(turns) * PAGE, LAST_START + 2 * PAGE):
+            for address in (
+                0,
+                LOW - PAGE,
+                2 * MIB + len(turns) * PAGE,
+                LAST_START + 2 * PAGE,
+            ):
                 guest.accel.guest_writes(address, bytes([len(turns)]) * PAGE)
 
     guest.accel.on_take = run
@@ -184,7 +189,7 @@ def test_without_a_log_all_is_copied_at_the_end(guest):
 
 
 def test_the_downtime_limit_ends_the_passes(guest):
-    turns = []
+    turns: list[None] = []
 
     def run():
         turns.append(None)
@@ -210,6 +215,7 @@ def test_the_downtime_limit_ends_the_passes(guest):
 @pytest.mark.parametrize("share", [False, True])
 def test_close_is_the_inverse(share):
     guest = Guest(share)
+    gc.collect()  # what other tests left open is not to be closed in between
     before, entries = set(os.listdir("/proc/self/fd")), guest.fds.entries()
     if share:
         assert staging.wanted(guest.machine, True, 0) == []

@@ -11,10 +11,11 @@ import pytest
 from described import DATA, STREAMS, blocks, description_of, golden, reader_of, skip_body, vmsd_of
 from hypothesis import given
 from hypothesis import strategies as st
+from ram_records import block_list
 
 from cpr.state.configuration import Configuration
 from cpr.state.ram_section import END as RAM_END
-from cpr.state.ram_section import RamDecoder, block_list
+from cpr.state.ram_section import RamDecoder
 from cpr.state.reader import BytesReader, EndOfStream, StreamError
 from cpr.state.stream import END as SECTION_END
 from cpr.state.stream import (
@@ -470,7 +471,8 @@ class Dribble(io.BytesIO):
         super().__init__(data)
         self.size = size
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int | None = -1, /) -> bytes:
+        assert size is not None
         return super().read(min(size, self.size))
 
 
@@ -556,7 +558,7 @@ def test_any_sections_round_trip(machine, sections):
     reader = reader_of(bytes(written))
     reader.header()
     assert reader.configuration().machine == machine
-    found = []
+    found: list[tuple] = []
     for section in reader.sections(None):
         body = reader.read(len(expected[len(found)][5]))
         found.append(

@@ -12,9 +12,10 @@ import staged_guest as guest
 from staged_guest import PATTERN, mapping, ramblock, wait_round, words
 from waiting import is_listening, wait_for
 
-from benchmarks.vm import QmpError, Vm
+from cpr.constants import MIB
+from tests.harness.qmp import QmpError
+from tests.harness.vm import Vm
 
-MIB = 1 << 20
 HUGE = 2 * MIB
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 STAGING = {"x-cpr-ram-staging": True}

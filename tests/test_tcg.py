@@ -19,7 +19,8 @@ from tcg_guest import (
 )
 from waiting import wait_for, wait_for_change
 
-from cpr.accel import base, tcg, x86
+from cpr.accel import base, x86
+from cpr.accel.tcg import accelerator, vcpu
 from cpr.errors import ConfigError, KernelError
 
 require_tcg()
@@ -303,9 +304,9 @@ def test_start_up_ipi(pair: Guest) -> None:
 
 
 def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcg, "LIBRARY", "unicorn/lib/libmissing.so")
+    monkeypatch.setattr(accelerator, "LIBRARY", "unicorn/lib/libmissing.so")
     with pytest.raises(ConfigError, match=r"pip install 'cpr-vmm\[tcg\]'"):
-        tcg.TcgAccelerator()
+        accelerator.TcgAccelerator()
 
 
 def test_what_the_library_refuses_is_an_error(
@@ -315,15 +316,15 @@ def test_what_the_library_refuses_is_an_error(
         def __getattr__(self, name: str) -> object:
             return getattr(real, name)
 
-        def cpr_tcg_run(self, vcpu: object) -> int:
+        def cpr_tcg_run(self, native: object) -> int:
             return real.CPR_TCG_ERROR
 
-        def cpr_tcg_problem(self, vcpu: object) -> object:
+        def cpr_tcg_problem(self, native: object) -> object:
             return text
 
-    real = tcg.lib
-    text = tcg.ffi.new("char[]", b"Invalid memory mapping (UC_ERR_MAP)")
+    real = vcpu.lib
+    text = vcpu.ffi.new("char[]", b"Invalid memory mapping (UC_ERR_MAP)")
     guest.start_real(STOP)
-    monkeypatch.setattr(tcg, "lib", FailingLibrary())
+    monkeypatch.setattr(vcpu, "lib", FailingLibrary())
     with pytest.raises(KernelError, match=r"vCPU 0 at RIP 0x7c00: Invalid memory mapping"):
         guest.run()

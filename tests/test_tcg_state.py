@@ -21,7 +21,8 @@ from tcg_guest import (
     require_tcg,
 )
 
-from cpr.accel import base, tcg, x86
+from cpr.accel import base, x86
+from cpr.accel.tcg.state import MSRS, TSC_KHZ
 
 require_tcg()
 pytestmark = pytest.mark.tcg
@@ -91,7 +92,7 @@ def filled_state() -> dict:
     state["env.dr"] = [0x1000, 0x2000, 0x3000, 0x4000, 0, 0, 0xFFFF0FF0, 0x400]
     state["env.efer"] = 0xD01
     state["env.tsc"] = 123456789012
-    state["env.tsc_khz"] = tcg.TSC_KHZ
+    state["env.tsc_khz"] = TSC_KHZ
     state["env.interrupt_shadow"] = 1
     xsave = bytearray(x86.XSAVE_SIZE)
     xsave[0:2] = (0x0F7F).to_bytes(2, "little")  # FCW: round towards zero
@@ -106,7 +107,7 @@ def filled_state() -> dict:
     xsave[512] = 7
     xsave[576:832] = bytes(reversed(range(256)))
     state["env.xsave_buf"] = bytes(xsave)
-    entries = [{"index": index, "data": 0} for index in tcg.MSRS]
+    entries = [{"index": index, "data": 0} for index in MSRS]
     for entry in entries:
         if entry["index"] >= 0xC0000081 or entry["index"] in (0x175, 0x176):
             entry["data"] = 0x1000 + entry["index"]

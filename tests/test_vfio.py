@@ -231,8 +231,9 @@ def test_nothing_is_opened_or_changed_by_the_new_vmm(make, host: FakeHost, kind:
     assert new.accel.slots.keys() == vmm.accel.slots.keys()
     assert len(new.accel.vfio_files) == 2
     if kind == "type1":
-        assert None not in host_addresses(host)
-        assert {a & ~0xFFFFFF for a in host_addresses(host)} & {new.ram.host & ~0xFFFFFF}
+        addresses = [address for address in host_addresses(host) if address is not None]
+        assert len(addresses) == len(host_addresses(host))
+        assert {a & ~0xFFFFFF for a in addresses} & {new.ram.host & ~0xFFFFFF}
     else:
         assert host.log.count("change_process") == 1
     new.platform.loop.close()

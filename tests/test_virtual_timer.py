@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from stepped_platform import SteppedPlatform
+from fake_platform import SteppedPlatform
 
 from cpr.devices.virtual_timer import CATCH_UP_NS, VirtualTimer
 
@@ -50,13 +50,13 @@ def test_callback_may_set_it_again(platform: SteppedPlatform) -> None:
 
     def again(deadline: int) -> None:
         calls.append(deadline)
-        timer.set(deadline + 10)
+        repeated.set(deadline + 10)
 
-    timer = VirtualTimer(platform, again)
-    timer.set(10)
+    repeated = VirtualTimer(platform, again)
+    repeated.set(10)
     platform.loop.advance(35)
     assert calls == [10, 20, 30]
-    assert timer.deadline == 40
+    assert repeated.deadline == 40
 
 
 def test_stands_still_with_the_clock(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import pytest
@@ -411,6 +412,10 @@ def integer_fields(draw, name):
     return make(name, num), draw(st.lists(value, min_size=num, max_size=num))
 
 
+def several(make, count):
+    return [make() for _ in range(count)]
+
+
 @st.composite
 def described_states(draw, name="v", depth=2):
     """A description, and a function that draws states for it."""
@@ -423,11 +428,11 @@ def described_states(draw, name="v", depth=2):
         if kind == "integer":
             field, value = draw(integer_fields(each))
             fields.append(field)
-            drawers[each] = lambda value=value: value
+            drawers[each] = lambda value=value: value  # type: ignore[misc]
         elif kind == "bytes":
             size = draw(st.integers(0, 5))
             fields.append(buffer(each, size))
-            drawers[each] = lambda size=size: draw(st.binary(min_size=size, max_size=size))
+            drawers[each] = functools.partial(draw, st.binary(min_size=size, max_size=size))
         elif kind == "unused":
             fields.append(unused(draw(st.integers(0, 5))))
         else:
@@ -441,8 +446,8 @@ def described_states(draw, name="v", depth=2):
                 fields.append(struct_(each, vmsd, num))
             else:
                 fields += [u16(f"n{each}"), varray(each, vmsd, f"n{each}")]
-                drawers[f"n{each}"] = lambda num=num: num
-            drawers[each] = lambda num=num, make=make: [make() for _ in range(num)]
+                drawers[f"n{each}"] = lambda num=num: num  # type: ignore[misc]
+            drawers[each] = functools.partial(several, make, num)
     subsections = []
     if depth and draw(st.booleans()):
         vmsd, make = draw(described_states(f"{name}/s", 0))

@@ -1,4 +1,4 @@
-"""Builds cpr._native._cpr with cffi in API mode.
+"""Builds the C modules with cffi in API mode: cpr._native._cpr, and cpr._native._tcg of `tcg/`.
 
 Kernel constants and structs come from the system's headers through `cdef.h`.  Each other header
 holds declarations only: it is both what C includes and what cffi parses, so that the two cannot
@@ -13,10 +13,18 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
+FOLDER = "cpr/_native"
 ABI = sorted(path.name for path in HERE.glob("*_abi.h"))
 C_ONLY = {"cdef.h", "raw_syscall.h", *ABI}
 HEADERS = sorted(path.name for path in HERE.glob("*.h") if path.name not in C_ONLY)
-SOURCES = sorted(path.name for path in HERE.glob("*.c") if path.name != "_cpr.c")
+SOURCES = sorted(path.name for path in HERE.glob("[!_]*.c"))
+
+# What Python uses of the TCG accelerator; the other headers there are C's own.
+TCG_HEADERS = ["tcg/cpu.h", "tcg/unicorn_api.h", "tcg/vm.h"]
+TCG_SOURCES = sorted(f"tcg/{path.name}" for path in HERE.glob("tcg/*.c"))
+
+# No shadow stack: the guard jumps back into the stack of its caller.
+FLAGS = ["-O2", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-fcf-protection=none"]
 
 PRELUDE = """
 #include <errno.h>
@@ -40,25 +48,28 @@ def declarations(name: str) -> str:
     return "\n".join(line for line in lines if not line.startswith("#"))
 
 
-ffibuilder = FFI()
-ffibuilder.cdef("\n".join(declarations(name) for name in ["cdef.h", *HEADERS]))
-ffibuilder.set_source(
-    "cpr._native._cpr",
-    PRELUDE + "".join(f'#include "{name}"\n' for name in [*ABI, *HEADERS]),
-    sources=[f"cpr/_native/{name}" for name in SOURCES],
-    include_dirs=["cpr/_native"],
-    depends=[f"cpr/_native/{name}" for name in [*C_ONLY, *HEADERS]],
-    extra_compile_args=[
-        "-O2",
-        "-D_GNU_SOURCE",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-fcf-protection=none",
-    ],
-    libraries=["dl", "pthread"],
-)
+def module(
+    name: str, declared: list[str], included: list[str], sources: list[str], prelude: str = ""
+) -> FFI:
+    """The module cpr._native.NAME, in which cffi knows the headers `declared`."""
+    builder = FFI()
+    builder.cdef("\n".join(declarations(header) for header in declared))
+    builder.set_source(
+        f"cpr._native.{name}",
+        prelude + "".join(f'#include "{header}"\n' for header in included),
+        sources=[f"{FOLDER}/{source}" for source in sources],
+        include_dirs=[FOLDER],
+        depends=[str(path.relative_to(HERE.parent.parent)) for path in sorted(HERE.rglob("*.h"))],
+        extra_compile_args=FLAGS,
+        libraries=["dl", "pthread"],
+    )
+    return builder
+
+
+cpr = module("_cpr", ["cdef.h", *HEADERS], [*ABI, *HEADERS], SOURCES, PRELUDE)
+tcg = module("_tcg", TCG_HEADERS, TCG_HEADERS, TCG_SOURCES)
 
 
 if __name__ == "__main__":
-    ffibuilder.compile(tmpdir=str(HERE.parent.parent))
+    for builder in (cpr, tcg):
+        builder.compile(tmpdir=str(HERE.parent.parent))

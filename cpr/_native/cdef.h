@@ -142,7 +142,11 @@ struct kvm_xcrs { uint32_t nr_xcrs; uint32_t flags; struct kvm_xcr xcrs[16]; ...
 struct kvm_debugregs { unsigned long long db[4]; uint64_t dr6, dr7, flags; ...; };
 struct kvm_xsave { uint32_t region[1024]; ...; };
 struct kvm_mp_state { uint32_t mp_state; ...; };
-struct kvm_vcpu_events { uint32_t flags; ...; };
+struct kvm_vcpu_events {
+    struct { uint8_t injected, nr, soft, shadow; } interrupt;
+    struct { uint8_t injected, pending, masked, pad; } nmi;
+    uint32_t flags; ...;
+};
 struct kvm_lapic_state { char regs[1024]; ...; };
 struct kvm_msr_entry { uint32_t index; uint64_t data; ...; };
 struct kvm_msrs { uint32_t nmsrs; struct kvm_msr_entry entries[]; ...; };

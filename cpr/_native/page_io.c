@@ -6,9 +6,9 @@
 #include <unistd.h>
 
 /* After a failed call: 0 if it is to be made again, once the descriptor is ready; else -errno. */
-static int retry(int fd, short events, const int32_t *cancelled)
+static int retry(int fd, const int32_t *cancelled)
 {
-    struct pollfd ready = {.fd = fd, .events = events};
+    struct pollfd ready = {.fd = fd, .events = POLLOUT};
 
     if (errno == EINTR) {
         return 0;
@@ -46,7 +46,7 @@ int cpr_write_all(int fd, struct iovec *vectors, int count, const int32_t *cance
         if (done >= 0) {
             advance(&vectors, &count, (size_t)done);
         } else {
-            int error = retry(fd, POLLOUT, cancelled);
+            int error = retry(fd, cancelled);
 
             if (error) {
                 return error;
@@ -90,21 +90,4 @@ int cpr_pread_all(int fd, void *data, size_t size, uint64_t offset)
         }
     }
     return 0;
-}
-
-int64_t cpr_read_some(int fd, void *data, size_t size, const int32_t *cancelled)
-{
-    while (!__atomic_load_n(cancelled, __ATOMIC_RELAXED)) {
-        ssize_t done = read(fd, data, size);
-        int error;
-
-        if (done >= 0) {
-            return done;
-        }
-        error = retry(fd, POLLIN, cancelled);
-        if (error) {
-            return error;
-        }
-    }
-    return -ECANCELED;
 }

@@ -19,7 +19,4 @@ int cpr_pwrite_all(int fd, struct iovec *vectors, int count, uint64_t offset);
 /* -ENODATA where the file is too short. */
 int cpr_pread_all(int fd, void *data, size_t size, uint64_t offset);
 
-/* Returns 1 to `size` bytes read, 0 at the end, or -errno. */
-int64_t cpr_read_some(int fd, void *data, size_t size, const int32_t *cancelled);
-
 #endif

@@ -5,7 +5,6 @@
 #include <errno.h>
 #include <string.h>
 
-#include "page_io.h"
 #include "page_records.h"
 
 #define HEADER_SIZE 8
@@ -140,33 +139,4 @@ int64_t cpr_load_bytes(const struct cpr_page_pool *pool, struct cpr_load *load, 
     load->stopped = verdict == OTHER;
     load->counts.bytes += taken;
     return error ? error : (int64_t)taken;
-}
-
-int cpr_load_fd(const struct cpr_page_pool *pool, struct cpr_load *load, int fd, uint8_t *buffer,
-                uint64_t capacity, uint64_t *filled)
-{
-    int64_t got;
-
-    do {
-        got = cpr_load_bytes(pool, load, buffer, *filled);
-        if (got < 0) {
-            return (int)got;
-        }
-        *filled -= (uint64_t)got;
-        memmove(buffer, buffer + got, *filled);
-        if (load->stopped) {
-            return 0;
-        }
-        got = cpr_read_some(fd, buffer + *filled, capacity - *filled, &load->cancelled);
-        if (got < 0) {
-            return (int)got;
-        }
-        *filled += (uint64_t)got;
-    } while (got);
-    return 0;
-}
-
-void cpr_load_cancel(struct cpr_load *load)
-{
-    __atomic_store_n(&load->cancelled, 1, __ATOMIC_RELAXED);
 }

@@ -18,7 +18,6 @@ struct cpr_load {
     uint32_t count;
     int32_t current; /* the block of the last record, or -1 */
     bool stopped;
-    int32_t cancelled; /* as in struct cpr_page_walk */
     struct cpr_page_counts counts;
 };
 
@@ -27,14 +26,5 @@ struct cpr_load {
    -errno. */
 int64_t cpr_load_bytes(const struct cpr_page_pool *pool, struct cpr_load *load, const uint8_t *data,
                        uint64_t size);
-
-/* The same from `fd`, after the *filled bytes that are in `buffer` already, until `stopped` or the
-   end. Then the *filled bytes in `buffer` are those read and not taken. `capacity` is at least
-   CPR_RECORD_MOST. Returns 0 or -errno. */
-int cpr_load_fd(const struct cpr_page_pool *pool, struct cpr_load *load, int fd, uint8_t *buffer,
-                uint64_t capacity, uint64_t *filled);
-
-/* Ends a cpr_load_fd on another thread, and any later one, with -ECANCELED. */
-void cpr_load_cancel(struct cpr_load *load);
 
 #endif

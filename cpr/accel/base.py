@@ -73,7 +73,11 @@ class VCpu:
         """The state by `x86.VMSTATE_CPU`."""
         raise NotImplementedError
 
+    def check_state(self, state: dict) -> None:
+        """Raises ConfigError where this vCPU cannot take over `state`; it is not changed."""
+
     def set_state(self, state: dict) -> None:
+        """Takes over a whole state; in force with `Accelerator.apply_state`, see there."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -126,10 +130,13 @@ class Accelerator:
         """Sets an input of the in-kernel irqchip."""
         raise NotImplementedError
 
-    def get_irqchip(self, chip: str) -> dict:
-        """State of 'i8259-0', 'i8259-1', 'ioapic', 'i8254' or 'kvmclock', by the device's vmstate.
+    # State.  An accelerator's parts depend on each other, so that they are given one by one, in any
+    # order, and come into force together.
 
-        Only where `kernel_irqchip` is true.
+    def get_irqchip(self, chip: str) -> dict:
+        """The state of 'i8259-0', 'i8259-1', 'ioapic' or 'i8254', by the device's vmstate.
+
+        Only where `kernel_irqchip` is true, as all up to `set_clock`.
         """
         raise NotImplementedError
 
@@ -138,11 +145,51 @@ class Accelerator:
         raise NotImplementedError
 
     def get_apic(self, vcpu: VCpu) -> bytes:
-        """The 1024 bytes of registers of an in-kernel local APIC (layout: the xAPIC page)."""
+        """The 1024 bytes of registers of a vCPU's local APIC (layout: the xAPIC page)."""
         raise NotImplementedError
 
     def set_apic(self, vcpu: VCpu, registers: bytes) -> None:
+        """The inverse of `get_apic`."""
         raise NotImplementedError
+
+    def get_clock(self) -> int:
+        """ns that the accelerator's paravirtual clock shows its guest."""
+        raise NotImplementedError
+
+    def set_clock(self, ns: int) -> None:
+        """The inverse of `get_clock`, while the VM is stopped."""
+        raise NotImplementedError
+
+    def apply_state(self) -> None:
+        """Puts what the set_ methods were given into force; while the VM is stopped.
+
+        Called when all has been given: after a load, and after a reset.  An accelerator may have
+        done it before.  Raises CprError where the state cannot be this VM's.
+        """
+
+    def stop_time(self) -> None:
+        """The vCPUs have stopped: what the guest sees of time stands still from now.
+
+        That is its TSCs, and the paravirtual clock; they are read at one instant.
+        """
+
+    def start_time(self) -> None:
+        """The vCPUs are about to run: the inverse of `stop_time`, and of a load or a reset."""
+
+    # The processor that the guest was told that it has.
+
+    def cpu_model(self) -> dict[str, Any]:
+        """What it can do, as plain data that JSON can carry; for another VMM's `check_cpu_model`.
+
+        {} where there is nothing that could be missing elsewhere.
+        """
+        return {}
+
+    def check_cpu_model(self, model: dict[str, Any]) -> None:
+        """Raises ConfigError naming every feature of `model` that this host cannot give a guest.
+
+        A host that has more is no problem: a guest keeps the model that it was started with.
+        """
 
     # Interrupts by eventfd.  Eventfds are non-blocking ones and stay the caller's.
 
@@ -187,13 +234,6 @@ class Accelerator:
 
     def remove_vfio_file(self, fd: int) -> None:
         raise NotImplementedError
-
-    def cpu_model(self) -> Any:
-        """What the guest's CPUs can do, as plain data that JSON can carry."""
-        return []
-
-    def check_cpu_model(self, model: Any) -> None:
-        """Raises ConfigError where CPUs here would lack what those of `model` have."""
 
     def close(self) -> None:
         """Frees the VM; the vCPUs are closed before."""

@@ -64,7 +64,22 @@ VMSTATE_MSRS = VMStateDescription(
 )
 
 # Events in flight, as KVM_GET_VCPU_EVENTS gives them (struct kvm_vcpu_events, linux/kvm.h).
-VMSTATE_EVENTS = VMStateDescription("cpu/kvm_vcpu_events", 1, 1, (buffer("kvm_vcpu_events", 64),))
+EVENTS_SIZE = 64
+VMSTATE_EVENTS = VMStateDescription(
+    "cpu/kvm_vcpu_events", 1, 1, (buffer("kvm_vcpu_events", EVENTS_SIZE),)
+)
+
+VMSTATE_CPUID_ENTRY = VMStateDescription(
+    "cpu/cpuid_entry",
+    1,
+    1,
+    tuple(u32(name) for name in ("function", "index", "flags", "eax", "ebx", "ecx", "edx")),
+)
+
+# What the guest is told of its processor, as KVM has it (struct kvm_cpuid_entry2, linux/kvm.h).
+VMSTATE_CPUID = VMStateDescription(
+    "cpu/cpuid", 1, 1, (u32("nent"), varray("entries", VMSTATE_CPUID_ENTRY, "nent"))
+)
 
 VMSTATE_CPU = VMStateDescription(
     "cpu",
@@ -94,7 +109,7 @@ VMSTATE_CPU = VMStateDescription(
         u8("env.a20_mask"),
         buffer("env.xsave_buf", XSAVE_SIZE),
     ),
-    subsections=(VMSTATE_MSRS, VMSTATE_EVENTS),
+    subsections=(VMSTATE_MSRS, VMSTATE_EVENTS, VMSTATE_CPUID),
 )
 
 

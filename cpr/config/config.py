@@ -72,18 +72,6 @@ DEFAULT_ACTIONS = {
 }
 
 
-OF_THE_MACHINE = (
-    "accels",
-    "cpu_model",
-    "devices",
-    "machine",
-    "machine_type",
-    "objects",
-    "ram_size",
-    "smp",
-)
-
-
 class Config(Record):
     """What the VMM is asked to be.
 
@@ -190,12 +178,6 @@ class Config(Record):
     def __init__(self, **fields: Any) -> None:
         self._fill(*(fields.pop(name) for name in self.__slots__))
         assert not fields, fields
-
-    def makes_same_machine(self, other: Config) -> bool:
-        """Whether a guest of this VM can go on in the other's, and is meant to at once."""
-        return not other.start_paused and all(
-            getattr(self, name) == getattr(other, name) for name in OF_THE_MACHINE
-        )
 
 
 def parse_command_line(argv: Sequence[str]) -> Config:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from cpr.config.option_values import BOOL, INT, JSON, KEYVAL, STRING, error, parse_property
+from cpr.config.device_table import DEVICES
+from cpr.config.option_values import INT, JSON, KEYVAL, STRING, error, parse_property
 from cpr.config.record import Record
+from cpr.constants import U32_LIMIT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,30 +16,8 @@ if TYPE_CHECKING:
     from cpr.config.options import OptionGroup
 
 MIGRATION = "migration"  # the -global driver of the migration's own properties
-UINT32_LIMIT = 1 << 32
 
 GLOBAL_KEYS: dict[str, Kind] = {"driver": STRING, "property": STRING, "value": STRING}
-
-# Properties of the devices that are known here; those of others stay as they were given.
-DEVICES: dict[str, dict[str, Kind]] = {
-    "isa-debug-exit": {"iobase": INT, "iosize": INT},
-    "isa-debugcon": {"chardev": STRING, "iobase": INT, "readback": INT},
-    "isa-serial": {
-        "baudbase": INT,
-        "chardev": STRING,
-        "index": INT,
-        "iobase": INT,
-        "irq": INT,
-        "wakeup": BOOL,
-    },
-    "vfio-pci": {
-        "addr": STRING,
-        "fd": STRING,
-        "host": STRING,
-        "iommufd": STRING,
-        "sysfsdev": STRING,
-    },
-}
 
 
 class DeviceConfig(Record):
@@ -109,27 +89,28 @@ def _parse_device(
     dialect = JSON if group.dialect == JSON else KEYVAL
     for name, value in values.items():
         properties[name] = _parse(driver, name, value, dialect, group.location)
+    model = DEVICES.get(driver)
     if isinstance(properties.get("chardev"), str):
-        _use_chardev(group, driver, properties["chardev"], chardevs)
-    elif driver == "isa-debugcon":
+        owner = model.chardev if model is not None and model.chardev else driver
+        _use_chardev(group, owner, properties["chardev"], chardevs)
+    elif model is not None and model.needs_chardev:
         raise group.error("Can't create debugcon device, empty char device")
     return DeviceConfig(driver, identifier, properties, group.location)
 
 
 def _parse(driver: str, name: str, value: Any, dialect: str, location: str) -> Any:
-    kinds = DEVICES.get(driver)
-    if kinds is None:
+    if driver not in DEVICES:
         return value
+    kinds = DEVICES[driver].properties
     if name not in kinds:
         raise error(location, f"Property '{driver}.{name}' not found")
     parsed = parse_property(kinds[name], name, value, dialect, location)
-    if kinds[name] == INT and not 0 <= parsed < UINT32_LIMIT:
+    if kinds[name] == INT and not 0 <= parsed < U32_LIMIT:
         raise error(location, f"Parameter '{name}' expects uint32_t")
     return parsed
 
 
-def _use_chardev(group: OptionGroup, driver: str, identifier: str, chardevs: ChardevTable) -> None:
-    owner = "serial" if driver == "isa-serial" else driver
+def _use_chardev(group: OptionGroup, owner: str, identifier: str, chardevs: ChardevTable) -> None:
     if identifier not in chardevs:
         raise group.error(f"Property '{owner}.chardev' can't find value '{identifier}'")
     problem = chardevs.use(identifier)

@@ -7,6 +7,7 @@ same; where both are given, the short option wins.
 from __future__ import annotations
 
 from cpr.config.option_values import BOOL, INT, KEYVAL, SIZE, STRING, error, parse_property
+from cpr.constants import MAX_CPUS
 from cpr.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -24,7 +25,6 @@ QEMU_MACHINE = "pc-i440fx-11.1"  # what QEMU 11.1 calls its `pc` in messages
 DEFAULT_RAM_SIZE = 128 << 20
 RAM_ALIGNMENT = 8192
 MAX_MEMORY_SLOTS = 256
-MAX_CPUS = 255
 DEFAULT_BOOT_ORDER = "cad"
 BOOT_DEVICES = "abcdefghijklmnop"
 

@@ -10,6 +10,7 @@ Errors are ConfigErrors that begin with the place, as "-m foo: …" or "guest.cf
 
 from __future__ import annotations
 
+from cpr.constants import SIZE_SUFFIXES, U64_LIMIT
 from cpr.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -30,8 +31,6 @@ SIZE = "size"
 
 TRUE_WORDS = ("on", "yes", "true", "y")
 FALSE_WORDS = ("off", "no", "false", "n")
-SIZE_SHIFTS = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
-UINT64_LIMIT = 1 << 64
 MAX_DIGITS = 80  # a longer number is out of any range; Python refuses to convert thousands
 BLANKS = " \t\n\v\f\r"
 BASES = {"0x": 16, "0X": 16, "0b": 2, "0B": 2}
@@ -80,7 +79,7 @@ def parse_int(text: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise OverflowError(text)
     value = int(digits, base)
-    if value >= UINT64_LIMIT:
+    if value >= U64_LIMIT:
         raise OverflowError(text)
     return -value if negative else value
 
@@ -96,7 +95,7 @@ def parse_size(text: str) -> int:
     if number[:1] in ("-", "+"):
         number = number[1:]
     value = _unsigned_size(number)
-    if negative or value >= UINT64_LIMIT:
+    if negative or value >= U64_LIMIT:
         raise OverflowError(text)
     return value
 
@@ -106,7 +105,7 @@ def _unsigned_size(number: str) -> int:
         if not number[2:].isalnum():
             raise ValueError(number)
         return parse_int(number)
-    shift = SIZE_SHIFTS.get(number[-1:].lower())
+    shift = SIZE_SUFFIXES.get(number[-1:].lower())
     whole, _, fraction = (number if shift is None else number[:-1]).partition(".")
     digits = whole + fraction
     if not (digits.isascii() and digits.isdigit()):

@@ -6,7 +6,7 @@ Imported only where one of them is needed.
 from __future__ import annotations
 
 from cpr.config.chardev_options import BACKENDS
-from cpr.config.device_options import DEVICES
+from cpr.config.device_table import DEVICES
 from cpr.config.machine_options import ACCELERATORS
 from cpr.config.object_options import OBJECTS
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 VERSION = "0.1.0"
 QEMU_VERSION = "11.1.3"
 
-USAGE = """\
+_USAGE = """\
 usage: cpr-vmm run [guest.cfg] [options]
 
 guest.cfg has the format of QEMU's -readconfig; options win over what it says.
@@ -34,8 +34,7 @@ The machine
   -smp [cpus=]N[,maxcpus=...][,sockets=...][,cores=...][,threads=...]
   -object memory-backend-memfd|-shm|-file|-ram,id=ID,size=SIZE[,share=on|off]...
                  or the same in JSON; -object iommufd,id=ID for devices of the host
-  -device isa-serial|isa-debugcon|isa-debug-exit[,prop=value]...
-  -device vfio-pci,host=[DDDD:]BB:DD.F[,iommufd=ID]
+@DEVICES@
   -global DRIVER.PROPERTY=VALUE
                  a default for a device's property, or a property of the migration
   -uuid UUID, -name [guest=]NAME[,process=NAME], -boot [order=]LETTERS, -rtc base=...
@@ -66,6 +65,11 @@ Start and end
   -nographic, -display none, -vga none, -net none, -nic none, -parallel none
   -h, -help, -version
 """
+
+USAGE = _USAGE.replace(
+    "@DEVICES@",
+    "\n".join(f"  -device {name}{model.usage}" for name, model in DEVICES.items()),
+)
 
 # Options that QEMU 11.1.3 has and this program has not.
 QEMU_ONLY = frozenset(
@@ -153,7 +157,9 @@ TEXTS: dict[str, Callable[[], str]] = {
     "accel": lambda: _list("Accelerators supported:", ACCELERATORS),
     "chardev": lambda: _list("Available chardev backend types:", BACKENDS),
     "cpu": lambda: "Any CPU model is accepted; the guest sees what the accelerator offers.\n",
-    "device": lambda: _with_properties("Devices and their properties:", DEVICES),
+    "device": lambda: _with_properties(
+        "Devices and their properties:", {name: row.properties for name, row in DEVICES.items()}
+    ),
     "help": _help,
     "machine": lambda: "Supported machines are:\npc    mini PC (alias: mini) (default)\n",
     "object": lambda: _with_properties("Objects and their properties:", OBJECTS),

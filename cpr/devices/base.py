@@ -7,7 +7,9 @@ stream.  The machine calls nothing but this interface.
 
 from __future__ import annotations
 
-DESCRIPTORS_KEPT = frozenset({"cpr-exec", "cpr-transfer"})
+from cpr.constants import EXEC, TRANSFER
+
+DESCRIPTORS_KEPT = frozenset({EXEC, TRANSFER})
 """The modes in which a device's descriptors go over to the new VMM."""
 
 TYPE_CHECKING = False
@@ -129,7 +131,7 @@ class Device:
         return {}
 
     def check(self, state: dict) -> None:
-        """Raises ValueError, naming the field, for a value that the device cannot take.
+        """Raises ValueError or ConfigError, naming the field, for what the device cannot take.
 
         Called for a whole state before any device has taken over its own.
         """

@@ -46,7 +46,7 @@ class IommufdBackend(DmaMappings):
         instance_id: int = 0,
         kernel: Any = iommufd,
     ) -> None:
-        super().__init__(fds.incoming)
+        super().__init__(fds.came(name, 0))
         self.name = name
         self.instance_id = instance_id
         self.ioas_id: int | None = None
@@ -56,15 +56,11 @@ class IommufdBackend(DmaMappings):
         self._platform: Platform | None = None
         self._locked = 0
         self._listens = False
-        self.fd: Fd = self._open(passed)
 
-    def _open(self, passed: int | None) -> Fd:
-        found = self._fds.find(self.name, 0)
-        if found is not None:
-            return self._kernel.adopt(found)
-        fd = self._kernel.open_device() if passed is None else self._kernel.adopt(passed)
-        self._fds.save(self.name, 0, fd.number)
-        return fd
+        def opener() -> int:
+            return kernel.open_device().release() if passed is None else passed
+
+        self.fd: Fd = kernel.adopt(fds.open(name, 0, opener))
 
     def realize(self, platform: Platform) -> None:
         self._platform = platform

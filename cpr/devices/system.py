@@ -1,4 +1,4 @@
-"""The parts of a machine that are no chip but have state: the timers' clock, kvmclock, the vCPUs.
+"""The parts of a machine that are no chip but have state: its clocks, and the vCPUs.
 
 Each is a Device, so that the machine saves and restores everything in one way.
 """
@@ -36,31 +36,20 @@ class Timers(Device):
         self._clock.set(state["cpu_clock_offset"])
 
 
-class KvmClock(Device):
-    """The clock that KVM shows its guests; it stands still while the VM is stopped."""
+class ParavirtualClock(Device):
+    """The clock that the accelerator shows its guest; it stands still while the VM is stopped."""
 
     idstr = "kvmclock"
     vmstate = VMStateDescription("kvmclock", 1, 1, (u64("clock"),))
 
-    def __init__(self) -> None:
-        self._stopped_at: dict | None = None
-
     def realize(self, platform: Platform) -> None:
         self._accel = platform.accel
 
-    def on_stop(self) -> None:
-        self._stopped_at = self._accel.get_irqchip("kvmclock")
-
-    def on_run(self) -> None:
-        if self._stopped_at is not None:
-            self._accel.set_irqchip("kvmclock", self._stopped_at)
-            self._stopped_at = None
-
     def save(self) -> dict:
-        return self._stopped_at or self._accel.get_irqchip("kvmclock")
+        return {"clock": self._accel.get_clock()}
 
     def restore(self, state: dict) -> None:
-        self._stopped_at = state
+        self._accel.set_clock(state["clock"])
 
 
 class VCpuState(Device):
@@ -80,12 +69,13 @@ class VCpuState(Device):
         return self._vcpu.get_state()
 
     def check(self, state: dict) -> None:
-        """What is wider in the stream than in the processor."""
+        """What is wider in the stream than in the processor, and what the accelerator refuses."""
         for name in ("env.ldt", "env.tr", *[f"env.segs[{i}]" for i in range(6)]):
             check_range(f"{name}.selector", _segment(state, name)["selector"], 0, 0xFFFF)
         for name in ("env.gdt", "env.idt"):
             check_range(f"{name}.limit", state[name]["limit"], 0, 0xFFFF)
         check_range("env.tsc_khz", state["env.tsc_khz"], 0, 0xFFFFFFFF)
+        self._vcpu.check_state(state)
 
     def restore(self, state: dict) -> None:
         self._vcpu.set_state(state)

@@ -15,7 +15,7 @@ import errno
 from cpr.devices import dma
 from cpr.devices.base import DESCRIPTORS_KEPT, Device
 from cpr.devices.dma import DmaMappings
-from cpr.errors import ConfigError, CprError, KernelError, StateError
+from cpr.errors import ConfigError, CprError, KernelError
 from cpr.state.vmstate import VMStateDescription
 from cpr.uapi import vfio, vfio_sysfs
 from cpr.uapi.fd import same_file
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 CONTAINER_NAME = "vfio_container_for_group"
 GROUP_NAME = "vfio_group"
+MISSING = (
+    "the VMM before this one had no such device or group; give the same -device vfio-pci as there"
+)
 
 
 class Type1Container(DmaMappings):
@@ -205,16 +208,12 @@ class Type1:
                 f"vfio {name}: no iommu_group found; switch the IOMMU on (intel_iommu=on) and "
                 f"{self._sysfs.bind_remedy(name)}"
             )
-        found = self._require(name, 0) if self._fds.incoming else self._fds.find(name, 0)
-        if found is not None and not self._fds.incoming:
-            raise already_attached(name)
+        check_name(self._fds, name)
         if number not in self._groups:
             self._open_group(number, name)
-        if found is not None:
-            return self._kernel.adopt(found, name)
-        device = self._kernel.get_device_fd(self._groups[number].fd, name)
-        self._fds.save(name, 0, device.number)
-        return device
+        group = self._groups[number].fd
+        device = self._fds.open(name, 0, lambda: self._kernel.get_device_fd(group, name).release())
+        return self._kernel.adopt(device, name)
 
     def close(self, name: str, device: Fd) -> None:
         """The inverse of `open`; the group stays until the machine ends."""
@@ -229,31 +228,30 @@ class Type1:
 
     def _open_group(self, number: int, name: str) -> None:
         """The container is added behind its first group: at the end it must go before that."""
-        kernel = self._kernel
-        if self._fds.incoming:
-            fd = kernel.adopt(self._require(GROUP_NAME, number), f"/dev/vfio/{number}")
-            container = kernel.adopt(self._require(CONTAINER_NAME, number), kernel.CONTAINER)
-        else:
-            fd = kernel.open_group(number, name)
-            try:
-                container = self._join_container(fd)
-            except KernelError:
-                fd.close()
-                raise
-            self._fds.save(GROUP_NAME, number, fd.number)
-            self._fds.save(CONTAINER_NAME, number, container.number)
-        group = Group(number, fd, self._fds)
+        fds, kernel = self._fds, self._kernel
+        for kept in (GROUP_NAME, CONTAINER_NAME):
+            fds.require(kept, number, MISSING)
+        opened = fds.open(GROUP_NAME, number, lambda: kernel.open_group(number, name).release())
+        fd = kernel.adopt(opened, f"/dev/vfio/{number}")
+        claimed = fds.came(CONTAINER_NAME, number)
+        try:
+            joined = fds.open(CONTAINER_NAME, number, lambda: self._join_container(fd))
+        except KernelError:
+            fds.delete(GROUP_NAME, number)
+            fd.close()
+            raise
+        group = Group(number, fd, fds)
         self._add_device(group)
         self._groups[number] = group
+        container = kernel.adopt(joined, kernel.CONTAINER)
         for known in self._containers:
-            if same_file(container.number, known.fd.number):
-                group.copy = None if container is known.fd else container
+            if same_file(joined, known.fd.number):
+                group.copy = None if joined == known.fd.number else container
                 return
-        self._add_container(container)
+        self._add_container(container, claimed)
 
-    def _add_container(self, fd: Fd) -> None:
-        instance_id = len(self._containers)
-        container = Type1Container(fd, self._fds.incoming, instance_id, self._kernel)
+    def _add_container(self, fd: Fd, claimed: bool) -> None:
+        container = Type1Container(fd, claimed, len(self._containers), self._kernel)
         try:
             self._add_device(container)
         except CprError:
@@ -261,12 +259,12 @@ class Type1:
             raise
         self._containers.append(container)
 
-    def _join_container(self, group: Fd) -> Fd:
+    def _join_container(self, group: Fd) -> int:
         """Puts the group into the first container that takes it, or into a new one."""
         for container in self._containers:
             try:
                 self._kernel.set_container(group, container.fd)
-                return container.fd
+                return container.fd.number
             except KernelError:  # its IOMMU is another one
                 continue
         fd = self._kernel.open_container()
@@ -276,24 +274,14 @@ class Type1:
         except KernelError:
             fd.close()
             raise
-        return fd
-
-    def _require(self, name: str, id: int) -> int:
-        fd = self._fds.find(name, id)
-        if fd is None:
-            raise missing_fd(name, id)
-        return fd
+        return fd.release()
 
 
-def already_attached(name: str) -> ConfigError:
-    return ConfigError(f"vfio {name}: device is already attached")
-
-
-def missing_fd(name: str, id: int) -> StateError:
-    return StateError(
-        f"the CPR state has no descriptor '{name}' id {id}: the VMM before this one had no such "
-        "device or group; give the same -device vfio-pci as there"
-    )
+def check_name(fds: PreservedFds, name: str) -> None:
+    """Raises StateError for a device that the CPR state lacks, ConfigError for one given twice."""
+    fds.require(name, 0, MISSING)
+    if fds.find(name, 0) is not None and not fds.came(name, 0):
+        raise ConfigError(f"vfio {name}: device is already attached")
 
 
 def _host_address(section: Section) -> int:

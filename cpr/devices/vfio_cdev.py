@@ -7,7 +7,7 @@ Its ids in the iommufd are in the CPR state too: there the new VMM finds them, a
 
 from __future__ import annotations
 
-from cpr.devices.vfio import already_attached, missing_fd
+from cpr.devices.vfio import check_name
 from cpr.errors import ConfigError, CprError, StateError
 from cpr.state.cpr_state import VfioDevice
 from cpr.uapi import vfio, vfio_sysfs
@@ -46,27 +46,37 @@ class Cdev:
 
         Raises ConfigError, KernelError, or StateError where the CPR state lacks it.
         """
-        if self._fds.incoming:
-            return self._claim(name)
-        if self._fds.find(name, 0) is not None:
-            raise already_attached(name)
-        device = self._open(name, sysfs)
+        check_name(self._fds, name)
+        came = self._fds.came(name, 0)
+        number = self._fds.open(name, 0, lambda: self._open(name, sysfs).release())
+        device = self._kernel.adopt(number, name)
         try:
-            self._accel.add_vfio_file(device.number)
-            device_id = self._kernel.bind_iommufd(device, self._iommufd.fd)
-
-            def attach(page_table: int) -> None:
-                self._kernel.attach_iommufd_pt(device, page_table)
-
-            hwpt_id = self._iommufd.attach(device_id, attach)
+            self.join_vm(device)
+            if came:
+                self._claim(name)
+            else:
+                self._bind(name, device)
         except CprError:
-            self.leave_vm(device)
-            device.close()
+            self.close(name, device)
             raise
-        assert self._iommufd.ioas_id is not None
-        self._fds.save(name, 0, device.number)
-        self._fds.vfio_devices.append(VfioDevice(name, device_id, self._iommufd.ioas_id, hwpt_id))
         return device
+
+    def _bind(self, name: str, device: Fd) -> None:
+        device_id = self._kernel.bind_iommufd(device, self._iommufd.fd)
+
+        def attach(page_table: int) -> None:
+            self._kernel.attach_iommufd_pt(device, page_table)
+
+        hwpt_id = self._iommufd.attach(device_id, attach)
+        assert self._iommufd.ioas_id is not None
+        self._fds.vfio_devices.append(VfioDevice(name, device_id, self._iommufd.ioas_id, hwpt_id))
+
+    def _claim(self, name: str) -> None:
+        """It is bound and attached already."""
+        ids = next((each for each in self._fds.vfio_devices if each.name == name), None)
+        if ids is None:
+            raise StateError(f"the CPR state has no ids of VFIO device '{name}' in its iommufd")
+        self._iommufd.claim(ids.ioas_id, ids.hwpt_id)
 
     def close(self, name: str, device: Fd) -> None:
         """The inverse of `open`."""
@@ -93,15 +103,3 @@ class Cdev:
                 f"CONFIG_VFIO_DEVICE_CDEV, and {self._sysfs.bind_remedy(name)}"
             )
         return self._kernel.open_cdev(path, name)
-
-    def _claim(self, name: str) -> Fd:
-        number = self._fds.find(name, 0)
-        if number is None:
-            raise missing_fd(name, 0)
-        ids = next((each for each in self._fds.vfio_devices if each.name == name), None)
-        if ids is None:
-            raise StateError(f"the CPR state has no ids of VFIO device '{name}' in its iommufd")
-        device = self._kernel.adopt(number, name)
-        self._accel.add_vfio_file(number)
-        self._iommufd.claim(ids.ioas_id, ids.hwpt_id)
-        return device

@@ -18,32 +18,11 @@ from cpr.uapi import vfio_sysfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Protocol
+    from typing import Any
 
-    from cpr.accel.base import Accelerator
     from cpr.config import DeviceConfig
-    from cpr.devices.base import Device
-    from cpr.devices.iommufd import IommufdBackend
-    from cpr.devices.pci import PciHost
-    from cpr.devices.vfio import Type1
+    from cpr.devices.board import Board
     from cpr.devices.vfio_pci import Backend
-    from cpr.state.fds import PreservedFds
-
-    class Machine(Protocol):
-        @property
-        def accel(self) -> Accelerator: ...
-        def add_device(self, device: Device) -> None: ...
-
-    class Board(Protocol):
-        """What a device is made with; see pc.Board."""
-
-        @property
-        def fds(self) -> PreservedFds: ...
-        @property
-        def machine(self) -> Machine: ...
-        def pci_host(self) -> PciHost: ...
-        def type1(self) -> Type1: ...
-        def iommufd(self, identifier: str) -> IommufdBackend: ...
 
 
 def create(board: Board, config: DeviceConfig) -> None:

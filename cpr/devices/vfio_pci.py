@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from cpr import report
+from cpr.constants import NORMAL, REBOOT
 from cpr.devices import pci_config
 from cpr.devices.base import DESCRIPTORS_KEPT, Device
 from cpr.devices.pci import FUNCTION_SIZE, PciFunction
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
         def is_mdev(self, sysfs: str) -> bool: ...
 
 
-REBOOT = "cpr-reboot"
 REBOOT_REFUSED = "VFIO device only supports cpr-reboot for runstate suspended"
 ERR_NOTIFIER, REQ_NOTIFIER = "err_notifier", "req_notifier"
 
@@ -87,7 +87,7 @@ class VfioPci(Device, PciFunction):
         self._platform: Platform | None = None
         self._device: Fd | None = None
         self._mode = ""
-        self.required = fds.incoming
+        self.required = fds.came(name, 0)
         self._notifiers = Notifiers(name, fds)
         self._connection: Interrupts | None = None
         self._bars: list[BarRegion] = []
@@ -108,7 +108,7 @@ class VfioPci(Device, PciFunction):
 
     def _realize(self, platform: Platform) -> None:
         kernel = self._kernel
-        claimed = self._fds.incoming
+        claimed = self.required
         self._device = device = self._backend.open(self.name, self._sysfs)
         info = kernel.device_info(device)
         if not info.is_pci:
@@ -131,8 +131,8 @@ class VfioPci(Device, PciFunction):
         self._emulate_capabilities()
         self._create_bars()
         self._describe()
-        self._watch(vfio.ERR_IRQ, ERR_NOTIFIER, self._on_error, claimed)
-        self._watch(vfio.REQ_IRQ, REQ_NOTIFIER, self._on_request, claimed)
+        self._watch(vfio.ERR_IRQ, ERR_NOTIFIER, self._on_error)
+        self._watch(vfio.REQ_IRQ, REQ_NOTIFIER, self._on_request)
         if not claimed:
             self._interrupts.enable_intx()
 
@@ -185,13 +185,13 @@ class VfioPci(Device, PciFunction):
         self.vmstate = VMStateDescription("vfio-cpr-pci", 0, 0, tuple(fields))
         self.idstr = f"0000:00:{self.slot:02x}.0/vfio-cpr-pci"
 
-    def _watch(self, index: int, kind: str, handler: Any, claimed: bool) -> None:
+    def _watch(self, index: int, kind: str, handler: Any) -> None:
         """Listens to the index's one interrupt, if the device has it."""
         assert self._device is not None and self._platform is not None
         info = self._kernel.irq_info(self._device, index)
         if not info.count or not info.eventfd:
             return
-        known = claimed and self._notifiers.find(kind) is not None
+        known = self._fds.came(f"{self.name}_{kind}", 0)
         fd = self._notifiers.open(kind)
         if not known:
             self._kernel.set_triggers(self._device, index, 0, (fd,))
@@ -335,7 +335,7 @@ class VfioPci(Device, PciFunction):
         return self._mode in DESCRIPTORS_KEPT
 
     def cpr_blocker(self, mode: str) -> str | None:
-        if mode == "normal":
+        if mode == NORMAL:
             return f"{self.name}: VFIO migration is not supported in kernel"
         if mode in DESCRIPTORS_KEPT and self._nameless:
             fd = self._device.number if self._device is not None else -1

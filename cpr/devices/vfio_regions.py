@@ -7,6 +7,7 @@ The pages that hold the MSI-X table and its pending bits are always trapped: bot
 from __future__ import annotations
 
 from cpr import report
+from cpr.constants import PAGE_SIZE
 from cpr.devices.pci import ECAM_BASE, ECAM_SIZE
 from cpr.devices.pci_config import Bar, overlaps
 from cpr.errors import KernelError
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from cpr.uapi.fd import Fd
     from cpr.uapi.vfio import RegionInfo
 
-PAGE = 4096
 # I/O APIC, local APICs, KVM's own pages and the BIOS: no BAR can be put over these.
 RESERVED = ((ECAM_BASE, ECAM_SIZE), (0xFEC00000, 0x100000000 - 0xFEC00000))
 MAX_ADDRESS = 1 << 46  # a BAR that is being sized has all of its bits set
@@ -193,12 +193,12 @@ def mappable(region: RegionInfo, holes: list[tuple[int, int]]) -> list[tuple[int
     for offset, size in holes:
         if not size:
             continue
-        first, last = offset // PAGE * PAGE, (offset + size + PAGE - 1) // PAGE * PAGE
+        first, last = offset // PAGE_SIZE, -(-(offset + size) // PAGE_SIZE)
         areas = [
             piece
             for start, end in areas
-            for piece in ((start, min(end, first)), (max(start, last), end))
+            for piece in ((start, min(end, first * PAGE_SIZE)), (max(start, last * PAGE_SIZE), end))
             if piece[0] < piece[1]
         ]
-    whole = [((start + PAGE - 1) // PAGE * PAGE, end // PAGE * PAGE) for start, end in areas]
-    return [(start, end - start) for start, end in whole if start < end]
+    whole = [(-(-start // PAGE_SIZE), end // PAGE_SIZE) for start, end in areas]
+    return [(start * PAGE_SIZE, (end - start) * PAGE_SIZE) for start, end in whole if start < end]

@@ -9,9 +9,9 @@ The dict is QEMU's MigrationAddress: {"transport": "file", "filename", "offset"}
 
 from __future__ import annotations
 
+from cpr.constants import SIZE_SUFFIXES
 from cpr.errors import MigrationError
 
-SIZE_SUFFIXES = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 BACKGROUND = frozenset({"unix", "inet"})
 UNIX_PATH_MAX = 108  # sizeof(sockaddr_un.sun_path), unix(7)
 MAX_OFFSET = (1 << 63) - 1  # of a file

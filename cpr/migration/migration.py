@@ -17,9 +17,10 @@ from cpr.config.option_values import parse_bool
 from cpr.errors import CommandError, ConfigError, CprError, MigrationError
 from cpr.migration import address as addresses
 from cpr.migration import channel, cpr_exec, savevm
+from cpr.migration.capabilities import Capabilities
 from cpr.migration.incoming import Incoming
 from cpr.migration.mode import EXEC, NORMAL, TRANSFER, Mode
-from cpr.migration.parameters import Capabilities, Parameters
+from cpr.migration.parameters import Parameters
 from cpr.migration.program import ProgramFiles, check_command, knows_protocol
 from cpr.migration.statistics import STOPPED_SYNCS, RamCounters, Times
 from cpr.phases import mark

@@ -9,6 +9,9 @@ cpr-exec      the descriptors over the exec, devices in the stream; there is no 
 from __future__ import annotations
 
 from cpr import runstate
+from cpr.constants import EXEC as EXEC
+from cpr.constants import NORMAL
+from cpr.constants import TRANSFER as TRANSFER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,8 +19,6 @@ if TYPE_CHECKING:
 
     from cpr.machine import Machine
     from cpr.ram import RAMBlock
-
-NORMAL, REBOOT, TRANSFER, EXEC = "normal", "cpr-reboot", "cpr-transfer", "cpr-exec"
 
 
 class Mode:

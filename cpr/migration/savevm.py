@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from cpr import report, runstate
-from cpr.errors import KernelError, MigrationError
+from cpr.errors import ConfigError, KernelError, MigrationError
 from cpr.migration.statistics import RamCounters
 from cpr.state import mapped_ram, ram_section, stream
 from cpr.state.configuration import CHECKED_CAPABILITIES, Configuration
@@ -21,9 +21,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cpr.devices.base import Device
     from cpr.machine import Machine
+    from cpr.migration.capabilities import Capabilities
     from cpr.migration.channel import Channel
     from cpr.migration.mode import Mode
-    from cpr.migration.parameters import Capabilities
     from cpr.pages import PagePool, RecordLoader
     from cpr.ram import RAMBlock
 
@@ -216,7 +216,7 @@ def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
 def _check(device: Device, state: dict) -> None:
     try:
         device.check(state)
-    except ValueError as error:
+    except (ConfigError, ValueError) as error:
         raise StreamError(f"Failed to load {device.idstr} state: {error}") from None
 
 
@@ -234,6 +234,7 @@ def _apply(machine: Machine, states: dict[tuple[str, int], dict]) -> None:
                     f"the state of device '{device.idstr}' instance {device.instance_id} cannot "
                     f"be set: {error}"
                 ) from error
+        machine.accel.apply_state()
 
 
 def _load_ram(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-PAGE_SIZE = 4096
+from cpr.constants import PAGE_SIZE
+
 NS_PER_MS = 1_000_000
 STOPPED_SYNCS = 2  # QEMU's count where no page is written meanwhile
 

@@ -7,9 +7,9 @@ GLib's g_shell_parse_argv; so are the error texts.
 from __future__ import annotations
 
 from cpr.config.option_values import parse_bool, parse_int, parse_size
+from cpr.constants import U64_LIMIT
 from cpr.errors import CommandError
 
-U64 = 1 << 64
 I64_MAX = (1 << 63) - 1
 
 SIZE_HINT = (
@@ -37,7 +37,7 @@ def mib_parameter(text: str) -> int:
         else:
             value = parse_size(text if text[-1:].isalpha() else f"{text}M")
     except (OverflowError, ValueError):
-        value = U64
+        value = U64_LIMIT
     if value > I64_MAX:
         raise CommandError(f"Invalid size {text}")
     return value
@@ -46,7 +46,7 @@ def mib_parameter(text: str) -> int:
 def integer_parameter(name: str, text: str) -> int:
     """An integer as C writes them; a negative one wraps."""
     try:
-        return parse_int(text) % U64
+        return parse_int(text) % U64_LIMIT
     except (OverflowError, ValueError):
         raise CommandError(f"Parameter '{name}' expects uint64") from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cpr.migration.parameters import CAPABILITIES
+from cpr.migration.capabilities import CAPABILITIES
 from cpr.monitor import control, memory, migrate
 from cpr.monitor.schema import (
     AFTER_MIGRATION,

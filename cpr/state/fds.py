@@ -1,7 +1,7 @@
 """The registry of preserved file descriptors, which live on in the new image after an exec.
 
-Whoever opens a descriptor that must survive saves it here under a name and an id; in the new
-image the same code finds it here instead of opening it again.  The registry never closes a
+Whoever needs a descriptor that must survive calls `open` with a name and an id: it is opened and
+saved, or in the new image found, by the same code.  The registry never closes a
 descriptor that was saved: it stays with the object that uses it, which deletes it from here
 before closing it.  Preserved descriptors are close-on-exec, so that no other program that is
 started gets them; only between `set_cloexec(False)` and the exec are they not.
@@ -38,6 +38,7 @@ class PreservedFds:
         self.state_fd = -1
         self.vfio_devices: list[VfioDevice] = []
         self._fds: list[tuple[str, int, int]] = []
+        self._came: frozenset[tuple[str, int]] = frozenset()
         self._persisted = b""
 
     def save(self, name: str, id: int, fd: int) -> None:
@@ -59,17 +60,16 @@ class PreservedFds:
     def delete(self, name: str, id: int) -> None:
         """The inverse of `save`; the fd stays open.  An unknown (name, id) is ignored."""
         self._fds = [entry for entry in self._fds if entry[:2] != (name, id)]
+        self._came -= {(name, id)}
 
-    def resave(self, name: str, id: int, fd: int) -> None:
-        """Saves `fd` unless it is there.  Raises ValueError if another fd is there instead."""
-        old = self.find(name, id)
-        if old is None:
-            self.save(name, id, fd)
-        elif old != fd:
-            raise ValueError(
-                f"internal error: cpr fd '{name}' id {id} value {fd} "
-                f"already saved with a different value {old}"
-            )
+    def came(self, name: str, id: int) -> bool:
+        """Whether the fd is one that came with a CPR state, and what it is for exists already."""
+        return self.incoming and (name, id) in self._came
+
+    def require(self, name: str, id: int, remedy: str) -> None:
+        """Raises StateError where there was a CPR state, and this is not in it."""
+        if self.incoming and not self.came(name, id):
+            raise StateError(f"the CPR state has no descriptor '{name}' id {id}: {remedy}")
 
     def open(self, name: str, id: int, opener: Callable[[], int]) -> int:
         """The fd saved under (name, id), or else a new one from `opener`, saved.
@@ -162,6 +162,7 @@ class PreservedFds:
             except OSError as error:
                 raise StateError(_not_open(name, id, preserved)) from error
         self._fds = state.fds
+        self._came = frozenset((name, id) for name, id, _ in state.fds)
         self.vfio_devices = state.vfio_devices
         self.incoming = True
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from errno import EINVAL
 
+from cpr.constants import PAGE_SIZE
 from cpr.state.reader import LoadError
 
 TYPE_CHECKING = False
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 _HEADER = struct.Struct(">IQQQ")
 VERSION = 1
-PAGE_SIZE = 4096
 ALIGNMENT = 1 << 20
 MAX_OFFSET = (1 << 63) - 1  # of a file
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import struct
 from errno import EINVAL, EIO
 
+from cpr.constants import PAGE_SIZE
 from cpr.state.reader import LoadError
 
 TYPE_CHECKING = False
@@ -30,7 +31,6 @@ IDSTR = "ram"
 INSTANCE_ID = 0
 VERSION_ID = 4
 
-PAGE_SIZE = 4096
 FLAGS = PAGE_SIZE - 1
 
 ZERO = 0x02
@@ -66,41 +66,14 @@ class Block:
         self.address = address
 
 
-def block_list(blocks: Iterable[Block], with_addresses: bool = False) -> bytes:
-    """The record of all the blocks; `with_addresses` iff x-ignore-shared is on."""
-    listed = list(blocks)
-    return block_total(listed) + b"".join([block_entry(b, with_addresses) for b in listed])
-
-
 def block_total(blocks: Iterable[Block]) -> bytes:
-    """The beginning of that record, before the blocks' entries."""
+    """The beginning of the record of all the blocks, before their entries."""
     return struct.pack(">Q", sum([block.used_length for block in blocks]) | MEM_SIZE)
 
 
 def block_entry(block: Block, with_addresses: bool) -> bytes:
     entry = _counted(block.idstr) + struct.pack(">Q", block.used_length)
     return entry + struct.pack(">Q", block.address or 0) if with_addresses else entry
-
-
-class PageEncoder:
-    """Makes the records of pages; one encoder for all the sections of a stream."""
-
-    __slots__ = ("_block",)
-
-    def __init__(self) -> None:
-        self._block: str | None = None
-
-    def zero_page(self, idstr: str, offset: int) -> bytes:
-        return self._header(idstr, offset | ZERO) + b"\0"
-
-    def page(self, idstr: str, offset: int, data: bytes) -> bytes:
-        return self._header(idstr, offset | PAGE) + data
-
-    def _header(self, idstr: str, word: int) -> bytes:
-        if idstr == self._block:
-            return struct.pack(">Q", word | CONTINUE)
-        self._block = idstr
-        return struct.pack(">Q", word) + _counted(idstr)
 
 
 class RamDecoder:

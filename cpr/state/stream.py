@@ -20,6 +20,7 @@ from __future__ import annotations
 import struct
 from errno import EINVAL, EIO, ENOTSUP, ERANGE
 
+from cpr.constants import PAGE_SIZE
 from cpr.state.configuration import VMSTATE_CONFIGURATION, Configuration
 from cpr.state.reader import EndOfStream, LoadError, StreamError
 
@@ -45,7 +46,6 @@ FOOTER = 0x7E
 
 SWITCHOVER_START = 11  # the command that says: RAM is done, now come the devices
 
-PAGE_SIZE = 4096
 CHUNK = 32768  # bytes asked for in one read
 MAX_DESCRIPTION = 16 << 20
 """Bytes of a stream's description of itself that are kept; it ends the stream."""

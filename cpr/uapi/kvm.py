@@ -98,29 +98,6 @@ def unmap_run(run: Any, size: int) -> None:
     lib.munmap(run, size)
 
 
-def map_image(fd: int, size: int) -> int:
-    """Maps a memfd of `size` bytes, shared and populated, and returns where.
-
-    `unmap_image` is the inverse.
-    """
-    prot = lib.PROT_READ | lib.PROT_WRITE
-    address = lib.mmap(ffi.NULL, size, prot, lib.MAP_SHARED | lib.MAP_POPULATE, fd, 0)
-    if address == ffi.cast("void *", -1):
-        raise KernelError("mmap of the VM's image", ffi.errno)
-    return int(ffi.cast("uintptr_t", address))
-
-
-def unmap_image(address: int, size: int) -> None:
-    lib.munmap(ffi.cast("void *", address), size)
-
-
-def has_tsc_offset(vcpu: Fd) -> bool:
-    """Whether the TSC's offset of this vCPU can be read and set (Linux 5.16)."""
-    attr = ffi.new("struct kvm_device_attr *")
-    attr.group, attr.attr = lib.KVM_VCPU_TSC_CTRL, lib.KVM_VCPU_TSC_OFFSET
-    return bool(lib.ioctl(vcpu.number, lib.KVM_HAS_DEVICE_ATTR, attr) == 0)
-
-
 def set_memory_region(
     vm: Fd, slot: int, flags: int, address: int, size: int, host_address: int
 ) -> None:
@@ -215,13 +192,6 @@ def assign_irqfd(vm: Fd, gsi: int, eventfd: int, resamplefd: int = -1) -> None:
     interrupt is raised at once, and the eventfd keeps its count.
     """
     _irqfd(vm, gsi, eventfd, resamplefd, 0)
-
-
-def fill_irqfd(entry: Any, gsi: int, eventfd: int, resamplefd: int) -> None:
-    """Makes a struct kvm_irqfd what assigns this irqfd."""
-    entry.gsi, entry.fd, entry.flags, entry.resamplefd = gsi, eventfd, 0, 0
-    if resamplefd >= 0:
-        entry.flags, entry.resamplefd = lib.KVM_IRQFD_FLAG_RESAMPLE, resamplefd
 
 
 def deassign_irqfd(vm: Fd, gsi: int, eventfd: int) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 
 from cpr.errors import CprError
+from cpr.report import error_report, output
 
-PROGRAM = "cpr-vmm"
 USAGE = """usage: python -m cpr.vmm run [guest.cfg] [QEMU options]
        python -m cpr.vmm run -help
        python -m cpr.vmm inspect FILE|PID|-
@@ -34,7 +34,7 @@ def inspect(arguments: list[str]) -> int:
 def protocol(arguments: list[str]) -> int:
     from cpr.live.update import PROTOCOL
 
-    print(PROTOCOL)
+    output(f"{PROTOCOL}\n")
     return 0
 
 
@@ -46,14 +46,15 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] not in VERBS:
         if words and words[0] in ("-h", "-help", "--help"):
-            print(USAGE, end="")
+            output(USAGE)
             return 0
         if words:
-            print(f"{PROGRAM}: no such verb: '{words[0]}'", file=sys.stderr)
-        print(USAGE, end="", file=sys.stderr)
+            error_report(f"no such verb: '{words[0]}'\n{USAGE}")
+        else:
+            error_report(f"no verb\n{USAGE}")
         return 1
     try:
         return VERBS[words[0]](words[1:])
     except CprError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        error_report(error)
         return 1

@@ -11,9 +11,8 @@ import os
 import time
 from _thread import allocate_lock, start_new_thread
 
-from cpr import ram
+from cpr import ram, report
 from cpr.errors import CprError
-from cpr.report import warn_report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class Populator:
             if not self._rest(self._delay):
                 self._populate()
         except CprError as error:
-            warn_report(error)
+            report.warn_report(error)
         finally:
             self._ended.release()
 
@@ -99,7 +98,7 @@ def populate_before(blocks: Sequence[RAMBlock], budget_ns: int = BUDGET_NS) -> N
                 if block.prealloc:
                     block.populated = block.size
         except (CprError, OSError) as error:
-            warn_report(error)
+            report.warn_report(error)
         finally:
             done.release()
 

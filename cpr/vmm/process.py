@@ -187,7 +187,7 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
     signals = daemon.Signals() if predecessor is not None else None
     config = parse_command_line(arguments)
     if config.action is not None:
-        print(config.action_text, end="")
+        output(config.action_text)
         return 0
     for warning in config.warnings:
         warn_report(warning)

@@ -10,11 +10,12 @@ import fcntl
 import os
 from typing import TYPE_CHECKING
 
+from tests.harness.qmp import Closed
+
 from . import cpr_state
 from .lab import STATE_VARIABLE, Lab
 from .match import Mismatch
 from .process import Process
-from .qmp import Closed
 from .steps import FILE, counting, guest, until
 from .stream import Stream
 
@@ -69,7 +70,7 @@ def exec_into_sleep(lab: Lab, uri: str = FILE, command: list[str] = SLEEP) -> No
     except Closed:
         pass
     if not until(lambda: _has_become(vm.process, "sleep")):
-        raise Mismatch(f"no exec: the command line is {vm.process.words('cmdline')}")
+        raise Mismatch(f"no exec: the command line is {vm.process.command_line()}")
 
 
 def _has_become(process: Process, name: str) -> bool:
@@ -79,7 +80,7 @@ def _has_become(process: Process, name: str) -> bool:
 
 def state_number(process: Process) -> int:
     """The number in the environment variable of an exec'd process."""
-    for word in process.words("environ"):
+    for word in process.environment():
         name, _, value = word.partition("=")
         if name == STATE_VARIABLE:
             return int(value)

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.harness.qmp import Qmp, QmpError
+
 from .match import Mismatch, fill
 from .process import DEADLINE, POLL, Process, Snapshot
-from .qmp import Closed, Qmp
 from .terminal import Terminal
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ class Vm:
         self.disconnect()
         while self._qmp is None:
             try:
-                self._qmp = Qmp(self._qmp_path)
-            except (OSError, Closed) as error:
+                self._qmp = Qmp(self._qmp_path, DEADLINE)
+            except OSError as error:
                 status = self.process.poll()
                 if status is not None:
                     raise Mismatch(f"{self.name} ended with status {status}") from error
@@ -69,7 +70,7 @@ class Vm:
                     raise Mismatch(f"no QMP greeting from {self.name}: {error}") from error
                 time.sleep(POLL)
         if not self.prefix:
-            self.prefix = self.process.words("cmdline")[: -len(self.options)]
+            self.prefix = self.process.command_line()[: -len(self.options)]
 
     def disconnect(self) -> None:
         if self._qmp is not None:
@@ -78,10 +79,10 @@ class Vm:
 
     def query(self, command: str, arguments: Any = None) -> Any:
         """What a command returns.  Raises Mismatch for an error."""
-        reply = self.qmp.execute(command, arguments)
-        if "error" in reply:
-            raise Mismatch(f"{command}: {reply['error']}")
-        return reply["return"]
+        try:
+            return self.qmp.command(command, arguments)
+        except QmpError as error:
+            raise Mismatch(f"{command}: {error.error}") from None
 
     def hmp(self, line: str) -> str:
         return str(self.query("human-monitor-command", {"command-line": line}))

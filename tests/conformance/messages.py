@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from tests.harness.qmp import Closed, Qmp
+
 from .match import Mismatch, fill, matches
-from .qmp import Closed, Qmp, abbreviate
 
 REPLY = "{}"
 MAIN_LOOP = ("STOP",)
@@ -20,6 +22,26 @@ class maybe:
 
     def __repr__(self) -> str:
         return f"maybe({self.message!r})"
+
+
+def abbreviate(message: dict[str, Any]) -> str:
+    """A message in the short form that rows use.
+
+    A MIGRATION event is its status, MIGRATION_PASS "pass:N", SHUTDOWN "SHUTDOWN reason", another
+    event its name; a reply is its JSON, an error "error: text".
+    """
+    if "error" in message:
+        return f"error: {message['error']['desc']}"
+    if "event" not in message:
+        return json.dumps(message["return"])
+    name, data = message["event"], message.get("data", {})
+    if name == "MIGRATION":
+        return str(data["status"])
+    if name == "MIGRATION_PASS":
+        return f"pass:{data['pass']}"
+    if name == "SHUTDOWN":
+        return f"SHUTDOWN {data['reason']}"
+    return str(name)
 
 
 class Follower:

@@ -7,6 +7,8 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
+
 DEADLINE = 10.0
 """Seconds after which something that should have happened counts as not happening."""
 
@@ -82,15 +84,18 @@ class Process:
     def _proc(self, name: str) -> Path:
         return Path(f"/proc/{self.pid}/{name}")
 
-    def words(self, name: str) -> list[str]:
-        """The NUL-terminated words of /proc/PID/cmdline or environ."""
-        return self._proc(name).read_bytes().decode().split("\0")[:-1]
+    def command_line(self) -> list[str]:
+        return psutil.Process(self.pid).cmdline()
+
+    def environment(self) -> list[str]:
+        """Each NAME=value; psutil would drop one that is there twice."""
+        return self._proc("environ").read_bytes().decode().split("\0")[:-1]
 
     def cwd(self) -> str:
-        return os.readlink(self._proc("cwd"))
+        return psutil.Process(self.pid).cwd()
 
     def field(self, name: str) -> str:
-        """A field of /proc/PID/status."""
+        """A field of /proc/PID/status, which has more of signals than psutil."""
         for line in self._proc("status").read_text().splitlines():
             key, _, value = line.partition(":")
             if key == name:
@@ -126,5 +131,5 @@ class Snapshot:
 
     def __init__(self, process: Process) -> None:
         self.descriptors = process.descriptors()
-        self.environment = set(process.words("environ"))
+        self.environment = set(process.environment())
         self.cwd = process.cwd()

@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from tests.harness.qmp import Closed
+
 from .lab import Lab, Vm
 from .match import ANY, Mismatch, expect, has, matches
-from .messages import follow
+from .messages import abbreviate, follow
 from .process import DEADLINE, POLL
-from .qmp import Closed, abbreviate
 from .row import Step, Steps, step
 
 RAM = "-m 16M -object memory-backend-memfd,id=ram0,size=16M,share=on"

@@ -120,8 +120,9 @@ def _build(tree: Path, folder: Path, say: Say) -> None:
     with open(folder / "build.log", "w") as log:
         for goal in ("allnoconfig", "bzImage"):
             command = ["nice", "make", "-s", jobs, f"KCONFIG_ALLCONFIG={CONFIG}", goal]
-            pipes = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            with subprocess.Popen(command, cwd=tree, **pipes) as make:
+            with subprocess.Popen(
+                command, cwd=tree, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            ) as make:
                 _watch(make, tree, say)
             if make.returncode:
                 raise Unavailable(f"make {goal} failed; see {folder}/build.log")

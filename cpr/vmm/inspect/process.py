@@ -1,4 +1,7 @@
-"""Another process's descriptors, as /proc shows them."""
+"""Another process: its environment, and its descriptors with what /proc has of them.
+
+psutil knows neither the seals and flags of a descriptor nor memfds.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import os
 import stat
 from dataclasses import dataclass
 from typing import Any
+
+import psutil
 
 from cpr.errors import CprError, KernelError
 from cpr.state.cpr_state import STATE_NAME
@@ -94,15 +99,11 @@ class Process:
     def state_variable(self) -> str | None:
         """The descriptor that the environment names, as it was when the program was started."""
         try:
-            with open(f"{self._folder}/environ", "rb") as file:
-                environment = file.read().split(b"\0")
-        except OSError as error:
-            raise self._error(error) from error
-        prefix = f"{STATE_NAME}=".encode()
-        for variable in environment:
-            if variable.startswith(prefix):
-                return variable.removeprefix(prefix).decode(errors="replace")
-        return None
+            return psutil.Process(self.pid).environ().get(STATE_NAME)
+        except psutil.NoSuchProcess as error:
+            raise self._error(OSError(errno.ESRCH, str(error))) from error
+        except psutil.AccessDenied as error:
+            raise self._error(OSError(errno.EACCES, str(error))) from error
 
     def _information(self, fd: int) -> dict[str, str]:
         with open(f"{self._folder}/fdinfo/{fd}") as file:

@@ -117,8 +117,8 @@ SHELL_FALLBACK = [
 def has_become(lab: Lab, *words: str) -> None:
     """The process has this command line sooner or later."""
     wanted = list(words)
-    until(lambda: lab.vm.process.words("cmdline") == wanted)
-    expect("command line", wanted, lab.vm.process.words("cmdline"), lab.names)
+    until(lambda: lab.vm.process.command_line() == wanted)
+    expect("command line", wanted, lab.vm.process.command_line(), lab.names)
 
 
 def without_guest(id: str, source: str, options: str, before: Steps, *after: Steps) -> Row:

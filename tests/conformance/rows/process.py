@@ -58,13 +58,13 @@ def same_parent_and_folder(lab: Lab) -> None:
 
 @step
 def command_line(lab: Lab, *words: str) -> None:
-    expect("command line", list(words), lab.vm.process.words("cmdline"), lab.names)
+    expect("command line", list(words), lab.vm.process.command_line(), lab.names)
 
 
 @step
 def one_variable_more(lab: Lab) -> None:
     """The environment is that of before, and the number of the state's memfd."""
-    now = set(lab.vm.process.words("environ"))
+    now = set(lab.vm.process.environment())
     variable = f"{STATE_VARIABLE}={state_number(lab.vm.process)}"
     old = {word for word in lab.before.environment if not word.startswith(f"{STATE_VARIABLE}=")}
     if now != old | {variable}:
@@ -180,9 +180,7 @@ def same_memory_again(lab: Lab) -> None:
 @step
 def variable_is_gone(lab: Lab) -> None:
     """A program started by the new image has the variable once, with its own number."""
-    words = [
-        each for each in lab.vm.process.words("environ") if each.startswith(f"{STATE_VARIABLE}=")
-    ]
+    words = [each for each in lab.vm.process.environment() if each.startswith(f"{STATE_VARIABLE}=")]
     expect("variables", [f"{STATE_VARIABLE}={state_number(lab.vm.process)}"], words, lab.names)
 
 

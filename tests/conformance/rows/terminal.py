@@ -51,7 +51,7 @@ def boot_on_terminal(lab: Lab) -> None:
     lab.names["initial"] = oct(screen(lab).local_flags())
     wait_for(lab, like(BANNER), PROMPT)
     lab.names["flags"] = oct(screen(lab).local_flags())
-    lab.names["command"] = " ".join(lab.vm.process.words("cmdline"))
+    lab.names["command"] = " ".join(lab.vm.process.command_line())
     if lab.names["initial"] == lab.names["flags"]:
         raise Mismatch("the monitor edits no lines: it has left the terminal as it was")
 

@@ -62,7 +62,7 @@ def nothing_carried_over() -> Steps:
 def command_line_is_new(lab: Lab) -> None:
     """The new image's command line is cpr-exec-command, and it is the same process."""
     expected = [*lab.vm.prefix, *lab.vm.options, *lab.words(INCOMING)]
-    expect("command line", expected, lab.vm.process.words("cmdline"), lab.names)
+    expect("command line", expected, lab.vm.process.command_line(), lab.names)
 
 
 @step

@@ -74,7 +74,7 @@ def memfd(name: str, size: int) -> int:
 def use_before(edu: Edu, ram: mmap.mmap, event: int) -> dict[str, object]:
     """The device set up and used, with a DMA and its interrupt under way at the end."""
     edu.enable()
-    facts = {"dma": edu.copies(ram, 0, 1)}
+    facts: dict[str, object] = {"dma": edu.copies(ram, 0, 1)}
     vfio.set_triggers(edu.device, vfio.MSI_IRQ, 0, [event])
     edu.write(IRQ_RAISE, 1)
     facts["interrupts"] = os.eventfd_read(event)
@@ -89,7 +89,7 @@ def use_before(edu: Edu, ram: mmap.mmap, event: int) -> dict[str, object]:
 def use_after(edu: Edu, ram: mmap.mmap, event: int) -> dict[str, object]:
     """What the device did during the exec and does now."""
     edu.wait_dma()
-    facts = {
+    facts: dict[str, object] = {
         "in_flight": ram[IN_FLIGHT : IN_FLIGHT + len(PATTERN)] == PATTERN,
         "interrupts_meanwhile": os.eventfd_read(event),
         "cause": edu.acknowledge(),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.vm import VMM
+from tests.harness.vm import VMM
 
 from . import machine
 

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from waiting import wait_for
 
-from benchmarks.vm import VMM, Vm
+from tests.harness.vm import VMM, Vm
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 BUILD = Path(__file__).resolve().parent.parent / "guests" / "build"
@@ -129,7 +130,7 @@ def locked(pid: int) -> int:
 
 
 def own_words(vm: Vm) -> list[str]:
-    return Path(f"/proc/{vm.pid}/cmdline").read_text().split("\0")[:-1]
+    return psutil.Process(vm.pid).cmdline()
 
 
 def update_by_migrate(vm: Vm, command: list[str], stream: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.vm import Vm
+from tests.harness.vm import Vm
 
 from .guest import BUILD, READY, Guest, machine_words
 

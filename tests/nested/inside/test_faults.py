@@ -7,7 +7,8 @@ import subprocess
 import pytest
 from waiting import wait_for
 
-from benchmarks.vm import VMM, QmpError
+from tests.harness.qmp import QmpError
+from tests.harness.vm import VMM
 
 from .conftest import UNPRIVILEGED as UID
 from .conftest import User, give_devices

@@ -76,7 +76,7 @@ def test_names_and_ids_are_qemus(
         fact(f"| {entry[0]} | {' | '.join(ids)} |")
     for state in (theirs, ours):
         for each in state["vfio_devices"]:
-            ids = "devid {devid}, ioas_id {ioas_id}, hwpt_id {hwpt_id}".format(**each)
-            fact(f"| {each['name']} in CprState/vfio devices | {ids} |")
+            text = "devid {devid}, ioas_id {ioas_id}, hwpt_id {hwpt_id}".format(**each)
+            fact(f"| {each['name']} in CprState/vfio devices | {text} |")
     assert of_devices(ours) == of_devices(theirs)
     assert vfio_devices(ours) == vfio_devices(theirs)

@@ -9,7 +9,7 @@ import threading
 import pytest
 from waiting import wait_for
 
-from benchmarks.vm import VMM, Vm
+from tests.harness.vm import VMM, Vm
 
 from .guest import BUILD, Guest, device_words, machine_words, running
 from .machine import EDU, command

@@ -1,0 +1,213 @@
+"""The state of a VM: the order in which its parts are written and read, with the reasons.
+
+A vCPU is written from the first row of VCPU_STEPS to the last, and read from the last to the
+first: what is written last is what writing anything else would disturb, and what reading anything
+else would miss.  The chips that all vCPUs share come after the vCPUs.  What goes on by itself
+(TIME_STEPS) stands still while the VM is stopped, and is let go in one go when the VM runs.
+"""
+
+from __future__ import annotations
+
+from cpr.accel.kvm import chips, cpuid, msrs, registers
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cpr.accel.kvm.accelerator import KvmAccelerator
+    from cpr.accel.kvm.vcpu import KvmVCpu
+    from cpr.uapi.fd import Fd
+
+
+class VCpuStep:
+    """A part of a vCPU: its name, how it is read and written, and why it comes where it is."""
+
+    __slots__ = ("get", "name", "set", "why")
+
+    def __init__(
+        self,
+        name: str,
+        get: Callable[[KvmVCpu], dict],
+        set_: Callable[[KvmVCpu, dict], None],
+        why: str,
+    ) -> None:
+        self.name = name
+        self.get = get
+        self.set = set_
+        self.why = why
+
+
+class TimeStep:
+    """What goes on by itself: how it is stopped, how it is let go, and why in this order."""
+
+    __slots__ = ("hold", "name", "release", "why")
+
+    def __init__(
+        self,
+        name: str,
+        hold: Callable[[KvmAccelerator], None],
+        release: Callable[[KvmAccelerator], None],
+        why: str,
+    ) -> None:
+        self.name = name
+        self.hold = hold
+        self.release = release
+        self.why = why
+
+
+VCPU_STEPS = (
+    VCpuStep(
+        "cpuid",
+        cpuid.get_cpuid,
+        cpuid.set_cpuid,
+        "KVM checks all the rest against it (CR4, XCR0, MSRs, the modes of the APIC's timer), and "
+        "takes no other once the vCPU has run.",
+    ),
+    VCpuStep(
+        "tsc_khz",
+        registers.get_tsc_khz,
+        registers.set_tsc_khz,
+        "The TSC and its deadline are counted in it.",
+    ),
+    VCpuStep(
+        "regs",
+        registers.get_regs,
+        registers.set_regs,
+        "Before the events: KVM_SET_REGS drops a pending exception.  Before sregs, where KVM finds "
+        "out by RIP whether vCPU 0 is at the reset vector.",
+    ),
+    VCpuStep(
+        "sregs",
+        registers.get_sregs,
+        registers.set_sregs,
+        "Before the local APIC: apic_base is in it, which says whether the APIC is on and whether "
+        "it is in x2APIC mode, in which its ID has another format.  Before mp_state: at the reset "
+        "vector KVM makes vCPU 0 runnable.",
+    ),
+    VCpuStep(
+        "xcr0",
+        registers.get_xcr0,
+        registers.set_xcr0,
+        "After CPUID, which says what may be in it; before the XSAVE area that it describes.",
+    ),
+    VCpuStep("xsave", registers.get_xsave, registers.set_xsave, "After XCR0."),
+    VCpuStep(
+        "debug",
+        registers.get_debug,
+        registers.set_debug,
+        "Read after the events: KVM puts the payload of a pending #DB into DR6 when it is asked "
+        "for those.",
+    ),
+    VCpuStep(
+        "lapic",
+        registers.get_lapic,
+        registers.set_lapic,
+        "Before the MSRs: KVM drops a TSC deadline unless the timer is in TSC-deadline mode, and "
+        "paravirtual MSRs send interrupts to the APIC.  Read after mp_state, which an INIT goes "
+        "through.",
+    ),
+    VCpuStep(
+        "tsc",
+        msrs.get_tsc,
+        msrs.set_tsc,
+        "Only kept here; it is written when the VM runs, see TIME_STEPS.",
+    ),
+    VCpuStep(
+        "msrs",
+        msrs.get_msrs,
+        msrs.set_msrs,
+        "After CPUID, which says which there are, and after the APIC.  The TSC deadline among them "
+        "is kept until the TSC is written.",
+    ),
+    VCpuStep(
+        "events",
+        registers.get_events,
+        registers.set_events,
+        "After regs and sregs, which drop or change what is in flight.  Read before debug and "
+        "sregs, because reading events moves the payload of an exception into DR6 or CR2.",
+    ),
+    VCpuStep(
+        "mp_state",
+        registers.get_mp_state,
+        registers.set_mp_state,
+        "Last, because sregs may change it.  Read first: KVM takes in a pending INIT or SIPI then, "
+        "which changes everything else.",
+    ),
+)
+
+CHIP_STEPS = (
+    ("i8259-0", "Before the I/O APIC and the timer, whose interrupts go to it."),
+    ("i8259-1", "As its master."),
+    (
+        "ioapic",
+        "After the local APICs: writing it sends them what is pending in it, and a local APIC that "
+        "is not on yet drops that.",
+    ),
+    ("i8254", "After the interrupt controllers: it counts, and raises IRQ 0, from now on."),
+)
+
+TIME_STEPS = (
+    TimeStep(
+        "clock",
+        chips.hold_clock,
+        chips.release_clock,
+        "Just before the TSCs, because a guest takes the one for the other's base; what lies "
+        "between the two is time that one has and the other has not.",
+    ),
+    TimeStep(
+        "tsc",
+        lambda accel: _hold_tscs(accel.vcpus),
+        lambda accel: _each(accel.vcpus, msrs.write_tsc),
+        "One right after the other: KVM gives TSCs that are written within a second one offset.",
+    ),
+    TimeStep(
+        "deadline",
+        lambda accel: None,  # it is an MSR that does not move
+        lambda accel: _each(accel.vcpus, msrs.write_deadline),
+        "After the TSC against which it counts, and after the APIC's mode.",
+    ),
+)
+
+
+def read_vcpu(vcpu: KvmVCpu) -> dict:
+    """The whole state of a vCPU that is not running."""
+    state: dict = {}
+    for step in reversed(VCPU_STEPS):
+        state |= step.get(vcpu)
+    return state
+
+
+def write_vcpu(vcpu: KvmVCpu, state: dict) -> None:
+    """Writes a whole state into a vCPU that is not running.  Raises KernelError, ConfigError."""
+    for step in VCPU_STEPS:
+        step.set(vcpu, state)
+
+
+def write_chips(vm: Fd, states: dict[str, dict]) -> None:
+    """Writes the chips that `states` has, after the vCPUs."""
+    for chip, _ in CHIP_STEPS:
+        if chip in states:
+            chips.set_chip(vm, chip, states[chip])
+
+
+def hold_time(accel: KvmAccelerator) -> None:
+    """The VM has stopped: reads what goes on by itself."""
+    for step in TIME_STEPS:
+        step.hold(accel)
+
+
+def release_time(accel: KvmAccelerator) -> None:
+    """The VM is about to run: lets everything go on from where it was stopped or loaded."""
+    for step in TIME_STEPS:
+        step.release(accel)
+
+
+def _hold_tscs(vcpus: list[KvmVCpu]) -> None:
+    for vcpu in vcpus:
+        if not vcpu.is_tsc_loaded:
+            vcpu.held_tsc = msrs.read_tsc(vcpu)
+
+
+def _each(vcpus: list[KvmVCpu], function: Callable[[KvmVCpu], None]) -> None:
+    for vcpu in vcpus:
+        function(vcpu)

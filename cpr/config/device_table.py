@@ -1,0 +1,73 @@
+"""The devices that -device can make, one row each.
+
+A device is one file, its module, and its row here: parsing, -help, `-device help` and the making of
+the machine follow from that.  The module is imported only where the device is asked for.
+"""
+
+from __future__ import annotations
+
+from cpr.config.option_values import BOOL, INT, STRING
+from cpr.config.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cpr.config.option_values import Kind
+
+
+class DeviceModel(Record):
+    """A row.  `module` has `create(board, config)`, which raises CprError or ValueError.
+
+    `usage` is what -help shows behind the device's name; `chardev` is what its chardev is a
+    property of in QEMU's errors, or None where it has none.
+    """
+
+    __slots__ = ("module", "usage", "properties", "chardev", "needs_chardev")  # noqa: RUF023
+    module: str
+    usage: str
+    properties: dict[str, Kind]
+    chardev: str | None
+    needs_chardev: bool
+
+    def __init__(
+        self,
+        module: str,
+        usage: str,
+        properties: dict[str, Kind],
+        chardev: str | None = None,
+        needs_chardev: bool = False,
+    ) -> None:
+        self._fill(module, usage, properties, chardev, needs_chardev)
+
+
+DEVICES: dict[str, DeviceModel] = {
+    "isa-debug-exit": DeviceModel(
+        "cpr.devices.debug_exit",
+        "[,iobase=PORT][,iosize=N]",
+        {"iobase": INT, "iosize": INT},
+    ),
+    "isa-debugcon": DeviceModel(
+        "cpr.devices.debugcon",
+        ",chardev=ID[,iobase=PORT][,readback=BYTE]",
+        {"chardev": STRING, "iobase": INT, "readback": INT},
+        chardev="isa-debugcon",
+        needs_chardev=True,
+    ),
+    "isa-serial": DeviceModel(
+        "cpr.devices.isa_serial",
+        "[,chardev=ID][,index=N][,iobase=PORT][,irq=N]",
+        {
+            "baudbase": INT,
+            "chardev": STRING,
+            "index": INT,
+            "iobase": INT,
+            "irq": INT,
+            "wakeup": BOOL,
+        },
+        chardev="serial",
+    ),
+    "vfio-pci": DeviceModel(
+        "cpr.devices.vfio_options",
+        ",host=[DDDD:]BB:DD.F[,iommufd=ID][,addr=SLOT]",
+        {"addr": STRING, "fd": STRING, "host": STRING, "iommufd": STRING, "sysfsdev": STRING},
+    ),
+}

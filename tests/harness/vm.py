@@ -1,0 +1,166 @@
+"""A VMM process under test: started, talked to over QMP, updated, and looked at."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.harness.qmp import TIMEOUT, Qmp
+
+ROOT = Path(__file__).resolve().parent.parent
+VMM = [sys.executable, "-m", "cpr.vmm", "run"]
+ALL_CPUS = os.sched_getaffinity(0)  # which the VMMs may use, wherever this process is
+
+
+class Vm:
+    """One VMM process with a QMP socket; a context manager that ends it.
+
+    `command` is another VMM's, such as QEMU's; `root` is the folder that it has as its root;
+    `timeout` is for how long its monitor may be silent, in seconds.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        command: list[str] | None = None,
+        root: str = "",
+        timeout: float = TIMEOUT,
+        **popen: Any,
+    ) -> None:
+        self._timeout = timeout
+        folder = f"{root}/tmp" if root else None
+        self._directory = tempfile.TemporaryDirectory(prefix="cpr-vm-", dir=folder)
+        self.directory = Path(self._directory.name)
+        self.socket = str(self.directory / "qmp.sock")
+        qmp = ["-qmp", f"unix:{self.socket.removeprefix(root)},server=on,wait=off"]
+        self.words = [*(command or VMM), *arguments, *qmp]
+        self.stderr_path = self.directory / "stderr"
+        popen.setdefault("stdin", subprocess.DEVNULL)
+        popen.setdefault("stdout", subprocess.DEVNULL)
+        environment = popen.pop("env", os.environ) | {"TMPDIR": str(self.directory)}
+        own_cpus = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, ALL_CPUS)
+        try:
+            with open(self.stderr_path, "ab") as stderr:
+                self.process = subprocess.Popen(
+                    self.words,
+                    cwd=popen.pop("cwd", ROOT),
+                    stderr=stderr,
+                    env=environment,
+                    **popen,
+                )
+        finally:
+            os.sched_setaffinity(0, own_cpus)
+        self.pid = self.process.pid
+        self.closed_ns = 0  # when the latest update closed the monitor
+        self._ram: mmap.mmap | None = None
+        try:
+            self.qmp = self.connect()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def stderr(self) -> str:
+        return self.stderr_path.read_text()
+
+    def connect(self) -> Qmp:
+        """Connects, trying again while the VMM (or its new image) is not yet listening."""
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                return Qmp(self.socket, self._timeout)
+            except OSError as error:
+                status = self.process.poll()
+                if status is not None:
+                    raise RuntimeError(f"VMM ended with {status}: {self.stderr}") from error
+                if time.monotonic() > deadline:
+                    text = f"no monitor after {self._timeout:.0f} s: {error}"
+                    raise RuntimeError(text) from error
+                time.sleep(0.002)
+
+    def reconnect(self) -> Qmp:
+        self.qmp.wait_closed()
+        self.closed_ns = self.qmp.closed_ns
+        self.qmp = self.connect()
+        return self.qmp
+
+    def update(self, **arguments: Any) -> None:
+        """One cpr-exec, to the new image's monitor being there."""
+        self.qmp.command("cpr-exec", **arguments)
+        self.reconnect()
+
+    def descriptors(self) -> dict[int, str]:
+        """What each descriptor of the VMM is, as /proc names it."""
+        folder = f"/proc/{self.pid}/fd"
+        found = {}
+        for name in os.listdir(folder):
+            try:
+                found[int(name)] = os.readlink(f"{folder}/{name}")
+            except FileNotFoundError:
+                pass
+        return found
+
+    def ram_path(self, name: str = "memory-backend-memfd") -> str:
+        """The /proc path of the guest's RAM memfd."""
+        for fd, target in sorted(self.descriptors().items()):
+            if target.startswith(f"/memfd:{name}"):
+                return f"/proc/{self.pid}/fd/{fd}"
+        raise RuntimeError(f"no memfd {name} in {self.descriptors()}")
+
+    @property
+    def ram(self) -> mmap.mmap:
+        """The guest's RAM, mapped here; it stays valid over updates."""
+        if self._ram is None:
+            with open(self.ram_path(), "r+b") as file:
+                self._ram = mmap.mmap(file.fileno(), 0)
+        return self._ram
+
+    def u32(self, address: int) -> int:
+        return int.from_bytes(self.ram[address : address + 4], "little")
+
+    def u64(self, address: int) -> int:
+        return int.from_bytes(self.ram[address : address + 8], "little")
+
+    def write_u32(self, address: int, value: int) -> None:
+        self.ram[address : address + 4] = value.to_bytes(4, "little")
+
+    def children(self) -> list[int]:
+        """The PIDs of the VMM's children, such as the old image in an update."""
+        try:
+            return sorted(child.pid for child in psutil.Process(self.pid).children())
+        except psutil.NoSuchProcess:
+            return []
+
+    def resident(self) -> int:
+        """Bytes of shared memory in the VMM's page tables, huge pages included."""
+        with open(f"/proc/{self.pid}/status") as file:
+            values = dict(line.split(":", 1) for line in file)
+        return sum(int(values[key].split()[0]) << 10 for key in ("RssShmem", "HugetlbPages"))
+
+    def close(self) -> None:
+        if self._ram is not None:
+            self._ram.close()
+        if self.process.poll() is None:
+            for child in self.children():  # or it would start the VMM again
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            self.process.kill()
+        self.process.wait()
+        self._directory.cleanup()
+
+    def __enter__(self) -> Vm:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
