@@ -6,8 +6,9 @@ import statistics
 import sys
 import time
 
+from harness.vm import Vm
+
 from benchmarks.observer import HEARTBEAT, Observer
-from tests.harness.vm import Vm
 
 UPDATES = 10
 SETTLE = 0.25

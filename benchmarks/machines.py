@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from harness.qmp import QmpError
+from harness.vm import ROOT, Vm
+
 from benchmarks.cases import GIB, HUGETLB, Case, size_text
 from benchmarks.observer import HEARTBEAT
 from benchmarks.peer import Peer
-from tests.harness.qmp import QmpError
-from tests.harness.vm import ROOT, Vm
 
 IMAGES = ROOT / "examples" / "build"
 BOOT_TIMEOUT = 120.0  # of a BIOS under a slow KVM

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from harness.vm import ALL_CPUS, ROOT
 
 from benchmarks import settings
 from benchmarks.cases import Case
 from benchmarks.pause import Result
 from benchmarks.peer import Peer
-from tests.harness.vm import ALL_CPUS, ROOT
 
 FORMAT = 1
 FOLDER = ROOT / "build" / "benchmarks"

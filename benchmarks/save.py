@@ -13,13 +13,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from harness.vm import Vm
+
 from benchmarks.cases import GIB, MIB, MODES, Case, size_text
 from benchmarks.machines import started
 from benchmarks.peer import Peer
 from benchmarks.ram_copy import touch
 from benchmarks.report import table
 from benchmarks.rounds import Progress, take_turns
-from tests.harness.vm import Vm
 
 KINDS = ("random", "zero", "untouched")
 TMPFS = "/dev/shm"

@@ -14,8 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from harness.vm import Vm  # noqa: E402
+
 from cpr.errors import CprError  # noqa: E402
-from tests.harness.vm import Vm  # noqa: E402
 
 
 def missing_kvm() -> str | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
+from harness.vm import Vm
 from waiting import wait_for_change
-
-from tests.harness.vm import Vm
 
 CHURN_ROUND, CHURN_MISMATCHES = 0x9018, 0x9020
 CHURN_RANGE = (16 << 20, 32 << 20)

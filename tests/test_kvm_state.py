@@ -273,6 +273,7 @@ def saved_msrs(vm: TestVm) -> dict[int, int]:
 
 @needs_kvm
 def test_time_stands_still_and_goes_on_together(make: Callable[[], TestVm]) -> None:
+    """Holds too with a KVM that gives guests the host's TSC, whatever is written."""
     source, target = make(), make()
     source.vcpu.set_state(source.vcpu.get_state() | {"env.tsc": FAR})
     source.accel.set_clock(FAR)

@@ -8,10 +8,9 @@ import sys
 
 import psutil
 import pytest
+from harness.qmp import QmpError
+from harness.vm import VMM
 from waiting import wait_for, wait_for_change
-
-from tests.harness.qmp import QmpError
-from tests.harness.vm import VMM
 
 HEARTBEAT = 0x8000
 DUMPER = """

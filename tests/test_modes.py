@@ -9,10 +9,9 @@ import subprocess
 import threading
 
 import pytest
+from harness.qmp import QmpError
+from harness.vm import VMM, Vm
 from waiting import is_listening, wait_for, wait_for_change
-
-from tests.harness.qmp import QmpError
-from tests.harness.vm import VMM, Vm
 
 HEARTBEAT = 0x8000
 RAM = "64M"

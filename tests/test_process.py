@@ -9,10 +9,9 @@ import time
 
 import psutil
 import pytest
+from harness.qmp import Qmp
+from harness.vm import VMM
 from waiting import wait_for
-
-from tests.harness.qmp import Qmp
-from tests.harness.vm import VMM
 
 ARGUMENTS = (
     *("-nodefaults", "-display", "none", "-m", "16M"),

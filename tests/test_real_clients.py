@@ -12,8 +12,7 @@ import subprocess
 import time
 
 import pytest
-
-from tests.harness.vm import ROOT, VMM
+from harness.vm import ROOT, VMM
 
 qmp = pytest.importorskip("qemu.qmp")
 

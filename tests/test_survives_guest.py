@@ -11,10 +11,9 @@ from collections import Counter
 
 import pytest
 from conftest import MISSING, OVERLAP, accel_options
+from harness.qmp import QmpError
+from harness.vm import Vm
 from waiting import wait_for, wait_for_change
-
-from tests.harness.qmp import QmpError
-from tests.harness.vm import Vm
 
 KVM_DESCRIPTORS = {"/dev/kvm": 1, "anon_inode:kvm-vm": 1, "anon_inode:kvm-vcpu": 1}
 HEARTBEAT = 0x8000

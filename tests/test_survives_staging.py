@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import staged_guest as guest
+from harness.qmp import QmpError
+from harness.vm import Vm
 from staged_guest import PATTERN, mapping, ramblock, wait_round, words
 from waiting import is_listening, wait_for
 
 from cpr.constants import MIB
-from tests.harness.qmp import QmpError
-from tests.harness.vm import Vm
 
 HUGE = 2 * MIB
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")

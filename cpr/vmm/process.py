@@ -21,7 +21,7 @@ from cpr.migration.incoming import DEFER, Sources
 from cpr.migration.migration import Migration
 from cpr.monitor.passed_fds import PassedFds
 from cpr.phases import mark
-from cpr.report import error_report, warn_report
+from cpr.report import error_report, output, warn_report
 from cpr.state.fds import PreservedFds
 from cpr.vmm import daemon
 

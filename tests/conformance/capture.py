@@ -10,7 +10,7 @@ import fcntl
 import os
 from typing import TYPE_CHECKING
 
-from tests.harness.qmp import Closed
+from harness.qmp import Closed
 
 from . import cpr_state
 from .lab import STATE_VARIABLE, Lab

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.harness.qmp import Qmp, QmpError
+from harness.qmp import Qmp, QmpError
 
 from .match import Mismatch, fill
 from .process import DEADLINE, POLL, Process, Snapshot

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tests.harness.qmp import Closed, Qmp
+from harness.qmp import Closed, Qmp
 
 from .match import Mismatch, fill, matches
 

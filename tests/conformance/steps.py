@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tests.harness.qmp import Closed
+from harness.qmp import Closed
 
 from .lab import Lab, Vm
 from .match import ANY, Mismatch, expect, has, matches

@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 
-from tests.harness.qmp import TIMEOUT, Qmp
+from harness.qmp import TIMEOUT, Qmp
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 VMM = [sys.executable, "-m", "cpr.vmm", "run"]
 ALL_CPUS = os.sched_getaffinity(0)  # which the VMMs may use, wherever this process is
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.harness.vm import VMM
+from harness.vm import VMM
 
 from . import machine
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from harness.vm import VMM, Vm
 from waiting import wait_for
-
-from tests.harness.vm import VMM, Vm
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 BUILD = Path(__file__).resolve().parent.parent / "guests" / "build"

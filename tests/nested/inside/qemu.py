@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-from tests.harness.vm import Vm
+from harness.vm import Vm
 
 from .guest import BUILD, READY, Guest, machine_words
 

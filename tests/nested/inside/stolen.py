@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from harness.vm import Vm
+
 from cpr.uapi.fd import Fd
-from tests.harness.vm import Vm
 
 PIDFD_GETFD = 438  # the system call's number (asm-generic/unistd.h)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import subprocess
 
 import pytest
+from harness.qmp import QmpError
+from harness.vm import VMM
 from waiting import wait_for
-
-from tests.harness.qmp import QmpError
-from tests.harness.vm import VMM
 
 from .conftest import UNPRIVILEGED as UID
 from .conftest import User, give_devices

@@ -7,9 +7,8 @@ import os
 import threading
 
 import pytest
+from harness.vm import VMM, Vm
 from waiting import wait_for
-
-from tests.harness.vm import VMM, Vm
 
 from .guest import BUILD, Guest, device_words, machine_words, running
 from .machine import EDU, command
