@@ -53,6 +53,7 @@ def test_limits(row):
     module, _, name = row[3].strip("`").rpartition(".")
     value = getattr(importlib.import_module(module), name)
     number = re.search(r"(\d+) ?(bytes|KiB|MiB|GiB|ms|us)?", row[1])
+    assert number is not None
     shown = int(number[1]) * UNITS.get(number[2], 1)
     if "2^63" in row[1]:
         shown = (1 << 63) - 1

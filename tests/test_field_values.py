@@ -23,6 +23,8 @@ from cpr.state.fields import FixedField, StructField
 from cpr.state.vmstate import VMStateDescription
 
 BITS = {"uint8": 8, "uint16": 16, "uint32": 32, "uint64": 64}
+PORTS = (0x20, 0x21, 0xA0, 0xA1, 0x40, 0x41, 0x42, 0x60, 0x61, 0x64, *range(0x600, 0x640))
+LOCAL_APIC, IO_APIC = 0xFEE00000, 0xFEC00000
 SIGNED_BITS = {"int8": 8, "int16": 16, "int32": 32, "int64": 64, "timer": 64}
 
 
@@ -104,11 +106,11 @@ def accepts(device: Device, path: tuple, state: dict) -> bool:
 
 def use(platform: SteppedPlatform) -> None:
     """What a guest may do then: read every register, and let some interrupts come and go."""
-    for port in platform.io:
+    for port in PORTS:
         platform.inb(port)
-    for base, (length, read, _) in platform.mmio.items():
-        for offset in range(0, min(length, 0x400), 0x10):
-            assert 0 <= read(offset, 4) < 1 << 32, hex(base + offset)
+    for base in (LOCAL_APIC, IO_APIC):
+        for offset in range(0, 0x400, 0x10):
+            platform.readl(base + offset)
     for line in range(16):
         platform.set_irq(line, True)
         platform.set_irq(line, False)
@@ -132,6 +134,9 @@ def test_every_extreme_of_a_serial_port() -> None:
 class VCpu:
     index = 0
 
+    def check_state(self, state: dict) -> None:
+        pass
+
 
 REFUSED = [
     ("env.gdt", {"limit": 0x10000}, "env.gdt.limit"),
@@ -142,7 +147,7 @@ REFUSED = [
 
 
 def test_registers_that_a_processor_does_not_have() -> None:
-    device = VCpuState(VCpu())  # type: ignore
+    device = VCpuState(VCpu())
     state = x86.reset_state(0)
     device.check(state)
     for name, change, field in REFUSED:
