@@ -137,9 +137,10 @@ class MainLoop:
                 _run(callback, events)
         for call in calls:
             _run(call)
-        self._run_timers()
+        self.run_timers()
 
-    def _run_timers(self) -> None:
+    def run_timers(self) -> None:
+        """Runs the timers that are due; for what keeps the loop waiting."""
         now = time.monotonic_ns()
         due = []
         with self._lock:

@@ -1,9 +1,9 @@
-"""When each phase of an update began, for a benchmark; off unless CPR_PHASES names a file.
+"""When each phase of an update began: for query-migrate, and for a benchmark.
 
-The file must exist, best on a tmpfs.  It holds a little-endian u64 for each of NAMES: the
-CLOCK_MONOTONIC time in ns at which that phase began, 0 if it has not.  Old and new image write to
-the same file; whoever reads it clears it before the update, and knows `interpreter`, the end of the
-exec, from the closing of a close-on-exec descriptor.
+A benchmark names a file with CPR_PHASES.  It must exist, best on a tmpfs.  It holds a
+little-endian u64 for each of NAMES: the CLOCK_MONOTONIC time in ns at which that phase began, 0 if
+it has not.  Old and new image write to the same file; whoever reads it clears it before the update,
+and knows `interpreter`, the end of the exec, from the closing of a close-on-exec descriptor.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ NAMES = (
     "config",  # its command line and the CPR state are read
     "map",  # VM, RAM and memslots are made
     "vcpu",  # irqchip, vCPUs and devices are made
+    "populate",  # RAM is mapped, before the guest is there (early update)
+    "ready",  # all is there but the guest (early update)
     "load",  # the migration stream is read and applied
     "resume",  # vCPUs are let go
     "run",  # the guest runs: the end
@@ -28,24 +30,29 @@ SLOT_SIZE = 8
 FILE_SIZE = SLOT_SIZE * len(NAMES)
 
 
+times: dict[str, int] = {}
+"""CLOCK_MONOTONIC in ns at which each phase began in this image."""
+
+
 def mark(name: str) -> None:
-    """The phase `name` begins now.  Does nothing where CPR_PHASES is not set.
+    """The phase `name` begins now.
 
     In one image the first mark of a name counts, until `stop` begins another update.
     """
+    if name == NAMES[0]:
+        times.clear()
+    times.setdefault(name, time.monotonic_ns())
 
 
 def _write(name: str) -> None:
-    now = time.monotonic_ns().to_bytes(SLOT_SIZE, "little")
-    if name == NAMES[0]:
-        _marked.clear()
-    if name not in _marked:
-        _marked.add(name)
+    known = name in times and name != NAMES[0]
+    _note(name)
+    if not known:
+        now = times[name].to_bytes(SLOT_SIZE, "little")
         posix.pwrite(_fd, now, NAMES.index(name) * SLOT_SIZE)
 
 
-_marked: set[str] = set()
-
+_note = mark
 
 if _path := posix.environ.get(b"CPR_PHASES"):
     try:

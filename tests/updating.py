@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.vm import Vm
+from harness.vm import Vm
 from waiting import is_listening, wait_for
 
 RAM = "64M"

@@ -130,8 +130,8 @@ CPR_IN_CHILD static void committed(void)
     cpr_guard_end(self.guard->mappings, self.guard->mapping_count);
 }
 
-/* Comes back, or ends, where the exec is done; an early guard's caller does the rest. */
-CPR_IN_CHILD static void wait_for_exec(void)
+/* Comes back when the exec is done; false where the process has ended before. */
+CPR_IN_CHILD static int wait_for_exec(void)
 {
     struct pollfd ready[2] = {
         {.fd = self.guard->pid_fd, .events = POLLIN},
@@ -142,13 +142,7 @@ CPR_IN_CHILD static void wait_for_exec(void)
     while (cpr_syscall3(SYS_poll, ready, 2, -1) < 0) {
     }
     cpr_syscall1(SYS_close, self.exec_pipe[0]);
-    if (!(ready[0].revents & POLLIN)) {
-        go_back(CPR_GUARD_EARLY);
-    }
-    if (take_token()) {
-        go_back(CPR_GUARD_DIED);
-    }
-    committed();
+    return !(ready[0].revents & POLLIN);
 }
 
 /* Waits until the new image has the token, ends, speaks, or is past its deadline. */
@@ -194,13 +188,19 @@ CPR_IN_CHILD static int watch(void)
 
 CPR_IN_CHILD static int run_guard(void *argument)
 {
-    int outcome;
+    int outcome = CPR_GUARD_DIED;
 
     (void)argument;
-    if (self.guard->early) {
-        wait_for_exec();
+    if (wait_for_exec()) {
+        if (self.guard->early) {
+            go_back(CPR_GUARD_EARLY);
+        }
+        for (uint32_t i = 0; i < self.guard->drop_count; i++) {
+            cpr_syscall1(SYS_close, self.guard->drop[i]);
+        }
+        self.guard->dropped = 1;
+        outcome = watch();
     }
-    outcome = watch();
     if (outcome == CPR_GUARD_MESSAGE) {
         go_back(outcome);
     }
@@ -278,12 +278,12 @@ static int remember(void)
     if (self.guard->pid_fd < 0) {
         return -errno;
     }
-    if (self.guard->early && pipe2(self.exec_pipe, O_CLOEXEC) < 0) {
+    if (pipe2(self.exec_pipe, O_CLOEXEC) < 0) {
         close(self.guard->pid_fd);
         return -errno;
     }
     self.guard->old_pid = getpid();
-    self.guard->consumed = 0;
+    self.guard->consumed = self.guard->dropped = 0;
     sigaltstack(NULL, &self.altstack);
     for (int i = 0; i < TIMERS; i++) {
         getitimer(i, &self.timers[i]);
@@ -341,10 +341,8 @@ int cpr_guard_exec(struct cpr_guard *guard)
     if (result < 0) {
         cpr_syscall5(SYS_rt_sigprocmask, SIG_SETMASK, &self.mask, 0, KERNEL_SIGSET_SIZE, 0);
         PyOS_AfterFork_Parent();
-        if (guard->early) {
-            close(self.exec_pipe[0]);
-            close(self.exec_pipe[1]);
-        }
+        close(self.exec_pipe[0]);
+        close(self.exec_pipe[1]);
         close(guard->pid_fd);
     } else {
         result = self.outcome;

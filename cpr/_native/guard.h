@@ -34,6 +34,8 @@ struct cpr_guard {
     void *argv, *envp;        /* as execve takes them */
     const int32_t *keep;      /* descriptors that go over the exec; close-on-exec but for that moment */
     uint32_t keep_count;
+    const int32_t *drop;      /* what a late guard closes when the exec is done, as the exec does */
+    uint32_t drop_count;
     int32_t token_fd;         /* an eventfd, non-blocking; its count is 2^64-2 until it is taken */
     int32_t socket_fd;        /* the old image's end of the hand-over's socket, or -1 */
     uint32_t *guard_pid;      /* where the new image finds the guard's PID, to reap it */
@@ -49,6 +51,7 @@ struct cpr_guard {
     int32_t pid_fd;           /* of the process that the new image is or was in; the caller's */
     int32_t old_pid;          /* its PID */
     int32_t consumed;         /* it had closed the CPR state */
+    int32_t dropped;          /* `drop` is closed */
     uint64_t clone_ns;        /* what the clone took */
 };
 

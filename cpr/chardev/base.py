@@ -114,6 +114,17 @@ class Chardev:
         """A descriptor that the peer passed with SCM_RIGHTS, the caller's from now on; else -1."""
         return -1
 
+    def exec_fds(self) -> list[int]:
+        """The sockets that an exec closes for good, as QEMU's does: the peer sees it at once."""
+        return []
+
+    def reopen(self) -> None:
+        """Goes on without those of `exec_fds`, which are closed.  Raises ConfigError."""
+
+    def expect_another(self) -> None:
+        """From now on a new client takes the place of the one that is there, which knew the VMM
+        under another PID and may have given it up."""
+
     def describe(self) -> str:
         """What `info chardev` shows behind filename=."""
         return self.backend

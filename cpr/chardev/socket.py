@@ -156,6 +156,24 @@ class SocketChardev(FdChardev):
             peer.close()
         self._close_passed()
 
+    def exec_fds(self) -> list[int]:
+        return [each.fileno() for each in (self._socket, self._listener) if each is not None]
+
+    def reopen(self) -> None:
+        if self._socket is not None:
+            self._socket.detach()
+            self.detach_fds()
+        if self._listener is not None:
+            self.loop.unwatch(self._listener.detach())
+            self._listener = self._listen()
+            self._watch_listener()
+        elif self._options.reconnect_ms:
+            self._reconnect_later()
+
+    def expect_another(self) -> None:
+        if self._listener is not None and self._socket is not None:
+            self._watch_listener()
+
     def hang_up(self) -> None:
         self.detach_fds()
         if self._listener is not None:
@@ -246,6 +264,8 @@ class SocketChardev(FdChardev):
                 self._timer = self.loop.call_later(RETRY_NS, self._watch_listener)
             return  # or it has gone again
         self.loop.unwatch(self._listener.fileno())
+        if self._socket is not None:
+            self.detach_fds()
         self._attach(client)
 
     def _unlink(self) -> None:

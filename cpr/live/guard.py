@@ -83,14 +83,16 @@ class Returned:
     """How the old image came back: `outcome` is one of the constants above.
 
     `pid` is the process that the new image is or was in, `pidfd` its pidfd, which is the
-    receiver's.  `consumed`: a program that knows no token had closed the CPR state.
+    receiver's.  `consumed`: a program that knows no token had closed the CPR state; `dropped`: the
+    descriptors that were to be dropped are closed.
     """
 
-    def __init__(self, outcome: int, pid: int, pidfd: int, consumed: bool) -> None:
+    def __init__(self, outcome: int, pid: int, pidfd: int, consumed: bool, dropped: bool) -> None:
         self.outcome = outcome
         self.pid = pid
         self.pidfd = pidfd
         self.consumed = consumed
+        self.dropped = dropped
 
 
 def wait_alone() -> None:
@@ -139,12 +141,14 @@ def execute(
     timeout_ns: int = 0,
     mappings: Sequence[tuple[int, int]] = (),
     state_fd: int = -1,
+    drop: Sequence[int] = (),
 ) -> Returned:
     """Executes `argv`, looked up in PATH, with the descriptors `keep` and a guard.
 
     The caller is this process's only thread.  `mappings` are (address, bytes) of memory that is
     freed piece by piece after a commit.  `state_fd`, one of `keep`, is for a program that knows no
-    token: it has taken over when it has closed that and lives on.
+    token: it has taken over when it has closed that and lives on.  `drop` are descriptors that a
+    late exec is to close for good, in the old image as in the new one.
 
     Comes back in the old image only.  Raises OSError of execve where it is the same process as
     before, and nothing has changed.
@@ -160,10 +164,12 @@ def execute(
         envp_array := ffi.new("char *[]", [*variables, ffi.NULL]),
         keep_array := ffi.new("int32_t[]", list(keep)),
         mapping_array := ffi.new("struct cpr_mapping[]", list(mappings)),
+        drop_array := ffi.new("int32_t[]", list(drop)),
     ]
     request.argv, request.envp = argv_array, envp_array
     request.keep, request.keep_count = keep_array, len(keep)
     request.mappings, request.mapping_count = mapping_array, len(mappings)
+    request.drop, request.drop_count = drop_array, len(drop)
     request.token_fd, request.socket_fd = token, socket
     request.early, request.timeout_ns = early, timeout_ns
     request.hold = ffi.addressof(page.struct, "hold")
@@ -179,7 +185,13 @@ def execute(
         page.struct.exec_ns = time.monotonic_ns()
         outcome = lib.cpr_guard_exec(request)
         if outcome > 0:
-            return Returned(outcome, request.old_pid, request.pid_fd, bool(request.consumed))
+            return Returned(
+                outcome,
+                request.old_pid,
+                request.pid_fd,
+                bool(request.consumed),
+                bool(request.dropped),
+            )
         if outcome not in (-errno.ENOENT, -errno.ENOTDIR):
             error = outcome
             if outcome != -errno.EACCES:

@@ -25,9 +25,9 @@ rehearse.  A rehearsal is a child that goes as far as ready, and is thanked.
 
 from __future__ import annotations
 
+import _signal as signal  # `signal` itself makes enums, which a late update would wait for
 import os
 import select
-import signal
 import time
 
 from cpr.errors import CprError
@@ -100,6 +100,7 @@ class Update:
         self.state = STARTING
         self.pid = 0
         self.pidfd = -1
+        self.dropped = False
         self._mappings = list(mappings)
         self._socket: socket.socket | None = None
         self._theirs: socket.socket | None = None
@@ -141,6 +142,7 @@ class Update:
         timeout_ns: int,
         keep: Sequence[int] = (),
         state_fd: int = -1,
+        drop: Sequence[int] = (),
     ) -> None:
         """Becomes `argv` under this PID; `keep` are descriptors that go over besides.
 
@@ -148,7 +150,8 @@ class Update:
         refused: it then waits to be told what to do.  Raises UpdateError: nothing has happened, or
         the old image goes on in another process, and there is no new one any more.
 
-        With `state_fd` the program is one that knows nothing of this, and gets only `keep`.
+        With `state_fd` the program is one that knows nothing of this, and gets only `keep`.  `drop`
+        are descriptors that a late exec closes here too; `dropped` says that it has.
         """
         try:
             guard.wait_alone()
@@ -166,12 +169,14 @@ class Update:
                 timeout_ns=timeout_ns,
                 mappings=self._mappings,
                 state_fd=state_fd,
+                drop=drop,
             )
         except (OSError, ValueError) as error:
             text = error.strerror if isinstance(error, OSError) else str(error)
             name = argv[0] if argv else ""
             raise UpdateError(f"execvp {name} failed: {text}") from None
         self.pid, self.pidfd = returned.pid, returned.pidfd
+        self.dropped = returned.dropped
         assert self._theirs is not None
         self._theirs.close()
         self._theirs = None

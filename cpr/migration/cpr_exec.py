@@ -51,6 +51,8 @@ class Exec(Mode):
         self.park: Callable[[], None] = lambda: None
         self.unpark: Callable[[], None] = lambda: None
         self.on_new_pid: Callable[[], None] = lambda: None
+        self.exec_fds: Callable[[], list[int]] = list
+        self.reopen: Callable[[], None] = lambda: None
         self.timeout_ms = 0
         self.knows_protocol = False
         self._persists = False
@@ -94,6 +96,7 @@ class Exec(Mode):
                 timeout_ns=self.timeout_ms * NS_PER_MS,
                 keep=keep,
                 state_fd=-1 if self.knows_protocol else self._fds.state_fd,
+                drop=self.exec_fds(),
             )
             reason = str(update.receive().body.get("reason", ""))
         except UpdateError as error:
@@ -102,6 +105,8 @@ class Exec(Mode):
         finally:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             self.unpark()
+            if update.dropped:
+                self.reopen()
         self.on_new_pid()
         self.give_back(update, reason)
         raise MigrationError(f"the new program refused: {reason}")

@@ -95,11 +95,39 @@ def differences(machine: Machine, wanted: dict[str, Any]) -> list[str]:
     return found
 
 
-class EarlyUpdate:
-    """The old VMM's side.  Owns the Update; `close` is called once, whatever becomes of it.
+def check_protocol(message: Message) -> None:
+    """Raises UpdateError where the new program's hello is of another version than ours."""
+    version = message.body.get("protocol")
+    if version != PROTOCOL:
+        raise UpdateError(
+            f"the new program speaks version {version} of the hand-over, this one {PROTOCOL}"
+        )
 
-    `rehearses`: the new image is a child that is let go when it is ready.
-    """
+
+def send_state(update: Update, migration: Migration, state: CprState, failure: str) -> None:
+    """Sends what a new VMM builds its machine from; `failure` is why it is to be a way back."""
+    machine = migration.machine
+    body = {
+        "program": PROGRAM,
+        "guest": describe(machine),
+        "cpu": machine.accel.cpu_model(),
+        "failure": failure,
+    }
+    _send(update, STATE, body, state)
+
+
+def _send(update: Update, kind: str, body: dict, state: CprState | None, stream: int = -1) -> None:
+    """Sends a message with a CPR state, and the stream's memfd in front of it."""
+    data, fds = b"", [stream] if stream >= 0 else []
+    if state is not None:
+        for piece, fd in cpr_channel.messages(state):
+            data += piece
+            fds += [fd] if fd >= 0 else []
+    update.send(kind, {**body, "cpr": data.hex()}, fds)
+
+
+class EarlyUpdate:
+    """The old VMM's side.  Owns the Update; `close` is called once, whatever becomes of it."""
 
     def __init__(
         self, migration: Migration, mode: Exec, timeout_ms: int, update: Update | None = None
@@ -193,28 +221,9 @@ class EarlyUpdate:
         self._guarded(self._hand_over)
 
     def _send_state(self, message: Message) -> None:
-        if message.body.get("protocol") != PROTOCOL:
-            raise UpdateError(
-                f"the new program speaks version {message.body.get('protocol')} of the hand-over, "
-                f"this one {PROTOCOL}"
-            )
+        check_protocol(message)
         self._sent = self._migration.fds.state()
-        body = {
-            "program": PROGRAM,
-            "guest": describe(self._machine),
-            "cpu": self._machine.accel.cpu_model(),
-            "failure": self._failure,
-        }
-        self._send(STATE, body, self._sent)
-
-    def _send(self, kind: str, body: dict, state: CprState | None, stream: int = -1) -> None:
-        """Sends a message with a CPR state, and the stream's memfd in front of it."""
-        data, fds = b"", [stream] if stream >= 0 else []
-        if state is not None:
-            for piece, fd in cpr_channel.messages(state):
-                data += piece
-                fds += [fd] if fd >= 0 else []
-        self._update.send(kind, {**body, "cpr": data.hex()}, fds)
+        send_state(self._update, self._migration, self._sent, self._failure)
 
     def _hand_over(self) -> None:
         """Stops the guest and sends what is left of it."""
@@ -237,7 +246,8 @@ class EarlyUpdate:
             channel.finish()
             state = migration.fds.state()
             changed = self._sent is None or state.fds != self._sent.fds
-            self._send(HAND_OVER, {"changed": changed}, state if changed else None, stream)
+            body = {"changed": changed}
+            _send(self._update, HAND_OVER, body, state if changed else None, stream)
         except OSError as error:
             raise MigrationError(f"memfd of the hand-over: {error.strerror}") from None
         finally:

@@ -78,7 +78,8 @@ class Incoming:
     `expected` once -incoming was given, `started` once a load has begun.  `listener` is the cpr
     channel of a cpr-transfer: it is closed when a source can connect to the main channel.
     `commit()` is called when the guest has been loaded, just before it runs, and raises CprError
-    where it is another image's; `hold(on)` while a load is waited for and when it begins.
+    where it is another image's, `hold(on)` while a load is waited for and when it begins, and
+    `on_running()` when the guest is as it was.
     """
 
     def __init__(self, migration: Migration) -> None:
@@ -89,6 +90,7 @@ class Incoming:
         self.listener: CprListener | None = None
         self.commit: Callable[[], None] = lambda: None
         self.hold: Callable[[bool], None] = lambda on: None
+        self.on_running: Callable[[], None] = lambda: None
         self._address: dict | None = None
 
     def expect(self, start_paused: bool) -> None:
@@ -195,6 +197,7 @@ class Incoming:
         self._come_up(old_state)
         mark("run")
         migration.set_incoming_status("completed")
+        self.on_running()
 
     def _come_up(self, old_state: str) -> None:
         machine = self._migration.machine

@@ -21,8 +21,8 @@ from cpr.migration.capabilities import Capabilities
 from cpr.migration.incoming import Incoming
 from cpr.migration.mode import EXEC, NORMAL, TRANSFER, Mode
 from cpr.migration.parameters import Parameters
-from cpr.migration.program import ProgramFiles, check_command, knows_protocol
-from cpr.migration.statistics import STOPPED_SYNCS, RamCounters, Times
+from cpr.migration.program import ProgramFiles, check_command, knows_protocol, own_command
+from cpr.migration.statistics import STOPPED_SYNCS, RamCounters, Times, UpdateTimes
 from cpr.phases import mark
 from cpr.report import error_report, exception_report
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cpr.mainloop import MainLoop
     from cpr.migration.channel import Channel, Handed
     from cpr.migration.early import EarlyUpdate
+    from cpr.migration.rehearsal import Rehearsed
     from cpr.migration.staging import Staging
     from cpr.state.fds import PreservedFds
 
@@ -53,8 +54,9 @@ class Migration:
 
     `before_exec()` is called on the main loop just before an exec, to flush what must not be
     lost, `park()` and `unpark()` around it, to end all threads but the caller's and to start them
-    again, and `on_new_pid()` where this VMM goes on in another process; `handed` are the
-    descriptors that monitors were handed by getfd and add-fd.
+    again, and `on_new_pid()` where this VMM goes on in another process.  `exec_fds()` are the
+    sockets that QEMU's exec closes, and `reopen()` makes them again where it has failed after that.
+    `handed` are the descriptors that monitors were handed by getfd and add-fd.
     """
 
     def __init__(
@@ -77,10 +79,12 @@ class Migration:
         self.park: Callable[[], None] = machine.park
         self.unpark: Callable[[], None] = machine.unpark
         self.on_new_pid: Callable[[], None] = lambda: None
+        self.exec_fds: Callable[[], list[int]] = list
+        self.reopen: Callable[[], None] = lambda: None
         self.files = ProgramFiles()
         self.early: EarlyUpdate | None = None
-        self.stopped_ns = 0
-        """When the guest stopped in the image before this one; 0 if that is not known."""
+        self.update_times: UpdateTimes | None = None
+        """What the update that this image comes from has cost, if it tells."""
         self.handed = handed
         self.incoming_side = Incoming(self)
         self._finish_callbacks: list[Callable[[], None]] = []
@@ -148,6 +152,7 @@ class Migration:
         mode.before_exec = self.before_exec
         mode.park, mode.unpark = self._park, self.unpark
         mode.on_new_pid = self.on_new_pid
+        mode.exec_fds, mode.reopen = self.exec_fds, self.reopen
         mode.timeout_ms = int(self.parameters.get("x-cpr-exec-timeout"))
         mode.give_back = self._give_back
         mode.stages = self._stages
@@ -279,8 +284,14 @@ class Migration:
 
         self.loop.call_soon(execute)
 
-    def check_cpr_exec(self, command: list[str] | None = None) -> list[str]:
-        """All that would refuse `start_cpr_exec(command)` now, without doing it."""
+    def check_cpr_exec(self, command: list[str] | None = None) -> Rehearsed:
+        """What would refuse `start_cpr_exec(command)` now, found by a rehearsal of it.
+
+        A program that cannot be rehearsed is not started; see `can_rehearse`.
+        """
+        from cpr.migration.rehearsal import Rehearsed, rehearse
+
+        words = command or own_command()
         mode = self._as_asked(cpr_exec.Exec(self.fds, command or [""]))
         try:
             self._check({"transport": "file"}, mode)
@@ -291,7 +302,14 @@ class Migration:
         else:
             reasons = []
         reasons += [reason for reason in mode.blockers(self.machine) if reason not in reasons]
-        return reasons + check_command(command)
+        reasons += check_command(command)
+        if reasons or not self.can_rehearse(command):
+            return Rehearsed(reasons, None)
+        return rehearse(self, words, mode.timeout_ms)
+
+    def can_rehearse(self, command: list[str] | None) -> bool:
+        """Whether the program of `command` knows how; RAM that is staged is not there yet."""
+        return not self._stages and knows_protocol(command or own_command(), self.files)
 
     def incoming(
         self,
@@ -639,7 +657,8 @@ class Migration:
         if self.error is not None and self.status in ("failed", "cancelled"):
             result["error-desc"] = self.error
         if not self._outgoing:
-            return result | self.incoming_side.query()
+            times = self.update_times.query() if self.update_times is not None else {}
+            return result | self.incoming_side.query() | times
         if self.status in ("active", "pre-switchover", "device"):
             downtime = self.ram.expected_downtime
             limit = self.parameters.get("downtime-limit")

@@ -46,6 +46,45 @@ class Times:
         return result
 
 
+class UpdateTimes:
+    """What an update has cost, as the new image knows it; CLOCK_MONOTONIC in ns.
+
+    `began` when it was asked for, `executed` when the exec began, `stopped` when the guest stood
+    still, `marks` when each phase of this image began; the guest runs from its "run" on.
+    """
+
+    def __init__(
+        self, mode: str, began: int, executed: int, stopped: int, marks: dict[str, int]
+    ) -> None:
+        self.mode = mode
+        moments = {"prepare": began, "exec": executed, "stop": stopped}
+        moments |= {name: at for name, at in marks.items() if name not in moments}
+        self._moments = sorted((at, name) for name, at in moments.items() if at)
+        self.downtime_ns = max(0, marks["run"] - stopped) if stopped and "run" in marks else 0
+
+    def phases(self) -> list[tuple[str, int]]:
+        """(name, ns) of each phase, in order; the last one is not over."""
+        pairs = zip(self._moments, self._moments[1:], strict=False)
+        return [(name, until - at) for (at, name), (until, _) in pairs]
+
+    def query(self) -> dict:
+        """For query-migrate: QEMU's downtime, in ms, and more of it."""
+        return {
+            "downtime": self.downtime_ns // NS_PER_MS,
+            "x-cpr-downtime-ns": self.downtime_ns,
+            "x-cpr-update": self.mode,
+            "x-cpr-phases": [{"name": name, "ns": ns} for name, ns in self.phases()],
+        }
+
+    def text(self) -> str:
+        """One line of it."""
+        phases = ", ".join(f"{name} {ns / NS_PER_MS:.2f}" for name, ns in self.phases())
+        return (
+            f"{self.mode} update: the guest stood still for {self.downtime_ns / NS_PER_MS:.2f} ms "
+            f"(phases, ms: {phases})"
+        )
+
+
 class RamCounters:
     """RAM of one migration.
 

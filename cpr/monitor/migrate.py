@@ -137,28 +137,30 @@ def capability_names(vmm: Any) -> list[str]:
     return [row["capability"] for row in vmm.migration.capabilities.query()]
 
 
-def cpr_exec(vmm: Any, command: list[str] | None = None, test: bool = False) -> list[str]:
+def qmp_cpr_exec(vmm: Any, command: list[str] | None = None, test: bool = False) -> dict | None:
     """cpr-exec: updates the VMM; with `test` only says what would refuse it.
 
-    Returns the refusals that a test found; an update that is refused raises instead.
+    `start-time` is how many ms the new program took in a rehearsal, where it can be rehearsed.
     """
-    if test:
-        refusals: list[str] = vmm.migration.check_cpr_exec(command)
-        return refusals
-    vmm.migration.start_cpr_exec(command)
-    return []
-
-
-def qmp_cpr_exec(vmm: Any, command: list[str] | None = None, test: bool = False) -> dict | None:
-    refusals = cpr_exec(vmm, command, test)
-    return {"refusals": refusals} if test else None
+    if not test:
+        vmm.migration.start_cpr_exec(command)
+        return None
+    found = vmm.migration.check_cpr_exec(command)
+    answer = {"refusals": found.refusals}
+    if found.start_ms is not None:
+        answer["start-time"] = found.start_ms
+    return answer
 
 
 def hmp_cpr_exec(vmm: Any, test: bool = False, command: list[str] | None = None) -> str:
-    refusals = cpr_exec(vmm, command, test)
-    if refusals:
-        return "".join(f"Error: {refusal}\n" for refusal in refusals)
-    return "cpr-exec would go ahead\n" if test else ""
+    answer = qmp_cpr_exec(vmm, command, test)
+    if answer is None:
+        return ""
+    if answer["refusals"]:
+        return "".join(f"Error: {refusal}\n" for refusal in answer["refusals"])
+    if "start-time" in answer:
+        return f"cpr-exec would go ahead: the new program was ready in {answer['start-time']} ms\n"
+    return "cpr-exec would go ahead; the new program cannot be rehearsed\n"
 
 
 def query_migrate(vmm: Any) -> Any:
@@ -172,6 +174,8 @@ def info_migrate(vmm: Any, all: bool = False) -> str:
         text += "Outgoing migration blocked:\n" + "".join(f"  {reason}\n" for reason in reasons)
     if "status" in info:
         text += _status_lines(info)
+    if vmm.migration.update_times is not None and "x-cpr-update" in info:
+        text += f"Update: \t\t{vmm.migration.update_times.text()}\n"
     if "remaining" in info:
         text += f"Remaining: \t\t{size_text(info['remaining'])}\n"
     if "ram" in info:

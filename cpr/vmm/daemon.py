@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import _signal as signal  # `signal` itself makes enums, which a late update would wait for
 import fcntl
 import os
-import signal
 
 from cpr.errors import ConfigError
 from cpr.mainloop import READ

@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import os
 
-from cpr import pc
+from cpr import pc, phases
 from cpr.config import parse_command_line
 from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.events import EventBus
 from cpr.live import guard
-from cpr.live.update import LATE, find_predecessor
+from cpr.live.update import EARLY, LATE, find_predecessor
 from cpr.mainloop import READ, MainLoop
 from cpr.migration import cpr_exec
 from cpr.migration.address import connects_in_background
 from cpr.migration.incoming import DEFER, Sources
 from cpr.migration.migration import Migration
+from cpr.migration.statistics import UpdateTimes
 from cpr.monitor.passed_fds import PassedFds
 from cpr.phases import mark
-from cpr.report import error_report, output, warn_report
+from cpr.report import error_report, exception_report, info_report, output, warn_report
 from cpr.state.fds import PreservedFds
 from cpr.vmm import daemon
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from cpr.chardev.base import Chardev
@@ -67,6 +69,7 @@ class Vmm:
         migration.before_exec = self._before_exec
         migration.park, migration.unpark = self._park, self._unpark
         migration.on_new_pid = self._on_new_pid
+        migration.exec_fds, migration.reopen = self._exec_fds, self._reopen
 
     def quit(self, reason: str) -> None:
         """Ends the process from the host's side, with a SHUTDOWN event."""
@@ -95,6 +98,18 @@ class Vmm:
         """This VMM goes on in another process than before."""
         if self.pidfile is not None:
             self.pidfile.rewrite()
+        for chardev in self.chardevs.values():
+            chardev.expect_another()
+
+    def _exec_fds(self) -> list[int]:
+        return [fd for chardev in self.chardevs.values() for fd in chardev.exec_fds()]
+
+    def _reopen(self) -> None:
+        for chardev in self.chardevs.values():
+            try:
+                chardev.reopen()
+            except CprError as error:
+                error_report(error)
 
     def create_frontends(self, after_exec: bool) -> None:
         """Makes the chardevs, connects the devices to them, and starts the monitors.
@@ -242,8 +257,24 @@ def _start(config: Config, fds: PreservedFds, predecessor: Predecessor | None) -
 def _commit(vmm: Vmm, predecessor: Predecessor) -> None:
     """The guest of a late update is loaded: it is this VMM's from here on."""
     predecessor.commit()
-    vmm.migration.stopped_ns = int(predecessor.page.struct.stopped_ns)
+    vmm.migration.incoming_side.on_running = lambda: _carefully(
+        lambda: _end_update(vmm, predecessor)
+    )
+
+
+def _end_update(vmm: Vmm, predecessor: Predecessor) -> None:
+    """The guest runs: says what that took, and gives up what the update needed."""
+    page = predecessor.page.struct
+    times = UpdateTimes(
+        LATE if predecessor.mode == LATE else EARLY,
+        int(page.began_ns),
+        int(page.exec_ns),
+        int(page.stopped_ns),
+        phases.times,
+    )
+    vmm.migration.update_times = times
     predecessor.close()
+    info_report(times.text())
 
 
 def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
@@ -261,15 +292,27 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     incoming = vmm.migration.incoming_side
     incoming.expect(config.start_paused)
     incoming.commit = arrival.commit
+    mark("populate")
     populate_before(vmm.machine.blocks)
+    mark("ready")
     source = arrival.receive_guest(fds)
     incoming.load(source)
-    vmm.migration.stopped_ns = int(predecessor.page.struct.stopped_ns)
-    predecessor.wait_hang_up(HANG_UP_NS)
-    predecessor.close()
-    _report(vmm, arrival)
-    vmm.create_frontends(True)
+    for step in (
+        lambda: predecessor.wait_hang_up(HANG_UP_NS),
+        lambda: _end_update(vmm, predecessor),
+        lambda: _report(vmm, arrival),
+        lambda: vmm.create_frontends(True),
+    ):
+        _carefully(step)
     return vmm
+
+
+def _carefully(step: Callable[[], None]) -> None:
+    """Takes a step for which no guest that runs here already is to be lost."""
+    try:
+        step()
+    except Exception as error:
+        exception_report(error)
 
 
 def _report(vmm: Vmm, arrival: Arrival) -> None:

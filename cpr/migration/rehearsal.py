@@ -1,0 +1,91 @@
+"""A rehearsal: the new program runs as a child up to ready, beside the guest, and is thanked.
+
+It gets what an early update gives, builds its machine around the same descriptors, and touches
+neither guest RAM nor a device.  The guest runs on; its timers are served while this waits.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+
+from cpr.errors import CprError, MigrationError
+from cpr.live.update import END, HELLO, READY, Update, UpdateError
+from cpr.migration.early import check_protocol, send_state
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cpr.migration.migration import Migration
+
+STEP_MS = 5
+NS_PER_MS = 1_000_000
+END_MS = 5000  # for a program that was thanked
+MOST_LINES = 5  # of the program's last words
+
+
+class Rehearsed:
+    """What a rehearsal has shown: `start_ms` is how long the program took to be ready, or None."""
+
+    def __init__(self, refusals: list[str], start_ms: int | None) -> None:
+        self.refusals = refusals
+        self.start_ms = start_ms
+
+
+def rehearse(migration: Migration, command: list[str], timeout_ms: int) -> Rehearsed:
+    """Starts `command` and waits until it is ready, refuses, ends, or the time is over.
+
+    Raises MigrationError where it cannot even be started.
+    """
+    try:
+        update = Update()
+    except UpdateError as error:
+        raise MigrationError(str(error)) from None
+    began = time.monotonic_ns()
+    try:
+        update.spawn(command, os.environ)
+        refusal = _converse(migration, update, timeout_ms)
+        took = (time.monotonic_ns() - began) // NS_PER_MS
+        if refusal is None:
+            update.send(END, {"status": 0})
+            update.is_dead(timeout_ms or END_MS)
+        status, words = update.end_child()
+    except UpdateError as error:
+        raise MigrationError(str(error)) from None
+    finally:
+        update.close()
+    if refusal is None:
+        return Rehearsed([], took)
+    if refusal == "":
+        last = "; ".join(words.splitlines()[-MOST_LINES:])
+        refusal = f"the new program has ended with exit status {status}: {last}"
+    return Rehearsed([refusal], None)
+
+
+def _converse(migration: Migration, update: Update, timeout_ms: int) -> str | None:
+    """What the new program says against the update: None for nothing, "" where it has ended."""
+    deadline = time.monotonic_ns() + timeout_ms * NS_PER_MS
+    poll = select.poll()
+    poll.register(update.fileno(), select.POLLIN)
+    poll.register(update.pidfd, select.POLLIN)
+    while True:
+        ready = [fd for fd, _ in poll.poll(STEP_MS)]
+        migration.loop.run_timers()
+        if update.fileno() in ready:
+            try:
+                message = update.receive()
+            except CprError:
+                return ""
+            message.close()
+            if message.kind == HELLO:
+                check_protocol(message)
+                send_state(update, migration, migration.fds.state(), "")
+            elif message.kind == READY:
+                return None
+            else:
+                update.send(END, {"status": 1})
+                return str(message.body.get("reason", ""))
+        elif ready:
+            return ""
+        elif timeout_ms and time.monotonic_ns() > deadline:
+            return f"the new program is not ready after {timeout_ms} ms"
