@@ -63,6 +63,7 @@ class StdioChardev(FdChardev):
         self._signals = signals
         self._original: list[Any] | None = None
         self._look: Timer | None = None
+        self._in_background = False
         self._on_continue_before: Any = None
         if (found := _settings()) is not None:
             self._original = cooked(found) if after_exec else found
@@ -75,17 +76,20 @@ class StdioChardev(FdChardev):
 
     def room(self) -> int:
         """In the background nothing is read: SIGTTIN would stop this process with its guest."""
-        if self._original is None or _in_foreground():
+        if self._original is None:
             return super().room()
-        if self._look is None:
-            self._look = self.loop.call_later(LOOK_NS, self._on_look)
-        return 0
+        if not _in_foreground():
+            self._in_background = True
+            if self._look is None:
+                self._look = self.loop.call_later(LOOK_NS, self._on_look)
+            return 0
+        if self._in_background:
+            self._set_character_mode()
+        return super().room()
 
     def _on_look(self) -> None:
         """A shell tells nobody when a running job comes to the foreground."""
         self._look = None
-        if self._original is not None and _in_foreground():
-            self._set_character_mode()
         self._queue_update()
 
     def hang_up(self) -> None:
@@ -130,9 +134,10 @@ class StdioChardev(FdChardev):
 
     def _set_character_mode(self) -> None:
         """In the background it does nothing: the terminal is the shell's, and SIGTTOU would stop
-        this process with its guest.  `_watch_continue` makes up for it."""
+        this process with its guest.  `room` makes up for it."""
         assert self._original is not None
-        if not _in_foreground():
+        self._in_background = not _in_foreground()
+        if self._in_background:
             return
         settings = list(self._original)
         settings[IFLAG] &= ~RAW_IFLAG
