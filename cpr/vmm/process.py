@@ -22,7 +22,7 @@ from cpr.migration.migration import Migration
 from cpr.migration.statistics import UpdateTimes
 from cpr.monitor.passed_fds import PassedFds
 from cpr.phases import mark
-from cpr.report import error_report, exception_report, info_report, output, warn_report
+from cpr.report import STDERR, error_report, exception_report, info_report, output, warn_report
 from cpr.state.fds import PreservedFds
 from cpr.vmm import daemon
 
@@ -274,7 +274,8 @@ def _end_update(vmm: Vmm, predecessor: Predecessor) -> None:
     )
     vmm.migration.update_times = times
     predecessor.close()
-    info_report(times.text())
+    if not os.isatty(STDERR):  # a user at the terminal asks `info migrate`
+        info_report(times.text())
 
 
 def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
