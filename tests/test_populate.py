@@ -48,7 +48,7 @@ def test_ram_ends_populated(start, accel, updates):
     assert header.endswith("  RO           Populated")
     assert re.search(r"rw  0x0000000010000000$", row)
     assert all(other.endswith("ro") for other in others)
-    assert vm.stderr == ""
+    assert vm.complaints == ""
 
 
 def test_the_end_of_the_vmm_ends_it(start, accel):
@@ -56,7 +56,7 @@ def test_the_end_of_the_vmm_ends_it(start, accel):
     vm.update()
     vm.qmp.send("quit")
     assert vm.process.wait(10) == 0
-    assert vm.stderr == ""
+    assert vm.complaints == ""
 
 
 class Block:

@@ -66,7 +66,7 @@ def test_hundredth_update_is_as_good_as_the_first(start, accel):
         last = counter
     assert sorted(map(anonymous, vm.descriptors().values())) == descriptors
     assert vm.qmp.command("query-status")["status"] == "running"
-    assert vm.stderr == ""
+    assert vm.complaints == ""
 
 
 def anonymous(target: str) -> str:

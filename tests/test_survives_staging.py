@@ -124,7 +124,7 @@ def check_shared_now(vm: Vm, idstr: str, name: str) -> None:
     (told,) = vm.qmp.command("query-memdev")
     assert (told["id"], told["share"]) == (idstr, True)
     wait_round(vm)
-    assert vm.stderr == ""
+    assert vm.complaints == ""
 
 
 def test_a_second_update_with_staging_on_copies_nothing(start, accel):
@@ -305,7 +305,7 @@ def test_to_huge_pages_and_back(start, accel, huge_pages, backend, idstr):
         assert ramblock(vm, idstr)[0] == shown
         wait_round(vm)
     assert (POOL / "free_hugepages").read_text() == "64\n", "they are given back"
-    assert vm.stderr == ""
+    assert vm.complaints == ""
 
 
 @pytest.mark.parametrize(

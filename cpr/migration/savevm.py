@@ -141,8 +141,8 @@ class Saver:
                     writer.write(ram_section.END)
                     writer.close_section(RAM_SECTION_ID)
 
-    def devices(self) -> None:
-        """The devices, the run state and the description: the rest of the stream."""
+    def devices(self, described: bool = True) -> None:
+        """The devices, the run state and, if it is `described`, the description: all the rest."""
         writer, machine = self._writer, self._machine
         writer.command(stream.SWITCHOVER_START)
         writer.end(RAM_SECTION_ID, ram_section.END)
@@ -161,11 +161,16 @@ class Saver:
         state = _globalstate(self._old_state, machine.was_suspended)
         writer.device(last_id, VMSTATE_GLOBALSTATE.name, 0, VMSTATE_GLOBALSTATE, state)
         writer.eof()
-        writer.vmdescription()
+        if described:
+            writer.vmdescription()
 
 
-def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
+def load(
+    machine: Machine, capabilities: Capabilities, channel: Channel, described: bool = True
+) -> str:
     """Loads a stream into a stopped machine; returns the run state that the source was in.
+
+    `described`: the description that only tools read is expected at its end.
 
     Raises StreamError for a stream that is not this machine's; then no device has changed.
     """
@@ -206,7 +211,8 @@ def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
     for key, device in devices.items():
         if device.required and key not in states:
             raise StreamError(f"there is no section '{key[0]}' instance {key[1]} in the stream")
-    reader.vmdescription()
+    if described:
+        reader.vmdescription()
     for warning in (*warnings, *reader.warnings):
         report.error_report(warning)
     _apply(machine, states)

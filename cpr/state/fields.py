@@ -77,6 +77,11 @@ class FixedField(Field):
         repeat = count if size is None else size
         self.format = code if repeat is None else f"{repeat}{code}"
 
+    @property
+    def single(self) -> bool:
+        """Whether it is one number."""
+        return self.count is None and self.kind not in ("buffer", "unused_buffer")
+
     def values(self, state: dict) -> list:
         """The arguments of a pack.  Refuses what struct.pack would pad, cut or misplace."""
         if self.kind == "unused_buffer":
@@ -144,7 +149,12 @@ class StructField(Field):
         self.count_name = count_name
 
     def encode(self, state: dict) -> bytes:
-        return b"".join([self.vmsd.encode(each) for each in self._elements(state)])
+        elements = self._elements(state)
+        names, record = self.vmsd.names, self.vmsd.record
+        if names and record is not None and len(elements) > 1:
+            packer = struct.Struct(">" + record.format[1:] * len(elements))
+            return packer.pack(*[each[name] for each in elements for name in names])
+        return b"".join([self.vmsd.encode(each) for each in elements])
 
     def decode(self, reader: Reader, state: dict) -> None:
         vmsd = self.vmsd
@@ -239,6 +249,8 @@ def _decode_records(
         data = reader.read(record.size * count)
     except EndOfStream as end:
         raise StreamError(f"Failed to load {vmsd.name} state: {end}", end.errno) from None
+    if vmsd.names:
+        return [dict(zip(vmsd.names, values, strict=True)) for values in record.iter_unpack(data)]
     elements = [vmsd.take_record(values) for values in record.iter_unpack(data)]
     vmsd.decode_subsections(reader, elements[-1])
     return elements

@@ -40,6 +40,7 @@ class VMStateDescription:
         "groups",
         "minimum_version_id",
         "name",
+        "names",
         "record",
         "subsections",
         "uniform",
@@ -65,6 +66,9 @@ class VMStateDescription:
         self.groups = _group(fields)
         self.uniform: bool = not subsections and all(field.uniform for field in fields)
         self.record = self.groups[0][0] if len(self.groups) == 1 and not subsections else None
+        # Of a record whose fields are one number each: an array of it is one pack.
+        single = self.record is not None and all(field.single for field in self.groups[0][1])
+        self.names = tuple(field.name for field in fields) if single else ()
 
     def encode(self, state: dict) -> bytes:
         """The body for `state`.

@@ -74,6 +74,12 @@ class Vm:
     def stderr(self) -> str:
         return self.stderr_path.read_text()
 
+    @property
+    def complaints(self) -> str:
+        """What is on stderr besides the lines that only tell what an update has cost."""
+        lines = self.stderr.splitlines(keepends=True)
+        return "".join(line for line in lines if not line.startswith("cpr-vmm: info: "))
+
     def connect(self) -> Qmp:
         """Connects, trying again while the VMM (or its new image) is not yet listening."""
         deadline = time.monotonic() + self._timeout

@@ -58,7 +58,7 @@ def test_two_devices(kind: str, pair: tuple[str, str]) -> None:
             guest.wait("rounds", guest["rounds"] + 1)
             guest.vm.update()
         check_running(guest)
-        assert guest.vm.stderr == ""
+        assert guest.vm.complaints == ""
 
 
 @pytest.mark.parametrize("kind", KINDS)

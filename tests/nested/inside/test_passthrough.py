@@ -57,7 +57,7 @@ def test_dma_and_interrupts_go_on(edu, kind: str) -> None:
     check_running(edu)
     assert command(EDU) == enabled
     assert edu["command"] == seen
-    assert edu.vm.stderr == ""
+    assert edu.vm.complaints == ""
 
 
 @pytest.mark.parametrize("user", ["root"], indirect=True)
