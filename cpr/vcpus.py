@@ -5,11 +5,11 @@ The hand-over uses plain locks as binary semaphores, because they cost nothing a
 
 from __future__ import annotations
 
-import sys
 from _thread import allocate_lock, get_ident, get_native_id, start_new_thread
 
 from cpr.accel import base
 from cpr.errors import CprError
+from cpr.report import exception_report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class VCpuThread:
             self._on_error(error)
             reason = ""
         except Exception as error:  # a bug in a device must not leave the others without this vCPU
-            sys.excepthook(type(error), error, error.__traceback__)
+            exception_report(error)
             self._on_error(CprError(f"vCPU {self.vcpu.index}: internal error: {error}"))
             reason = ""
         self._do_work()

@@ -135,7 +135,7 @@ class VCpu:
     index = 0
 
     def check_state(self, state: dict) -> None:
-        """The accelerator takes all."""
+        """An accelerator that takes everything."""
 
 
 REFUSED = [

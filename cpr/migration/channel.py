@@ -20,7 +20,7 @@ from cpr.migration.cancellation import Cancellation
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, Protocol
+    from typing import Protocol
 
     from cpr.migration.child import Child
 
@@ -283,12 +283,3 @@ def _connect(address: dict) -> int:
 
 def _strerror(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-
-
-def __getattr__(name: str) -> Any:
-    """Listener, which no update needs, is imported when it is asked for."""
-    if name != "Listener":
-        raise AttributeError(name)
-    from cpr.migration.listener import Listener
-
-    return Listener

@@ -10,7 +10,7 @@ from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.migration import address as addresses
 from cpr.migration import channel, savevm
 from cpr.phases import mark
-from cpr.report import error_report
+from cpr.report import error_report, exception_report
 from cpr.state.reader import StreamError
 
 TYPE_CHECKING = False
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cpr.migration.cpr_transfer import CprListener
+    from cpr.migration.listener import Listener
     from cpr.migration.migration import Migration
 
 DEFER = "defer"
@@ -92,6 +93,7 @@ class Incoming:
         self.hold: Callable[[bool], None] = lambda on: None
         self.on_running: Callable[[], None] = lambda: None
         self._address: dict | None = None
+        self._source: channel.Channel | None = None
 
     def expect(self, start_paused: bool) -> None:
         """-incoming was given: the guest waits in runstate inmigrate.  `start_paused` is -S."""
@@ -123,7 +125,9 @@ class Incoming:
         self._migration.set_incoming_status("setup")
         self._address = address
         if addresses.connects_in_background(address):
-            listener = channel.Listener(address)
+            from cpr.migration.listener import Listener
+
+            listener = Listener(address)
             self._hang_up()
             self.started = True
             start_new_thread(self._wait_and_load, (listener, exit_on_error))
@@ -141,9 +145,22 @@ class Incoming:
         if self.started:
             raise MigrationError("The incoming migration has already been started")
 
-    def _wait_and_load(self, listener: channel.Listener, exit_on_error: bool) -> None:
-        source = listener.accept()
-        self._migration.loop.call_soon(lambda: self._load_or_exit(source, exit_on_error))
+    def _wait_and_load(self, listener: Listener, exit_on_error: bool) -> None:
+        """On a thread of its own: a source may say nothing for long, and monitors go on."""
+        try:
+            source = listener.accept()
+        except CprError as error:
+            self._fail(str(error), exit_on_error)
+            return
+        self._source = source
+        self._load_or_exit(source, exit_on_error)
+        self._source = None
+
+    def close(self) -> None:
+        """Ends a load that still waits for its source."""
+        source = self._source
+        if source is not None:
+            source.shutdown()
 
     def _hang_up(self) -> None:
         """Tells the source of a cpr-transfer that it can connect to the main channel."""
@@ -166,12 +183,15 @@ class Incoming:
             self.load(source)
         except CprError as error:
             self._fail(str(error), exit_on_error)
+        except Exception as error:  # no state may leave a VMM that says "active" for ever
+            exception_report(error)
+            self._fail(f"{PREFIX}internal error: {error}", exit_on_error)
 
     def _fail(self, text: str, exit_on_error: bool) -> None:
         self._migration.set_incoming_status("failed", text)
         if exit_on_error:
             error_report(text)
-            self._migration.machine.on_exit(1)
+            self._migration.machine.request_exit(1)
 
     def load(self, source: channel.Channel) -> None:
         """Loads the stream and brings the VM up as it was."""

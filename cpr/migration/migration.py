@@ -330,6 +330,9 @@ class Migration:
             self._cancel = True
             self.set_status("cancelling")
             self._let_go()
+            channel = self._channel
+            if channel is not None:
+                channel.shutdown()
             if self._staging is not None:
                 self._staging.cancel()
             if self._waits_for_target:
@@ -484,6 +487,7 @@ class Migration:
 
     def close(self, exit_status: int) -> None:
         """Ends what is under way: a new image ends too, and a copy of RAM is walked back."""
+        self.incoming_side.close()
         if self.early is not None:
             self.early.end_vm(exit_status)
             self.early = None
@@ -525,7 +529,10 @@ class Migration:
             error_report(error)
             self.end("cancelled", str(error))
         except CprError as error:
-            self._fail(error)
+            if self._cancel:
+                self.end("cancelled", str(error))
+            else:
+                self._fail(error)
         except Exception as error:  # the guest must not be lost to a bug here
             exception_report(error)
             self._fail(MigrationError(f"internal error: {error}"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 from cpr.errors import CprError
-from cpr.report import error_report, output
+from cpr.report import error_report, open_standard_descriptors, output
 
 USAGE = """usage: python -m cpr.vmm run [guest.cfg] [QEMU options]
        python -m cpr.vmm run -help
@@ -43,6 +43,7 @@ VERBS = {"run": run, "inspect": inspect, "protocol": protocol}
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; returns the exit status: 1 where it was refused, with the reason on stderr."""
+    open_standard_descriptors()
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] not in VERBS:
         if words and words[0] in ("-h", "-help", "--help"):

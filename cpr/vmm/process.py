@@ -81,7 +81,7 @@ class Vmm:
 
     def _before_exec(self) -> None:
         for chardev in self.chardevs.values():
-            chardev.flush(FLUSH_NS)
+            chardev.flush()  # the guest waits for no client
 
     def _park(self) -> None:
         """Ends all threads but the main loop's, for an exec; `_unpark` is the inverse."""
