@@ -88,6 +88,7 @@ class Exec(Mode):
         update.page.struct.stopped_ns = self.stopped_ns
         keep = [fd for _, _, fd in self._fds.entries()] + [self._fds.state_fd]
         self.park()
+        failure, reason = None, ""
         try:
             update.execute(
                 self.command,
@@ -100,13 +101,15 @@ class Exec(Mode):
             )
             reason = str(update.receive().body.get("reason", ""))
         except UpdateError as error:
-            update.close()
-            raise self._failed(error) from None
+            failure = error
         finally:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             self.unpark()
             if update.dropped:
                 self.reopen()
+        if failure is not None:
+            update.close()
+            raise self._failed(failure)
         self.on_new_pid()
         self.give_back(update, reason)
         raise MigrationError(f"the new program refused: {reason}")

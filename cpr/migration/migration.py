@@ -585,7 +585,9 @@ class Migration:
             if self._mode.ends_process:
                 self.set_status("completed")
             self._mode.finish(self.machine)
-        except CprError as error:
+        except Exception as error:  # the guest must not be lost to a bug here
+            if not isinstance(error, CprError):
+                exception_report(error)
             error_report(error)
             mode = self._mode
             self.end("failed", str(error))

@@ -239,6 +239,8 @@ def warm_up(machine: Machine, capabilities: Capabilities, mode: Mode, running: b
     """
     from cpr.migration.channel import Channel
 
+    if any(mode.sends(block, False) for block in machine.blocks):
+        raise ValueError(f"{mode.name} sends RAM, which is the guest's: no trial may write that")
     fd = os.memfd_create("cpr-warm-up")
     channel = Channel(os.dup(fd), "file")
     try:

@@ -20,7 +20,6 @@ from cpr.migration import cpr_exec, savevm
 from cpr.migration.address import connects_in_background
 from cpr.migration.incoming import DEFER, Sources
 from cpr.migration.migration import Migration
-from cpr.migration.mode import EXEC, Mode
 from cpr.migration.statistics import UpdateTimes
 from cpr.monitor.passed_fds import PassedFds
 from cpr.phases import mark
@@ -298,7 +297,7 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     mark("populate")
     populate_before(vmm.machine.blocks)
     gc.disable()  # not in the hand-over, for which the guest stands still
-    savevm.warm_up(vmm.machine, vmm.migration.capabilities, Mode(EXEC), False)
+    savevm.warm_up(vmm.machine, vmm.migration.capabilities, cpr_exec.Exec(fds, []), False)
     mark("ready")
     source = arrival.receive_guest(fds)
     incoming.load(source, described=False)
