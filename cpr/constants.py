@@ -8,7 +8,7 @@ GIB = 1 << 30
 U32_LIMIT = 1 << 32
 U64_LIMIT = 1 << 64
 
-# What stands behind a size, in either case, and the power of two by which it multiplies.
+# What stands after a size, in either case, and the power of two by which it multiplies.
 SIZE_SUFFIXES = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 
 MAX_CPUS = 255  # of QEMU's machine pc

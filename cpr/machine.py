@@ -172,7 +172,7 @@ class Machine:
     def load_boot_image(self) -> None:
         """Power-on: the boot image into RAM, vCPUs and devices to their initial state.
 
-        Raises ConfigError where the image cannot be had.
+        Raises ConfigError where the image cannot be read.
         """
         assert self.boot_image is not None
         registers = self.boot_image().load(self.memory)
@@ -309,7 +309,7 @@ class Machine:
                 self.events.emit("STOP")
 
     def reset_if_requested(self) -> bool:
-        """Resets the paused VM if that is due; false where its boot image cannot be had."""
+        """Resets the paused VM if that is due; false where its boot image cannot be read."""
         if self._reset_requested is None:
             return True
         guest, reason = self._reset_requested

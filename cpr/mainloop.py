@@ -96,7 +96,7 @@ class MainLoop:
         return self.call_at(time.monotonic_ns() + delay_ns, callback)
 
     def _forget_cancelled(self) -> None:
-        """A guest that arms a timer again and again leaves no more behind than half the heap."""
+        """A guest that arms a timer again and again leaves half the heap cancelled at most."""
         self._timers = [entry for entry in self._timers if entry[2].callback is not None]
         heapify(self._timers)
         self._compact_at = max(FEW_TIMERS, 2 * len(self._timers))

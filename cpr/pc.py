@@ -105,7 +105,7 @@ def _check(config: Config) -> None:
 
 
 def _create_accel(names: Sequence[str]) -> Accelerator:
-    """The first accelerator of `names` that can be had; says on stderr when it falls back."""
+    """The first accelerator of `names` that this host has; says on stderr when it falls back."""
     problems: list[str] = []
     for name in names:
         try:

@@ -156,7 +156,7 @@ class RAMBlock:
 def create_backend_block(config: ObjectConfig, fds: PreservedFds) -> RAMBlock:
     """Makes the RAMBlock of a memory-backend object; the caller owns it.
 
-    Raises ConfigError where the backend cannot be had; then nothing is left open, but a
+    Raises ConfigError where the backend cannot be made; then nothing is left open, but a
     descriptor that was found in `fds` stays there.
     """
     properties = config.properties

@@ -11,13 +11,16 @@ import doc_examples
 import pytest
 from conftest import MISSING, ROOT
 from doc_tables import Document, words
+from test_layers import LAYERS
 
 from cpr import devices, runstate
+from cpr.accel.kvm import state
 from cpr.config import chardev_options, command_line, drive_options, machine_options, usage
 from cpr.config.device_table import DEVICES
 from cpr.config.object_options import DEFAULT_ONLY, OBJECTS
 from cpr.devices.base import Device
 from cpr.errors import CommandError
+from cpr.live import update
 from cpr.migration import parameters
 from cpr.migration.capabilities import CAPABILITIES
 from cpr.migration.savevm import VMSTATE_GLOBALSTATE
@@ -332,3 +335,32 @@ def test_differences_are_complete():
     assert len({row[0] for row in rows}) == len(rows)
     for row in rows:
         assert len(row) == 4 and all(row), row
+
+
+ARCHITECTURE = Document(DOCUMENTS["architecture.md"])
+
+
+def test_layers_of_the_architecture():
+    shown = [tuple(re.findall(r"cpr[\w.]+", row[0])) for row in ARCHITECTURE.rows("Layers")]
+    assert shown == list(LAYERS)
+
+
+def test_state_of_a_kvm_guest():
+    steps = [(step.name, "vCPU") for step in state.VCPU_STEPS]
+    steps += [(chip, "chip") for chip, _ in state.CHIP_STEPS]
+    steps += [(step.name, "time") for step in state.TIME_STEPS]
+    rows = ARCHITECTURE.rows("State of a KVM guest")
+    assert [(row[0], row[1]) for row in rows] == steps
+
+
+def test_states_of_an_update():
+    shown = {
+        row[0]: set(words(row[2], ", ")) - {""} for row in ARCHITECTURE.rows("States of an update")
+    }
+    assert shown == {name: set(after) for name, after in update.TRANSITIONS.items()}
+
+
+def test_files_of_the_architecture():
+    for row in ARCHITECTURE.rows("Reading order"):
+        for name in re.findall(r"cpr/[\w./]+", row[0]):
+            assert (ROOT / name).is_file(), name

@@ -1,4 +1,4 @@
-/* The guard: the old image lives on behind an exec, in a process that shares its address space.
+/* The guard: the old image lives on after an exec, in a process that shares its address space.
 
    clone(CLONE_VM) makes the guard on a stack of its own, where it makes raw system calls only, for
    the caller's thread-local storage is its own too. The caller execs; from then on nobody but the

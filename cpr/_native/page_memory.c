@@ -1,4 +1,4 @@
-/* Runs of guest pages, and the holes in the files behind them. */
+/* Runs of guest pages, and the holes in their files. */
 #include "page_memory.h"
 
 #include <errno.h>
@@ -77,7 +77,7 @@ static long faults(void)
 
 /* Puts a run into the page tables at once, where it is not: that costs less than a fault for every
    few pages. Where it is, that would cost half as much as the search, so its two ends are tried
-   first. What cannot be had so is had by the faults. */
+   first. What this cannot map is mapped by the faults. */
 static void populate(const struct cpr_page_memory *memory, uint64_t first, uint32_t count)
 {
     long before = faults();

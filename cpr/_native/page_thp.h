@@ -6,7 +6,7 @@
 /* Huge pages for what is about to be written to a file on a tmpfs. One allocation takes the place
    of 512, and write(2) copies into them at the speed of memory. The kernel makes them by
    MADV_COLLAPSE (Linux 6.1), whatever the mount's `huge=` is, unless shmem_enabled is `deny`. What
-   cannot be had so is had by the writes, in small pages. */
+   this cannot do is done by the writes, in small pages. */
 struct cpr_thp;
 
 /* For at most `most` bytes from the position of `fd` on, which is the caller's and stays open until

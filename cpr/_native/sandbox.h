@@ -2,7 +2,7 @@
 #define CPR_SANDBOX_H
 #include <stdint.h>
 
-/* Seccomp filters for all threads, inherited over exec; there is no way back. They imply
+/* Seccomp filters for all threads, inherited over exec; they cannot be undone. They imply
    no_new_privs. Each returns 0 or -errno. */
 
 /* System calls that no VMM needs kill the process: reboot, swapon, _sysctl and the like. */

@@ -126,7 +126,7 @@ class Chardev:
         under another PID and may have given it up."""
 
     def describe(self) -> str:
-        """What `info chardev` shows behind filename=."""
+        """What `info chardev` shows after filename=."""
         return self.backend
 
     def close(self) -> None:

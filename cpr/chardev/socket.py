@@ -260,7 +260,7 @@ class SocketChardev(FdChardev):
             client, _ = self._listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self.loop.unwatch(self._listener.fileno())  # it is ready, and cannot be had
+                self.loop.unwatch(self._listener.fileno())  # it is ready, and cannot be taken
                 self._timer = self.loop.call_later(RETRY_NS, self._watch_listener)
             return  # or it has gone again
         self.loop.unwatch(self._listener.fileno())

@@ -99,7 +99,7 @@ class Config(Record):
     serials               chardev ids, by COM port (0 is COM1); None where -serial none is given
     smp                   the number of vCPUs
     timestamps            -msg timestamp=on: messages begin with the time
-    warnings              what QEMU warns of, to be printed behind the program's name, one by one
+    warnings              what QEMU warns of, to be printed after the program's name, one by one
     """
 
     __slots__ = (

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class DeviceModel(Record):
     """A row.  `module` has `create(board, config)`, which raises CprError or ValueError.
 
-    `usage` is what -help shows behind the device's name; `chardev` is what its chardev is a
+    `usage` is what -help shows after the device's name; `chardev` is what its chardev is a
     property of in QEMU's errors, or None where it has none.
     """
 

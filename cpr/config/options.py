@@ -215,7 +215,7 @@ def _with_lists(node: Any) -> Any:
 
 
 def quote(value: str) -> str:
-    """`value` as it is written behind key= in the opts and keyval dialects."""
+    """`value` as it is written after key= in the opts and keyval dialects."""
     return value.replace(",", ",,")
 
 

@@ -87,7 +87,7 @@ def _parse_header(line: str, location: str) -> tuple[str, str | None]:
 
 
 def _parse_setting(line: str, location: str) -> tuple[str, str]:
-    """`key = "value"`, with nothing but a comment behind it."""
+    """`key = "value"`, with nothing but a comment after it."""
     words = line.split(None, 2)
     if len(words) == 3 and words[1] == "=" and words[2].startswith('"'):
         value, closing, after = words[2][1:].partition('"')

@@ -107,7 +107,7 @@ class Device:
     """A device without state of its own; subclasses say what they have.
 
     `idstr` and `instance_id` name its section in the stream; `vmstate` is None where there is
-    nothing to save.  `saved_last`: its section comes behind those of the other devices.
+    nothing to save.  `saved_last`: its section comes after those of the other devices.
     `required`: a stream without its section is refused.
     """
 

@@ -229,7 +229,7 @@ class Type1:
         """The inverse of `leave_vm`."""
 
     def _open_group(self, number: int, name: str) -> None:
-        """The container is added behind its first group: at the end it must go before that."""
+        """The container is added after its first group: at the end it must go before that."""
         fds, kernel = self._fds, self._kernel
         for kept in (GROUP_NAME, CONTAINER_NAME):
             fds.require(kept, number, MISSING)

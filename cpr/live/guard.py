@@ -31,9 +31,9 @@ MESSAGE = lib.CPR_GUARD_MESSAGE
 ALONE_TIMEOUT_NS = 2_000_000_000
 STATUS_TIMEOUT_NS = 100_000_000
 STEP = 0.0002  # s
-FLAGS_FIELD = 6  # of /proc/PID/stat behind the name: 9 in proc_pid_stat(5), less three
+FLAGS_FIELD = 6  # of /proc/PID/stat after the name: 9 in proc_pid_stat(5), less three
 PF_USER_WORKER = 0x4000  # include/linux/sched.h: a worker of the kernel in a process of the user's
-EXIT_CODE_FIELD = 49  # of /proc/PID/stat behind the name: 52 in proc_pid_stat(5), less three
+EXIT_CODE_FIELD = 49  # of /proc/PID/stat after the name: 52 in proc_pid_stat(5), less three
 
 
 def create_token() -> int:

@@ -317,7 +317,7 @@ def _is_ready(fd: int, timeout_ms: int) -> bool:
 
 
 class Predecessor:
-    """The new image's side: the old image behind this exec.
+    """The new image's side: the old image from before this exec.
 
     `mode` is EARLY, LATE or REHEARSE; `page` tells when things began.  Owns the token, the page
     and the socket until `commit` or `close`.

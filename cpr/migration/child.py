@@ -72,4 +72,4 @@ class Child:
             try:
                 start_new_thread(self._process.wait, ())
             except RuntimeError:
-                pass  # no thread can be had: it stays a zombie until this process ends
+                pass  # there is no thread for it: it stays a zombie until this process ends

@@ -76,7 +76,7 @@ class Exec(Mode):
     def finish(self, machine: Machine) -> None:
         """Becomes the command under this PID.  Comes back only with MigrationError.
 
-        The guard is behind it: where the new program does not take over, this one goes on.
+        The guard waits: where the new program does not take over, this one goes on.
         """
         import signal
 

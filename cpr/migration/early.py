@@ -2,7 +2,7 @@
 
     EarlyUpdate (old)                         Arrival (new)
     hello: the CPR state, what the guest   →  builds the machine, checks that it can have this
-           has, whether it is a way back      guest, populates RAM
+           has, why the last one failed       guest, populates RAM
     ready: stops the guest, saves it       →  loads it, commits, runs it
     the token is gone: this process ends
 
@@ -107,7 +107,7 @@ def check_protocol(message: Message) -> None:
 
 
 def send_state(update: Update, migration: Migration, state: CprState, failure: str) -> None:
-    """Sends what a new VMM builds its machine from; `failure` is why it is to be a way back."""
+    """Sends what a new VMM builds its machine from; `failure` is why the one before has failed."""
     machine = migration.machine
     body = {
         "program": PROGRAM,
@@ -168,7 +168,7 @@ class EarlyUpdate:
         self._watch()
 
     def give_back(self, reason: str) -> None:
-        """Goes on behind a late update that was refused: the old command gets the PID."""
+        """Goes on after a late update that was refused: the old command gets the PID."""
         self._watch()
         self._guarded(lambda: self._on_refusal(reason))
 
@@ -366,7 +366,7 @@ class Arrival:
         self._guest: dict[str, Any] = {}
         self._cpu: Any = None
         self.failure = ""
-        """Why the update failed that this one is the way back from; empty for a new program."""
+        """Why an update failed whose old command this is; empty for a new program."""
 
     @property
     def rehearses(self) -> bool:

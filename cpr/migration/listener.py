@@ -55,7 +55,7 @@ class Listener:
     def accept(self) -> Channel:
         """Waits for the source and closes the listener; the channel is the caller's.
 
-        Raises MigrationError where `cancel` comes first, or the connection cannot be had.
+        Raises MigrationError where `cancel` comes first, or there is no connection.
         """
         from cpr.migration.channel import Channel
 

@@ -1,4 +1,4 @@
-"""Migration: the state machine behind `migrate`, its checks, and what query-migrate tells.
+"""Migration: the state machine of `migrate`, its checks, and what query-migrate tells.
 
     none → setup → active → [pre-switchover →] device → completed
     failing → failed and cancelling → cancelled leave it from any state in between
@@ -486,7 +486,7 @@ class Migration:
             self._thread_done.release()
 
     def close(self, exit_status: int) -> None:
-        """Ends what is under way: a new image ends too, and a copy of RAM is walked back."""
+        """Ends what is under way: a new image ends too, and a copy of RAM is rolled back."""
         self.incoming_side.close()
         if self.early is not None:
             self.early.end_vm(exit_status)
@@ -604,7 +604,7 @@ class Migration:
         self.end("failed", str(error))
 
     def end(self, status: str, error: str | None) -> None:
-        """Walks everything back: the channel, what the mode did, and the vCPUs."""
+        """Rollback: the channel, what the mode did, and the vCPUs."""
         if self._channel is not None:
             self._channel.close()
             self._channel = None

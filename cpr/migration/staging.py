@@ -116,7 +116,7 @@ class Staging:
         counters: RamCounters,
         on_pass: Callable[[int], None] = lambda number: None,
     ) -> None:
-        """Raises MigrationError where a copy cannot be had; then nothing has changed."""
+        """Raises MigrationError where there is no memory for a copy; then nothing has changed."""
         self._machine = machine
         self._fds = fds
         self._parameters = parameters

@@ -54,7 +54,7 @@ def help_text(vmm: Any, name: str | None = None) -> str:
 
 
 def info_text(vmm: Any) -> str:
-    """info, without a word behind it."""
+    """info, without a word after it."""
     return "".join(_help_line(command) for command in hmp_commands(True))
 
 

@@ -21,7 +21,7 @@ class ExpressionError(CommandError):
 
 
 class Scanner:
-    """Reads one expression from `text` at `position`, which then stands behind it."""
+    """Reads one expression from `text` at `position`, which then stands after it."""
 
     def __init__(self, text: str, position: int, register: Callable[[str], int | None]) -> None:
         self.text = text

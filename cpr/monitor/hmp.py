@@ -35,7 +35,7 @@ class HmpMonitor:
         self._chardev.clear_handlers()
 
     def _can_receive(self) -> int:
-        """One byte at a time: what is behind a command that suspends stays in the chardev."""
+        """One byte at a time: what comes after a command that suspends stays in the chardev."""
         return 0 if self._suspended or self._chardev.waiting > MAX_UNREAD else 1
 
     def _receive(self, data: bytes) -> None:

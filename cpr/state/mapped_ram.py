@@ -1,9 +1,9 @@
 """mapped-ram: each page of a RAM block has its place in the file.
 
-    in the list of blocks, behind each block's entry:
+    in the list of blocks, after each block's entry:
         u32 1 (version), u64 4096 (page size), u64 bitmap offset, u64 pages offset
-    bitmap   directly behind that: little-endian u64 words, a set bit means that the page is there
-    pages    from the next multiple of 1 MiB on; the list goes on behind the block's last page
+    bitmap   directly after that: little-endian u64 words, a set bit means that the page is there
+    pages    from the next multiple of 1 MiB on; the list goes on after the block's last page
 
 Offsets are of the whole file, and big-endian as all in the stream.
 """

@@ -53,7 +53,7 @@ class Pidfile:
     """
 
     def __init__(self, path: str) -> None:
-        """Raises ConfigError where the file cannot be had, or is another process's."""
+        """Raises ConfigError where the file cannot be opened, or is another process's."""
         self._path = os.path.abspath(path)
         flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         try:

@@ -1,4 +1,4 @@
-"""prealloc=on behind a guest that runs already: its RAM is populated little by little.
+"""prealloc=on for a guest that runs already: its RAM is populated little by little.
 
 After an update the guest runs first.  Each step holds the mmap lock, which the guest's own page
 faults need, so that steps are small, there is a pause of the same length after each, and none is

@@ -115,7 +115,7 @@ class Vmm:
     def create_frontends(self, after_exec: bool) -> None:
         """Makes the chardevs, connects the devices to them, and starts the monitors.
 
-        Raises ConfigError where a chardev cannot be had; but after an exec, where a guest runs
+        Raises ConfigError where a chardev cannot be made; but after an exec, where a guest runs
         already, that is only reported and the guest goes on without it.
         """
         from cpr.chardev.base import create
@@ -352,7 +352,7 @@ def _confine(config: Config) -> None:
 
 
 def _write_pidfile(path: str, after_exec: bool) -> daemon.Pidfile | None:
-    """Raises ConfigError where it cannot be had; a guest that runs already is not lost to that."""
+    """Raises ConfigError where there is no such file; a guest that runs already goes on without."""
     try:
         return daemon.Pidfile(path)
     except ConfigError as error:

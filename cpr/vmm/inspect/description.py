@@ -14,7 +14,7 @@ BEGINS = re.compile(rb'\x00\x06(....)(?=\{\s*"(?:configuration|page_size|devices
 
 
 def find(cursor: Cursor) -> Devices:
-    """The description at the end of the stream, behind `cursor`; empty where it cannot be used.
+    """The description at the end of the stream, after `cursor`; empty where it cannot be used.
 
     Of several places that look like one it is the last: guest RAM may hold anything.
     """

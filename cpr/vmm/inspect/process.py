@@ -51,7 +51,7 @@ class Process:
         self._folder = f"/proc/{pid}"
 
     def path(self, fd: int) -> str:
-        """A path that opens the file behind `fd` anew: with an offset of its own."""
+        """A path that opens the file of `fd` anew: with an offset of its own."""
         return f"{self._folder}/fd/{fd}"
 
     def descriptor(self, fd: int) -> Descriptor | None:

@@ -3,7 +3,7 @@
 with x-ignore-shared  each block of the list has its guest-physical address, u64
 with mapped-ram       each block has u32 version, u64 page size, u64 offset of the bitmap, u64
                       offset of the pages; both offsets are from the beginning of the file, or
-                      0 for a block that is not in it; what comes next is behind the pages
+                      0 for a block that is not in it; what comes next is after the pages
 XBZRLE                a page as its difference: u8 encoding, u16 length, data
 """
 
