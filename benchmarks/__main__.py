@@ -21,7 +21,7 @@ OWN_MODES = cases.MODES[1:]
 EXAMPLES = """examples:
   python -m benchmarks --quick
   python -m benchmarks --qemu /usr/bin/qemu-system-x86_64
-  python -m benchmarks --ram 256M,4G --pages 2M --accel kvm --modes mm-holder,overlap
+  python -m benchmarks --ram 256M,4G --pages 2M --accel kvm --modes late,early
   python -m benchmarks brownout --ram 2G --backing prealloc
   python -m benchmarks predict --ram 32G --pages 4K
 """
@@ -51,6 +51,7 @@ def add_grid(parser: argparse.ArgumentParser, **defaults: str) -> None:
         "pages": (run.some_of(cases.PAGES), f"page sizes: {', '.join(cases.PAGES)}"),
         "accel": (run.some_of(cases.ACCELS), f"accelerators: {', '.join(cases.ACCELS)}"),
         "backing": (run.some_of(cases.BACKINGS), f"RAM: {', '.join(cases.BACKINGS)}"),
+        "guest": (run.some_of(cases.GUESTS), f"guests: {', '.join(cases.GUESTS)}"),
         "modes": (run.some_of(OWN_MODES), f"ways to update: {', '.join(OWN_MODES)}"),
     }
     for name, (kind, text) in kinds.items():
@@ -65,7 +66,7 @@ def add_grid(parser: argparse.ArgumentParser, **defaults: str) -> None:
 def add_run(commands: argparse._SubParsersAction) -> None:
     text = "pauses by RAM, pages, accelerator, backing and VMM mode (the default command)"
     parser = commands.add_parser("run", help=text, description=text)
-    add_grid(parser, modes="all")
+    add_grid(parser, modes="all", guest="all")
     presets = parser.add_mutually_exclusive_group()
     presets.add_argument("--quick", action="store_true", help="a few cases: under 2 minutes")
     presets.add_argument("--full", action="store_true", help="the whole grid: an hour or two")
@@ -84,12 +85,16 @@ def add_run(commands: argparse._SubParsersAction) -> None:
 
 def add_others(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("brownout", help="time to write every page after an update")
-    add_grid(parser, ram="1G", pages="4K", accel="all", backing="all", modes="all")
+    add_grid(
+        parser, ram="1G", pages="4K", accel="all", backing="all", modes="all", guest="heartbeat"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="updates of each case (5)")
     add_qemu(parser)
     add_output(parser)
     parser = commands.add_parser("rate", help="updates a second, one right after the other")
-    add_grid(parser, ram="256M", pages="4K", accel="all", backing="lazy", modes="all")
+    add_grid(
+        parser, ram="256M", pages="4K", accel="all", backing="lazy", modes="all", guest="heartbeat"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="rounds of 20 updates (3)")
     add_qemu(parser)
     add_output(parser)
@@ -118,6 +123,7 @@ def add_readers(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--mode", choices=cases.MODES)
     parser.add_argument("--accel", choices=cases.ACCELS)
     parser.add_argument("--backing", choices=cases.BACKINGS)
+    parser.add_argument("--guest", choices=cases.GUESTS)
     parser.add_argument("--results", type=Path, default=sections.path_of("run", FOLDER))
     parser = commands.add_parser("report", help="tables and plots again, from the results")
     parser.add_argument("folder", nargs="?", type=Path, default=FOLDER, help="of the results")
@@ -189,7 +195,13 @@ def read(options: argparse.Namespace) -> None:
     """`predict` and `report`."""
     if options.command == "predict":
         models = model.fit_all(Document.load(options.results).results())
-        wanted = (options.mode, options.accel, options.pages, options.backing)
+        wanted = (
+            options.mode,
+            options.accel,
+            options.pages,
+            options.backing,
+            options.guest,
+        )
         for ram in options.ram:
             print(model.answer(models, ram, wanted))
     elif options.into is not None:

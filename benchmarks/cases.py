@@ -14,7 +14,9 @@ from cpr.constants import GIB, MIB, PAGE_SIZE
 UNITS = {"M": MIB, "G": GIB}
 
 # From the longest pause to the shortest; the plots and tables keep this order.
-MODES = ("qemu", "plain", "mm-holder", "overlap")
+MODES = ("qemu", "late", "early")
+# A guest that only computes, and one that uses a device in each step.
+GUESTS = ("heartbeat", "ports")
 ACCELS = ("kvm", "tcg")
 PAGES = ("4K", "THP", "2M", "1G")
 BACKINGS = ("lazy", "prealloc")
@@ -38,22 +40,24 @@ def size_text(size: int) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure; `ram` in bytes, the others as in MODES, ACCELS, PAGES, BACKINGS."""
+    """One thing to measure: `ram` in bytes, the others as in MODES, ACCELS, PAGES and so on."""
 
     mode: str
     accel: str
     ram: int
     pages: str
     backing: str
+    guest: str = GUESTS[0]
 
     @property
     def label(self) -> str:
-        return " ".join((self.accel, size_text(self.ram), self.pages, self.backing, self.mode))
+        words = (self.accel, size_text(self.ram), self.pages, self.backing, self.guest, self.mode)
+        return " ".join(words)
 
     @property
-    def series(self) -> tuple[str, str, str, str]:
+    def series(self) -> tuple[str, str, str, str, str]:
         """What cases that differ in RAM size alone have in common."""
-        return self.mode, self.accel, self.pages, self.backing
+        return self.mode, self.accel, self.pages, self.backing, self.guest
 
     @property
     def hugetlb(self) -> bool:
@@ -73,12 +77,17 @@ class Case:
 
 
 def grid(
-    modes: list[str], accels: list[str], ram: list[int], pages: list[str], backings: list[str]
+    modes: list[str],
+    accels: list[str],
+    ram: list[int],
+    pages: list[str],
+    backings: list[str],
+    guests: list[str],
 ) -> list[list[Case]]:
     """Groups of the cases that are compared: they differ in the mode alone."""
     return [
-        [Case(mode, accel, size, page, backing) for mode in modes]
-        for accel, size, page, backing in product(accels, ram, pages, backings)
+        [Case(mode, accel, size, page, backing, guest) for mode in modes]
+        for accel, size, page, backing, guest in product(accels, ram, pages, backings, guests)
     ]
 
 
@@ -88,8 +97,6 @@ def kvm_is_usable() -> bool:
 
 def obstacle(case: Case, touched: bool = False) -> str | None:
     """Why this machine cannot run the case, as far as one can tell without a try."""
-    if case.mode == "overlap" and case.accel != "kvm":
-        return "overlap needs kvm"
     if case.accel == "kvm" and not kvm_is_usable():
         return "/dev/kvm is not there, or not for this user"
     if case.ram % PAGE_SIZES[case.pages]:

@@ -20,8 +20,8 @@ BOOT_TIMEOUT = 120.0  # of a BIOS under a slow KVM
 # A host may take long to give memory back that it had taken from a virtual machine.
 POPULATE_TIMEOUT_PER_GIB = 10.0
 PARAMETERS = {
-    "plain": {"x-cpr-mm-holder": False, "x-cpr-early-resume": False},
-    "overlap": {"x-cpr-exec-overlap": True},
+    "late": {"x-cpr-exec-overlap": "off"},
+    "early": {"x-cpr-exec-overlap": "on"},
 }
 # What a case that cannot be run fails with.
 FAILURES = (OSError, RuntimeError, ValueError, QmpError)
@@ -37,23 +37,21 @@ def arguments(case: Case, image: str) -> list[str]:
     return [
         *("-nodefaults", "-display", "none", "-accel", case.accel, "-m", size_text(case.ram)),
         *("-object", backend, "-machine", "pc,memory-backend=ram0,aux-ram-share=on"),
-        *("-drive", f"file={image},format=raw,if=floppy"),
+        *("-drive", f"file={image},format=raw,if=floppy", "-serial", "null"),
     ]
 
 
 @contextmanager
-def started(
-    case: Case, peer: Peer | None, guest: str = "heartbeat", phases: Path | None = None
-) -> Iterator[Vm]:
-    """Runs the VM of `case`; its guest counts when this returns.
+def started(case: Case, peer: Peer | None, guest: str | None = None) -> Iterator[Vm]:
+    """Runs the VM of `case`, or with another guest; it counts when this returns.
 
-    `phases` is the file for the VMM's phases.  Raises one of FAILURES where it does not run.
+    Raises one of FAILURES where it does not run.
     """
+    guest = guest or case.guest
     image = IMAGES / f"{guest}.img"
     timeout = BOOT_TIMEOUT + case.ram / GIB * POPULATE_TIMEOUT_PER_GIB
     if case.mode != "qemu":
-        environment = os.environ | ({"CPR_PHASES": str(phases)} if phases else {})
-        with Vm(*arguments(case, str(image)), env=environment, timeout=timeout) as vm:
+        with Vm(*arguments(case, str(image)), timeout=timeout) as vm:
             wait_for_heartbeat(vm)
             yield vm
         return

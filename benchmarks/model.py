@@ -19,7 +19,7 @@ from benchmarks.quantiles import percentile
 FEWEST = 3  # pauses that make a model
 DRAWS = 1000
 INTERVAL = (0.025, 0.975)
-Series = tuple[str, str, str, str]
+Series = tuple[str, str, str, str, str]
 Line = tuple[float, float]
 
 
@@ -114,10 +114,10 @@ def answer(models: dict[Series, Model], ram: int, wanted: Sequence[str | None]) 
     for series, model in models.items():
         if any(want not in (None, part) for want, part in zip(wanted, series, strict=True)):
             continue
-        mode, accel, pages, backing = series
+        mode, accel, pages, backing, guest = series
         pause, low, high = model.predict(ram)
         lines.append(
-            f"{mode}, {accel}, {pages} pages, {backing}: {pause:.2f} ms; "
+            f"{mode}, {accel}, {pages} pages, {backing}, {guest}: {pause:.2f} ms; "
             f"95 % of updates between {low:.2f} and {high:.2f} ms"
         )
         lines.append(

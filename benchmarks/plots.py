@@ -1,15 +1,16 @@
-"""Results as PNG: the pause against RAM, and the phases of an update."""
+"""Results as SVG: the pause against RAM, and the phases of an update."""
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
-from benchmarks.cases import ACCELS, BACKINGS, GIB, MODES, PAGES, size_text
+from benchmarks.cases import ACCELS, BACKINGS, GIB, GUESTS, MODES, PAGES, size_text
 from benchmarks.pause import Result
 from cpr.phases import NAMES
 
-DOTS_PER_INCH = 120
 STYLES = {"4K": "-", "THP": "--", "2M": "-.", "1G": ":"}
+MARKERS = {"heartbeat": "o", "ports": "s"}
 BARS = 16  # more cannot be read
 
 
@@ -27,13 +28,14 @@ def draw(results: list[Result], folder: Path) -> list[Path]:
     paths = []
     for accel in ACCELS:
         for backing in BACKINGS:
-            chosen = [r for r in measured if (r.case.accel, r.case.backing) == (accel, backing)]
+            wanted = (accel, backing)
+            chosen = [r for r in measured if (r.case.accel, r.case.backing) == wanted]
             if chosen:
-                path = folder / f"pause-{accel}-{backing}.png"
+                path = folder / f"pause-{accel}-{backing}.svg"
                 _draw_pauses(chosen, f"{accel}, {backing}", path)
                 paths.append(path)
     if with_phases := [result for result in measured if result.phase_medians()]:
-        path = folder / "phases.png"
+        path = folder / "phases.svg"
         _draw_phases(with_phases, path)
         paths.append(path)
     return paths
@@ -46,8 +48,9 @@ def _draw_pauses(results: list[Result], title: str, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for number, mode in enumerate(MODES):
-        for pages in PAGES:
-            line = [r for r in results if (r.case.mode, r.case.pages) == (mode, pages)]
+        for pages, guest in product(PAGES, GUESTS):
+            wanted = (mode, pages, guest)
+            line = [r for r in results if (r.case.mode, r.case.pages, r.case.guest) == wanted]
             line.sort(key=lambda result: result.case.ram)
             if line:
                 medians = [result.median for result in line]
@@ -56,10 +59,10 @@ def _draw_pauses(results: list[Result], title: str, path: Path) -> None:
                     [result.case.ram / GIB for result in line],
                     medians,
                     yerr=[[0.0] * len(line), above],
-                    label=f"{mode}, {pages}",
+                    label=f"{mode}, {pages}, {guest}",
                     color=f"C{number}",
                     linestyle=STYLES[pages],
-                    marker="o",
+                    marker=MARKERS[guest],
                     markersize=4,
                     capsize=3,
                 )
@@ -76,7 +79,7 @@ def _draw_pauses(results: list[Result], title: str, path: Path) -> None:
     axes.set_title(f"Pause of an update: {title}")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize="small", handlelength=3.5)
-    figure.savefig(path, dpi=DOTS_PER_INCH)
+    figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
 
@@ -102,7 +105,7 @@ def _draw_phases(results: list[Result], path: Path) -> None:
                 place,
                 length,
                 left=left,
-                color=colours(NAMES.index(name)),
+                color=colours(NAMES.index(name) if name in NAMES else len(NAMES)),
                 label=None if name in named else name,
             )
             named.add(name)
@@ -111,6 +114,6 @@ def _draw_phases(results: list[Result], path: Path) -> None:
     axes.set_yticks(range(len(labels)), labels, fontsize="small")
     axes.invert_yaxis()
     axes.set_xlabel("ms, medians as the VMM reports them; black line: the pause that was observed")
-    figure.legend(fontsize="small", loc="outside upper center", ncols=len(NAMES))
-    figure.savefig(path, dpi=DOTS_PER_INCH)
+    figure.legend(fontsize="small", loc="outside upper center", ncols=6)
+    figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

@@ -11,10 +11,11 @@ from benchmarks.pause import Result
 from benchmarks.results import Document
 from cpr.phases import NAMES
 
-CASE_COLUMNS = ("accel", "RAM", "pages", "backing", "mode")
+CASE_COLUMNS = ("accel", "RAM", "pages", "backing", "guest", "mode")
 COLUMNS = (
     *(*CASE_COLUMNS, "median ms", "p99 ms", "max ms"),
-    *("no update ms", "± ms", "populating ms", "updates", "QEMU / this"),
+    *("no update ms", "its p99 ms", "cost ms", "reported ms", "± ms", "populating ms", "updates"),
+    "QEMU / this",
 )
 
 
@@ -30,7 +31,8 @@ def milliseconds(value: float) -> str:
 
 def place(case: Case) -> tuple:
     """Where a case stands in a table: beside those that it is compared with."""
-    return case.accel, case.backing, PAGES.index(case.pages), case.ram, MODES.index(case.mode)
+    pages, mode = PAGES.index(case.pages), MODES.index(case.mode)
+    return case.accel, case.backing, pages, case.ram, case.guest, mode
 
 
 def ratio_to_qemu(result: Result, results: list[Result]) -> float | None:
@@ -44,7 +46,14 @@ def ratio_to_qemu(result: Result, results: list[Result]) -> float | None:
 
 def case_cells(case: Case) -> list[str]:
     """The cells under CASE_COLUMNS."""
-    return [case.accel, size_text(case.ram), case.pages, case.backing, case.mode]
+    return [
+        case.accel,
+        size_text(case.ram),
+        case.pages,
+        case.backing,
+        case.guest,
+        case.mode,
+    ]
 
 
 def row(result: Result, results: list[Result]) -> list[str]:
@@ -52,6 +61,9 @@ def row(result: Result, results: list[Result]) -> list[str]:
     return [
         *case_cells(result.case),
         *map(milliseconds, (result.median, result.p99, max(result.pauses), result.baseline)),
+        milliseconds(result.baseline_p99),
+        milliseconds(result.cost),
+        milliseconds(median(result.reported)) if result.reported else "",
         milliseconds(median(result.errors)),
         milliseconds(median(result.populating)) if result.populating else "",
         str(len(result.pauses)),
@@ -99,20 +111,20 @@ def phase_table(results: list[Result]) -> str:
     for result in shown:
         medians = result.phase_medians()
         cells = [milliseconds(medians[name]) if name in medians else "" for name in names]
-        head = [result.case.label, milliseconds(result.median), str(result.elsewhere)]
+        head = [result.case.label, milliseconds(result.median)]
         rows.append([*head, *cells])
-    return table(["case", "pause (observer)", "elsewhere", *names], rows)
+    return table(["case", "pause (observer)", *names], rows)
 
 
 def model_table(results: list[Result]) -> str:
     rows = []
-    for (mode, accel, pages, backing), model in fit_all(results).items():
+    for (mode, accel, pages, backing, guest), model in fit_all(results).items():
         if len(model.sizes) > 1:
             cells = [f"{part:.3f}" for part in model.line]
-            rows.append([mode, accel, pages, backing, *cells, str(model.count)])
+            rows.append([mode, accel, pages, backing, guest, *cells, str(model.count)])
     if not rows:
         return ""
-    columns = ("mode", "accel", "pages", "backing", "a ms", "b ms/GiB", "updates")
+    columns = ("mode", "accel", "pages", "backing", "guest", "a ms", "b ms/GiB", "updates")
     return table(columns, rows)
 
 

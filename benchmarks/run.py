@@ -33,7 +33,7 @@ def groups_of(options: argparse.Namespace, peer: Peer | None) -> list[list[Case]
     modes = [mode for mode in options.modes if mode != "qemu"]
     if peer is not None:
         modes.insert(0, "qemu")
-    return grid(modes, options.accel, options.ram, options.pages, options.backing)
+    return grid(modes, options.accel, options.ram, options.pages, options.backing, options.guest)
 
 
 def open_document(kind: str, options: argparse.Namespace, peer: Peer | None) -> Document:
@@ -97,7 +97,7 @@ def run_compared(kind: str, options: argparse.Namespace, peer: Peer | None) -> N
 def run_saves(options: argparse.Namespace, peer: Peer | None) -> None:
     """`save`."""
     warn()
-    modes = ["qemu", "mm-holder"] if peer is not None else ["mm-holder"]
+    modes = ["qemu", "late"] if peer is not None else ["late"]
     document = open_document("save", options, peer)
     with Progress(len(modes) * len(save.KINDS)) as progress:
         arguments = (options.accel[0], options.ram[0], options.rounds, peer, progress.at)

@@ -90,6 +90,8 @@ class Accelerator:
     name: str
     kernel_irqchip: bool
     """True: PIC, IOAPIC, PIT and local APICs are the accelerator's; False: the machine emulates."""
+    saves_cpu_model = True
+    """Whether a vCPU's state says what it can do; not where the receiver has been told before."""
     dirty_log = False
     """Whether it can tell what the guest writes to its RAM while it runs."""
 
@@ -184,6 +186,13 @@ class Accelerator:
         {} where there is nothing that could be missing elsewhere.
         """
         return {}
+
+    def adopt_cpu_model(self, model: dict[str, Any]) -> None:
+        """Gives the vCPUs, before their state, what those of `model` have.
+
+        Raises ConfigError as `check_cpu_model`.
+        """
+        self.check_cpu_model(model)
 
     def check_cpu_model(self, model: dict[str, Any]) -> None:
         """Raises ConfigError naming every feature of `model` that this host cannot give a guest.

@@ -55,6 +55,7 @@ class LocalApic(Device):
     """
 
     idstr = "apic"
+    of_vcpu = True
     vmstate = VMStateDescription(
         "apic",
         3,

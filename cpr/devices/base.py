@@ -116,6 +116,10 @@ class Device:
     vmstate: VMStateDescription | None = None
     saved_last = False
     required = False
+    plain = True
+    """Whether its state is this VMM's own alone, so that a VMM that has no guest yet may set it."""
+    of_vcpu = False
+    """Whether its state can be read only while the vCPU does not run."""
 
     def realize(self, platform: Platform) -> None:
         """Registers the device with the machine; its resources are freed by `unrealize`."""

@@ -17,6 +17,8 @@ class DmaMappings(Device):
     mappings this process's.
     """
 
+    plain = False
+
     def __init__(self, claimed: bool) -> None:
         self.required = claimed
         self._claimed = claimed

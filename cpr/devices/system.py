@@ -56,6 +56,7 @@ class VCpuState(Device):
     """One vCPU's registers, as the section `cpu`."""
 
     idstr = "cpu"
+    of_vcpu = True
     vmstate = x86.VMSTATE_CPU
 
     def __init__(self, vcpu: VCpu) -> None:

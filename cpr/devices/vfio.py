@@ -147,6 +147,8 @@ class Group(Device):
     each group.
     """
 
+    plain = False
+
     def __init__(self, number: int, fd: Fd, fds: PreservedFds) -> None:
         self.number = number
         self.fd = fd

@@ -63,6 +63,8 @@ class VfioPci(Device, PciFunction):
     descriptor that was passed.  `nameless`: the name is of this process only.
     """
 
+    plain = False
+
     def __init__(
         self,
         name: str,

@@ -11,10 +11,12 @@ The old VMM serves its guest, its devices and its monitors in between, on the ma
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
 
+from cpr import runstate
 from cpr.errors import CprError, MigrationError
 from cpr.live.messages import Message
 from cpr.live.update import (
@@ -35,7 +37,7 @@ from cpr.migration import savevm
 from cpr.migration.channel import Channel
 from cpr.migration.mode import EXEC, device_blockers
 from cpr.migration.program import own_command
-from cpr.report import error_report
+from cpr.report import error_report, exception_report
 from cpr.state import cpr_channel
 
 TYPE_CHECKING = False
@@ -200,6 +202,9 @@ class EarlyUpdate:
                 self._on_death(0)
             else:
                 self._fail(str(error))
+        except Exception as error:  # the guest must not be lost to a bug here
+            exception_report(error)
+            self._fail(f"internal error: {error}")
 
     def _on_message(self) -> None:
         message = self._update.receive()
@@ -224,12 +229,17 @@ class EarlyUpdate:
         check_protocol(message)
         self._sent = self._migration.fds.state()
         send_state(self._update, self._migration, self._sent, self._failure)
+        machine = self._machine
+        if machine.runstate.current == runstate.RUNNING:
+            savevm.warm_up(machine, self._migration.capabilities, self._mode, True)
 
     def _hand_over(self) -> None:
         """Stops the guest and sends what is left of it."""
         migration, machine = self._migration, self._machine
         for reason in device_blockers(machine, EXEC):
             raise MigrationError(reason)
+        gc.disable()
+        machine.accel.saves_cpu_model = False
         self._update.page.struct.stopped_ns = time.monotonic_ns()
         self._stopped = True
         migration.stop_guest()
@@ -242,7 +252,7 @@ class EarlyUpdate:
                 machine, migration.capabilities, migration.old_state, self._mode, channel
             )
             saver.ram()
-            saver.devices()
+            saver.devices(False)
             channel.finish()
             state = migration.fds.state()
             changed = self._sent is None or state.fds != self._sent.fds
@@ -316,6 +326,8 @@ class EarlyUpdate:
         """Takes the guest back from a hand-over that did not happen."""
         if self._stopped:
             self._stopped = False
+            self._machine.accel.saves_cpu_model = True
+            gc.enable()
             self._migration.loop.unwatch(self._update.token)
             self._migration.run_on()
 
@@ -373,7 +385,7 @@ class Arrival:
         reasons = differences(machine, self._guest)
         if reasons:
             raise MigrationError("; ".join(reasons))
-        machine.accel.check_cpu_model(self._cpu)
+        machine.accel.adopt_cpu_model(self._cpu)
 
     def rehearsed(self) -> None:
         """This VMM could take over: says so, and waits to be thanked.  Does not come back."""

@@ -193,13 +193,13 @@ class Incoming:
             error_report(text)
             self._migration.machine.request_exit(1)
 
-    def load(self, source: channel.Channel) -> None:
+    def load(self, source: channel.Channel, described: bool = True) -> None:
         """Loads the stream and brings the VM up as it was."""
         mark("load")
         migration = self._migration
         migration.set_incoming_status("active")
         try:
-            old_state = savevm.load(migration.machine, migration.capabilities, source)
+            old_state = savevm.load(migration.machine, migration.capabilities, source, described)
         except StreamError as error:
             for line in error.stderr:
                 error_report(line)

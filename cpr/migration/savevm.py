@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from cpr import report, runstate
+from cpr.accel.x86 import VMSTATE_CPU
 from cpr.errors import ConfigError, KernelError, MigrationError
 from cpr.migration.statistics import RamCounters
 from cpr.state import mapped_ram, ram_section, stream
@@ -141,13 +142,17 @@ class Saver:
                     writer.write(ram_section.END)
                     writer.close_section(RAM_SECTION_ID)
 
-    def devices(self, described: bool = True) -> None:
-        """The devices, the run state and, if it is `described`, the description: all the rest."""
+    def devices(self, described: bool = True, devices: list[Device] | None = None) -> None:
+        """The devices, the run state and, if it is `described`, the description: all the rest.
+
+        `devices` are all of the machine's, where nothing else is said.
+        """
         writer, machine = self._writer, self._machine
         writer.command(stream.SWITCHOVER_START)
         writer.end(RAM_SECTION_ID, ram_section.END)
         with machine.lock:
-            saved = [device for device in machine.sections() if device.needed()]
+            every = machine.sections() if devices is None else devices
+            saved = [device for device in every if device.needed()]
             for number, device in enumerate(saved):
                 assert device.vmstate is not None
                 writer.device(
@@ -166,11 +171,16 @@ class Saver:
 
 
 def load(
-    machine: Machine, capabilities: Capabilities, channel: Channel, described: bool = True
+    machine: Machine,
+    capabilities: Capabilities,
+    channel: Channel,
+    described: bool = True,
+    complete: bool = True,
 ) -> str:
     """Loads a stream into a stopped machine; returns the run state that the source was in.
 
-    `described`: the description that only tools read is expected at its end.
+    `described`: the description that only tools read is expected at its end.  `complete`: every
+    device that requires it has its section.
 
     Raises StreamError for a stream that is not this machine's; then no device has changed.
     """
@@ -209,7 +219,7 @@ def load(
         bulk.close()
     _check_content(machine, had_pages)
     for key, device in devices.items():
-        if device.required and key not in states:
+        if complete and device.required and key not in states:
             raise StreamError(f"there is no section '{key[0]}' instance {key[1]} in the stream")
     if described:
         reader.vmdescription()
@@ -217,6 +227,37 @@ def load(
         report.error_report(warning)
     _apply(machine, states)
     return _runstate(machine, states.get((VMSTATE_GLOBALSTATE.name, 0)))
+
+
+def warm_up(machine: Machine, capabilities: Capabilities, mode: Mode, running: bool) -> None:
+    """Goes once through what a hand-over does, so that the guest does not stand still for a first
+    time: imports, caches, pages of memory.
+
+    On the old side, of a `running` guest, what was read is dropped, and a vCPU is asked for its
+    state as by `info registers`; on the new side, which has no guest yet, it is loaded again, but
+    for devices of the host.  Nothing changes by that.
+    """
+    from cpr.migration.channel import Channel
+
+    fd = os.memfd_create("cpr-warm-up")
+    channel = Channel(os.dup(fd), "file")
+    try:
+        saver = Saver(machine, capabilities, runstate.RUNNING, mode, channel)
+        saver.ram()
+        devices = [d for d in machine.sections() if d.plain and not (running and d.of_vcpu)]
+        saver.devices(False, devices)
+        if running:
+            VMSTATE_CPU.encode(machine.vcpu_state(0))
+        channel.flush()
+        os.lseek(fd, 0, os.SEEK_SET)
+        if not running:
+            source, fd = Channel(fd, "file"), -1
+            load(machine, capabilities, source, False, False)
+            source.close()
+    finally:
+        channel.close()
+        if fd >= 0:
+            os.close(fd)
 
 
 def _check(device: Device, state: dict) -> None:

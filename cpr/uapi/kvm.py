@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from array import array
 
 from cpr._native._cpr import ffi, lib
 from cpr.errors import KernelError
@@ -154,8 +155,8 @@ def get_msrs(vcpu: Fd, indices: list[int]) -> dict[int, int]:
     while wanted:
         msrs = msr_array([(index, 0) for index in wanted])
         done = vcpu.ioctl(lib.KVM_GET_MSRS, "KVM_GET_MSRS", msrs)
-        for i in range(done):
-            values[msrs.entries[i].index] = msrs.entries[i].data
+        words = memoryview(ffi.buffer(msrs.entries)).cast("B").cast("Q")[: 2 * done]
+        values.update(zip(words[::2].tolist(), words[1::2].tolist(), strict=True))
         wanted = wanted[done + 1 :]
     return values
 
@@ -175,9 +176,10 @@ def set_msrs(vcpu: Fd, entries: list[tuple[int, int]]) -> list[int]:
 def msr_array(entries: list[tuple[int, int]]) -> Any:
     """The kvm_msrs of (index, data) entries."""
     msrs = ffi.new("struct kvm_msrs *", {"nmsrs": len(entries), "entries": len(entries)})
-    for i, (index, data) in enumerate(entries):
-        msrs.entries[i].index = index
-        msrs.entries[i].data = data
+    # struct kvm_msr_entry is u32 index, u32 reserved, u64 data: two words of this host's order.
+    ffi.buffer(msrs.entries)[:] = array(
+        "Q", [word for entry in entries for word in entry]
+    ).tobytes()
     return msrs
 
 

@@ -6,6 +6,7 @@ monitors, and all that they import, come when the guest runs again.
 
 from __future__ import annotations
 
+import gc
 import os
 
 from cpr import pc, phases
@@ -15,10 +16,11 @@ from cpr.events import EventBus
 from cpr.live import guard
 from cpr.live.update import EARLY, LATE, find_predecessor
 from cpr.mainloop import READ, MainLoop
-from cpr.migration import cpr_exec
+from cpr.migration import cpr_exec, savevm
 from cpr.migration.address import connects_in_background
 from cpr.migration.incoming import DEFER, Sources
 from cpr.migration.migration import Migration
+from cpr.migration.mode import EXEC, Mode
 from cpr.migration.statistics import UpdateTimes
 from cpr.monitor.passed_fds import PassedFds
 from cpr.phases import mark
@@ -295,9 +297,11 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     incoming.commit = arrival.commit
     mark("populate")
     populate_before(vmm.machine.blocks)
+    gc.disable()  # not in the hand-over, for which the guest stands still
+    savevm.warm_up(vmm.machine, vmm.migration.capabilities, Mode(EXEC), False)
     mark("ready")
     source = arrival.receive_guest(fds)
-    incoming.load(source)
+    incoming.load(source, described=False)
     for step in (
         lambda: predecessor.wait_hang_up(HANG_UP_NS),
         lambda: _end_update(vmm, predecessor),
@@ -305,6 +309,7 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
         lambda: vmm.create_frontends(True),
     ):
         _carefully(step)
+    gc.enable()
     return vmm
 
 

@@ -151,6 +151,12 @@ class KvmAccelerator(base.Accelerator):
     def cpu_model(self) -> dict[str, Any]:
         return {"cpuid": [list(entry) for entry in self.vcpus[0].cpuid]} if self.vcpus else {}
 
+    def adopt_cpu_model(self, model: dict[str, Any]) -> None:
+        self.check_cpu_model(model)
+        entries = tuple(tuple(entry) for entry in model.get("cpuid", ()))
+        for vcpu in self.vcpus:
+            vcpu.set_cpuid(cpuid.for_vcpu(entries, vcpu.index) if entries else vcpu.cpuid)
+
     def check_cpu_model(self, model: dict[str, Any]) -> None:
         cpuid.check(model.get("cpuid", ()), self.supported_cpuid())
 

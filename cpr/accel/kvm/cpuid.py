@@ -94,6 +94,8 @@ def write(fd: Fd, model: Cpuid) -> None:
 
 def get_cpuid(vcpu: KvmVCpu) -> dict:
     """What was set; KVM itself would give it with bits of CR4 and XCR0 mixed in."""
+    if not vcpu.saves_cpuid:
+        return {}
     entries = [dict(zip(FIELDS, entry, strict=True)) for entry in vcpu.cpuid]
     return {x86.VMSTATE_CPUID.name: {"nent": len(entries), "entries": entries}}
 
@@ -101,9 +103,8 @@ def get_cpuid(vcpu: KvmVCpu) -> dict:
 def set_cpuid(vcpu: KvmVCpu, state: dict) -> None:
     """A state from a version that did not save it leaves the vCPU the host's."""
     model = from_state(state)
-    if model is not None and model != vcpu.cpuid:
-        write(vcpu.fd, model)
-        vcpu.cpuid = model
+    if model is not None:
+        vcpu.set_cpuid(model)
 
 
 def from_state(state: dict) -> Cpuid | None:

@@ -44,6 +44,9 @@ def get_msrs(vcpu: KvmVCpu) -> dict:
     values = kvm.get_msrs(vcpu.fd, vcpu.msr_indices())
     if vcpu.loaded_deadline is not None:
         values[TSC_DEADLINE] = vcpu.loaded_deadline
+    if not vcpu.saves_cpuid:  # the receiver is of this host, and begins with the same
+        initial = vcpu.initial_msrs()
+        values = {i: value for i, value in values.items() if value != initial.get(i)}
     entries = [{"index": index, "data": value} for index, value in values.items()]
     return {x86.VMSTATE_MSRS.name: {"nmsrs": len(entries), "entries": entries}}
 

@@ -60,6 +60,10 @@ class KvmVCpu(base.VCpu):
         """The vCPU's descriptor; it stays the vCPU's."""
         return self._fd
 
+    @property
+    def saves_cpuid(self) -> bool:
+        return self._accel.saves_cpu_model
+
     def msr_indices(self) -> list[int]:
         """The MSRs to save."""
         return self._accel.msr_indices(self)
@@ -115,6 +119,12 @@ class KvmVCpu(base.VCpu):
         whole = read_vcpu(self)
         del whole[registers.LAPIC]  # given by set_apic, and not by set_state
         return whole
+
+    def set_cpuid(self, model: Cpuid) -> None:
+        """Before the vCPU has run for the first time."""
+        if model != self.cpuid:
+            cpuid.write(self._fd, model)
+            self.cpuid = model
 
     def check_state(self, state: dict) -> None:
         wanted = cpuid.from_state(state)
