@@ -586,8 +586,9 @@ class Migration:
                 self.set_status("completed")
             self._mode.finish(self.machine)
         except CprError as error:
-            error_report(error)
             mode = self._mode
+            if not (isinstance(mode, cpr_exec.Exec) and mode.gives_back):
+                error_report(error)
             self.end("failed", str(error))
             if isinstance(mode, cpr_exec.Exec) and mode.ended_by in ENDING_SIGNALS:
                 self.machine.shutdown(False, "host-signal")
