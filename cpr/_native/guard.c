@@ -295,6 +295,11 @@ static int remember(void)
     return 0;
 }
 
+void cpr_guard_adopted(void)
+{
+    prctl(PR_SET_PDEATHSIG, self.death_signal);
+}
+
 /* Puts right what clone(CLONE_VM) does not inherit and what the exec has changed in this memory. */
 static void mend(void)
 {
@@ -309,8 +314,10 @@ static void mend(void)
     for (int i = 0; i < TIMERS; i++) {
         setitimer(i, &self.timers[i], NULL);
     }
-    prctl(PR_SET_PDEATHSIG, self.death_signal);
     prctl(PR_SET_CHILD_SUBREAPER, self.subreaper);
+    if (self.outcome == CPR_GUARD_DIED || self.outcome == CPR_GUARD_KILLED) {
+        cpr_guard_adopted();
+    }
 }
 
 /* 0 in the old image that goes on in a new process; -errno where nothing has happened. */

@@ -67,6 +67,10 @@ int cpr_guard_exec(struct cpr_guard *guard);
    back early. */
 void cpr_guard_end(const struct cpr_mapping *mappings, uint32_t count);
 
+/* The new image has ended, which the old one is a child of for so long: the signal that the old one
+   gets at its parent's death (PR_SET_PDEATHSIG) is about whose child it is from now on. */
+void cpr_guard_adopted(void);
+
 /* Reaps a child that was cloned, and not forked, as a guard is. 0 or -errno. */
 int cpr_guard_reap(int pid);
 

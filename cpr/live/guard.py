@@ -215,6 +215,14 @@ def end(mappings: Sequence[tuple[int, int]]) -> None:
     lib.cpr_guard_end(ffi.new("struct cpr_mapping[]", list(mappings)), len(mappings))
 
 
+def adopted() -> None:
+    """The new image has ended: the signal at the parent's death is about the next parent's.
+
+    For a caller that came back while the new image lived.
+    """
+    lib.cpr_guard_adopted()
+
+
 def children() -> list[int]:
     """The PIDs of this process's children: right after an exec, those of the images before it."""
     pid = os.getpid()

@@ -7,6 +7,7 @@ into one packet go before it, in packets of their own.
 
 from __future__ import annotations
 
+import array
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ MOST_INLINE = 16 << 10  # bytes; far below what a socket buffer takes
 MOST_TEXT = 16 << 20  # bytes
 MOST_FDS = 200  # of one packet; the kernel's limit is 253 (SCM_MAX_FD)
 MOST_PACKETS = 100
+ROOM = socket.CMSG_LEN((MOST_FDS + 1) * array.array("i").itemsize)
 
 
 class Message:
@@ -71,16 +73,18 @@ def receive(sock: socket.socket) -> Message:
     fds: list[int] = []
     try:
         for _ in range(MOST_PACKETS):
-            packet, more, flags, _ = socket.recv_fds(
-                sock, MOST_INLINE + 1, MOST_FDS + 1, socket.MSG_CMSG_CLOEXEC
+            packet, ancillary, flags, _ = sock.recvmsg(  # recv_fds would ignore the flag
+                MOST_INLINE + 1, ROOM, socket.MSG_CMSG_CLOEXEC
             )
-            fds += more
+            for level, kind, data in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    fds += array.array("i", data)
             if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
                 raise Ended("a message of the other side came in part only: raise RLIMIT_NOFILE")
             if packet[:1] != MORE:
                 return _decode(packet, fds)
         raise Ended("the other side's message does not end")
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         _close(fds)
         raise Ended(f"what the other side sent is no message: {error}") from None
     except Ended:

@@ -273,6 +273,7 @@ class Update:
             except ProcessLookupError:
                 pass
             select.select([self.pidfd], [], [])
+            guard.adopted()
 
     def end(self, status: int) -> None:
         """The VM ends: the new image does so too, with `status`; it is killed where it does not."""

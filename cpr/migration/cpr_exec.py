@@ -35,7 +35,8 @@ class Exec(Mode):
     `directory` is the private temporary directory that it owns, or None.  `knows_protocol`: the
     program takes the guest over by the token of the update, and can be given way to by it; one that
     has no idea of that has it when it has read its CPR state.  `stopped_ns` is when the guest
-    stopped, `ended_by` the signal that ended the new image, and the VM with it.
+    stopped, `ended_by` the signal that ended the new image, and the VM with it.  `gives_back`: the
+    new image has refused, and what becomes of that is told later.
     """
 
     ends_process = True
@@ -58,6 +59,7 @@ class Exec(Mode):
         self._persists = False
         self.stopped_ns = 0
         self.ended_by = 0
+        self.gives_back = False
         self.give_back: Callable[[Update, str], None] = lambda update, reason: None
         self._fds = fds
 
@@ -111,6 +113,7 @@ class Exec(Mode):
             update.close()
             raise self._failed(failure)
         self.on_new_pid()
+        self.gives_back = True
         self.give_back(update, reason)
         raise MigrationError(f"the new program refused: {reason}")
 

@@ -588,8 +588,9 @@ class Migration:
         except Exception as error:  # the guest must not be lost to a bug here
             if not isinstance(error, CprError):
                 exception_report(error)
-            error_report(error)
             mode = self._mode
+            if not (isinstance(mode, cpr_exec.Exec) and mode.gives_back):
+                error_report(error)
             self.end("failed", str(error))
             if isinstance(mode, cpr_exec.Exec) and mode.ended_by in ENDING_SIGNALS:
                 self.machine.shutdown(False, "host-signal")

@@ -68,9 +68,8 @@ class UpdateTimes:
         return [(name, until - at) for (at, name), (until, _) in pairs]
 
     def query(self) -> dict:
-        """For query-migrate: QEMU's downtime, in ms, and more of it."""
+        """For query-migrate; none of it is in QEMU's answer."""
         return {
-            "downtime": self.downtime_ns // NS_PER_MS,
             "x-cpr-downtime-ns": self.downtime_ns,
             "x-cpr-update": self.mode,
             "x-cpr-phases": [{"name": name, "ns": ns} for name, ns in self.phases()],

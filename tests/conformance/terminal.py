@@ -14,6 +14,7 @@ from .process import DEADLINE
 
 TOKEN = re.compile(r"\x1b\[(?P<count>\d*)(?P<letter>[A-Z])|(?P<text>[^\x1b\r\n\b]+)|[\r\n\b]")
 READ_SIZE = 1 << 16
+OWN_LINES = "Update: "  # of info migrate: no QEMU has them
 
 
 class Screen:
@@ -88,7 +89,7 @@ class Terminal:
     @property
     def lines(self) -> list[str]:
         """What is on the screen."""
-        return self._screen.lines
+        return [line for line in self._screen.lines if not line.startswith(OWN_LINES)]
 
     def wait_for(self, seen: Callable[[list[str]], bool], what: str) -> None:
         """Reads until `seen` is true of the lines on the screen.  Raises Mismatch."""

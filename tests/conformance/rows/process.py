@@ -108,7 +108,7 @@ def state_is_a_memfd(lab: Lab) -> None:
     expect("state", STATE_MEMFD, process.descriptors()[number].target, lab.names)
     size = len(read_state(process))
     expect("offset", size, process.offset(number), lab.names)
-    expect("seals", SEAL_SEAL, seals(process, number), lab.names)
+    expect("seals", SEAL_SEAL, seals(process, number) & SEAL_SEAL, lab.names)
 
 
 def seals(process: Process, number: int) -> int:

@@ -1,0 +1,271 @@
+"""The guard: who has the token, how the old image comes back, and that it is whole then."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+
+import pytest
+from guarded import ends, only, run
+
+from cpr.live import guard
+
+
+def test_the_token_is_taken_once_by_many_racers():
+    told = only(
+        run("""
+rounds = []
+for number in range(50):
+    token = guard.create_token()
+    gate, go = os.pipe()
+    racers = []
+    for racer in range(8):
+        pid = os.fork()
+        if pid == 0:
+            os.close(go)
+            os.read(gate, 1)  # all of them at once: when the last writer is gone
+            os._exit(int(guard.take_token(token)))
+        racers.append(pid)
+    os.close(gate)
+    os.close(go)
+    rounds.append(sum(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in racers))
+    os.close(token)
+tell(rounds=rounds)
+""")
+    )
+    assert told["rounds"] == [1] * 50
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("/nonexistent/program", "ENOENT"),
+        ("no-such-program-anywhere", "ENOENT"),
+        ("/", "EACCES"),
+        ("/etc/passwd", "EACCES"),
+        ("/bin/sh/program", "ENOTDIR"),
+        ("", "ENOENT"),
+    ],
+)
+@pytest.mark.parametrize("early", [False, True])
+def test_a_failing_exec_leaves_the_same_process(name, error, early):
+    told = only(
+        run(f"""
+kept, _ = os.pipe()
+before = descriptors()
+mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+try:
+    execute({name!r}, keep=[kept], early={early}, drop=[kept])
+except OSError as error:
+    name = errno.errorcode[error.errno]
+tell(error=name, same=os.getpid() == OLD, descriptors=descriptors() == before,
+     children=guard.children(), inheritable=os.get_inheritable(kept),
+     mask=list(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+threading.Thread(target=lambda: bytes(1 << 20)).start()
+""")
+    )
+    expected = {"ENOTDIR": "ENOENT"}.get(error, error)
+    assert told["error"] == expected
+    assert told["same"]
+    assert told["descriptors"]
+    assert told["children"] == []
+    assert not told["inheritable"]
+    assert told["mask"] == [signal.SIGUSR2]
+
+
+@pytest.mark.parametrize(
+    ("program", "status"),
+    [(["false"], 1 << 8), (["sh", "-c", "exit 7"], 7 << 8), (["sh", "-c", "kill -9 $$"], 9)],
+    ids=["false", "status", "killed"],
+)
+def test_a_new_image_that_ends_gives_back(program, status):
+    told = run(f"""
+returned = execute(*{program!r})
+tell(outcome=NAMES[returned.outcome], old=returned.pid == OLD, other=os.getpid() != OLD,
+     status=guard.exit_status(returned.pid, returned.pidfd), name=open("/proc/self/comm").read(),
+     thread=threading.get_native_id() == os.getpid(), token=guard.take_token(token))
+os._exit(5)
+""")
+    found = only(told)
+    assert found["status"] in (status, None)
+    assert (found["outcome"], found["old"], found["other"]) == ("died", True, True)
+    assert found["thread"], "Python knows the new thread id"
+    assert not found["token"], "the guard has taken it"
+    assert ends(told) == {"first": status, "other": 5 << 8}
+
+
+def test_it_is_killed_at_its_deadline():
+    told = run("""
+returned = execute("sleep", "100", timeout_ns=50_000_000)
+tell(outcome=NAMES[returned.outcome], there=os.path.exists(f"/proc/{OLD}/fd/0"))
+""")
+    assert only(told) == {"outcome": "killed", "there": False}
+    assert ends(told) == {"first": signal.SIGKILL, "other": 0}
+
+
+def test_while_it_is_held_the_deadline_does_not_run():
+    told = run("""
+page.struct.hold = 1
+returned = execute("sh", "-c", "sleep 0.5; exit 3", timeout_ns=50_000_000)
+tell(outcome=NAMES[returned.outcome])
+""")
+    assert only(told) == {"outcome": "died"}
+    assert ends(told)["first"] == 3 << 8
+
+
+def test_an_early_one_returns_when_the_exec_is_done():
+    told = run("""
+returned = execute("sleep", "100", early=True, timeout_ns=1)
+tell(outcome=NAMES[returned.outcome], other=os.getpid() != OLD, parent=os.getppid() == OLD,
+     name=open(f"/proc/{OLD}/comm").read().strip(), token=guard.take_token(token))
+signal.pidfd_send_signal(returned.pidfd, signal.SIGTERM)
+""")
+    assert only(told) == {
+        "outcome": "early",
+        "other": True,
+        "parent": True,
+        "name": "sleep",
+        "token": True,
+    }
+    assert ends(told) == {"first": signal.SIGTERM, "other": 0}
+
+
+def test_a_message_brings_it_back_with_the_token_untouched():
+    told = run("""
+import socket
+ours, theirs = socket.socketpair()
+execute_it = f"echo hello >&{theirs.fileno()}; read line <&{theirs.fileno()}"
+returned = execute("bash", "-c", execute_it, keep=[theirs.fileno()], socket=ours.fileno())
+tell(outcome=NAMES[returned.outcome], said=ours.recv(10).decode(), token=guard.take_token(token))
+ours.send(b"end\\n")
+""")
+    assert only(told) == {"outcome": "message", "said": "hello\n", "token": True}
+
+
+def test_a_new_image_that_commits_has_all_and_reaps_the_guard():
+    told = run("""
+successor = f'''
+import json, os, sys
+sys.path.insert(0, {sys.path[0]!r})
+from cpr.live import guard
+page = guard.Page({page.fd})
+assert guard.take_token({token})
+(child,) = guard.children()
+assert child == page.struct.guard_pid
+reader = {{reader}}
+end = os.read(reader, 1)  # the guard had the other end
+guard.reap(child)
+print(json.dumps({{{{"end": len(end), "children": guard.children(), "pid": os.getpid()}}}}))
+'''
+reader, writer = os.pipe()
+mapping = __import__("mmap").mmap(-1, 1 << 20)
+address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+execute(sys.executable, "-c", successor.format(reader=reader), keep=[token, page.fd, reader],
+        mappings=[(address, 1 << 20)])
+tell(error="the guard came back")
+""")
+    found = only(told)
+    assert (found["end"], found["children"]) == (0, [])
+    assert ends(told) == {"first": 0}
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_is_to_be_dropped_is_closed_late_only(early):
+    told = run(f"""
+dropped, other = os.pipe()
+returned = execute("false", early={early}, drop=[dropped])
+try:
+    os.fstat(dropped)
+    closed = False
+except OSError:
+    closed = True
+os.fstat(other)
+tell(closed=closed, said=returned.dropped)
+""")
+    assert only(told) == {"closed": not early, "said": not early}
+
+
+@pytest.mark.parametrize(
+    ("script", "consumed", "outcome"),
+    [
+        ("exec {fd}<&-; sleep 0.5; exit 0", True, "died"),
+        ("sleep 0.3; exit 0", False, "died"),
+    ],
+)
+def test_a_program_that_knows_no_token(script, consumed, outcome):
+    """It has what it was given when it has closed the state."""
+    told = run(f"""
+state = os.memfd_create("state")
+script = {script!r}.format(fd=state)
+returned = execute("bash", "-c", script, keep=[state], state_fd=state, timeout_ns=10**11)
+tell(outcome=NAMES[returned.outcome], consumed=returned.consumed)
+""")
+    assert only(told) == {"outcome": outcome, "consumed": consumed}
+
+
+def test_a_program_that_knows_no_token_and_lives_on_has_it():
+    told = run("""
+state = os.memfd_create("state")
+script = f"exec {state}<&-; sleep 4; exit 6"
+execute("bash", "-c", script, keep=[state], state_fd=state, timeout_ns=10**9)
+tell(error="the guard came back")
+""")
+    assert ends(told) == {"first": 6 << 8, "other": 0}
+    assert len(told) == 2
+
+
+def test_exit_status_of_processes_that_are_there_and_that_are_not():
+    for command, status in ((["sh", "-c", "exit 3"], 3 << 8), (["sh", "-c", "kill -15 $$"], 15)):
+        process = subprocess.Popen(command)
+        pidfd = os.pidfd_open(process.pid)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
+        assert guard.exit_status(process.pid, pidfd) == status
+        process.wait()
+        told = guard.exit_status(process.pid, pidfd)
+        assert told in (None, status), "None: a kernel whose pidfd does not tell"
+        os.close(pidfd)
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (None, "has ended"),
+        (9, "was ended by signal 9"),
+        (3 << 8, "has ended with exit status 3"),
+    ],
+)
+def test_how_an_end_is_told(status, text):
+    assert guard.describe_status(status) == text
+
+
+def test_a_thread_that_stays_is_named():
+    told = only(
+        run("""
+gate = threading.Event()
+thread = threading.Thread(target=gate.wait)
+thread.start()
+guard.ALONE_TIMEOUT_NS = 10_000_000
+try:
+    guard.wait_alone()
+except guard.KernelError as error:
+    text = str(error)
+gate.set()
+thread.join()
+guard.wait_alone()
+tell(text=text, thread=thread.native_id)
+""")
+    )
+    assert f"{told['thread']} (python" in told["text"]
+
+
+@pytest.mark.parametrize("fd", ["none", "small"])
+def test_a_page_that_is_none(fd, tmp_path):
+    if fd == "none":
+        with pytest.raises(OSError):
+            guard.Page(999999)
+    else:
+        number = os.memfd_create("small")
+        with pytest.raises(OSError, match="too small"):
+            guard.Page(number)
+        os.close(number)
