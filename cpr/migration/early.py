@@ -140,7 +140,7 @@ class EarlyUpdate:
         self._timer: Timer | None = None
         self._returns = 0
         self._failure = ""
-        self._sent: CprState | None = None
+        self._sent: dict[tuple[str, int], int] = {}
         self._stopped = False
         self._closed = False
         if update is not None:
@@ -222,8 +222,9 @@ class EarlyUpdate:
 
     def _send_state(self, message: Message) -> None:
         check_protocol(message)
-        self._sent = self._migration.fds.state()
-        send_state(self._update, self._migration, self._sent, self._failure)
+        fds = self._migration.fds
+        self._sent = fds.serials()
+        send_state(self._update, self._migration, fds.state(), self._failure)
 
     def _hand_over(self) -> None:
         """Stops the guest and sends what is left of it."""
@@ -244,10 +245,12 @@ class EarlyUpdate:
             saver.ram()
             saver.devices()
             channel.finish()
-            state = migration.fds.state()
-            changed = self._sent is None or state.fds != self._sent.fds
-            body = {"changed": changed}
-            _send(self._update, HAND_OVER, body, state if changed else None, stream)
+            serials = migration.fds.serials()
+            changed = serials != self._sent
+            renewed = [key for key in serials if serials[key] != self._sent.get(key, 0)]
+            body = {"changed": changed, "renewed": renewed}
+            state = migration.fds.state() if changed else None
+            _send(self._update, HAND_OVER, body, state, stream)
         except OSError as error:
             raise MigrationError(f"memfd of the hand-over: {error.strerror}") from None
         finally:
@@ -387,7 +390,8 @@ class Arrival:
         stream = message.fds.pop(0)
         os.lseek(stream, 0, os.SEEK_SET)
         if message.body["changed"]:
-            fds.replace(_decode(message))
+            renewed = {(name, id) for name, id in message.body["renewed"]}
+            fds.replace(_decode(message), renewed)
         return Channel(stream, "file")
 
     def commit(self) -> None:
