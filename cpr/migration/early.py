@@ -32,6 +32,7 @@ from cpr.live.update import (
 )
 from cpr.mainloop import READ, WRITE
 from cpr.migration import savevm
+from cpr.migration.capabilities import Capabilities
 from cpr.migration.channel import Channel
 from cpr.migration.mode import EXEC, device_blockers
 from cpr.migration.program import own_command
@@ -239,9 +240,7 @@ class EarlyUpdate:
         stream = os.memfd_create("cpr-stream")
         try:
             channel = Channel(os.dup(stream), "file")
-            saver = savevm.Saver(
-                machine, migration.capabilities, migration.old_state, self._mode, channel
-            )
+            saver = savevm.Saver(machine, Capabilities(), migration.old_state, self._mode, channel)
             saver.ram()
             saver.devices()
             channel.finish()

@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from cpr.migration.capabilities import Capabilities
     from cpr.migration.cpr_transfer import CprListener
     from cpr.migration.listener import Listener
     from cpr.migration.migration import Migration
@@ -193,13 +194,19 @@ class Incoming:
             error_report(text)
             self._migration.machine.request_exit(1)
 
-    def load(self, source: channel.Channel) -> None:
-        """Loads the stream and brings the VM up as it was."""
+    def load(self, source: channel.Channel, capabilities: Capabilities | None = None) -> None:
+        """Loads the stream and brings the VM up as it was.
+
+        `capabilities` are those that the stream was written with; the ones that were set here where
+        that is not said.
+        """
         mark("load")
         migration = self._migration
         migration.set_incoming_status("active")
         try:
-            old_state = savevm.load(migration.machine, migration.capabilities, source)
+            old_state = savevm.load(
+                migration.machine, capabilities or migration.capabilities, source
+            )
         except StreamError as error:
             for line in error.stderr:
                 error_report(line)

@@ -17,6 +17,7 @@ from cpr.live.update import EARLY, LATE, find_predecessor
 from cpr.mainloop import READ, MainLoop
 from cpr.migration import cpr_exec
 from cpr.migration.address import connects_in_background
+from cpr.migration.capabilities import Capabilities
 from cpr.migration.incoming import DEFER, Sources
 from cpr.migration.migration import Migration
 from cpr.migration.statistics import UpdateTimes
@@ -297,7 +298,7 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     populate_before(vmm.machine.blocks)
     mark("ready")
     source = arrival.receive_guest(fds)
-    incoming.load(source)
+    incoming.load(source, Capabilities())  # a hand-over is the same whatever was set
     for step in (
         lambda: predecessor.wait_hang_up(HANG_UP_NS),
         lambda: _end_update(vmm, predecessor),

@@ -81,6 +81,28 @@ def exits(lab: Lab, status: int, *stderr: Any) -> None:
 
 
 @step
+def given_back(lab: Lab, *lines: Any) -> None:
+    """The new image refuses with these lines; the old VMM has the guest, under the same PID."""
+    *before, reason = lines
+    pid = lab.vm.process.pid
+    wanted = [
+        *before,
+        f"the new program refused: {reason}",
+        f"the update failed: {reason}; the guest goes on in the old VMM, PID {pid}",
+    ]
+    until(lambda: len(stderr_texts(lab.vm)) >= len(wanted))
+    expect("stderr", wanted, stderr_texts(lab.vm), lab.names)
+    lab.vm.connect()
+    expected = {"status": "failed", "error-desc": reason}
+    expect("query-migrate", expected, query_migrate(lab), lab.names)
+
+
+def lost(*lines: Any) -> dict[str, Steps]:
+    """For a Row whose new image refuses: QEMU's guest is lost, this VMM's goes on."""
+    return {"qemu": exits(1, *lines), "cpr": [given_back(*lines), status("running"), counting()]}
+
+
+@step
 def stderr(lab: Lab, *lines: Any) -> None:
     """These lines, and no others, come on stderr."""
     until(lambda: len(stderr_texts(lab.vm)) >= len(lines))
@@ -88,12 +110,16 @@ def stderr(lab: Lab, *lines: Any) -> None:
 
 
 def stderr_texts(vm: Vm) -> list[str]:
-    """The lines on stderr, without the name of the program that QEMU's begin with."""
+    """The lines on stderr, without the name of the program that QEMU's begin with.
+
+    The line on what an update has cost is this VMM's own, and left out.
+    """
     names = {os.path.basename(word) for word in vm.command} | {"cpr-vmm"}
     texts = []
     for line in vm.process.stderr_lines():
         program, colon, text = line.partition(": ")
-        texts.append(text if colon and program in names else line)
+        if not text.startswith("info: "):
+            texts.append(text if colon and program in names else line)
     return texts
 
 
@@ -186,15 +212,23 @@ def comes_to(lab: Lab, name: str) -> None:
 
 @step
 def migration(lab: Lab, expected: Any) -> None:
-    """query-migrate says this now."""
-    expect("query-migrate", expected, lab.vm.query("query-migrate"), lab.names)
+    """query-migrate says this now; what this VMM adds of an update is left out."""
+    expect("query-migrate", expected, query_migrate(lab), lab.names)
+
+
+def query_migrate(lab: Lab) -> dict:
+    """The answer, as QEMU has it: without what an update has cost."""
+    info: dict = lab.vm.query("query-migrate")
+    if "x-cpr-update" in info:
+        info.pop("downtime", None)
+    return {name: value for name, value in info.items() if not name.startswith("x-cpr-")}
 
 
 @step
 def migration_comes_to(lab: Lab, expected: Any) -> None:
     """query-migrate says this sooner or later."""
-    until(lambda: matches(expected, lab.vm.query("query-migrate"), lab.names))
-    expect("query-migrate", expected, lab.vm.query("query-migrate"), lab.names)
+    until(lambda: matches(expected, query_migrate(lab), lab.names))
+    expect("query-migrate", expected, query_migrate(lab), lab.names)
 
 
 @step

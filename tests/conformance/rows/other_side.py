@@ -7,8 +7,8 @@ from ..steps import (
     FILE,
     boot,
     counting,
-    exits,
     guest,
+    lost,
     new_command,
     qmp,
     survives,
@@ -22,7 +22,7 @@ MACHINE1 = "-machine pc,memory-backend=ram1,aux-ram-share=on"
 
 
 def other_side(id: str, source: str, options: str, *lines: object) -> Row:
-    """The new image is another machine: it ends, and the guest is lost."""
+    """The new image is another machine, and refuses."""
     return Row(
         id,
         source,
@@ -30,7 +30,7 @@ def other_side(id: str, source: str, options: str, *lines: object) -> Row:
         counting(),
         new_command(options=options),
         qmp("migrate", {"uri": FILE}, {}),
-        exits(1, *lines),
+        **lost(*lines),
     )
 
 
@@ -56,8 +56,7 @@ ROWS = [
         counting(),
         new_command(options=guest()),
         qmp("migrate", {"uri": FILE}, {}),
-        exits(
-            1,
+        **lost(
             f"{INVALID}Unknown section or instance 'serial' 0. Make sure that your current VM "
             "setup matches your saved VM setup, including any hotplugged devices",
         ),
