@@ -200,7 +200,7 @@ def run_vmm(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
-    signals = daemon.Signals() if predecessor is not None else None
+    signals = daemon.Signals(takes_over=predecessor is not None)
     config = parse_command_line(arguments)
     if config.action is not None:
         output(config.action_text)
@@ -217,7 +217,7 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
     fds.incoming = False
     if after_exec:
         vmm.reap()
-    (signals or daemon.Signals()).attach(vmm)
+    signals.attach(vmm)
     if config.pidfile:
         vmm.pidfile = _write_pidfile(config.pidfile, after_exec)
     if ready is not None:
