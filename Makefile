@@ -45,9 +45,9 @@ conformance: setup-dev
 	$(BIN)/python -m tests.conformance --vmm '$(BIN)/python -m cpr.vmm run' \
 		$(if $(QEMU),--qemu '$(QEMU)') $(ARGS)
 
-# The C page path under the address, undefined-behaviour and thread sanitizers.
+# The C page path under the address, undefined-behaviour and thread sanitizers, and the guard.
 sanitize: | $(VENV)/.checked
-	$(MAKE) -C tests/native
+	$(MAKE) -C tests/native PYTHON='$(PYTHON)'
 
 lint: setup-dev
 	$(BIN)/ruff check .

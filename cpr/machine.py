@@ -403,6 +403,15 @@ class Machine:
             for device in reversed(self.devices):
                 device.cpr_walk_back()
 
+    def take_over(self) -> None:
+        """The guest that was loaded is this VMM's for good; it runs on whatever a device says."""
+        with self.lock:
+            for device in self.devices:
+                try:
+                    device.take_over()
+                except CprError as error:
+                    report.error_report(error)
+
     def close(self) -> None:
         """Frees everything; the VM must not be running."""
         for thread in self.threads:

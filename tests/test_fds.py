@@ -11,7 +11,7 @@ import pytest
 
 from cpr.errors import KernelError, StateError
 from cpr.state.cpr_state import REMEDY, STATE_NAME, CprState, VfioDevice
-from cpr.state.fds import SEALS, PreservedFds
+from cpr.state.fds import PreservedFds
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_persist_and_unpersist(memfd):
     assert fds.state_fd == fd
     assert environ == {"PATH": "/bin", STATE_NAME: str(fd)}
     assert os.readlink(f"/proc/self/fd/{fd}") == f"/memfd:{STATE_NAME} (deleted)"
-    assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == SEALS
+    assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == fcntl.F_SEAL_SEAL
     assert not os.get_inheritable(fd)
     size = os.fstat(fd).st_size
     assert os.lseek(fd, 0, os.SEEK_CUR) == size
@@ -127,20 +127,19 @@ def test_persist_and_unpersist(memfd):
     fds.unpersist(environ)
 
 
-def test_nobody_changes_a_state_that_is_persisted(memfd):
+def test_a_state_that_has_changed_is_another_memfd_with_the_same_number(memfd):
     fds = PreservedFds()
     fds.save("ram0", 0, memfd())
     fd = fds.persist({})
     for number in (1, 2):
-        assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == SEALS
-        with pytest.raises(PermissionError):
-            os.pwrite(fd, b"x", 0)
-        with pytest.raises(PermissionError):
-            os.ftruncate(fd, 0)
+        assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == fcntl.F_SEAL_SEAL
+        before = os.fstat(fd).st_ino
         assert not os.get_inheritable(fd)
         fds.save("ram0", number, memfd())
         fds.refresh()
         assert fds.state_fd == fd
+        assert os.fstat(fd).st_ino != before
+        assert CprState.decode(os.pread(fd, 4096, 0)).fds == fds.entries()
     fds.unpersist({})
 
 
@@ -281,6 +280,12 @@ def test_variables_that_name_no_state(value, text):
     assert (environ, fds.incoming) == ({}, False)
 
 
+def test_a_standard_stream_is_no_state_and_stays_open():
+    with pytest.raises(StateError, match="Not a migration stream"):
+        PreservedFds().load_from_environment({STATE_NAME: "2"})
+    assert is_open(2)
+
+
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/zero", "/proc/self/status"])
 def test_a_file_that_is_no_state_is_refused_and_closed(path):
     fd = os.open(path, os.O_RDONLY)
@@ -356,3 +361,22 @@ def test_a_later_version_of_a_state_names_anew_what_came(memfd):
     assert fds.entries() == [("ram0", 0, ram), ("irq", 1, late)]
     assert fds.came("ram0", 0) and fds.came("irq", 1)
     assert not is_open(copy)
+
+
+def test_a_later_version_of_a_state_brings_what_has_another_descriptor_now(memfd):
+    """A guest that switches its interrupts off and on again has others under the same names."""
+    fds, old, new = PreservedFds(), memfd(), memfd()
+    fds.take_over(CprState([("irq", 1, old)], []))
+    fds.replace(CprState([("irq", 1, new)], []), {("irq", 1)})
+    assert fds.entries() == [("irq", 1, new)]
+    assert not is_open(old)
+
+
+def test_a_name_that_was_saved_again_has_another_serial(memfd):
+    fds = PreservedFds()
+    fds.take_over(CprState([("ram0", 0, memfd())], []))
+    fds.save("irq", 1, number := memfd())
+    before = fds.serials()
+    fds.delete("irq", 1)
+    fds.save("irq", 1, number)
+    assert fds.serials() == before | {("irq", 1): before["irq", 1] + 1}

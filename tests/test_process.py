@@ -11,7 +11,7 @@ import psutil
 import pytest
 from harness.qmp import Qmp
 from harness.vm import VMM
-from waiting import wait_for
+from waiting import is_listening, wait_for
 
 ARGUMENTS = (
     *("-nodefaults", "-display", "none", "-m", "16M"),
@@ -93,6 +93,30 @@ def test_signals_end_it_in_order(start, accel, number):
     shutdown = [event["data"] for event in vm.qmp.events if event["event"] == "SHUTDOWN"]
     assert shutdown == [{"guest": False, "reason": "host-signal"}]
     assert vm.process.wait(10) == 0
+
+
+WAITING = {
+    "client": ["-chardev", "socket,id=c,path={},server=on", "-serial", "chardev:c"],
+    "source": [
+        *("-incoming", "defer"),
+        *("-incoming", "cpr,addr.transport=socket,addr.type=unix,addr.path={}"),
+    ],
+}
+
+
+@pytest.mark.parametrize("whom", WAITING)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_end_a_start_that_waits(guests, accel, tmp_path, whom, number):
+    path = str(tmp_path / "socket")
+    words = [word.format(path) for word in WAITING[whom]]
+    command = [*VMM, "-accel", accel, *ARGUMENTS, *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: is_listening(path), "it waits")
+        process.send_signal(number)
+        error = process.communicate(timeout=10)[1]
+    assert process.returncode == 1
+    assert error.splitlines()[-1] == f"cpr-vmm: terminating on signal {number.value}"
+    assert "Traceback" not in error
 
 
 def test_process_name_is_kept_over_an_update(start, accel):

@@ -116,12 +116,16 @@ class Vmm(FakeVmm):
         return CprState([(n, i, os.dup(fd)) for n, i, fd in state.fds], state.vfio_devices)
 
 
-def load(vmm: Vmm, sections: dict[tuple[str, int], bytes]) -> None:
+def load(vmm: Vmm, sections: dict[tuple[str, int], bytes], commit: bool = True) -> None:
+    """Loads the stream; with `commit` the guest is this VMM's then."""
     for device in vmm.sections():
         data = sections[device.idstr, device.instance_id]
         reader = BytesReader(data)
         device.restore(device.vmstate.decode(reader, device.vmstate.version_id))
         assert reader.read(0) == b"" and reader.offset == len(data)
+    if commit:
+        for device in vmm.devices:
+            device.take_over()
 
 
 @pytest.fixture(autouse=True)
@@ -237,6 +241,36 @@ def test_nothing_is_opened_or_changed_by_the_new_vmm(make, host: FakeHost, kind:
     else:
         assert host.log.count("change_process") == 1
     new.platform.loop.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_vmm_that_does_not_get_the_guest_has_touched_nothing(
+    make, host: FakeHost, kind: str
+) -> None:
+    """It has loaded the whole guest, and ends in an orderly way."""
+    device = host.devices[NAME]
+    vmm = make(kind)
+    vmm.enable_msix(NAME)
+    files, irqfds = set(vmm.accel.vfio_files), dict(vmm.accel.irqfds)
+    mappings = {fd: dict(each) for fd, each in host.mappings.items()}
+    vmm.prepare()
+    sections = vmm.save()
+    fds = PreservedFds()
+    fds.take_over(vmm.copied_state())
+    host.log.clear()
+    new = Vmm(host, kind, [NAME], fds)
+    load(new, sections, commit=False)
+    new.pci[NAME].reset()
+    device.raise_irq(vfio.MSIX_IRQ, 1)
+    assert new.taken() == [] and new.accel.vfio_files == set()
+    new.close()
+    touching = {"map_dma", "unmap_dma", "unmap", "update_vaddr", "change_process", "set_triggers"}
+    touching |= {"unmask", "disable_irqs", "reset", "write_region"}
+    assert not set(host.log) & (FORBIDDEN | touching), host.log
+    vmm.walk_back()
+    assert vmm.taken() == [(MSI_ADDRESS, 0x41)]
+    assert (vmm.accel.vfio_files, vmm.accel.irqfds) == (files, irqfds)
+    assert host.mappings == mappings
 
 
 def test_old_addresses_are_invalid_from_the_save_on(make, host: FakeHost) -> None:

@@ -141,7 +141,17 @@ class Device:
         """
 
     def restore(self, state: dict) -> None:
-        """Takes over a whole state made by `save`; called while the VM is stopped."""
+        """Takes over a whole state made by `save`; called while the VM is stopped.
+
+        The guest may yet go on in the VMM that it comes from: nothing changes outside this process.
+        """
+
+    def take_over(self) -> None:
+        """The restored guest is this VMM's for good, and runs next.
+
+        What can be seen outside this process, by a device of the host, comes here.  Raises CprError
+        where that fails, which the guest survives.
+        """
 
     def on_run(self) -> None:
         """The VM starts to run; called with the lock held, before the vCPUs run."""

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class DmaMappings(Device):
     """The mappings of one I/O address space.  In an update they stay, and so does their DMA.
 
-    `claimed` ones came over from another VMM: RAM is mapped already, and `restore` makes the
-    mappings this process's.
+    `claimed` ones came over from another VMM: RAM is mapped already.  `take_over` makes the
+    mappings this process's; until then they are the other VMM's, whatever becomes of this one.
     """
 
     plain = False
@@ -26,6 +26,14 @@ class DmaMappings(Device):
 
     def needed(self) -> bool:
         return self._mode in DESCRIPTORS_KEPT
+
+    def restore(self, state: dict) -> None:
+        self.required = False
+
+    @property
+    def others(self) -> bool:
+        """Whether the mappings are another VMM's: one before this one, or behind it."""
+        return self._claimed or self.needed()
 
     def copy_blocker(self) -> str | None:
         return f"x-cpr-ram-staging: {self.idstr}: no log tells what a device of the host writes"

@@ -1,7 +1,7 @@
 """-object iommufd: guest RAM for the DMA of the devices, by an I/O address space (IOAS).
 
-The iommufd's CPR name is its object's id.  The section "iommufd" has no fields: restoring it makes
-this process the one that the mappings belong to, which is possible where all of them are of memfds.
+The iommufd's CPR name is its object's id.  The section "iommufd" has no fields: who takes it over
+becomes the process that the mappings belong to, which needs all of them to be of memfds.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class IommufdBackend(DmaMappings):
 
     def section_removed(self, section: Section) -> None:
         self._locked -= section.size
-        if not self.needed():  # after a cpr-transfer they are another VMM's
+        if not self.others:
             self._kernel.unmap(self.fd, self.ioas_id, section.start, section.size)
 
     def _map(self, section: Section) -> None:
@@ -177,9 +177,20 @@ class IommufdBackend(DmaMappings):
             raise MigrationError(f"{UNSUPPORTED_REGIONS}: {error}") from None
         return {}
 
-    def restore(self, state: dict) -> None:
+    def take_over(self) -> None:
+        if self._claimed:
+            self._claimed = False
+            self._change_or_warn()
+
+    def cpr_walk_back(self) -> None:
+        """A new VMM may have made them its own before it failed."""
+        saved = self.needed() and self._listens
+        super().cpr_walk_back()
+        if saved:
+            self._change_or_warn()
+
+    def _change_or_warn(self) -> None:
         """Where it fails, the device's DMA goes on, and so does the guest."""
-        self._claimed = self.required = False
         try:
             self._kernel.change_process(self.fd, self._locked)
         except KernelError as error:

@@ -5,7 +5,8 @@
     device     from its group   CPR name: its PCI address, 0
 
 A container's section "vfio-container" has no fields.  When it is saved the addresses of all its
-mappings are made invalid, while their DMA goes on; when it is restored each gets its new address.
+mappings are made invalid, while their DMA goes on; when the guest is the new VMM's for good each
+gets its new address.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ MISSING = (
 class Type1Container(DmaMappings):
     """One container.  Owns its descriptor; `claimed` says that it came over from another VMM.
 
-    A claimed one has its mappings, and is told where they are now by `restore`.
+    A claimed one has its mappings, and is told where they are now by `take_over`.
     """
 
     idstr = "vfio-container"
@@ -76,7 +77,7 @@ class Type1Container(DmaMappings):
         self._sections.remove(section)
         if section in self._stale:
             self._stale.remove(section)
-        if not self.needed():  # after a cpr-transfer they are another VMM's
+        if not self.others:
             self._kernel.unmap_dma(self.fd, section.start, section.size)
 
     def cpr_blocker(self, mode: str) -> str | None:
@@ -103,10 +104,11 @@ class Type1Container(DmaMappings):
         self._stale = list(self._sections)
         return {}
 
-    def restore(self, state: dict) -> None:
-        self._claimed = self.required = False
-        self._stale = list(self._sections)
-        self._update_or_warn()
+    def take_over(self) -> None:
+        if self._claimed:
+            self._claimed = False
+            self._stale = list(self._sections)
+            self._update_or_warn()
 
     def _update_or_warn(self) -> None:
         try:
@@ -144,21 +146,28 @@ class Group(Device):
     """One IOMMU group in a container.  Owns its descriptor.
 
     `copy` is a second descriptor of its container, which it owns too: cpr-transfer makes one for
-    each group.
+    each group.  A `claimed` one came over, and is another VM's until `take_over`.
     """
 
     plain = False
 
-    def __init__(self, number: int, fd: Fd, fds: PreservedFds) -> None:
+    def __init__(self, number: int, fd: Fd, fds: PreservedFds, claimed: bool = False) -> None:
         self.number = number
+        self._claimed = claimed
         self.fd = fd
         self.copy: Fd | None = None
         self._fds = fds
         self._platform: Platform | None = None
 
     def realize(self, platform: Platform) -> None:
-        platform.accel.add_vfio_file(self.fd.number)
+        if not self._claimed:
+            platform.accel.add_vfio_file(self.fd.number)
         self._platform = platform
+
+    def take_over(self) -> None:
+        if self._claimed and self._platform is not None:
+            self._claimed = False
+            self._platform.accel.add_vfio_file(self.fd.number)
 
     def unrealize(self) -> None:
         """The group's devices are closed by now, and its container if no other group is in it."""
@@ -177,7 +186,7 @@ class Group(Device):
             self._platform.accel.remove_vfio_file(self.fd.number)
 
     def cpr_walk_back(self) -> None:
-        if self._platform is not None:
+        if self._platform is not None and not self._claimed:
             self._platform.accel.add_vfio_file(self.fd.number)
 
 
@@ -235,14 +244,14 @@ class Type1:
             fds.require(kept, number, MISSING)
         opened = fds.open(GROUP_NAME, number, lambda: kernel.open_group(number, name).release())
         fd = kernel.adopt(opened, f"/dev/vfio/{number}")
-        claimed = fds.came(CONTAINER_NAME, number)
+        claimed = fds.came(GROUP_NAME, number)
         try:
             joined = fds.open(CONTAINER_NAME, number, lambda: self._join_container(fd))
         except KernelError:
             fds.delete(GROUP_NAME, number)
             fd.close()
             raise
-        group = Group(number, fd, fds)
+        group = Group(number, fd, fds, claimed)
         self._add_device(group)
         self._groups[number] = group
         container = kernel.adopt(joined, kernel.CONTAINER)

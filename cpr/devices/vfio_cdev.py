@@ -51,10 +51,10 @@ class Cdev:
         number = self._fds.open(name, 0, lambda: self._open(name, sysfs).release())
         device = self._kernel.adopt(number, name)
         try:
-            self.join_vm(device)
-            if came:
+            if came:  # and is another VM's as long as that may go on
                 self._claim(name)
             else:
+                self.join_vm(device)
                 self._bind(name, device)
         except CprError:
             self.close(name, device)

@@ -2,7 +2,8 @@
 
 Its section "vfio-cpr-pci" holds what is emulated of it: configuration space, MSI-X table, and how
 INTx is wired.  Everything else is in the device, which an update does not touch: its descriptors go
-over, and it is neither opened, bound, attached nor reset again.
+over, and it is neither opened, bound, attached nor reset again.  A new VMM only reads of it until
+the guest is its own.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class VfioPci(Device, PciFunction):
         self._platform: Platform | None = None
         self._device: Fd | None = None
         self._mode = ""
-        self.required = fds.came(name, 0)
+        self.required = self._claimed = fds.came(name, 0)
         self._notifiers = Notifiers(name, fds)
         self._connection: Interrupts | None = None
         self._bars: list[BarRegion] = []
@@ -110,7 +111,7 @@ class VfioPci(Device, PciFunction):
 
     def _realize(self, platform: Platform) -> None:
         kernel = self._kernel
-        claimed = self.required
+        claimed = self._claimed
         self._device = device = self._backend.open(self.name, self._sysfs)
         info = kernel.device_info(device)
         if not info.is_pci:
@@ -307,6 +308,8 @@ class VfioPci(Device, PciFunction):
     def reset(self) -> None:
         """A reset of the whole function; INTx is on afterwards, MSI and MSI-X are off."""
         assert self._device is not None
+        if self._claimed:  # another VMM's guest may yet go on with it
+            return
         self._interrupts.disable()
         for bar in self._bars:
             bar.remove()
@@ -387,6 +390,13 @@ class VfioPci(Device, PciFunction):
         if self._msix is not None:
             self._msix.restore(state["msix"])
         self._update_bars()
+
+    def take_over(self) -> None:
+        if not self._claimed:
+            return
+        assert self._device is not None
+        self._claimed = False
+        self._backend.join_vm(self._device)
         if self._msix is not None and self._msix.enabled:
             self._interrupts.claim_messages(self._msix, MSIX)
         elif self._msi is not None and self._msi.enabled:

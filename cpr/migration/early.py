@@ -34,6 +34,7 @@ from cpr.live.update import (
 )
 from cpr.mainloop import READ, WRITE
 from cpr.migration import savevm
+from cpr.migration.capabilities import Capabilities
 from cpr.migration.channel import Channel
 from cpr.migration.mode import EXEC, device_blockers
 from cpr.migration.program import own_command
@@ -142,7 +143,7 @@ class EarlyUpdate:
         self._timer: Timer | None = None
         self._returns = 0
         self._failure = ""
-        self._sent: CprState | None = None
+        self._sent: dict[tuple[str, int], int] = {}
         self._stopped = False
         self._closed = False
         if update is not None:
@@ -227,11 +228,11 @@ class EarlyUpdate:
 
     def _send_state(self, message: Message) -> None:
         check_protocol(message)
-        self._sent = self._migration.fds.state()
-        send_state(self._update, self._migration, self._sent, self._failure)
-        machine = self._machine
+        machine, fds = self._machine, self._migration.fds
+        self._sent = fds.serials()
+        send_state(self._update, self._migration, fds.state(), self._failure)
         if machine.runstate.current == runstate.RUNNING:
-            savevm.warm_up(machine, self._migration.capabilities, self._mode, True)
+            savevm.warm_up(machine, Capabilities(), self._mode, True)
 
     def _hand_over(self) -> None:
         """Stops the guest and sends what is left of it."""
@@ -248,16 +249,16 @@ class EarlyUpdate:
         stream = os.memfd_create("cpr-stream")
         try:
             channel = Channel(os.dup(stream), "file")
-            saver = savevm.Saver(
-                machine, migration.capabilities, migration.old_state, self._mode, channel
-            )
+            saver = savevm.Saver(machine, Capabilities(), migration.old_state, self._mode, channel)
             saver.ram()
             saver.devices(False)
             channel.finish()
-            state = migration.fds.state()
-            changed = self._sent is None or state.fds != self._sent.fds
-            body = {"changed": changed}
-            _send(self._update, HAND_OVER, body, state if changed else None, stream)
+            serials = migration.fds.serials()
+            changed = serials != self._sent
+            renewed = [key for key in serials if serials[key] != self._sent.get(key, 0)]
+            body = {"changed": changed, "renewed": renewed}
+            state = migration.fds.state() if changed else None
+            _send(self._update, HAND_OVER, body, state, stream)
         except OSError as error:
             raise MigrationError(f"memfd of the hand-over: {error.strerror}") from None
         finally:
@@ -399,7 +400,8 @@ class Arrival:
         stream = message.fds.pop(0)
         os.lseek(stream, 0, os.SEEK_SET)
         if message.body["changed"]:
-            fds.replace(_decode(message))
+            renewed = {(name, id) for name, id in message.body["renewed"]}
+            fds.replace(_decode(message), renewed)
         return Channel(stream, "file")
 
     def commit(self) -> None:

@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from cpr.migration.capabilities import Capabilities
     from cpr.migration.cpr_transfer import CprListener
     from cpr.migration.listener import Listener
     from cpr.migration.migration import Migration
@@ -193,13 +194,24 @@ class Incoming:
             error_report(text)
             self._migration.machine.request_exit(1)
 
-    def load(self, source: channel.Channel, described: bool = True) -> None:
-        """Loads the stream and brings the VM up as it was."""
+    def load(
+        self,
+        source: channel.Channel,
+        capabilities: Capabilities | None = None,
+        described: bool = True,
+    ) -> None:
+        """Loads the stream and brings the VM up as it was.
+
+        `capabilities` are those that the stream was written with; the ones that were set here where
+        that is not said.  `described` as for savevm.load.
+        """
         mark("load")
         migration = self._migration
         migration.set_incoming_status("active")
         try:
-            old_state = savevm.load(migration.machine, migration.capabilities, source, described)
+            old_state = savevm.load(
+                migration.machine, capabilities or migration.capabilities, source, described
+            )
         except StreamError as error:
             for line in error.stderr:
                 error_report(line)
@@ -213,6 +225,7 @@ class Incoming:
 
             take_guest(migration.machine, HAND_OVER_NS)
         self.commit()
+        migration.machine.take_over()
         mark("resume")
         self._come_up(old_state)
         mark("run")

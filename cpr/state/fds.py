@@ -9,20 +9,18 @@ started gets them; only between `set_cloexec(False)` and the exec are they not.
 
 from __future__ import annotations
 
-import fcntl
 import os
 
 from cpr.errors import KernelError, StateError
+from cpr.report import STDERR
 from cpr.state.cpr_state import REMEDY, STATE_NAME, CprState, VfioDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, MutableMapping
+    from collections.abc import Callable, Collection, MutableMapping
 
 MAX_SIZE = 16 << 20
 """More than any state has, in bytes; less than the guest RAM that a wrong number may lead to."""
-
-SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class PreservedFds:
@@ -39,6 +37,8 @@ class PreservedFds:
         self.vfio_devices: list[VfioDevice] = []
         self._fds: list[tuple[str, int, int]] = []
         self._came: frozenset[tuple[str, int]] = frozenset()
+        self._serials: dict[tuple[str, int], int] = {}
+        self._saves = 0
         self._persisted = b""
 
     def save(self, name: str, id: int, fd: int) -> None:
@@ -46,6 +46,8 @@ class PreservedFds:
         if self.find(name, id) is not None:
             raise ValueError(f"cpr fd '{name}' id {id} is already saved")
         self._fds.append((name, id, fd))
+        self._saves += 1
+        self._serials[name, id] = self._saves
 
     def find(self, name: str, id: int) -> int | None:
         """The fd saved under (name, id), or None.  After a load its finder becomes its owner.
@@ -86,6 +88,10 @@ class PreservedFds:
         """All (name, id, fd), in the order in which they were saved."""
         return list(self._fds)
 
+    def serials(self) -> dict[tuple[str, int], int]:
+        """A number for each (name, id), another one where another descriptor has got the name."""
+        return {(name, id): self._serials.get((name, id), 0) for name, id, _ in self._fds}
+
     def state(self) -> CprState:
         """What a new image, or another process, is given."""
         return CprState(list(self._fds), list(self.vfio_devices))
@@ -109,13 +115,13 @@ class PreservedFds:
     def persist(self, environ: MutableMapping[str, str] = os.environ) -> int:
         """Writes the state to a memfd, names it in `environ`, and returns it.
 
-        The memfd is close-on-exec, sealed, and stays the registry's; its offset is at its end.
-        Raises KernelError; then nothing has changed.
+        The memfd is close-on-exec and stays the registry's; its offset is at its end.  Raises
+        KernelError; then nothing has changed.
         """
         if self.state_fd >= 0:
             raise ValueError("the CPR state is persisted already")
         data = self.state().encode()
-        fd = _sealed_memfd(data)
+        fd = _state_memfd(data)
         environ[STATE_NAME] = str(fd)
         self.state_fd = fd
         self._persisted = data
@@ -130,7 +136,7 @@ class PreservedFds:
         data = self.state().encode()
         if data == self._persisted:
             return
-        fd = _sealed_memfd(data)
+        fd = _state_memfd(data)
         os.dup2(fd, self.state_fd, inheritable=os.get_inheritable(self.state_fd))
         os.close(fd)
         self._persisted = data
@@ -166,16 +172,17 @@ class PreservedFds:
         self.vfio_devices = state.vfio_devices
         self.incoming = True
 
-    def replace(self, state: CprState) -> None:
+    def replace(self, state: CprState, renewed: Collection[tuple[str, int]] = ()) -> None:
         """Takes over a later version of a state that was taken over before.
 
-        Descriptors that are here already stay as they are, and their copies are closed; those
-        that the new state has not any more are closed too, for nobody has taken them.
+        Descriptors that are here already stay as they are, and their copies are closed, but for
+        the `renewed`, which are others now.  Those and the ones that the new state has not any more
+        are closed here, for nobody has taken them.
         """
         known = {(name, id): fd for name, id, fd in self._fds}
         entries = []
         for name, id, fd in state.fds:
-            old = known.pop((name, id), -1)
+            old = -1 if (name, id) in renewed else known.pop((name, id), -1)
             if old >= 0:
                 os.close(fd)
             entries.append((name, id, fd if old < 0 else old))
@@ -195,24 +202,28 @@ class PreservedFds:
             return False
         try:
             fd = int(value)
-            if not -(1 << 31) <= fd < 1 << 31 or 0 <= fd <= 2:  # of a state, these are never it
+            if not -(1 << 31) <= fd < 1 << 31:
                 raise ValueError
         except ValueError:
             text = f"{STATE_NAME}='{value}' is not the number of a descriptor; {REMEDY}"
             raise StateError(text) from None
+        if 0 <= fd <= STDERR:  # of a state these are never it, and what is to be said goes there
+            try:
+                fd = os.dup(fd)
+            except OSError:
+                fd = -1
         self.load(fd)
         return True
 
 
-def _sealed_memfd(data: bytes) -> int:
-    """A close-on-exec memfd with `data` that nobody can change any more.  Raises KernelError."""
+def _state_memfd(data: bytes) -> int:
+    """A close-on-exec memfd with `data`, as QEMU's one that takes no seals.  Raises KernelError."""
     try:
-        fd = os.memfd_create(STATE_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = os.memfd_create(STATE_NAME)
     except OSError as error:
         raise KernelError("memfd_create", error.errno or 0) from error
     try:
         write_memfd(fd, data)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
     except OSError as error:
         os.close(fd)
         raise KernelError(f"write to memfd {STATE_NAME}", error.errno or 0) from error

@@ -98,16 +98,26 @@ class Pidfile:
 class Signals:
     """SIGINT, SIGTERM and SIGHUP: they end the VM in an orderly way, on its main loop.
 
-    What comes before there is one waits until `attach`.
+    Before there is one, those of a VMM that takes a guest over wait until `attach`; they end the
+    start of another one, which may wait for a client or a source.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, takes_over: bool) -> None:
+        self._wait = takes_over
         self._reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in ENDING:
-            signal.signal(number, lambda number, frame: None)
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        """All that is done where the wakeup descriptor is read."""
+        if not self._wait:
+            error_report(f"terminating on signal {number}")
+            raise SystemExit(1)
 
     def attach(self, vmm: Vmm) -> None:
+        self._wait = True
+
         def on_wakeup(events: int) -> None:
             for number in os.read(self._reader, 64):
                 if number in ENDING:

@@ -18,6 +18,7 @@ from cpr.live.update import EARLY, LATE, find_predecessor
 from cpr.mainloop import READ, MainLoop
 from cpr.migration import cpr_exec, savevm
 from cpr.migration.address import connects_in_background
+from cpr.migration.capabilities import Capabilities
 from cpr.migration.incoming import DEFER, Sources
 from cpr.migration.migration import Migration
 from cpr.migration.statistics import UpdateTimes
@@ -200,7 +201,7 @@ def run_vmm(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
-    signals = daemon.Signals() if predecessor is not None else None
+    signals = daemon.Signals(takes_over=predecessor is not None)
     config = parse_command_line(arguments)
     if config.action is not None:
         output(config.action_text)
@@ -217,7 +218,7 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
     fds.incoming = False
     if after_exec:
         vmm.reap()
-    (signals or daemon.Signals()).attach(vmm)
+    signals.attach(vmm)
     if config.pidfile:
         vmm.pidfile = _write_pidfile(config.pidfile, after_exec)
     if ready is not None:
@@ -297,10 +298,11 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     mark("populate")
     populate_before(vmm.machine.blocks)
     gc.disable()  # not in the hand-over, for which the guest stands still
-    savevm.warm_up(vmm.machine, vmm.migration.capabilities, cpr_exec.Exec(fds, []), False)
+    savevm.warm_up(vmm.machine, Capabilities(), cpr_exec.Exec(fds, []), False)
     mark("ready")
     source = arrival.receive_guest(fds)
-    incoming.load(source, described=False)
+    # A hand-over is the same whatever was set.
+    incoming.load(source, Capabilities(), described=False)
     for step in (
         lambda: predecessor.wait_hang_up(HANG_UP_NS),
         lambda: _end_update(vmm, predecessor),

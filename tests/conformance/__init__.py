@@ -10,3 +10,11 @@ The row's `source` names the part and line of the record of how QEMU 11.1.3 beha
 the row was made from.  Where QEMU crashes, aborts, leaks or loses the guest, the row carries two
 expectations: what QEMU does, and the clear error that this VMM gives instead.
 """
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# The harness is beside this folder, wherever Python was started.
+sys.path.append(str(Path(__file__).resolve().parent.parent))

@@ -81,6 +81,9 @@ class KvmInterrupts:
         kvm.set_gsi_routing(self._vm, pins, messages)
 
     def add_vfio_file(self, fd: int) -> None:
+        """Nothing happens where the VM has it."""
+        if fd in self._vfio_files:
+            return
         if self._vfio is None:
             self._vfio = kvm.create_vfio_device(self._vm)
         kvm.add_vfio_file(self._vfio, fd)

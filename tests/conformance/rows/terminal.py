@@ -35,10 +35,13 @@ def screen(lab: Lab) -> Terminal:
 
 
 def wait_for(lab: Lab, *lines: object) -> None:
-    """Waits until these are the last lines on the screen."""
-    screen(lab).wait_for(
-        lambda seen: matches(lines, seen[-len(lines) :], lab.names), f"waiting for {lines}"
-    )
+    """Waits until these are the last lines on the screen, but for what this VMM adds."""
+
+    def seen(shown: list[str]) -> bool:
+        last = [line for line in shown[-len(lines) - 1 :] if not line.startswith("Update:")]
+        return matches(lines, last[-len(lines) :], lab.names)
+
+    screen(lab).wait_for(seen, f"waiting for {lines}")
 
 
 @step
