@@ -425,12 +425,8 @@ def populate_range(block: RAMBlock, offset: int, size: int) -> None:
 
 
 def touched(block: RAMBlock) -> Iterator[tuple[int, int]]:
-    """The ranges [start, end) of a shared block that its file has memory for, in bytes.
-
-    All of it where prealloc=on asks for that.
-    """
-    if block.prealloc or block.fd < 0:
-        yield 0, block.size if block.prealloc else 0
+    """The ranges [start, end) of a block that its file has memory for, in bytes."""
+    if block.fd < 0:
         return
     end = 0
     while end < block.size:

@@ -13,15 +13,13 @@ from benchmarks import cases, model, pause, report, run, sections
 from benchmarks.cases import GIB, MIB, Case
 from benchmarks.pause import Result
 from benchmarks.peer import parse_peer
-from benchmarks.phases import Phases
 from benchmarks.quantiles import percentile
 from benchmarks.results import Document
-from cpr.phases import NAMES
 
-HEARTBEAT = Case("mm-holder", "kvm", GIB, "4K", "lazy")
+HEARTBEAT = Case("early", "kvm", GIB, "4K", "lazy")
 
 
-def result(ram: int, pauses: list[float], mode: str = "mm-holder") -> Result:
+def result(ram: int, pauses: list[float], mode: str = "early") -> Result:
     case = Case(mode, "kvm", ram, "4K", "lazy")
     return Result(case, pauses, [0.1] * len(pauses), [0.5] * len(pauses))
 
@@ -70,18 +68,18 @@ def test_model_of_one_size_is_flat():
 
 def test_prediction_says_what_it_rests_on():
     results = [result(size * GIB, [9.0 + size, 10.0 + size, 11.0 + size]) for size in (1, 8)]
-    results.append(Result(Case("overlap", "kvm", GIB, "4K", "lazy"), skipped="no"))
+    results.append(Result(Case("late", "kvm", GIB, "4K", "lazy"), skipped="no"))
     models = model.fit_all(results)
-    text = model.answer(models, 4 * GIB, (None, "kvm", "4K", None))
+    text = model.answer(models, 4 * GIB, (None, "kvm", "4K", None, None))
     assert "guest with 4G of RAM" in text
-    assert "mm-holder, kvm, 4K pages, lazy: 14.00 ms; 95 % of updates between 1" in text
+    assert "early, kvm, 4K pages, lazy, heartbeat: 14.00 ms; 95 % of updates between 1" in text
     assert "10.00 ms + 1.000 ms per GiB, from 6 updates at 1G, 8G" in text
     assert "extrapolated" not in text
-    text = model.answer(models, 32 * GIB, (None,) * 4)
+    text = model.answer(models, 32 * GIB, (None,) * 5)
     assert "extrapolated to 4.0 times the largest RAM measured, 8G" in text
-    assert "below the smallest" in model.answer(models, 64 * MIB, (None,) * 4)
-    with pytest.raises(ValueError, match="there is: mm-holder kvm 4K lazy"):
-        model.answer(models, GIB, ("qemu", None, None, None))
+    assert "below the smallest" in model.answer(models, 64 * MIB, (None,) * 5)
+    with pytest.raises(ValueError, match="there is: early kvm 4K lazy heartbeat"):
+        model.answer(models, GIB, ("qemu", None, None, None, None))
 
 
 # Cases.
@@ -99,28 +97,29 @@ def test_sizes():
 
 
 def test_groups_differ_in_the_mode_alone():
-    groups = cases.grid(["qemu", "plain"], ["kvm", "tcg"], [MIB, GIB], ["4K"], ["lazy"])
+    groups = cases.grid(
+        ["qemu", "late"], ["kvm", "tcg"], [MIB, GIB], ["4K"], ["lazy"], ["heartbeat"]
+    )
     assert len(groups) == 4
     for group in groups:
-        assert [case.mode for case in group] == ["qemu", "plain"]
+        assert [case.mode for case in group] == ["qemu", "late"]
         assert len({(case.series[1:], case.ram) for case in group}) == 1
 
 
 def test_batches_fit_into_memory():
     big = [Case(mode, "kvm", 8 * GIB, "4K", "prealloc") for mode in cases.MODES]
     sizes = [len(batch) for batch in cases.batches(big, 20 * GIB)]
-    assert sizes == [2, 2]
+    assert sizes == [2, 1]
     lazy = [Case(mode, "kvm", 8 * GIB, "4K", "lazy") for mode in cases.MODES]
-    assert [len(batch) for batch in cases.batches(lazy, 20 * GIB)] == [4]
-    assert [len(batch) for batch in cases.batches(lazy, 20 * GIB, touched=True)] == [2, 2]
+    assert [len(batch) for batch in cases.batches(lazy, 20 * GIB)] == [3]
+    assert [len(batch) for batch in cases.batches(lazy, 20 * GIB, touched=True)] == [2, 1]
 
 
 @pytest.mark.parametrize(
     ("case", "why"),
     [
-        (Case("overlap", "tcg", GIB, "4K", "lazy"), "overlap needs kvm"),
-        (Case("plain", "tcg", 64 * MIB, "1G", "lazy"), "RAM is no multiple of 1G pages"),
-        (Case("plain", "tcg", 1 << 50, "4K", "prealloc"), "GiB of memory"),
+        (Case("late", "tcg", 64 * MIB, "1G", "lazy"), "RAM is no multiple of 1G pages"),
+        (Case("late", "tcg", 1 << 50, "4K", "prealloc"), "GiB of memory"),
     ],
 )
 def test_what_cannot_run_says_why(case, why):
@@ -215,8 +214,15 @@ def test_file_that_holds_no_results_is_named(tmp_path, text):
 
 
 def options(folder: Path, **more: object) -> argparse.Namespace:
-    values: dict = {"modes": ["plain", "mm-holder"], "accel": ["tcg"], "ram": [GIB, 2 * GIB]}
-    values |= {"pages": ["4K"], "backing": ["lazy"], "updates": 3, "poll": 10, "resume": False}
+    values: dict = {"modes": ["late", "early"], "accel": ["tcg"], "ram": [GIB, 2 * GIB]}
+    values |= {
+        "guest": ["heartbeat"],
+        "pages": ["4K"],
+        "backing": ["lazy"],
+        "updates": 3,
+        "poll": 10,
+        "resume": False,
+    }
     return argparse.Namespace(**(values | {"output": folder} | more))
 
 
@@ -262,21 +268,19 @@ def test_report_has_the_ratio_to_qemu_of_the_same_case(tmp_path):
         result(GIB, [30.0, 60.0, 90.0], "qemu"),
         result(GIB, [2.0, 3.0, 4.0]),
         result(2 * GIB, [5.0, 5.0, 5.0]),
-        Result(Case("overlap", "kvm", GIB, "4K", "lazy"), skipped="refused"),
+        Result(Case("late", "kvm", GIB, "4K", "lazy"), skipped="refused"),
     ]
     found = document(tmp_path / "run.json", results)
     text = report.markdown(found)
-    assert "| kvm | 1G | 4K | lazy | qemu | 60.0 | 90.0 | 90.0 | 0.50 | 0.10 |  | 3 |  |" in text
+    same = "| kvm | 1G | 4K | lazy | heartbeat"
+    assert f"{same} | qemu | 60.0 | 90.0 | 90.0 | 0.50 | 0.50 | 59.5 |  | 0.10 |  | 3 |  |" in text
     assert (
-        "| kvm | 1G | 4K | lazy | mm-holder | 3.00 | 4.00 | 4.00 | 0.50 | 0.10 |  | 3 | 20.0 |"
+        f"{same} | early | 3.00 | 4.00 | 4.00 | 0.50 | 0.50 | 2.50 |  | 0.10 |  | 3 | 20.0 |"
         in text
     )
-    assert (
-        "| kvm | 2G | 4K | lazy | mm-holder | 5.00 | 5.00 | 5.00 | 0.50 | 0.10 |  | 3 |  |" in text
-    )
-    assert "- kvm 1G 4K lazy overlap: left out: refused" in text
+    assert "- kvm 1G 4K lazy heartbeat late: left out: refused" in text
     assert "QEMU's pause is 20.0 to 20.0 times as long" in text
-    assert "| mm-holder | kvm | 4K | lazy | 1.000 | 2.000 | 6 |" in text
+    assert "| early | kvm | 4K | lazy | heartbeat | 1.000 | 2.000 | 6 |" in text
 
 
 def test_tables_go_between_the_lines_of_a_document(tmp_path):
@@ -291,38 +295,8 @@ def test_tables_go_between_the_lines_of_a_document(tmp_path):
     assert path.read_text() == "nothing"
 
 
-def test_phases_end_where_the_next_begins(tmp_path):
-    phases = Phases(tmp_path / "phases")
-    assert phases.read(0) == {}
-    begins = [n * 1_000_000 for n in range(1, len(NAMES) + 1)]  # a phase each millisecond
-    begins[NAMES.index("interpreter")] = 0  # which no VMM writes
-    phases.path.write_bytes(b"".join(begin.to_bytes(8, "little") for begin in begins))
-    in_time = phases.read(3_250_000)
-    assert list(in_time) == list(NAMES[:-1])
-    assert (in_time["exec"], in_time["interpreter"]) == (0.25, 1.75)
-    late = phases.read(5_500_000)
-    assert set(NAMES[:-1]) - set(late) == {"exec", "interpreter"}
-    assert set(late.values()) == {1.0}
-    last = len(NAMES) * 1_000_000
-    assert not phases.exclude(500_000, 600_000)
-    assert not phases.exclude(last - 1, 10)
-    assert phases.exclude(500_000, 400_000)
-    assert phases.exclude(last, 10)
-    phases.clear()
-    assert phases.read(1) == {}
-    assert not phases.exclude(0, 1)
-
-
-def test_phases_that_come_in_another_order(tmp_path):
-    phases = Phases(tmp_path / "phases")
-    order = ("exec", "imports", "load", "stop", "save", "resume", "run")
-    slots = [(order.index(name) + 1 if name in order else 0) * 1_000_000 for name in NAMES]
-    phases.path.write_bytes(b"".join(slot.to_bytes(8, "little") for slot in slots))
-    assert list(phases.read(1_500_000)) == ["exec", "interpreter", *order[1:-1]]
-
-
 def test_json_is_for_everybody(tmp_path):
     document(tmp_path / "run.json", [result(GIB, [1.0])])
     values = json.loads((tmp_path / "run.json").read_text())
     (entry,) = values["entries"]
-    assert (entry["mode"], entry["ram"], entry["pauses"]) == ("mm-holder", GIB, [1.0])
+    assert (entry["mode"], entry["ram"], entry["pauses"]) == ("early", GIB, [1.0])

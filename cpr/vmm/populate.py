@@ -90,13 +90,14 @@ def populate_before(blocks: Sequence[RAMBlock], budget_ns: int = BUDGET_NS) -> N
         try:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
             for block in blocks:
-                for start, end in ram.touched(block):
+                while block.prealloc and time.monotonic_ns() < deadline:
+                    if not ram.populate_chunk(block):
+                        break
+                for start, end in () if block.prealloc else ram.touched(block):
                     for at in range(start, end, ram.POPULATE_CHUNK):
                         if time.monotonic_ns() > deadline:
                             return
                         ram.populate_range(block, at, min(ram.POPULATE_CHUNK, end - at))
-                if block.prealloc:
-                    block.populated = block.size
         except (CprError, OSError) as error:
             report.warn_report(error)
         finally:

@@ -308,6 +308,7 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
         lambda: _end_update(vmm, predecessor),
         lambda: _report(vmm, arrival),
         lambda: vmm.create_frontends(True),
+        vmm.start_populating,
     ):
         _carefully(step)
     gc.enable()
