@@ -282,7 +282,7 @@ def test_it_is_found_by_the_environment(update, monkeypatch):
 )
 def test_an_environment_that_names_no_update(monkeypatch, value):
     monkeypatch.setenv(VARIABLE, value)
-    with pytest.raises(UpdateError, match="names no update: .*unset it"):
+    with pytest.raises(UpdateError, match=r"names no update: .*unset it"):
         find_predecessor()
     assert VARIABLE not in os.environ
 
