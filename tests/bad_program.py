@@ -14,7 +14,7 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cpr.live.update import (  # noqa: E402
+from cpr.live.update import (
     HAND_OVER,
     HELLO,
     PROTOCOL,

@@ -34,6 +34,7 @@ from cpr.live.update import (
 )
 from cpr.mainloop import READ, WRITE
 from cpr.migration import savevm
+from cpr.migration.capabilities import Capabilities
 from cpr.migration.channel import Channel
 from cpr.migration.mode import EXEC, device_blockers
 from cpr.migration.program import own_command
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 PROGRAM = "cpr-vmm 0.1.0"
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MOST_RETURNS = 1
+NONE = Capabilities()  # those that the user has set are about streams to anybody
 DEATH_MS = 1000  # between the end of a process's descriptors and its own
 NS_PER_MS = 1_000_000
 
@@ -231,7 +233,7 @@ class EarlyUpdate:
         send_state(self._update, self._migration, self._sent, self._failure)
         machine = self._machine
         if machine.runstate.current == runstate.RUNNING:
-            savevm.warm_up(machine, self._migration.capabilities, self._mode, True)
+            savevm.warm_up(machine, NONE, self._mode, True)
 
     def _hand_over(self) -> None:
         """Stops the guest and sends what is left of it."""
@@ -248,9 +250,7 @@ class EarlyUpdate:
         stream = os.memfd_create("cpr-stream")
         try:
             channel = Channel(os.dup(stream), "file")
-            saver = savevm.Saver(
-                machine, migration.capabilities, migration.old_state, self._mode, channel
-            )
+            saver = savevm.Saver(machine, NONE, migration.old_state, self._mode, channel)
             saver.ram()
             saver.devices(False)
             channel.finish()

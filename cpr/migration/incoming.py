@@ -9,6 +9,7 @@ from cpr import runstate
 from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.migration import address as addresses
 from cpr.migration import channel, savevm
+from cpr.migration.capabilities import Capabilities
 from cpr.phases import mark
 from cpr.report import error_report, exception_report
 from cpr.state.reader import StreamError
@@ -193,13 +194,17 @@ class Incoming:
             error_report(text)
             self._migration.machine.request_exit(1)
 
-    def load(self, source: channel.Channel, described: bool = True) -> None:
-        """Loads the stream and brings the VM up as it was."""
+    def load(self, source: channel.Channel, handed_over: bool = False) -> None:
+        """Loads the stream and brings the VM up as it was.
+
+        One that is handed over by an old image has no description and no capabilities.
+        """
         mark("load")
         migration = self._migration
         migration.set_incoming_status("active")
         try:
-            old_state = savevm.load(migration.machine, migration.capabilities, source, described)
+            capabilities = Capabilities() if handed_over else migration.capabilities
+            old_state = savevm.load(migration.machine, capabilities, source, not handed_over)
         except StreamError as error:
             for line in error.stderr:
                 error_report(line)

@@ -18,6 +18,7 @@ from cpr.live.update import EARLY, LATE, find_predecessor
 from cpr.mainloop import READ, MainLoop
 from cpr.migration import cpr_exec, savevm
 from cpr.migration.address import connects_in_background
+from cpr.migration.capabilities import Capabilities
 from cpr.migration.incoming import DEFER, Sources
 from cpr.migration.migration import Migration
 from cpr.migration.mode import EXEC, Mode
@@ -298,10 +299,10 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     mark("populate")
     populate_before(vmm.machine.blocks)
     gc.disable()  # not in the hand-over, for which the guest stands still
-    savevm.warm_up(vmm.machine, vmm.migration.capabilities, Mode(EXEC), False)
+    savevm.warm_up(vmm.machine, Capabilities(), Mode(EXEC), False)
     mark("ready")
     source = arrival.receive_guest(fds)
-    incoming.load(source, described=False)
+    incoming.load(source, handed_over=True)
     for step in (
         lambda: predecessor.wait_hang_up(HANG_UP_NS),
         lambda: _end_update(vmm, predecessor),

@@ -10,7 +10,7 @@ from typing import Any
 from harness.qmp import Closed
 
 from .lab import Lab, Vm
-from .match import ANY, Mismatch, expect, has, matches
+from .match import ANY, OWN_LINES, Mismatch, expect, has, matches
 from .messages import abbreviate, follow
 from .process import DEADLINE, POLL
 from .row import Step, Steps, step
@@ -211,6 +211,7 @@ def migration_comes_to(lab: Lab, expected: Any) -> None:
 def hmp(lab: Lab, line: str, *lines: Any) -> None:
     """An HMP command given through QMP prints these lines, each with CR LF."""
     seen = lab.vm.hmp(lab.fill(line)).split("\r\n")
+    seen = [each for each in seen if not each.startswith(OWN_LINES)]
     expect(f"output of {line}", [*lines, ""], seen, lab.names)
 
 
