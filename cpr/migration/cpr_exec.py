@@ -10,6 +10,7 @@ reads the state from a private temporary directory; the new image removes that d
 
 from __future__ import annotations
 
+import _signal as signal  # `signal` itself makes enums, which a late update would wait for
 import os
 
 from cpr.errors import MigrationError
@@ -80,8 +81,6 @@ class Exec(Mode):
 
         The guard waits: where the new program does not take over, this one goes on.
         """
-        import signal
-
         self.before_exec()
         self._fds.refresh()
         update = Update([(block.host, block.max_length) for block in machine.blocks])
@@ -89,8 +88,22 @@ class Exec(Mode):
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         update.page.struct.stopped_ns = self.stopped_ns
         keep = [fd for _, _, fd in self._fds.entries()] + [self._fds.state_fd]
+        try:
+            reason = self._execute(update, keep)
+        except UpdateError as error:
+            update.close()
+            raise self._failed(error) from None
+        self.on_new_pid()
+        self.gives_back = True
+        self.give_back(update, reason)
+        raise MigrationError(f"the new program refused: {reason}")
+
+    def _execute(self, update: Update, keep: list[int]) -> str:
+        """Why the new program refuses.  Raises UpdateError where there is none any more.
+
+        Either way this process has all its threads and sockets again.
+        """
         self.park()
-        failure, reason = None, ""
         try:
             update.execute(
                 self.command,
@@ -101,21 +114,19 @@ class Exec(Mode):
                 state_fd=-1 if self.knows_protocol else self._fds.state_fd,
                 drop=self.exec_fds(),
             )
-            reason = str(update.receive().body.get("reason", ""))
-        except UpdateError as error:
-            failure = error
         finally:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             self.unpark()
             if update.dropped:
                 self.reopen()
-        if failure is not None:
-            update.close()
-            raise self._failed(failure)
-        self.on_new_pid()
-        self.gives_back = True
-        self.give_back(update, reason)
-        raise MigrationError(f"the new program refused: {reason}")
+        try:
+            message = update.receive()
+        except UpdateError as error:  # it has said what nobody understands
+            if not update.take_back():
+                update.leave()
+            raise UpdateError(str(error), pid_changed=True) from None
+        message.close()
+        return str(message.body.get("reason", ""))
 
     def _failed(self, error: UpdateError) -> MigrationError:
         """What is told of an update after which the guest goes on here."""

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 PROGRAM = "cpr-vmm 0.1.0"
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MOST_RETURNS = 1
+NONE = Capabilities()  # those that the user has set are about streams to anybody
 DEATH_MS = 1000  # between the end of a process's descriptors and its own
 NS_PER_MS = 1_000_000
 
@@ -232,7 +233,7 @@ class EarlyUpdate:
         self._sent = fds.serials()
         send_state(self._update, self._migration, fds.state(), self._failure)
         if machine.runstate.current == runstate.RUNNING:
-            savevm.warm_up(machine, Capabilities(), self._mode, True)
+            savevm.warm_up(machine, NONE, self._mode, True)
 
     def _hand_over(self) -> None:
         """Stops the guest and sends what is left of it."""
@@ -249,7 +250,7 @@ class EarlyUpdate:
         stream = os.memfd_create("cpr-stream")
         try:
             channel = Channel(os.dup(stream), "file")
-            saver = savevm.Saver(machine, Capabilities(), migration.old_state, self._mode, channel)
+            saver = savevm.Saver(machine, NONE, migration.old_state, self._mode, channel)
             saver.ram()
             saver.devices(False)
             channel.finish()

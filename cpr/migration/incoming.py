@@ -9,6 +9,7 @@ from cpr import runstate
 from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.migration import address as addresses
 from cpr.migration import channel, savevm
+from cpr.migration.capabilities import Capabilities
 from cpr.phases import mark
 from cpr.report import error_report, exception_report
 from cpr.state.reader import StreamError
@@ -17,7 +18,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from cpr.migration.capabilities import Capabilities
     from cpr.migration.cpr_transfer import CprListener
     from cpr.migration.listener import Listener
     from cpr.migration.migration import Migration
@@ -194,24 +194,17 @@ class Incoming:
             error_report(text)
             self._migration.machine.request_exit(1)
 
-    def load(
-        self,
-        source: channel.Channel,
-        capabilities: Capabilities | None = None,
-        described: bool = True,
-    ) -> None:
+    def load(self, source: channel.Channel, handed_over: bool = False) -> None:
         """Loads the stream and brings the VM up as it was.
 
-        `capabilities` are those that the stream was written with; the ones that were set here where
-        that is not said.  `described` as for savevm.load.
+        One that is handed over by an old image has no description and no capabilities.
         """
         mark("load")
         migration = self._migration
         migration.set_incoming_status("active")
         try:
-            old_state = savevm.load(
-                migration.machine, capabilities or migration.capabilities, source, described
-            )
+            capabilities = Capabilities() if handed_over else migration.capabilities
+            old_state = savevm.load(migration.machine, capabilities, source, not handed_over)
         except StreamError as error:
             for line in error.stderr:
                 error_report(line)
@@ -225,7 +218,6 @@ class Incoming:
 
             take_guest(migration.machine, HAND_OVER_NS)
         self.commit()
-        migration.machine.take_over()
         mark("resume")
         self._come_up(old_state)
         mark("run")

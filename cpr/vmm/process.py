@@ -301,8 +301,7 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     savevm.warm_up(vmm.machine, Capabilities(), cpr_exec.Exec(fds, []), False)
     mark("ready")
     source = arrival.receive_guest(fds)
-    # A hand-over is the same whatever was set.
-    incoming.load(source, Capabilities(), described=False)
+    incoming.load(source, handed_over=True)
     for step in (
         lambda: predecessor.wait_hang_up(HANG_UP_NS),
         lambda: _end_update(vmm, predecessor),

@@ -15,6 +15,9 @@ import re
 from string import Template
 from typing import Any
 
+OWN_LINES = "Update: "
+"""Begins lines of `info migrate` that no QEMU has."""
+
 
 class Mismatch(AssertionError):
     """What was seen is not what the row expects."""

@@ -70,9 +70,16 @@ class Process:
         return self.status
 
     def kill(self) -> None:
-        """Ends the process, if it still lives, and what it has started, and waits for it."""
-        if self.poll() is None:
+        """Ends the process, if it still lives, and what it has started, and waits for it.
+
+        An old image that goes on behind it is in its process group.
+        """
+        ended = self.poll() is not None
+        try:
             os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        if not ended:
             os.waitpid(self.pid, 0)
             self.status = -signal.SIGKILL
 

@@ -9,12 +9,11 @@ import termios
 import time
 from collections.abc import Callable
 
-from .match import Mismatch
+from .match import OWN_LINES, Mismatch
 from .process import DEADLINE
 
 TOKEN = re.compile(r"\x1b\[(?P<count>\d*)(?P<letter>[A-Z])|(?P<text>[^\x1b\r\n\b]+)|[\r\n\b]")
 READ_SIZE = 1 << 16
-OWN_LINES = "Update: "  # of info migrate: no QEMU has them
 
 
 class Screen:
@@ -94,7 +93,7 @@ class Terminal:
     def wait_for(self, seen: Callable[[list[str]], bool], what: str) -> None:
         """Reads until `seen` is true of the lines on the screen.  Raises Mismatch."""
         deadline = time.monotonic() + DEADLINE
-        while not seen(self._screen.lines):
+        while not seen(self.lines):
             left = deadline - time.monotonic()
             if not select.select([self._master], [], [], max(left, 0))[0]:
                 raise Mismatch(f"{what}: the screen ends with {self._screen.lines[-6:]}")

@@ -88,7 +88,7 @@ class Vm:
                 return Qmp(self.socket, self._timeout)
             except OSError as error:
                 status = self.process.poll()
-                if status is not None and not self.processes():
+                if status is not None and not self.processes():  # nor an old image behind it
                     raise RuntimeError(f"VMM ended with {status}: {self.stderr}") from error
                 if time.monotonic() > deadline:
                     text = f"no monitor after {self._timeout:.0f} s: {error}"
@@ -156,6 +156,15 @@ class Vm:
         """The PID of the one process that has this VM now, which an update may have changed."""
         (self.pid,) = self.processes()
         return self.pid
+
+    def ask(self, name: str, **arguments: Any) -> Any:
+        """What a command returns, on a new connection where an update has closed this one."""
+        while True:
+            try:
+                return self.qmp.command(name, **arguments)
+            except ConnectionError:
+                self.qmp.close()
+                self.qmp = self.connect()
 
     def children(self) -> list[int]:
         """The PIDs of the VMM's children, such as the old image in an update."""

@@ -7,8 +7,9 @@ from ..steps import (
     FILE,
     boot,
     counting,
+    exits,
+    goes_on_in_the_old_image,
     guest,
-    lost,
     new_command,
     qmp,
     survives,
@@ -18,11 +19,15 @@ from .stream import IN_RAM, INVALID
 
 RAM8 = "-m 8M -object memory-backend-memfd,id=ram0,size=8M,share=on"
 RAM1 = "-m 16M -object memory-backend-memfd,id=ram1,size=16M,share=on"
+NO_SERIAL = (
+    f"{INVALID}Unknown section or instance 'serial' 0. Make sure that your current VM "
+    "setup matches your saved VM setup, including any hotplugged devices"
+)
 MACHINE1 = "-machine pc,memory-backend=ram1,aux-ram-share=on"
 
 
-def other_side(id: str, source: str, options: str, *lines: object) -> Row:
-    """The new image is another machine, and refuses."""
+def other_side(id: str, source: str, options: str, *lines: str) -> Row:
+    """The new image is another machine: it ends, and with it the guest of a QEMU."""
     return Row(
         id,
         source,
@@ -30,7 +35,8 @@ def other_side(id: str, source: str, options: str, *lines: object) -> Row:
         counting(),
         new_command(options=options),
         qmp("migrate", {"uri": FILE}, {}),
-        **lost(*lines),
+        qemu=[exits(1, *lines)],
+        cpr=[goes_on_in_the_old_image(*lines)],
     )
 
 
@@ -56,10 +62,8 @@ ROWS = [
         counting(),
         new_command(options=guest()),
         qmp("migrate", {"uri": FILE}, {}),
-        **lost(
-            f"{INVALID}Unknown section or instance 'serial' 0. Make sure that your current VM "
-            "setup matches your saved VM setup, including any hotplugged devices",
-        ),
+        qemu=[exits(1, NO_SERIAL)],
+        cpr=[goes_on_in_the_old_image(NO_SERIAL)],
     ),
     Row(
         "other-side-more-devices",
