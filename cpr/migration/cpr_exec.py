@@ -35,7 +35,7 @@ class Exec(Mode):
     `directory` is the private temporary directory that it owns, or None.  `knows_protocol`: the
     program takes the guest over by the token of the update, and can be given way to by it; one that
     has no idea of that has it when it has read its CPR state.  `stopped_ns` is when the guest
-    stopped, `ended_by` the signal that ended the new image, and the VM with it.
+    stopped, `ended_by` the signal that ended the new image, and ends the VM with it.
     """
 
     ends_process = True
@@ -116,8 +116,7 @@ class Exec(Mode):
         if not error.pid_changed:
             return MigrationError(str(error))
         self.on_new_pid()
-        if error.status is not None and os.WIFSIGNALED(error.status):
-            self.ended_by = os.WTERMSIG(error.status)
+        self.ended_by = error.ended_by
         return MigrationError(f"{error}; the guest goes on in the old VMM, PID {os.getpid()}")
 
     def walk_back(self) -> None:

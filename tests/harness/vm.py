@@ -87,7 +87,8 @@ class Vm:
             try:
                 return Qmp(self.socket, self._timeout)
             except OSError as error:
-                status = self.process.poll()
+                moved = self.pid != self.process.pid  # after an update that has failed
+                status = None if moved else self.process.poll()
                 if status is not None:
                     raise RuntimeError(f"VMM ended with {status}: {self.stderr}") from error
                 if time.monotonic() > deadline:
