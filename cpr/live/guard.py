@@ -266,6 +266,19 @@ def exit_status(pid: int, pidfd: int) -> int | None:
         time.sleep(STEP)
 
 
+def pending_signals(pid: int) -> frozenset[int]:
+    """The signals that were sent to a process, also one that has just ended, and not taken yet."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            words = [line.split()[1] for line in file if line.startswith(("SigPnd:", "ShdPnd:"))]
+    except OSError:
+        return frozenset()
+    bits = 0
+    for word in words:
+        bits |= int(word, 16)
+    return frozenset(number for number in range(1, 65) if bits >> (number - 1) & 1)
+
+
 def describe_status(status: int | None) -> str:
     """How a process has ended, for the end of a sentence that begins with what it was."""
     if status is None:

@@ -50,6 +50,9 @@ PROTOCOL = 1
 HELLO, STATE, READY, HAND_OVER = "hello", "state", "ready", "hand-over"
 REFUSE, BACK, END = "refuse", "back", "end"
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The signals that end a VM, at any moment of an update too."""
+
 # What the old image does next; a message that the row does not have ends the update.
 STARTING, BUILDING, PREPARED, GOING, RETURNING, CLOSED = (
     "starting",
@@ -76,14 +79,14 @@ NS_PER_S = 1_000_000_000
 class UpdateError(CprError):
     """The update has failed, and the old image goes on.
 
-    `status` is the new image's wait status or None; `pid_changed`: the old image is in another
-    process now.
+    `pid_changed`: the old image is in another process now.  `ended_by`: the signal that ended the
+    new image, or was sent to it in vain, if it is one of ENDING, and so meant for both.
     """
 
-    def __init__(self, text: str, status: int | None = None, pid_changed: bool = False) -> None:
+    def __init__(self, text: str, pid_changed: bool = False, ended_by: int = 0) -> None:
         super().__init__(text)
-        self.status = status
         self.pid_changed = pid_changed
+        self.ended_by = ended_by
 
 
 class Update:
@@ -150,9 +153,12 @@ class Update:
         refused: it then waits to be told what to do.  Raises UpdateError: nothing has happened, or
         the old image goes on in another process, and there is no new one any more.
 
+        The signals ENDING are blocked in the new image, for as long as it has no handler for them.
+
         With `state_fd` the program is one that knows nothing of this, and gets only `keep`.  `drop`
         are descriptors that a late exec closes here too; `dropped` says that it has.
         """
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, () if state_fd >= 0 else ENDING)
         try:
             guard.wait_alone()
             mark("exec")
@@ -175,6 +181,8 @@ class Update:
             text = error.strerror if isinstance(error, OSError) else str(error)
             name = argv[0] if argv else ""
             raise UpdateError(f"execvp {name} failed: {text}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         self.pid, self.pidfd = returned.pid, returned.pidfd
         self.dropped = returned.dropped
         assert self._theirs is not None
@@ -187,13 +195,17 @@ class Update:
             raise UpdateError(
                 f"the new program did not take over within {timeout_ns // NS_PER_MS} ms, and was "
                 "killed",
-                pid_changed=True,
+                True,
+                self.pending_signal(),
             )
         status = guard.exit_status(self.pid, self.pidfd)
         if returned.consumed and status == 0:  # it had it all, and was ended in an orderly way
             guard.end(self._mappings)
+        ended_by = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else 0
         raise UpdateError(
-            f"the new program {guard.describe_status(status)} before it took over", status, True
+            f"the new program {guard.describe_status(status)} before it took over",
+            True,
+            ended_by if ended_by in ENDING else self.pending_signal(),
         )
 
     def spawn(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -287,6 +299,11 @@ class Update:
     def is_dead(self, timeout_ms: int) -> bool:
         """Whether the new image has ended, or does so within the time."""
         return _is_ready(self.pidfd, timeout_ms)
+
+    def pending_signal(self) -> int:
+        """The one of ENDING that waits for the new image, or 0: it is for what is updated."""
+        pending = guard.pending_signals(self.pid)
+        return next((number for number in ENDING if number in pending), 0)
 
     def exit_status(self) -> int | None:
         """The wait status of the new image, which has ended, if it can be known."""
@@ -414,7 +431,7 @@ class Predecessor:
         variables[VARIABLE] = f"{','.join(map(str, fds))},{EARLY}"
         for fd in fds:
             os.set_inheritable(fd, True)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.pthread_sigmask(signal.SIG_SETMASK, ENDING)
         try:
             os.chdir(folder)
             os.execve(words[0], words, variables)

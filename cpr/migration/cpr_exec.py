@@ -133,8 +133,7 @@ class Exec(Mode):
         if not error.pid_changed:
             return MigrationError(str(error))
         self.on_new_pid()
-        if error.status is not None and os.WIFSIGNALED(error.status):
-            self.ended_by = os.WTERMSIG(error.status)
+        self.ended_by = error.ended_by
         return MigrationError(f"{error}; the guest goes on in the old VMM, PID {os.getpid()}")
 
     def walk_back(self) -> None:

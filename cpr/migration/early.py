@@ -22,6 +22,7 @@ from cpr.live.messages import Message
 from cpr.live.update import (
     BACK,
     END,
+    ENDING,
     HAND_OVER,
     HELLO,
     PROTOCOL,
@@ -54,11 +55,11 @@ if TYPE_CHECKING:
     from cpr.state.fds import PreservedFds
 
 PROGRAM = "cpr-vmm 0.1.0"
-ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MOST_RETURNS = 1
 NONE = Capabilities()  # those that the user has set are about streams to anybody
 DEATH_MS = 1000  # between the end of a process's descriptors and its own
 NS_PER_MS = 1_000_000
+SIGNAL_NS = 50_000_000  # how often it is looked whether the new image was sent one that ends the VM
 
 
 def describe(machine: Machine) -> dict[str, Any]:
@@ -142,6 +143,7 @@ class EarlyUpdate:
         self._mode = mode
         self._timeout_ms = timeout_ms
         self._timer: Timer | None = None
+        self._signal_timer: Timer | None = None
         self._returns = 0
         self._failure = ""
         self._sent: dict[tuple[str, int], int] = {}
@@ -179,11 +181,25 @@ class EarlyUpdate:
         loop.watch(self._update.fileno(), READ, lambda events: self._guarded(self._on_message))
         loop.watch(self._update.pidfd, READ, self._on_death)
         self._start_timer()
+        self._look_for_signal()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _look_for_signal(self) -> None:
+        """The PID is the VM's: a signal that the new image cannot take yet is for the whole VM."""
+        if signo := self._update.pending_signal():
+            self._signal_timer = None
+            self._end_by(signo)
+        else:
+            loop = self._migration.loop
+            self._signal_timer = loop.call_later(SIGNAL_NS, self._look_for_signal)
+
+    def _end_by(self, signo: int) -> None:
+        error_report(f"terminating on signal {signo}")
+        self._machine.shutdown(False, "host-signal")
 
     def _start_timer(self) -> None:
         self._stop_timer()
@@ -290,10 +306,10 @@ class EarlyUpdate:
             return
         status = self._update.exit_status()
         signo = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else 0
-        if signo in ENDING_SIGNALS and self._update.take_back():
-            error_report(f"terminating on signal {signo}")
+        signo = signo if signo in ENDING else self._update.pending_signal()
+        if signo and self._update.take_back():
             self.close()
-            self._machine.shutdown(False, "host-signal")
+            self._end_by(signo)
             return
         from cpr.live.guard import describe_status
 
@@ -355,6 +371,8 @@ class EarlyUpdate:
             return
         self._closed = True
         self._stop_timer()
+        if self._signal_timer is not None:
+            self._signal_timer.cancel()
         for fd in (self._update.fileno(), self._update.pidfd, self._update.token):
             self._migration.loop.unwatch(fd)
         self._update.close()

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from cpr.state.fds import PreservedFds
 
 CLOSE_TIMEOUT = 2.0  # s, for a thread that waits for whoever reads its stream
-ENDING_SIGNALS = frozenset({1, 2, 15})  # SIGHUP, SIGINT and SIGTERM, signal(7)
 ENDED = frozenset({"none", "completed", "failed", "cancelled"})
 
 
@@ -592,7 +591,7 @@ class Migration:
             if not (isinstance(mode, cpr_exec.Exec) and mode.gives_back):
                 error_report(error)
             self.end("failed", str(error))
-            if isinstance(mode, cpr_exec.Exec) and mode.ended_by in ENDING_SIGNALS:
+            if isinstance(mode, cpr_exec.Exec) and mode.ended_by:
                 self.machine.shutdown(False, "host-signal")
             return
         if self._staging is not None:

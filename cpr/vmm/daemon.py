@@ -7,6 +7,7 @@ import fcntl
 import os
 
 from cpr.errors import ConfigError
+from cpr.live.update import ENDING
 from cpr.mainloop import READ
 from cpr.report import error_report
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from cpr.vmm.process import Vmm
 
 READY = b"\0"
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def daemonize() -> Callable[[], None]:
@@ -98,12 +98,14 @@ class Pidfile:
 class Signals:
     """SIGINT, SIGTERM and SIGHUP: they end the VM in an orderly way, on its main loop.
 
-    Before there is one, those of a VMM that takes a guest over wait until `attach`; they end the
-    start of another one, which may wait for a client or a source.
+    Before there is one they are blocked in a VMM that takes a guest over, so that they outlive what
+    becomes of it; they end the start of another one, which may wait for a client or a source.
     """
 
     def __init__(self, takes_over: bool) -> None:
         self._wait = takes_over
+        if takes_over:
+            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         self._reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in ENDING:
@@ -125,3 +127,4 @@ class Signals:
                     vmm.quit("host-signal")
 
         vmm.loop.watch(self._reader, READ, on_wakeup)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
