@@ -32,6 +32,32 @@ if TYPE_CHECKING:
     generation: int
     predecessor: Previous | None
 
+NAMES = (
+    "Finding",
+    "PreserveError",
+    "Previous",
+    "UpdateError",
+    "Verdict",
+    "audit",
+    "drop",
+    "fd",
+    "file",
+    "get",
+    "keep",
+    "memory",
+    "names",
+    "on_pause",
+    "on_resume",
+    "on_save",
+    "ready",
+    "rehearse",
+    "socket",
+    "state",
+    "update",
+    "update_on",
+)
+"""Those of `api`, said here because every import of a module below asks for a name first."""
+
 MODULES = ("aio", "notify", "testing")
 VALUES = ("generation", "predecessor")
 
@@ -42,22 +68,17 @@ except OSError:
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(name)
     from importlib import import_module
 
     if name in MODULES:
         return import_module(f"cpr.live.{name}")
-    api = import_module("cpr.live.api")
-    if name in VALUES:
-        return getattr(api, name)()
-    if name in api.__all__:
-        globals()[name] = value = getattr(api, name)
+    if name in NAMES:
+        globals()[name] = value = getattr(import_module("cpr.live.api"), name)
         return value
+    if name in VALUES:
+        return getattr(import_module("cpr.live.api"), name)()
     raise AttributeError(f"module 'cpr.live' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    from cpr.live import api
-
-    return sorted({*api.__all__, *MODULES, *VALUES})
+    return sorted((*NAMES, *MODULES, *VALUES))

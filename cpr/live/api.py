@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast, overload
 
-from cpr.live import auditing, image, memfd, notify, preserved, session
+from cpr.live import NAMES, auditing, image, memfd, notify, preserved, session
 from cpr.live.auditing import Finding
 from cpr.live.errors import PreserveError, UpdateError
 from cpr.live.image import Previous
@@ -17,30 +17,7 @@ if TYPE_CHECKING:
     import mmap
     import socket as sockets
 
-__all__ = [
-    "Finding",
-    "PreserveError",
-    "Previous",
-    "UpdateError",
-    "Verdict",
-    "audit",
-    "drop",
-    "fd",
-    "file",
-    "get",
-    "keep",
-    "memory",
-    "names",
-    "on_pause",
-    "on_resume",
-    "on_save",
-    "ready",
-    "rehearse",
-    "socket",
-    "state",
-    "update",
-    "update_on",
-]
+__all__ = list(NAMES)
 Function = TypeVar("Function", bound=Callable[[], Any])
 log = logging.getLogger("cpr.live")
 

@@ -154,7 +154,7 @@ class Session:
         poll.register(sock, select.POLLIN)
         poll.register(pidfd, select.POLLIN)
         ready = {fd for fd, _ in poll.poll(self.remaining() * 1000 if block else 0)}
-        if sock in ready and self._update_has_message():
+        if sock in ready and self.has_message():
             return self._receive()
         if sock in ready and pidfd not in ready and block:  # it has hung up, and may end now
             ready |= set(select.select([pidfd], [], [], self.remaining())[0])
@@ -210,7 +210,8 @@ class Session:
 
     # What is said.
 
-    def _update_has_message(self) -> bool:
+    def has_message(self) -> bool:
+        """Early: whether the new program has said something that `wait` has not seen yet."""
         assert self._update is not None
         return self._update.has_message()
 
@@ -280,7 +281,8 @@ class Session:
 
     def _divert_stderr(self) -> None:
         """The new program's stderr is a memfd until it commits: its last words are known."""
-        for stream in (sys.stdout, sys.stderr):
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
             if stream is not None:
                 stream.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
