@@ -14,7 +14,7 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cpr.live.update import (
+from cpr.live.transaction import (
     HAND_OVER,
     HELLO,
     PROTOCOL,

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from guarded import ends, only, run
 
-from cpr.live import guard
+from cpr.live import guard, token
 
 
 def test_the_token_is_taken_once_by_many_racers():
@@ -236,7 +236,7 @@ def test_exit_status_of_processes_that_are_there_and_that_are_not():
     ],
 )
 def test_how_an_end_is_told(status, text):
-    assert guard.describe_status(status) == text
+    assert token.describe_status(status) == text
 
 
 def test_a_thread_that_stays_is_named():

@@ -102,7 +102,7 @@ def test_kernel_abi_is_in_one_place(path: Path) -> None:
     if not module_name(path).startswith("cpr.state"):
         assert "struct.pack" not in text
         assert "struct.unpack" not in text
-    if module_name(path) != "cpr.ram":
+    if module_name(path) not in ("cpr.ram", "cpr.live.memfd"):
         assert "MFD_HUGETLB" not in text
 
 
@@ -166,3 +166,22 @@ def test_a_guest_with_a_passed_through_device_imports_nothing_slow_either() -> N
     run = [sys.executable, "-I", "-S", "-c", code]
     loaded = set(subprocess.run(run, check=True, capture_output=True, text=True).stdout.split())
     assert not loaded & TOO_SLOW
+
+
+@pytest.mark.parametrize("names", ["update", "socket, aio, testing, notify"])
+def test_the_library_imports_nothing_of_the_vmm(names: str) -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    code += f"from cpr.live import {names}\nprint(*sys.modules)"
+    run = [sys.executable, "-I", "-S", "-c", code]
+    loaded = set(subprocess.run(run, check=True, capture_output=True, text=True).stdout.split())
+    known = ("cpr.live", "cpr.errors", "cpr.phases")
+    assert not {name for name in loaded if name.startswith("cpr.") and not name.startswith(known)}
+
+
+def test_importing_the_library_costs_nothing() -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    code += "from cpr import live\nprint(*sys.modules)"
+    run = [sys.executable, "-I", "-S", "-c", code]
+    loaded = set(subprocess.run(run, check=True, capture_output=True, text=True).stdout.split())
+    assert not loaded & TOO_SLOW
+    assert not {name for name in loaded if name.startswith("cpr.")} - {"cpr.live"}

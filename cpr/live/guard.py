@@ -1,8 +1,8 @@
 """The guard: an exec from which the old image comes back where the new one does not commit.
 
 `execute` makes a process that shares this address space, and execs.  The old image then goes on in
-that process, the guard: at once (`early`), or only where the new image fails (late).  Who has what
-the update is about is decided by one atomic act: the token, the count of an eventfd, is read once.
+that process, the guard: at once (`early`), or only where the new image fails (late).  `forked` is
+the same by fork(), without the C part.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ import time
 
 from cpr._native._cpr import ffi, lib
 from cpr.errors import KernelError
+from cpr.live.token import Returned, candidates
 from cpr.uapi.fd import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
-
-TOKEN = (1 << 64) - 2
-"""The most that an eventfd counts (eventfd(2)): it becomes writable when this has been read."""
 
 EARLY = lib.CPR_GUARD_EARLY
 DIED = lib.CPR_GUARD_DIED
@@ -34,22 +32,6 @@ STEP = 0.0002  # s
 FLAGS_FIELD = 6  # of /proc/PID/stat after the name: 9 in proc_pid_stat(5), less three
 PF_USER_WORKER = 0x4000  # include/linux/sched.h: a worker of the kernel in a process of the user's
 EXIT_CODE_FIELD = 49  # of /proc/PID/stat after the name: 52 in proc_pid_stat(5), less three
-
-
-def create_token() -> int:
-    """A new token; the caller owns the descriptor, close-on-exec.  Raises OSError."""
-    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    os.eventfd_write(fd, TOKEN)
-    return fd
-
-
-def take_token(fd: int) -> bool:
-    """Takes the token: true for exactly one of all that ever ask."""
-    try:
-        os.eventfd_read(fd)
-    except BlockingIOError:
-        return False
-    return True
 
 
 class Page:
@@ -77,22 +59,6 @@ class Page:
         lib.munmap(self.struct, self._size)
         self.struct = None
         os.close(self.fd)
-
-
-class Returned:
-    """How the old image came back: `outcome` is one of the constants above.
-
-    `pid` is the process that the new image is or was in, `pidfd` its pidfd, which is the
-    receiver's.  `consumed`: a program that knows no token had closed the CPR state; `dropped`: the
-    descriptors that were to be dropped are closed.
-    """
-
-    def __init__(self, outcome: int, pid: int, pidfd: int, consumed: bool, dropped: bool) -> None:
-        self.outcome = outcome
-        self.pid = pid
-        self.pidfd = pidfd
-        self.consumed = consumed
-        self.dropped = dropped
 
 
 def wait_alone() -> None:
@@ -179,7 +145,7 @@ def execute(
         memory += [ffi.new("char[]", link.encode()), ffi.new("char[]", os.readlink(link).encode())]
         request.state_link, request.state_text = memory[-2:]
     error = -errno.ENOENT
-    for path in _candidates(argv[0], environment):
+    for path in candidates(argv[0], environment):
         memory.append(ffi.new("char[]", os.fsencode(path)))
         request.path = memory[-1]
         page.struct.exec_ns = time.monotonic_ns()
@@ -197,14 +163,6 @@ def execute(
             if outcome != -errno.EACCES:
                 break
     raise OSError(-error, os.strerror(-error))
-
-
-def _candidates(name: str, environment: Mapping[str, str]) -> list[str]:
-    """The files that execvp(3) would try; only those that are there, or the last of all."""
-    if not name or "/" in name:
-        return [name] if name else []
-    paths = [os.path.join(folder, name) for folder in os.get_exec_path(dict(environment))]
-    return [path for path in paths if os.path.exists(path)] or paths[-1:]
 
 
 def end(mappings: Sequence[tuple[int, int]]) -> None:
@@ -264,25 +222,3 @@ def exit_status(pid: int, pidfd: int) -> int | None:
         if time.monotonic_ns() > deadline:
             return None
         time.sleep(STEP)
-
-
-def pending_signals(pid: int) -> frozenset[int]:
-    """The signals that were sent to a process, also one that has just ended, and not taken yet."""
-    try:
-        with open(f"/proc/{pid}/status") as file:
-            words = [line.split()[1] for line in file if line.startswith(("SigPnd:", "ShdPnd:"))]
-    except OSError:
-        return frozenset()
-    bits = 0
-    for word in words:
-        bits |= int(word, 16)
-    return frozenset(number for number in range(1, 65) if bits >> (number - 1) & 1)
-
-
-def describe_status(status: int | None) -> str:
-    """How a process has ended, for the end of a sentence that begins with what it was."""
-    if status is None:
-        return "has ended"
-    if os.WIFSIGNALED(status):
-        return f"was ended by signal {os.WTERMSIG(status)}"
-    return f"has ended with exit status {os.WEXITSTATUS(status)}"

@@ -73,12 +73,7 @@ def receive(sock: socket.socket) -> Message:
     fds: list[int] = []
     try:
         for _ in range(MOST_PACKETS):
-            packet, ancillary, flags, _ = sock.recvmsg(  # recv_fds would ignore the flag
-                MOST_INLINE + 1, ROOM, socket.MSG_CMSG_CLOEXEC
-            )
-            for level, kind, data in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    fds += array.array("i", data)
+            packet, flags = _receive_packet(sock, fds)
             if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
                 raise Ended("a message of the other side came in part only: raise RLIMIT_NOFILE")
             if packet[:1] != MORE:
@@ -90,6 +85,21 @@ def receive(sock: socket.socket) -> Message:
     except Ended:
         _close(fds)
         raise
+
+
+def _receive_packet(sock: socket.socket, fds: list[int]) -> tuple[bytes, int]:
+    """One packet and its flags; its descriptors are added to `fds`.
+
+    Not by socket.recv_fds, which in Python 3.11 ignores the flags it is given.
+    """
+    numbers = array.array("i")
+    room = socket.CMSG_SPACE((MOST_FDS + 1) * numbers.itemsize)
+    packet, control, flags, _ = sock.recvmsg(MOST_INLINE + 1, room, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, data in control:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+    fds += numbers
+    return packet, flags
 
 
 def _decode(packet: bytes, fds: list[int]) -> Message:

@@ -14,7 +14,7 @@ import _signal as signal  # `signal` itself makes enums, which a late update wou
 import os
 
 from cpr.errors import MigrationError
-from cpr.live.update import Update, UpdateError
+from cpr.live.transaction import Update, UpdateError
 from cpr.migration.mode import EXEC, Mode, cpr_blockers
 from cpr.migration.program import check_own_command, incoming_uri, own_command
 

@@ -19,7 +19,7 @@ import time
 from cpr import runstate
 from cpr.errors import CprError, MigrationError
 from cpr.live.messages import Message
-from cpr.live.update import (
+from cpr.live.transaction import (
     BACK,
     END,
     ENDING,
@@ -311,7 +311,7 @@ class EarlyUpdate:
             self.close()
             self._end_by(signo)
             return
-        from cpr.live.guard import describe_status
+        from cpr.live.token import describe_status
 
         self._fail(
             self._failure or f"the new program {describe_status(status)} before it took over"
@@ -357,7 +357,7 @@ class EarlyUpdate:
         """The VM ends here: the new image ends with `status`, whatever it is doing."""
         if self._closed:
             return
-        from cpr.live.guard import take_token
+        from cpr.live.token import take_token
 
         if not take_token(self._update.token):  # it has the guest since a moment ago
             os.kill(self._update.pid, signal.SIGTERM)

@@ -14,7 +14,7 @@ import sys
 from cpr import launcher
 from cpr.config import parse_command_line, strip_options
 from cpr.errors import CprError, MigrationError
-from cpr.live.update import PROTOCOL
+from cpr.live.transaction import PROTOCOL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

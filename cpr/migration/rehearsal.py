@@ -11,7 +11,7 @@ import select
 import time
 
 from cpr.errors import CprError, MigrationError
-from cpr.live.update import END, HELLO, READY, Update, UpdateError
+from cpr.live.transaction import END, HELLO, READY, Update, UpdateError
 from cpr.migration.early import check_protocol, send_state
 
 TYPE_CHECKING = False

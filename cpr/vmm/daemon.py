@@ -7,7 +7,7 @@ import fcntl
 import os
 
 from cpr.errors import ConfigError
-from cpr.live.update import ENDING
+from cpr.live.transaction import ENDING
 from cpr.mainloop import READ
 from cpr.report import error_report
 

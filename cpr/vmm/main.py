@@ -32,7 +32,7 @@ def inspect(arguments: list[str]) -> int:
 
 
 def protocol(arguments: list[str]) -> int:
-    from cpr.live.update import PROTOCOL
+    from cpr.live.transaction import PROTOCOL
 
     output(f"{PROTOCOL}\n")
     return 0

@@ -14,7 +14,7 @@ from cpr.config import parse_command_line
 from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.events import EventBus
 from cpr.live import guard
-from cpr.live.update import EARLY, LATE, find_predecessor
+from cpr.live.transaction import EARLY, LATE, find_predecessor
 from cpr.mainloop import READ, MainLoop
 from cpr.migration import cpr_exec, savevm
 from cpr.migration.address import connects_in_background
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from cpr.chardev.base import Chardev
     from cpr.config import Config
-    from cpr.live.update import Predecessor
+    from cpr.live.transaction import Predecessor
     from cpr.machine import Machine
     from cpr.migration.cpr_transfer import CprListener
     from cpr.migration.early import Arrival

@@ -31,13 +31,14 @@ import select
 import time
 
 from cpr.errors import CprError
-from cpr.live import guard
+from cpr.live import token as tokens
 from cpr.phases import mark
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
     from collections.abc import Mapping, Sequence
+    from types import ModuleType
     from typing import Any
 
     from cpr.live.messages import Message
@@ -72,6 +73,7 @@ TRANSITIONS: dict[str, frozenset[str]] = {
 }
 AFTER = {HELLO: BUILDING, READY: PREPARED, REFUSE: RETURNING}
 END_TIMEOUT_MS = 5000  # for a new image that was told to end
+QUEUE_TIMEOUT = 1.0  # s
 NS_PER_MS = 1_000_000
 NS_PER_S = 1_000_000_000
 
@@ -80,11 +82,19 @@ class UpdateError(CprError):
     """The update has failed, and the old image goes on.
 
     `pid_changed`: the old image is in another process now.  `ended_by`: the signal that ended the
-    new image, or was sent to it in vain, if it is one of ENDING, and so meant for both.
+    new image, or was sent to it in vain, if it is one of ENDING, and so meant for both.  `status` is
+    the new image's wait status, or None.
     """
 
-    def __init__(self, text: str, pid_changed: bool = False, ended_by: int = 0) -> None:
+    def __init__(
+        self,
+        text: str,
+        pid_changed: bool = False,
+        ended_by: int = 0,
+        status: int | None = None,
+    ) -> None:
         super().__init__(text)
+        self.status = status
         self.pid_changed = pid_changed
         self.ended_by = ended_by
 
@@ -96,10 +106,16 @@ class Update:
     and `receive` waits for what it says.
     """
 
-    def __init__(self, mappings: Sequence[tuple[int, int]] = ()) -> None:
-        """`mappings` as for guard.execute.  Raises UpdateError; then nothing stays open."""
+    def __init__(
+        self, mappings: Sequence[tuple[int, int]] = (), backend: ModuleType | None = None
+    ) -> None:
+        """`mappings` as for guard.execute; `backend` is what makes the guard: guard or forked.
+
+        Raises UpdateError; then nothing stays open.
+        """
         from cpr.live import messages
 
+        self._guard = guard = backend or _default_backend()
         self.state = STARTING
         self.pid = 0
         self.pidfd = -1
@@ -114,7 +130,7 @@ class Update:
             raise UpdateError(f"memfd of the update: {error.strerror}") from None
         self.page.struct.began_ns = time.monotonic_ns()
         try:
-            self.token = guard.create_token()
+            self.token = tokens.create_token()
             self._socket, self._theirs = messages.pair()
         except OSError as error:
             self.close()
@@ -160,9 +176,9 @@ class Update:
         """
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, () if state_fd >= 0 else ENDING)
         try:
-            guard.wait_alone()
+            self._guard.wait_alone()
             mark("exec")
-            returned = guard.execute(
+            returned = self._guard.execute(
                 argv,
                 environment
                 if state_fd >= 0
@@ -188,27 +204,30 @@ class Update:
         assert self._theirs is not None
         self._theirs.close()
         self._theirs = None
-        if returned.outcome in (guard.EARLY, guard.MESSAGE):
+        if returned.outcome in (self._guard.EARLY, self._guard.MESSAGE):
             return
         self._set(CLOSED)
-        if returned.outcome == guard.KILLED:
+        if returned.outcome == self._guard.KILLED:
             raise UpdateError(
                 f"the new program did not take over within {timeout_ns // NS_PER_MS} ms, and was "
                 "killed",
                 True,
                 self.pending_signal(),
             )
-        status = guard.exit_status(self.pid, self.pidfd)
+        status = self._guard.exit_status(self.pid, self.pidfd)
         if returned.consumed and status == 0:  # it had it all, and was ended in an orderly way
-            guard.end(self._mappings)
+            self._guard.end(self._mappings)
         ended_by = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else 0
         raise UpdateError(
-            f"the new program {guard.describe_status(status)} before it took over",
+            f"the new program {tokens.describe_status(status)} before it took over",
             True,
             ended_by if ended_by in ENDING else self.pending_signal(),
+            status,
         )
 
-    def spawn(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+    def spawn(
+        self, argv: Sequence[str], environment: Mapping[str, str], folder: str | None = None
+    ) -> None:
         """Starts `argv` as a child, for a rehearsal.  Raises UpdateError; then there is none."""
         import subprocess
 
@@ -221,6 +240,7 @@ class Update:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 pass_fds=self.handed_fds,
+                cwd=folder,
             )
         except (OSError, ValueError) as error:
             text = error.strerror if isinstance(error, OSError) else str(error)
@@ -258,6 +278,16 @@ class Update:
         self._set(AFTER[message.kind])
         return message
 
+    def has_message(self) -> bool:
+        """Whether `receive` would return at once; false also where the new image has hung up."""
+        import socket
+
+        assert self._socket is not None
+        try:
+            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False
+
     def send(self, kind: str, body: dict[str, Any] | None = None, fds: Sequence[int] = ()) -> None:
         """Sends one message; `fds` stay the caller's.  Raises UpdateError."""
         from cpr.live import messages
@@ -270,9 +300,26 @@ class Update:
         if kind == HAND_OVER:
             self._set(GOING)
 
+    def queue(self, kind: str, body: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        """Sends what the new image finds when it is there; `fds` stay the caller's.
+
+        Raises UpdateError where the socket does not take it: there are too many descriptors.
+        """
+        from cpr.live import messages
+
+        assert self._socket is not None
+        self._socket.settimeout(QUEUE_TIMEOUT)
+        try:
+            messages.send(self._socket, kind, body, list(fds))
+        except messages.Ended as error:
+            text = f"{len(fds)} descriptors cannot be queued for the new program: {error}"
+            raise UpdateError(text) from None
+        finally:
+            self._socket.settimeout(None)
+
     def take_back(self) -> bool:
         """Takes the token, and kills the new image if there is one; false: it has committed."""
-        if not guard.take_token(self.token):
+        if not tokens.take_token(self.token):
             return False
         self.kill()
         return True
@@ -285,7 +332,7 @@ class Update:
             except ProcessLookupError:
                 pass
             select.select([self.pidfd], [], [])
-            guard.adopted()
+            self._guard.adopted()
 
     def end(self, status: int) -> None:
         """The VM ends: the new image does so too, with `status`; it is killed where it does not."""
@@ -302,16 +349,16 @@ class Update:
 
     def pending_signal(self) -> int:
         """The one of ENDING that waits for the new image, or 0: it is for what is updated."""
-        pending = guard.pending_signals(self.pid)
+        pending = tokens.pending_signals(self.pid)
         return next((number for number in ENDING if number in pending), 0)
 
     def exit_status(self) -> int | None:
         """The wait status of the new image, which has ended, if it can be known."""
-        return guard.exit_status(self.pid, self.pidfd)
+        return self._guard.exit_status(self.pid, self.pidfd)
 
     def leave(self) -> None:
         """The new image has committed: this process ends here."""
-        guard.end(self._mappings)
+        self._guard.end(self._mappings)
 
     def close(self) -> None:
         """Frees everything; may be called twice."""
@@ -341,7 +388,7 @@ class Predecessor:
     and the socket until `commit` or `close`.
     """
 
-    def __init__(self, token: int, page: guard.Page, sock: int, mode: str) -> None:
+    def __init__(self, token: int, page: Any, sock: int, mode: str) -> None:
         self.mode = mode
         self.page = page
         self._token = token
@@ -399,7 +446,7 @@ class Predecessor:
 
         Raises UpdateError where the old image has taken it first; this one then has nothing.
         """
-        if not guard.take_token(self._token):
+        if not tokens.take_token(self._token):
             raise UpdateError("the old program has taken back over: this one came too late")
         self.committed = True
 
@@ -448,9 +495,16 @@ class Predecessor:
         self.page.close()
 
 
-def find_predecessor() -> Predecessor | None:
+def _default_backend() -> ModuleType:
+    from cpr.live import guard
+
+    return guard
+
+
+def find_predecessor(backend: ModuleType | None = None) -> Predecessor | None:
     """The old image that this process's environment names, if any; the variable is unset.
 
+    `backend` as for Update: it is what reads the page, whoever has made the guard.
     Raises UpdateError for a variable that is none of ours, or descriptors that are not there.
     """
     text = os.environ.pop(VARIABLE, None)
@@ -461,7 +515,8 @@ def find_predecessor() -> Predecessor | None:
         numbers = [int(word) for word in (token, page, sock)]
         for number in numbers:
             os.set_inheritable(number, False)
-        return Predecessor(numbers[0], guard.Page(numbers[1]), numbers[2], mode)
+        page_of = (backend or _default_backend()).Page
+        return Predecessor(numbers[0], page_of(numbers[1]), numbers[2], mode)
     except (ValueError, OSError) as error:
         raise UpdateError(
             f"{VARIABLE}='{text}' names no update: {error}; unset it to start afresh"

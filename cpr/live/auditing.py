@@ -1,0 +1,148 @@
+"""What an update would lose or leak: descriptors, threads, children, POSIX locks."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import os
+import stat
+import sys
+import threading
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from cpr.live.image import Image
+
+DESCRIPTOR, THREAD, CHILD, LOCK = "descriptor", "thread", "child", "lock"
+WORDS = {
+    DESCRIPTOR: ("descriptor", "descriptors"),
+    THREAD: ("thread", "threads", "executor", "executors"),
+    CHILD: ("child", "children", "popen"),
+    LOCK: ("lock", "locks"),
+}
+FIRST = 3  # below are the standard streams, which go over
+OURS = "cpr-live"
+FLAGS_FIELD = 6  # of /proc/PID/stat behind the name: 9 in proc_pid_stat(5), less three
+PF_USER_WORKER = 0x4000  # include/linux/sched.h: a worker of the kernel, as io_uring has
+
+
+class Finding(NamedTuple):
+    """One thing: its `kind`, its `name`, what becomes of it, and whether it survives an update."""
+
+    kind: str
+    name: str
+    fate: str
+    survives: bool
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}: {self.fate}"
+
+    def is_allowed(self, allowed: Iterable[str]) -> bool:
+        """Whether `allowed` has its name, or one of WORDS for its kind."""
+        return any(str(word) in (*WORDS[self.kind], self.name) for word in allowed)
+
+
+def audit(image: Image) -> list[Finding]:
+    """Everything that is neither preserved nor the same after an update."""
+    return [*_descriptors(image), *_threads(), *_children(), *_locks()]
+
+
+def blocking(image: Image, allowed: Iterable[str]) -> list[Finding]:
+    """What an update is refused for."""
+    words = (allowed,) if isinstance(allowed, str) else tuple(allowed)
+    found = [*_threads(), *_children(), *_locks()]
+    return [each for each in found if not each.survives and not each.is_allowed(words)]
+
+
+def _descriptors(image: Image) -> list[Finding]:
+    kept = {entry.fd for entry in image.registry.entries.values()}
+    found = []
+    for fd in sorted(map(int, os.listdir("/proc/self/fd"))):
+        try:
+            flags = fcntl.fcntl(fd, fcntl.F_GETFD)
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:  # the listing's own
+            continue
+        if fd >= FIRST and fd not in kept and not flags & fcntl.FD_CLOEXEC:
+            fate = f"{target} leaks: the new program has it open, and no name for it"
+            found.append(Finding(DESCRIPTOR, str(fd), fate, True))
+    return found
+
+
+def _threads() -> list[Finding]:
+    """All but the one that asks."""
+    names = {thread.native_id: thread.name for thread in threading.enumerate()}
+    own, found = threading.get_native_id(), []
+    for task in sorted(map(int, os.listdir("/proc/self/task"))):
+        try:
+            with open(f"/proc/self/task/{task}/stat") as file:
+                name, _, rest = file.read().rpartition(")")
+        except OSError:  # it has ended meanwhile
+            continue
+        if task == own or int(rest.split()[FLAGS_FIELD]) & PF_USER_WORKER:
+            continue
+        text = names.get(task) or f"{task} ({name.partition('(')[2]}) of a library"
+        if not text.startswith(OURS):
+            found.append(Finding(THREAD, text, "ends, here too if the update fails", False))
+    return found
+
+
+def _awaited() -> set[int]:
+    """The PIDs that a Popen or a multiprocessing.Process of this program waits for."""
+    pids: set[int] = set()
+    if (module := sys.modules.get("subprocess")) is not None:
+        for each in gc.get_objects():
+            if type(each) is module.Popen and each.returncode is None:
+                pids.add(each.pid)
+    if (module := sys.modules.get("multiprocessing.process")) is not None:
+        pids.update(child.pid for child in module._children if child.pid)
+    return pids
+
+
+def _children() -> list[Finding]:
+    pids: list[int] = []
+    for task in os.listdir("/proc/self/task"):
+        try:
+            with open(f"/proc/self/task/{task}/children") as file:
+                pids += map(int, file.read().split())
+        except OSError:  # a kernel without CONFIG_PROC_CHILDREN
+            continue
+    awaited = _awaited() if pids else set()
+    found = []
+    for pid in pids:
+        if pid in awaited:
+            fate = "lives on, and nobody waits for it: the Popen is lost"
+        else:
+            fate = "lives on as a child of the new program; nobody's if the update fails"
+        found.append(Finding(CHILD, str(pid), fate, pid not in awaited))
+    return found
+
+
+def _locks() -> list[Finding]:
+    try:
+        with open("/proc/locks") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        fields = line.split()
+        if "->" in fields or fields[1] != "POSIX" or int(fields[4]) != os.getpid():
+            continue
+        path = _path_of(fields[5])
+        fate = "is released when the exec closes a descriptor of the file, and not held here after"
+        found.append(Finding(LOCK, path, fate, False))
+    return found
+
+
+def _path_of(place: str) -> str:
+    """The file of "MAJOR:MINOR:INODE" in hexadecimal, which this process has open."""
+    inode = int(place.split(":")[2])
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            status = os.stat(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue
+        if status.st_ino == inode and stat.S_ISREG(status.st_mode):
+            return os.readlink(f"/proc/self/fd/{fd}")
+    return place

@@ -1,0 +1,40 @@
+"""What a program that updates itself is told."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from cpr.errors import CprError
+from cpr.live import transaction
+
+
+class PreserveError(CprError, ValueError):
+    """A name, or what is to be preserved under it, cannot be used; the text has the name."""
+
+
+class UpdateError(transaction.UpdateError):
+    """The update has failed, and this program goes on with all that it had.
+
+    `reason` says why in a sentence.  `status` is the exit status of the new program and `signal`
+    the signal that ended it, None where there is none.  `pid_changed`: this program is in another
+    process now.  `stderr` are the last lines that the new program wrote there.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        wait_status: int | None = None,
+        pid_changed: bool = False,
+        stderr: Sequence[str] = (),
+    ) -> None:
+        text = f"{reason} (its last words: {stderr[-1]})" if stderr else reason
+        super().__init__(text, pid_changed)
+        self.reason = reason
+        self.stderr = list(stderr)
+        self.wait_status = wait_status
+        self.signal: int | None = None
+        if wait_status is not None and os.WIFSIGNALED(wait_status):
+            self.signal = os.WTERMSIG(wait_status)
+        elif wait_status is not None:
+            self.status = os.WEXITSTATUS(wait_status)

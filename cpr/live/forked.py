@@ -1,0 +1,269 @@
+"""The guard by fork(): the same functions as `guard`, in Python alone.
+
+The guard is a child that fork() has made.  It has copies of the private memory and shares what is
+mapped shared; other threads, POSIX locks, KVM and io_uring do not come with it.
+"""
+
+from __future__ import annotations
+
+import _signal as signal
+import errno
+import mmap
+import os
+import select
+import time
+
+from cpr.live.token import Returned, candidates, take_token
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+EARLY, DIED, KILLED, MESSAGE = 1, 2, 3, 4  # as in _native/guard.h
+VERSION = 1  # CPR_LIVE_VERSION
+SIZE = 40  # bytes of struct cpr_live_page
+WALL = 0x40000000  # __WALL of wait(2): also children that were cloned without a signal
+TICK_MS = 50  # how often it is looked at the hold, which no descriptor tells
+NS_PER_MS = 1_000_000
+STATUS_TIMEOUT_NS = 100_000_000
+EXIT_CODE_FIELD = 49  # of /proc/PID/stat behind the name: 52 in proc_pid_stat(5), less three
+STEP = 0.0002  # s
+
+
+class _Fields:
+    """struct cpr_live_page over the mapping."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._words = memoryview(memory)[:SIZE].cast("I")
+        self._times = memoryview(memory)[:SIZE].cast("Q")
+
+    def release(self) -> None:
+        self._words.release()
+        self._times.release()
+
+
+def _field(view: str, index: int) -> Any:
+    return property(
+        lambda self: getattr(self, view)[index],
+        lambda self, value: getattr(self, view).__setitem__(index, value),
+    )
+
+
+for _view, _index, _name in (
+    ("_words", 0, "version"),
+    ("_words", 1, "hold"),
+    ("_words", 2, "guard_pid"),
+    ("_times", 2, "began_ns"),
+    ("_times", 3, "stopped_ns"),
+    ("_times", 4, "exec_ns"),
+):
+    setattr(_Fields, _name, _field(_view, _index))
+
+
+class Page:
+    """The page that both images see; owns its descriptor and its mapping until `close`."""
+
+    def __init__(self, fd: int = -1) -> None:
+        """A new one, or the one of `fd`, which becomes this object's.  Raises OSError."""
+        self.fd = os.memfd_create("cpr-live") if fd < 0 else fd
+        try:
+            if fd < 0:
+                os.ftruncate(self.fd, SIZE)
+            elif os.fstat(fd).st_size < SIZE:
+                raise OSError(errno.EINVAL, "the page of the update is too small")
+            self._memory = mmap.mmap(self.fd, SIZE)
+        except OSError:
+            if fd < 0:
+                os.close(self.fd)
+            raise
+        fields: Any = _Fields(self._memory)
+        self.struct = fields
+        if fd < 0:
+            fields.version = VERSION
+
+    def close(self) -> None:
+        self.struct.release()
+        self.struct = None
+        self._memory.close()
+        os.close(self.fd)
+
+
+def wait_alone() -> None:
+    """Other threads end in the guard and in the new image; who updates has looked at them."""
+
+
+def execute(
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    keep: Sequence[int],
+    token: int,
+    page: Page,
+    *,
+    early: bool = False,
+    socket: int = -1,
+    timeout_ns: int = 0,
+    mappings: Sequence[tuple[int, int]] = (),
+    state_fd: int = -1,
+    drop: Sequence[int] = (),
+) -> Returned:
+    """As guard.execute; `mappings`, `state_fd` and `drop` must be empty.  Raises OSError."""
+    if mappings or drop or state_fd >= 0:
+        raise ValueError("a guard that was forked has no mappings and no CPR state")
+    paths = candidates(argv[0], environment) if argv else []
+    if not paths:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    old_pid = os.getpid()
+    pidfd, exec_pipe = os.pidfd_open(old_pid), (-1, -1)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        exec_pipe = os.pipe()
+        page.struct.exec_ns = time.monotonic_ns()
+        if pid := os.fork():
+            page.struct.guard_pid = pid
+            _execute(paths, list(argv), dict(environment), keep, token, pid, mask)
+        outcome = _guard(pidfd, exec_pipe, token, page, early, socket, timeout_ns)
+    except OSError:
+        os.close(pidfd)
+        for fd in exec_pipe:
+            if fd >= 0:
+                os.close(fd)
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return Returned(outcome, old_pid, pidfd, False, False)
+
+
+def _execute(
+    paths: Sequence[str],
+    argv: list[str],
+    environment: dict[str, str],
+    keep: Sequence[int],
+    token: int,
+    guard_pid: int,
+    mask: set[Any],
+) -> None:
+    """In the process that gets the new program: comes back only by an OSError, without a guard."""
+    error = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    for fd in keep:
+        os.set_inheritable(fd, True)
+    blocked = signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for path in paths:
+        try:
+            os.execve(path, argv, environment)
+        except OSError as failure:
+            if failure.errno not in (errno.ENOENT, errno.ENOTDIR):
+                error = failure
+                if failure.errno != errno.EACCES:
+                    break
+        except ValueError as failure:  # a NUL byte, or a name with "="
+            error = OSError(errno.EINVAL, str(failure))
+            break
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    for fd in keep:
+        os.set_inheritable(fd, False)
+    while not take_token(token):
+        signal.pause()  # the guard was first: it ends this process, and goes on in its place
+    os.kill(guard_pid, signal.SIGKILL)
+    reap(guard_pid)
+    raise error
+
+
+def _guard(
+    pidfd: int,
+    exec_pipe: tuple[int, int],
+    token: int,
+    page: Page,
+    early: bool,
+    socket: int,
+    timeout_ns: int,
+) -> int:
+    os.close(exec_pipe[1])
+    poll = select.poll()
+    for fd in (pidfd, exec_pipe[0]):
+        poll.register(fd, select.POLLIN)
+    died = any(fd == pidfd for fd, _ in poll.poll())
+    os.close(exec_pipe[0])
+    if not died and early:
+        return EARLY
+    outcome = DIED if died else _watch(pidfd, token, page, socket, timeout_ns)
+    if outcome == MESSAGE:
+        return outcome
+    if not take_token(token):
+        end()
+    if outcome == KILLED:
+        kill(pidfd)
+    return outcome
+
+
+def _watch(pidfd: int, token: int, page: Page, socket: int, timeout_ns: int) -> int:
+    """Waits until the new image has the token, ends, speaks, or is past its deadline."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.register(token, select.POLLOUT)
+    if socket >= 0:
+        poll.register(socket, select.POLLIN)
+    before, used_ns = time.monotonic_ns(), 0
+    while True:
+        ready = {fd for fd, _ in poll.poll(TICK_MS)}
+        if token in ready:
+            end()
+        if pidfd in ready:
+            return DIED
+        if socket in ready:
+            return MESSAGE
+        now = time.monotonic_ns()
+        if not page.struct.hold:
+            used_ns += now - before
+        before = now
+        if timeout_ns and used_ns > timeout_ns:
+            return KILLED
+
+
+def kill(pidfd: int) -> None:
+    """Ends the process of a pidfd, and waits for that."""
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    select.select([pidfd], [], [])
+
+
+def end(mappings: Sequence[tuple[int, int]] = ()) -> None:
+    """The new image has committed: closes all descriptors and ends, without any exit handler."""
+    os.closerange(0, os.sysconf("SC_OPEN_MAX"))
+    os._exit(0)
+
+
+def adopted() -> None:
+    """The new image has ended; a forked guard has set no signal for that."""
+
+
+def reap(pid: int) -> None:
+    """Waits for the guard, whichever kind it is."""
+    try:
+        os.waitpid(pid, WALL)
+    except ChildProcessError:
+        pass
+
+
+def exit_status(pid: int, pidfd: int) -> int | None:
+    """The wait status of a process that has ended and is not this one's child, or None.
+
+    While it is a zombie /proc tells it; when it has been reaped the C part can ask its pidfd.
+    """
+    deadline = time.monotonic_ns() + STATUS_TIMEOUT_NS
+    while time.monotonic_ns() < deadline:
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
+            break
+        if fields[0] == "Z":
+            return int(fields[EXIT_CODE_FIELD])
+        time.sleep(STEP)
+    try:
+        from cpr.live import guard
+    except ImportError:
+        return None
+    return guard.exit_status(pid, pidfd)

@@ -1,0 +1,240 @@
+"""This process as an image among others: what it got from the one before, and what it will give.
+
+There is one of these, `current()`.  Behind an exec it speaks to the previous program: the first use
+asks for what that program has (`connect`), `take_over` asks it to stop and to hand over the state,
+and `commit` ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cpr.live import forked, payload, transaction
+from cpr.live.errors import UpdateError
+from cpr.live.preserved import Registry
+from cpr.live.transaction import EARLY, END, HAND_OVER, READY, REHEARSE, STATE
+
+if TYPE_CHECKING:
+    from cpr.live.messages import Message
+
+PROGRAM = "cpr.live"
+REAP_MS = 50  # for so long a commit waits for the old program's end
+STDERR = 2
+PIECE = 64 << 10
+
+
+class Previous(NamedTuple):
+    """The program before this one: the PID it was updated under, its command, and its start.
+
+    `started` is in seconds since the epoch.
+    """
+
+    pid: int
+    argv: list[str]
+    started: float
+
+
+class Image:
+    """What this process has and got; `registry` are the names."""
+
+    def __init__(self, folder: str) -> None:
+        self.registry = Registry()
+        self.folder = folder
+        self.argv = [sys.executable or sys.orig_argv[0], *sys.orig_argv[1:]]
+        self.started = time.time()
+        self.generation = 0
+        self.previous: Previous | None = None
+        self.saver: Callable[[], Any] | None = None
+        self.save_version = 1
+        self.parts: dict[str, Callable[[payload.Writer], Any]] = {}
+        self.obstacles: list[Callable[[], str | None]] = []
+        self.pausing: list[Callable[[], Any]] = []
+        self.resuming: list[Callable[[], Any]] = []
+        self.committing: list[Callable[[], Any]] = []
+        self._header: dict[str, Any] | None = None
+        self._body: dict[str, Any] | None = None
+        self._reader: payload.Reader | None = None
+        self._stderr = -1
+        self._failure: UpdateError | None = None
+        self._link: transaction.Predecessor | None = None
+        try:
+            self._link = transaction.find_predecessor(forked)
+        except transaction.UpdateError as error:
+            self._failure = UpdateError(str(error))
+
+    @property
+    def is_starting(self) -> bool:
+        """There is a previous program, which still has the right to everything."""
+        return self._link is not None
+
+    def connect(self) -> None:
+        """Gets what the previous program has, while it goes on.  Raises UpdateError."""
+        if self._failure is not None:
+            raise self._failure
+        if self._link is None or self._header is not None:
+            return
+        if self._link.mode in (EARLY, REHEARSE):
+            self._call(self._link.hello, PROGRAM)
+        message = self._receive(STATE)
+        header, fds = message.body, message.fds
+        if header.get("stderr"):
+            self._stderr = fds.pop(0)
+        self.registry.private_memory = self._link.mode == REHEARSE
+        self.registry.receive(header["names"], list(header["names"]), fds)
+        self.generation = int(header["generation"]) + 1
+        self.previous = Previous(int(header["pid"]), list(header["argv"]), header["started"])
+        self._header = header
+
+    def take_over(self) -> None:
+        """Asks the previous program to stop, and gets the rest.  Raises UpdateError."""
+        self.connect()
+        if self._link is None or self._body is not None:
+            return
+        if self._link.mode == EARLY:
+            self._call(self._link.send, READY)
+        message = self._receive(HAND_OVER)
+        body, fds = message.body, message.fds
+        self._reader = payload.Reader(fds.pop(0))
+        self.registry.receive(body["names"], body["fresh"], fds)
+        self.registry.forget_unclaimed(set(body["names"]))
+        self._body = body
+
+    def state(self, default: Any, version: int) -> Any:
+        """What the previous program has saved; a later version than ours is refused before."""
+        self.connect()
+        if self._header is None:
+            return default
+        saved = int(self._header["version"])
+        if saved > version:
+            self.refuse(
+                f"the state of '{self._header['saver']}' has version {saved}, and the new program "
+                f"knows version {version}"
+            )
+        self.take_over()
+        assert self._body is not None and self._reader is not None
+        return self._reader.get_value(self._body["state"], default)
+
+    def part(self, name: str) -> tuple[Any, payload.Reader] | None:
+        """What the previous program's part of that name has saved, and the bytes it points to."""
+        self.take_over()
+        if self._body is None or self._reader is None or name not in self._body["parts"]:
+            return None
+        return self._body["parts"][name], self._reader
+
+    def commit(self) -> None:
+        """Everything is this program's; the previous one ends.  Raises UpdateError: too late."""
+        self.take_over()
+        link = self._link
+        if link is not None:
+            if link.mode == REHEARSE:
+                self._end_rehearsal(link)
+            self._call(link.commit)
+            self._link = None
+            assert self._header is not None
+            self._get_stderr_back()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._header["blocked"])
+            guard_pid = link.page.struct.guard_pid
+            link.close()
+            _reap(guard_pid)
+        hooks, self.committing = self.committing, []
+        for hook in hooks:
+            hook()
+
+    def refuse(self, reason: str) -> None:
+        """Says why this program cannot take over, and ends it: nothing was handed over.
+
+        Raises UpdateError where the previous program is not there any more.
+        """
+        assert self._link is not None
+        try:
+            self._link.refuse(reason)
+        except SystemExit:
+            os._exit(1)  # no exit handler of a program that has taken nothing over
+        raise UpdateError(reason)
+
+    def _receive(self, kind: str) -> Message:
+        """One that cannot be received, for want of descriptors, is said to the previous program."""
+        assert self._link is not None
+        try:
+            return self._link.receive(kind)
+        except transaction.UpdateError as error:
+            self.refuse(str(error))
+            raise
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except transaction.UpdateError as error:
+            raise UpdateError(str(error)) from None
+
+    def _end_rehearsal(self, link: transaction.Predecessor) -> None:
+        try:
+            link.send(READY)
+            link.receive(END)
+        except (SystemExit, transaction.UpdateError):
+            pass
+        os._exit(0)
+
+    def _get_stderr_back(self) -> None:
+        """Until the commit stderr is a memfd that the previous program could read."""
+        if self._stderr < 0:
+            return
+        forward_stderr(STDERR, self._stderr)
+        os.dup2(self._stderr, STDERR)
+        os.close(self._stderr)
+        self._stderr = -1
+
+
+def forward_stderr(source: int, target: int) -> bytes:
+    """Copies what a memfd holds; the end of it.  Nobody is to fail by what cannot be written."""
+    offset, last = 0, b""
+    while piece := os.pread(source, PIECE, offset):
+        offset += len(piece)
+        last = (last + piece)[-PIECE:]
+        try:
+            os.write(target, piece)
+        except OSError:
+            pass
+    return last
+
+
+def _reap(pid: int) -> None:
+    """Waits for the guard: a moment here, longer in a thread."""
+    import select
+
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return
+    ready = select.select([pidfd], [], [], REAP_MS / 1000)[0]
+    os.close(pidfd)
+    if ready:
+        forked.reap(pid)
+    else:
+        threading.Thread(target=forked.reap, args=(pid,), name="cpr-live-reap", daemon=True).start()
+
+
+_current: Image | None = None
+
+
+def current() -> Image:
+    """The one image of this process."""
+    global _current
+    if _current is None:
+        from cpr import live
+
+        _current = Image(live._folder)
+    return _current
+
+
+def replace(image: Image | None) -> Image | None:
+    """Puts another one in its place, for unit tests; the one that was there."""
+    global _current
+    before, _current = _current, image
+    return before

@@ -1,0 +1,59 @@
+"""Memory that the next program has too: a memfd, mapped shared."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+from cpr.live.errors import PreserveError
+
+MFD_HUGETLB = 4  # memfd_create(2); os has no name for it before Python 3.13
+
+
+def create(name: str, size: int, huge: bool) -> int:
+    """A new memfd of `size` bytes, zero-filled; the caller owns it.  Raises PreserveError."""
+    if not isinstance(size, int) or size <= 0:
+        raise PreserveError(f"'{name}': a memory of {size!r} bytes cannot be made")
+    _check_total(name, size)
+    try:
+        fd = os.memfd_create(
+            f"cpr-live:{name}"[:200], os.MFD_CLOEXEC | (MFD_HUGETLB if huge else 0)
+        )
+    except OSError as error:
+        raise PreserveError(f"'{name}': memfd_create: {error.strerror}") from None
+    try:
+        os.ftruncate(fd, size)
+    except (OSError, OverflowError) as error:
+        os.close(fd)
+        why = error.strerror if isinstance(error, OSError) else error
+        raise PreserveError(f"'{name}': {size} bytes of memory: {why}") from None
+    return fd
+
+
+def map_memory(fd: int, *, private: bool = False) -> mmap.mmap:
+    """A mapping of all of it; the descriptor stays the caller's.  Raises OSError."""
+    size = os.fstat(fd).st_size
+    return mmap.mmap(fd, size, mmap.MAP_PRIVATE if private else mmap.MAP_SHARED)
+
+
+def resize(name: str, fd: int, size: int, grow: bool) -> None:
+    """Makes it larger where that is asked for.  Raises PreserveError for every other size."""
+    old = os.fstat(fd).st_size
+    if size == old:
+        return
+    if not grow or size < old:
+        hint = "" if size < old else "; grow=True makes it larger"
+        raise PreserveError(f"'{name}' has {old} bytes, and {size} are asked for{hint}")
+    _check_total(name, size)
+    try:
+        os.ftruncate(fd, size)
+    except (OSError, OverflowError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise PreserveError(f"'{name}': {size} bytes of memory: {why}") from None
+
+
+def _check_total(name: str, size: int) -> None:
+    """A memfd takes any size, and who touches it is ended by SIGBUS or for want of memory."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > total:
+        raise PreserveError(f"'{name}': {size} bytes of memory: the machine has {total}")

@@ -1,0 +1,226 @@
+"""What goes over to the next program, by name: sockets, files, descriptors and shared memory.
+
+An object that is kept stays the caller's, who closes it; the registry holds a reference and the
+number of its descriptor.  What came from the previous program is owned by the registry until
+somebody asks for it by name.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from cpr.live.errors import PreserveError
+from cpr.live.memfd import map_memory
+
+if TYPE_CHECKING:
+    import mmap
+    import socket as sockets
+    from collections.abc import Callable
+
+SOCKET, FILE, FD, MEMORY = "socket", "file", "fd", "memory"
+MOST_NAME = 200  # characters; systemd's FDNAME takes 255
+
+
+class Entry:
+    """One name: `kind`, the descriptor `fd`, the object once there is one, and how to make it."""
+
+    def __init__(self, kind: str, fd: int, value: Any, how: dict[str, Any]) -> None:
+        self.kind = kind
+        self.fd = fd
+        self.value = value
+        self.how = how
+        status = os.fstat(fd)
+        self.identity = (status.st_dev, status.st_ino)
+
+    def take(self, private: bool) -> Any:
+        """The object, made of the descriptor at the first time.  Raises OSError."""
+        if self.value is None:
+            self.value = _build(self, private)
+        return self.value
+
+    def check(self) -> str | None:
+        """Why the descriptor is not the one that was kept, or None."""
+        if self.kind in (SOCKET, FILE) and self.value is not None:
+            try:
+                if self.value.fileno() != self.fd:
+                    return "it has been closed"
+            except (OSError, ValueError):
+                return "it has been closed"
+        try:
+            status = os.fstat(self.fd)
+        except OSError:
+            return f"its descriptor {self.fd} has been closed"
+        if (status.st_dev, status.st_ino) != self.identity:
+            return f"its descriptor {self.fd} is something else now"
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """What the next program needs besides the descriptor; buffers of a file are written."""
+        if self.kind == SOCKET and self.value is not None:
+            return {"kind": self.kind, "timeout": self.value.gettimeout()}
+        if self.kind == FILE and self.value is not None:
+            synchronize(self.value)
+        return {"kind": self.kind, **self.how}
+
+
+class Registry:
+    """The names of this process, and those of the previous one that nobody has asked for yet."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.claimed: set[str] = set()
+        self.private_memory = False
+        """A rehearsal: what is written to shared memory is seen here only."""
+
+    def find(self, name: str) -> Entry | None:
+        return self.entries.get(name)
+
+    def claim(self, name: str) -> None:
+        """live.socket and the like ask for `name`; raises PreserveError at the second time."""
+        check_name(name)
+        if name in self.claimed:
+            raise PreserveError(f"'{name}' is used twice; each name stands for one thing")
+
+    def keep(self, name: str, value: Any) -> None:
+        check_name(name)
+        if name in self.entries:
+            raise PreserveError(f"'{name}' is used twice; each name stands for one thing")
+        self.entries[name] = make_entry(name, value)
+        self.claimed.add(name)
+
+    def add(self, name: str, entry: Entry) -> None:
+        self.entries[name] = entry
+        self.claimed.add(name)
+
+    def take(self, name: str, kind: str | None = None) -> Any:
+        """The object of that name, which is the caller's from now on.  Raises PreserveError."""
+        entry = self.entries[name]
+        if kind is not None and entry.kind != kind:
+            raise PreserveError(f"'{name}' is a {entry.kind}, and not a {kind}")
+        try:
+            value = entry.take(self.private_memory)
+        except (OSError, ValueError) as error:
+            raise PreserveError(f"'{name}' cannot be used: {error}") from None
+        self.claimed.add(name)
+        return value
+
+    def drop(self, name: str) -> None:
+        """Forgets a name, and closes nothing of the caller's.  Raises PreserveError."""
+        entry = self.entries.pop(name, None)
+        if entry is None:
+            raise PreserveError(f"'{name}' is no preserved name")
+        self.claimed.discard(name)
+        if entry.kind == MEMORY or entry.value is None:  # the registry's own descriptor
+            os.close(entry.fd)
+
+    def check(self) -> list[str]:
+        """What is wrong with the names, one sentence each."""
+        found = [(name, entry.check()) for name, entry in self.entries.items()]
+        return [f"'{name}' cannot go over: {why}; live.drop it" for name, why in found if why]
+
+    def receive(
+        self, described: dict[str, dict[str, Any]], fresh: list[str], fds: list[int]
+    ) -> None:
+        """Takes over what the previous program has sent: `fds` are those of the names `fresh`."""
+        for name, fd in zip(fresh, fds, strict=True):
+            old = self.entries.get(name)
+            if old is not None and old.value is None:
+                os.close(old.fd)
+            how = dict(described[name])
+            self.entries[name] = Entry(str(how.pop("kind")), fd, None, how)
+
+    def forget_unclaimed(self, present: set[str]) -> None:
+        """Names that the previous program has dropped meanwhile, and nobody has asked for."""
+        for name in set(self.entries) - present - self.claimed:
+            os.close(self.entries.pop(name).fd)
+
+
+def check_name(name: str) -> None:
+    if not isinstance(name, str) or not name or len(name) > MOST_NAME or not name.isprintable():
+        raise PreserveError(f"{name!r} is no name: 1 to {MOST_NAME} printable characters are one")
+
+
+def make_entry(name: str, value: Any) -> Entry:
+    """An entry for an object or a descriptor's number, the caller's.  Raises PreserveError."""
+    import io
+    import socket
+
+    try:
+        if isinstance(value, socket.socket):
+            kind, how = SOCKET, {"timeout": value.gettimeout()}
+        elif isinstance(value, io.IOBase):
+            kind, how = FILE, _file_mode(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            kind, how = FD, {}
+        elif hasattr(value, "fileno"):  # asyncio's TransportSocket, a Popen's pipe, an epoll
+            kind, how = (SOCKET if hasattr(value, "getsockname") else FD), {}
+        else:
+            raise PreserveError(f"'{name}' is a {type(value).__name__}, which has no descriptor")
+        fd = value if isinstance(value, int) else value.fileno()
+        return Entry(kind, fd, value, how)
+    except (OSError, ValueError, OverflowError) as error:
+        if isinstance(error, PreserveError):
+            raise
+        raise PreserveError(f"'{name}' is closed, or has no descriptor: {error}") from None
+
+
+def _file_mode(file: Any) -> dict[str, Any]:
+    import io
+
+    if isinstance(file, io.TextIOBase):
+        text = cast("io.TextIOWrapper", file)
+        return {
+            "mode": _plain_mode(text.buffer),
+            "encoding": text.encoding,
+            "errors": text.errors,
+        }
+    return {
+        "mode": _plain_mode(file) + "b",
+        "buffering": 0 if isinstance(file, io.RawIOBase) else -1,
+    }
+
+
+def _plain_mode(file: Any) -> str:
+    """A mode that neither truncates nor creates; O_APPEND is the open file's own."""
+    readable, writable = file.readable(), file.writable()
+    return "r+" if readable and writable else "w" if writable else "r"
+
+
+def _build(entry: Entry, private: bool) -> Any:
+    if entry.kind == SOCKET:
+        import socket
+
+        sock = socket.socket(fileno=entry.fd)
+        sock.settimeout(entry.how.get("timeout"))
+        return sock
+    if entry.kind == FILE:
+        return os.fdopen(entry.fd, **entry.how)
+    if entry.kind == MEMORY:
+        return map_memory(entry.fd, private=private)
+    return entry.fd
+
+
+def synchronize(file: IO[Any]) -> None:
+    """Writes what a file object has buffered, and puts the descriptor where the object stands."""
+    if file.writable():
+        file.flush()
+    if file.readable() and file.seekable():
+        place = file.tell()
+        file.seek(0, os.SEEK_END)  # a seek within the buffer would not move the descriptor
+        file.seek(place)
+
+
+def find_or_make(
+    registry: Registry, name: str, kind: str, make: Callable[[], Any]
+) -> sockets.socket | IO[Any] | int | mmap.mmap:
+    """The preserved one of that name, else what `make` returns, kept from now on."""
+    registry.claim(name)
+    if registry.find(name) is not None:
+        return registry.take(name, kind)
+    value = make()
+    entry = make_entry(name, value)
+    if entry.kind != kind:
+        raise PreserveError(f"'{name}': make() returned a {type(value).__name__}, and no {kind}")
+    registry.add(name, entry)
+    return value

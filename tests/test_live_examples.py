@@ -1,0 +1,132 @@
+"""The examples under load: updates, every third of which fails, and nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from live_programs import ROOT, command, environment
+
+EXAMPLES = ROOT / "examples" / "live"
+UPDATES = int(os.environ.get("LIVE_UPDATES", "6"))
+CONNECTIONS = 50
+MOST = 40000  # bytes of one message
+FAILURES = {
+    "import": "import no_such_module\n",
+    "crash": "import os; os.abort()\n",
+    "hang": "import time; time.sleep(60)\n",
+    "killed": "import os; os.kill(os.getpid(), 9)\n",
+    "late": "from cpr import live; live.state(); live.names(); raise SystemExit(3)\n",
+}
+FAILING_TIMEOUT = "3"  # s; of the one that hangs
+
+
+class Service:
+    """An example under a process that reaps; what it prints are words."""
+
+    def __init__(self, folder: Path, name: str, *arguments: str, **variables: str) -> None:
+        self.path = folder / name
+        shutil.copy(EXAMPLES / name, self.path)
+        self.source = self.path.read_text()
+        self.process = subprocess.Popen(
+            command(self.path, *arguments),
+            env=environment(**variables),
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.pid = 0
+
+    def line(self, *expected: str) -> list[str]:
+        """The next line, which begins with one of these words; notes the PID in it."""
+        assert self.process.stdout is not None
+        words = self.process.stdout.readline().split()
+        assert words and words[0] in expected, words
+        self.pid = int(words[1])
+        return words
+
+    def update(self, failure: str | None = None) -> list[str]:
+        """One update by SIGHUP, to a program that fails if that is asked for."""
+        self.path.write_text(FAILURES[failure] if failure else self.source)
+        os.kill(self.pid, signal.SIGHUP)
+        return self.line("failed" if failure else "serving")
+
+    def close(self) -> None:
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.communicate()
+
+
+@pytest.fixture
+def services() -> Iterator[list[Service]]:
+    found: list[Service] = []
+    yield found
+    for each in found:
+        each.close()
+
+
+async def talk(port: int, seed: int, stop: asyncio.Event, counts: list[int]) -> None:
+    """One connection: what it sends comes back, in pieces that need not fit into buffers."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    source = random.Random(seed)
+    while not stop.is_set():
+        data = source.randbytes(source.randint(1, MOST))
+        writer.write(data)
+        assert await reader.readexactly(len(data)) == data
+        counts[0] += len(data)
+        await asyncio.sleep(source.random() * 0.05)
+    writer.write_eof()
+    assert await reader.read() == b""
+    writer.close()
+
+
+async def connect(port: int, stop: asyncio.Event, counts: list[int]) -> None:
+    """New connections, one after the other."""
+    while not stop.is_set():
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"hello")
+        assert await reader.readexactly(5) == b"hello"
+        writer.close()
+        counts[1] += 1
+        await asyncio.sleep(0.02)
+
+
+def test_echo_loses_nothing(tmp_path: Path, services: list[Service]) -> None:
+    service = Service(tmp_path, "echo.py", "0", ECHO_TIMEOUT=FAILING_TIMEOUT)
+    services.append(service)
+    port = int(service.line("serving")[3])
+    kinds = list(FAILURES)
+
+    async def load() -> list[int]:
+        stop, counts = asyncio.Event(), [0, 0]
+        tasks = [asyncio.create_task(talk(port, seed, stop, counts)) for seed in range(CONNECTIONS)]
+        tasks.append(asyncio.create_task(connect(port, stop, counts)))
+        generation = 0
+        for number in range(1, UPDATES + 1):
+            failure = kinds[number // 3 % len(kinds)] if number % 3 == 0 else None
+            pid, before = service.pid, counts[0]
+            words = await asyncio.to_thread(service.update, failure)
+            if failure is None:
+                generation += 1
+                assert words[1:3] == [str(pid), str(generation)]
+            else:
+                assert words[1] != str(pid)
+            while counts[0] < before + 10 * MOST:  # everybody goes on
+                assert not [task for task in tasks if task.done()]
+                await asyncio.sleep(0.01)
+        stop.set()
+        await asyncio.gather(*tasks)
+        return counts
+
+    counts = asyncio.run(asyncio.wait_for(load(), 100 + 10 * UPDATES))
+    assert counts[0] > 0 and counts[1] > 0
