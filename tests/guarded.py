@@ -28,11 +28,12 @@ PRELUDE = f"""
 import ctypes, errno, faulthandler, json, os, signal, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
 from cpr.live import guard
+from cpr.live import token as tokens
 libc = ctypes.CDLL(None, use_errno=True)
 OLD = os.getpid()
 NAMES = {{guard.EARLY: "early", guard.DIED: "died", guard.KILLED: "killed",
          guard.MESSAGE: "message"}}
-token, page = guard.create_token(), guard.Page()
+token, page = tokens.create_token(), guard.Page()
 
 def execute(*argv, keep=(), **options):
     return guard.execute(argv, os.environ, keep, token, page, **options)

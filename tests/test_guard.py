@@ -9,7 +9,8 @@ import subprocess
 import pytest
 from guarded import ends, only, run
 
-from cpr.live import guard, token
+from cpr.live import guard
+from cpr.live import token as tokens
 
 
 def test_the_token_is_taken_once_by_many_racers():
@@ -17,7 +18,7 @@ def test_the_token_is_taken_once_by_many_racers():
         run("""
 rounds = []
 for number in range(50):
-    token = guard.create_token()
+    token = tokens.create_token()
     gate, go = os.pipe()
     racers = []
     for racer in range(8):
@@ -25,7 +26,7 @@ for number in range(50):
         if pid == 0:
             os.close(go)
             os.read(gate, 1)  # all of them at once: when the last writer is gone
-            os._exit(int(guard.take_token(token)))
+            os._exit(int(tokens.take_token(token)))
         racers.append(pid)
     os.close(gate)
     os.close(go)
@@ -84,7 +85,7 @@ def test_a_new_image_that_ends_gives_back(program, status):
 returned = execute(*{program!r})
 tell(outcome=NAMES[returned.outcome], old=returned.pid == OLD, other=os.getpid() != OLD,
      status=guard.exit_status(returned.pid, returned.pidfd), name=open("/proc/self/comm").read(),
-     thread=threading.get_native_id() == os.getpid(), token=guard.take_token(token))
+     thread=threading.get_native_id() == os.getpid(), token=tokens.take_token(token))
 os._exit(5)
 """)
     found = only(told)
@@ -118,7 +119,7 @@ def test_an_early_one_returns_when_the_exec_is_done():
     told = run("""
 returned = execute("sleep", "100", early=True, timeout_ns=1)
 tell(outcome=NAMES[returned.outcome], other=os.getpid() != OLD, parent=os.getppid() == OLD,
-     name=open(f"/proc/{OLD}/comm").read().strip(), token=guard.take_token(token))
+     name=open(f"/proc/{OLD}/comm").read().strip(), token=tokens.take_token(token))
 signal.pidfd_send_signal(returned.pidfd, signal.SIGTERM)
 """)
     assert only(told) == {
@@ -137,7 +138,7 @@ import socket
 ours, theirs = socket.socketpair()
 execute_it = f"echo hello >&{theirs.fileno()}; read line <&{theirs.fileno()}"
 returned = execute("bash", "-c", execute_it, keep=[theirs.fileno()], socket=ours.fileno())
-tell(outcome=NAMES[returned.outcome], said=ours.recv(10).decode(), token=guard.take_token(token))
+tell(outcome=NAMES[returned.outcome], said=ours.recv(10).decode(), token=tokens.take_token(token))
 ours.send(b"end\\n")
 """)
     assert only(told) == {"outcome": "message", "said": "hello\n", "token": True}
@@ -149,8 +150,9 @@ successor = f'''
 import json, os, sys
 sys.path.insert(0, {sys.path[0]!r})
 from cpr.live import guard
+from cpr.live import token as tokens
 page = guard.Page({page.fd})
-assert guard.take_token({token})
+assert tokens.take_token({token})
 (child,) = guard.children()
 assert child == page.struct.guard_pid
 reader = {{reader}}
@@ -236,7 +238,7 @@ def test_exit_status_of_processes_that_are_there_and_that_are_not():
     ],
 )
 def test_how_an_end_is_told(status, text):
-    assert token.describe_status(status) == text
+    assert tokens.describe_status(status) == text
 
 
 def test_a_thread_that_stays_is_named():

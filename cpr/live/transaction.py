@@ -82,8 +82,8 @@ class UpdateError(CprError):
     """The update has failed, and the old image goes on.
 
     `pid_changed`: the old image is in another process now.  `ended_by`: the signal that ended the
-    new image, or was sent to it in vain, if it is one of ENDING, and so meant for both.  `status` is
-    the new image's wait status, or None.
+    new image, or was sent to it in vain, if it is one of ENDING, and so meant for both.
+    `status` is the new image's wait status, or None.
     """
 
     def __init__(
