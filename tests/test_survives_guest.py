@@ -10,7 +10,7 @@ import subprocess
 from collections import Counter
 
 import pytest
-from conftest import MISSING, LATE, accel_options
+from conftest import LATE, MISSING, accel_options
 from harness.qmp import QmpError
 from harness.vm import Vm
 from waiting import wait_for, wait_for_change

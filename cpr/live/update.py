@@ -69,6 +69,7 @@ TRANSITIONS: dict[str, frozenset[str]] = {
 }
 AFTER = {HELLO: BUILDING, READY: PREPARED, REFUSE: RETURNING}
 END_TIMEOUT_MS = 5000  # for a new image that was told to end
+STDERR = 2
 NS_PER_MS = 1_000_000
 NS_PER_S = 1_000_000_000
 
@@ -412,8 +413,14 @@ class Predecessor:
         words, folder = message.body["argv"], message.body["cwd"]
         variables = dict(message.body["environment"])
         variables[VARIABLE] = f"{','.join(map(str, fds))},{EARLY}"
-        for fd in fds:
-            os.set_inheritable(fd, True)
+        for name in os.listdir(
+            "/proc/self/fd"
+        ):  # a late exec has given more than the old one wants
+            fd = int(name)
+            try:
+                os.set_inheritable(fd, fd in fds or fd <= STDERR)
+            except OSError:
+                pass  # that of the listing itself
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         try:
             os.chdir(folder)
