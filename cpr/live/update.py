@@ -413,9 +413,7 @@ class Predecessor:
         words, folder = message.body["argv"], message.body["cwd"]
         variables = dict(message.body["environment"])
         variables[VARIABLE] = f"{','.join(map(str, fds))},{EARLY}"
-        for name in os.listdir(
-            "/proc/self/fd"
-        ):  # a late exec has given more than the old one wants
+        for name in os.listdir("/proc/self/fd"):  # a late exec gives many
             fd = int(name)
             try:
                 os.set_inheritable(fd, fd in fds or fd <= STDERR)
