@@ -9,7 +9,7 @@ GUEST ?= examples/heartbeat.cfg
 ARGS ?=
 
 .PHONY: setup setup-dev guests compiled run demo test test-nested test-nested-iommufd nested-guests \
-	conformance sanitize lint format bench clean
+	conformance sanitize soak-failures lint format bench clean
 
 setup: $(VENV)/.built guests compiled
 
@@ -39,6 +39,11 @@ test-nested test-nested-iommufd: setup-dev nested-guests
 
 nested-guests: | $(VENV)/.checked
 	@$(MAKE) --no-print-directory -s -C tests/nested/guests
+
+# N failing updates in a row of one VMM under load, on each accelerator; prints what they leave.
+N ?= 1000
+soak-failures: setup-dev
+	$(BIN)/python -m tests.soak.failures -n $(N) $(ARGS)
 
 # The table of QEMU's behaviour, on this VMM and, with QEMU=COMMAND, on a real QEMU beside it.
 conformance: setup-dev

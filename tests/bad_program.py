@@ -1,6 +1,6 @@
-"""A program that knows the protocol of an update and breaks it: `bad_program.py KIND run`.
+"""A program that knows the protocol of an update and does not keep to it.
 
-Started by a VMM under test, never imported by one.
+`bad_program.py KIND run` is started by a VMM under test, never imported by one.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def programs(folder: Path, accel: str) -> dict[str, tuple[list[str], str, bool]]
     return {
         "false": (["false"], "has ended with exit status 1|has ended before", False),
         "killed": ([str(killed)], "ended by signal 9|has ended before", False),
-        "hang": (["sleep", "1000"], late_deadline, False),
+        "hang": (["sh", "-c", "exec sleep 1000"], late_deadline, False),
         "missing": (["/nonexistent/vmm"], "execvp /nonexistent/vmm failed: No such file", True),
         "interpreter": ([missing], f"execvp {missing} failed: No such file", True),
         "no-exec": (["/etc/passwd"], "execvp /etc/passwd failed: Permission denied", True),

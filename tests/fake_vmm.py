@@ -13,6 +13,7 @@ from cpr.events import EventBus
 from cpr.mainloop import MainLoop
 from cpr.migration.capabilities import Capabilities
 from cpr.migration.parameters import Parameters
+from cpr.migration.rehearsal import Rehearsed
 from cpr.monitor.passed_fds import PassedFds
 
 RAM_SIZE = 1 << 20
@@ -102,6 +103,8 @@ class FakeMigration:
         self.info: dict = {}
         self.notice = ""
         self.refusal = ""
+        self.rehearses = True
+        self.update_times = None
         self.finish_callbacks: list[Any] = []
         self.parameters = Parameters()
         self.capabilities = Capabilities(self.parameters, lambda: self.status == "active")
@@ -121,8 +124,13 @@ class FakeMigration:
     def start_cpr_exec(self, command: list[str] | None) -> None:
         self._take("cpr-exec", command)
 
-    def check_cpr_exec(self, command: list[str] | None) -> list[str]:
-        return [self.refusal] if self.refusal else []
+    def check_cpr_exec(self, command: list[str] | None) -> Rehearsed:
+        if self.refusal:
+            return Rehearsed([self.refusal], None)
+        return Rehearsed([], 12 if self.rehearses else None)
+
+    def can_rehearse(self, command: list[str] | None) -> bool:
+        return self.rehearses
 
     def cancel(self) -> None:
         self.calls.append(("cancel",))

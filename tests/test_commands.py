@@ -110,7 +110,7 @@ HMP: dict[str, tuple[str, str | None]] = {
     "info migrate_parameters": ("info migrate_parameters", None),
     "migrate_set_capability": ("migrate_set_capability events on", ""),
     "info migrate_capabilities": ("info migrate_capabilities", None),
-    "cpr-exec": ("cpr-exec -t", "cpr-exec would go ahead\n"),
+    "cpr-exec": ("cpr-exec -t", "cpr-exec would go ahead: the new program was ready in 12 ms\n"),
     "getfd": ("getfd a", "Error: No file descriptor supplied via SCM_RIGHTS\n"),
     "closefd": ("closefd a", "Error: File descriptor named 'a' not found\n"),
 }
@@ -189,7 +189,7 @@ QMP: dict[str, tuple[dict, Any]] = {
     "query-migrate-parameters": ({}, None),
     "migrate-set-capabilities": ({"capabilities": [{"capability": "events", "state": True}]}, {}),
     "query-migrate-capabilities": ({}, None),
-    "cpr-exec": ({"test": True}, {"refusals": []}),
+    "cpr-exec": ({"test": True}, {"refusals": [], "start-time": 12}),
     "getfd": ({"fdname": "a"}, "No file descriptor supplied via SCM_RIGHTS"),
     "closefd": ({"fdname": "a"}, "File descriptor named 'a' not found"),
     "add-fd": ({}, "No file descriptor supplied via SCM_RIGHTS"),

@@ -13,6 +13,7 @@ from harness.vm import VMM
 from waiting import wait_for, wait_for_change
 
 HEARTBEAT = 0x8000
+UPDATE_MEMBERS = ("x-cpr-downtime-ns", "x-cpr-update", "x-cpr-phases")
 DUMPER = """
 import json, os, sys, time
 fds = {}
@@ -23,6 +24,8 @@ state = os.environ.get("QEMU_CPR_EXEC_STATE")
 data = os.pread(int(state), 1 << 20, 0).hex()
 report = [os.getpid(), os.getppid(), os.getcwd(), sys.argv, state, fds, data]
 json.dump(report, open(sys.argv[1], "w"))
+os.close(int(state))  # from here on it has the guest
+time.sleep(1)
 """
 
 
@@ -57,7 +60,7 @@ def test_events_and_answers_on_both_sides(start, accel, tmp_path):
     assert trail(vm) == ["setup", "STOP"], "what comes before the answer"
     vm.reconnect()
     assert vm.qmp.command("query-status") == {"status": "running", "running": True}
-    assert vm.qmp.command("query-migrate") == {"status": "completed"}
+    assert vm.qmp.command("query-migrate").keys() == {"status", *UPDATE_MEMBERS}
     parameters = vm.qmp.command("query-migrate-parameters")
     assert (parameters["mode"], parameters["cpr-exec-command"]) == ("normal", [])
     assert not any(entry["state"] for entry in vm.qmp.command("query-migrate-capabilities"))
@@ -149,16 +152,19 @@ def test_what_the_new_process_is_given(start, accel, tmp_path):
     assert others == {"0", "1", "2"}
 
 
-def test_path_is_searched(start, accel, tmp_path, monkeypatch):
+def test_path_is_searched(start, accel, tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "new-vmm").symlink_to("/bin/true")
+    program = folder / "new-vmm"
+    program.write_text("#!/bin/sh\ntouch $0.ran\nexit 7\n")
+    program.chmod(0o755)
     environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
     vm = start.guest("heartbeat", accel, env=environment)
     prepare(vm, ["new-vmm"])
     vm.qmp.command("migrate", uri=f"file:{tmp_path}/state")
-    vm.qmp.wait_closed()
-    assert vm.process.wait(20) == 0
+    assert vm.process.wait(20) == 7
+    assert (folder / "new-vmm.ran").exists()
+    wait_for(lambda: vm.ask("query-status")["running"], "the old image goes on")
 
 
 def test_pause_before_switchover_goes_on_or_is_cancelled(start, accel, tmp_path):
@@ -206,7 +212,11 @@ def test_refusals_leave_the_guest_alone(start, accel, tmp_path):
 def test_an_updated_vmm_tells_of_its_next_migration(start, accel, tmp_path):
     vm = start.guest("heartbeat", accel)
     vm.update()
-    assert vm.qmp.command("query-migrate") == {"status": "completed"}
+    told = vm.qmp.command("query-migrate")
+    assert told.keys() == {"status", *UPDATE_MEMBERS}
+    assert (told["status"], told["x-cpr-update"]) == ("completed", "early")
+    assert 0 < told["x-cpr-downtime-ns"] < 20e9
+    assert {"exec", "stop", "load"} <= {phase["name"] for phase in told["x-cpr-phases"]}
     vm.qmp.command("migrate-set-parameters", mode="cpr-reboot")
     vm.qmp.command("migrate", uri=f"file:{tmp_path}/state")
     wait_for(lambda: vm.qmp.command("query-migrate")["status"] == "completed", "it completes")
@@ -215,8 +225,10 @@ def test_an_updated_vmm_tells_of_its_next_migration(start, accel, tmp_path):
 
 def test_dry_run_tells_all_and_does_nothing(start, accel):
     vm = start.guest("heartbeat", accel)
-    assert vm.qmp.command("cpr-exec", test=True) == {"refusals": []}
-    assert "cannot" not in vm.qmp.hmp("cpr-exec -t").lower()
+    answer = vm.qmp.command("cpr-exec", test=True)
+    assert answer["refusals"] == []
+    assert answer["start-time"] > 0
+    assert "would go ahead: the new program was ready in " in vm.qmp.hmp("cpr-exec -t")
     assert "No such file or directory" in vm.qmp.hmp("cpr-exec -t /nonexistent/vmm")
     assert vm.qmp.command("query-migrate") == {}
     assert vm.qmp.command("query-status")["running"]
@@ -227,7 +239,6 @@ def test_state_file_is_read_by_the_standard_layout(start, accel, tmp_path):
     vm = start.guest("heartbeat", accel)
     prepare(vm, ["/bin/true"])
     vm.qmp.command("migrate", uri=f"file:{tmp_path}/state")
-    vm.qmp.wait_closed()
     vm.process.wait(20)
     data = (tmp_path / "state").read_bytes()
     assert data[:8] == b"QEVM\0\0\0\3"

@@ -74,6 +74,7 @@ TRANSITIONS: dict[str, frozenset[str]] = {
 AFTER = {HELLO: BUILDING, READY: PREPARED, REFUSE: RETURNING}
 END_TIMEOUT_MS = 5000  # for a new image that was told to end
 QUEUE_TIMEOUT = 1.0  # s
+STDERR = 2
 NS_PER_MS = 1_000_000
 NS_PER_S = 1_000_000_000
 
@@ -476,8 +477,12 @@ class Predecessor:
         words, folder = message.body["argv"], message.body["cwd"]
         variables = dict(message.body["environment"])
         variables[VARIABLE] = f"{','.join(map(str, fds))},{EARLY}"
-        for fd in fds:
-            os.set_inheritable(fd, True)
+        for name in os.listdir("/proc/self/fd"):  # a late exec gives many
+            fd = int(name)
+            try:
+                os.set_inheritable(fd, fd in fds or fd <= STDERR)
+            except OSError:
+                pass  # that of the listing itself
         signal.pthread_sigmask(signal.SIG_SETMASK, ENDING)
         try:
             os.chdir(folder)

@@ -25,6 +25,7 @@ from cpr.migration.statistics import UpdateTimes
 from cpr.monitor.passed_fds import PassedFds
 from cpr.phases import mark
 from cpr.report import STDERR, error_report, exception_report, info_report, output, warn_report
+from cpr.state.cpr_state import STATE_NAME
 from cpr.state.fds import PreservedFds
 from cpr.vmm import daemon
 
@@ -209,12 +210,12 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
     for warning in config.warnings:
         warn_report(warning)
     fds = PreservedFds()
+    after_exec = predecessor is not None or STATE_NAME in os.environ
     if predecessor is not None and predecessor.mode != LATE:
         vmm = _arrive(config, fds, predecessor)
         ready = None
     else:
         vmm, ready = _start(config, fds, predecessor)
-    after_exec = fds.incoming
     fds.incoming = False
     if after_exec:
         vmm.reap()

@@ -1,0 +1,1 @@
+"""Runs that take long, and are started by hand."""

@@ -1,0 +1,170 @@
+"""Updates that go well, or are told to stop: what the guest and the monitors see of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT
+from failing import HEARTBEAT, Failing, bad, own, start_vm, words
+from harness.qmp import QmpError
+from waiting import wait_for, wait_for_change
+
+
+def on(*names: str) -> list[dict]:
+    return [{"capability": name, "state": True} for name in names]
+
+
+def trail(vm) -> list[str]:
+    return [
+        event["data"]["status"] if event["event"] == "MIGRATION" else event["event"]
+        for event in vm.qmp.events
+    ]
+
+
+@pytest.mark.parametrize("overlap", ["on", "off", "auto"])
+def test_the_guest_goes_on_through_many(start, accel, overlap):
+    vm = start_vm(start, accel, "-global", f"migration.x-cpr-exec-overlap={overlap}")
+    failing = Failing(vm)
+    for _ in range(3):
+        vm.update()
+        failing.check_counter()
+        told = vm.qmp.command("query-migrate")
+        assert told["x-cpr-update"] == ("late" if overlap == "off" else "early")
+        assert vm.qmp.command("query-status") == {"status": "running", "running": True}
+    assert vm.complaints == ""
+    wait_for(lambda: failing.look() == failing.figures, "descriptors, threads, children are flat")
+    assert vm.pid == failing.first_pid
+
+
+def test_events_of_an_early_update(start, accel):
+    vm = start_vm(start, accel)
+    vm.qmp.command("migrate-set-capabilities", capabilities=on("events"))
+    vm.qmp.command("cpr-exec")
+    vm.qmp.wait_closed()
+    assert trail(vm) == ["setup", "active", "STOP", "device", "completed"]
+    vm.qmp = vm.connect()
+
+
+@pytest.mark.parametrize("capability", ["x-ignore-shared", "mapped-ram", "validate-uuid"])
+def test_capabilities_are_about_streams_only(start, accel, capability):
+    vm = start_vm(start, accel)
+    vm.qmp.command("migrate-set-capabilities", capabilities=on(capability))
+    vm.update()
+    assert vm.qmp.command("query-status")["running"]
+    assert vm.complaints == ""
+
+
+def test_a_second_one_is_refused_and_leaves_the_first_alone(start, accel):
+    vm = start_vm(start, accel)
+    vm.qmp.command("cpr-exec", command=bad("hang-after-hello"))
+    for name, arguments in (("cpr-exec", {}), ("migrate", {"uri": "file:/dev/null"})):
+        with pytest.raises(QmpError, match="There's a migration process in progress"):
+            vm.qmp.command(name, **arguments)
+    assert vm.qmp.command("query-migrate")["status"] in ("setup", "active")
+    wait_for(lambda: vm.ask("query-migrate")["status"] == "failed", "the deadline of the first")
+    vm.update()
+    assert vm.qmp.command("query-status")["running"]
+
+
+def test_cancel_leaves_the_guest_in_the_old_image(start, accel):
+    vm = start_vm(start, accel)
+    failing = Failing(vm)
+    vm.qmp.command("cpr-exec", command=bad("hang-after-hello"))
+    vm.qmp.command("migrate_cancel")
+    wait_for(lambda: vm.ask("query-migrate")["status"] == "cancelled", "it is cancelled")
+    assert vm.ask("query-migrate")["error-desc"].startswith("Switchover is interrupted")
+    failing.check_counter()
+    wait_for(lambda: len(vm.processes()) == 1, "the new program has ended")
+    assert failing.look() == failing.figures
+    vm.update()
+    failing.check_counter()
+
+
+@pytest.mark.parametrize("goes_on", [True, False], ids=["continue", "cancel"])
+def test_pause_before_switchover(start, accel, goes_on):
+    vm = start_vm(start, accel, "-global", "migration.x-cpr-exec-timeout=20000")
+    failing = Failing(vm)
+    vm.qmp.command("migrate-set-capabilities", capabilities=on("pause-before-switchover"))
+    vm.qmp.command("cpr-exec")
+    wait_for(lambda: vm.qmp.command("query-migrate")["status"] == "pre-switchover", "it waits")
+    assert vm.qmp.command("query-status")["running"], "the guest runs meanwhile"
+    failing.check_counter()
+    if goes_on:
+        vm.qmp.command("migrate-continue", state="pre-switchover")
+        vm.reconnect()
+        assert vm.qmp.command("query-migrate")["status"] == "completed"
+    else:
+        vm.qmp.command("migrate_cancel")
+        assert vm.ask("query-migrate")["status"] == "cancelled"
+    assert vm.ask("query-status")["running"]
+    failing.check_counter()
+
+
+def test_after_an_upgrade_in_place_the_guard_stays(start, accel, tmp_path):
+    """The old command would execute another program than the one that the guest is in."""
+    copy = tmp_path / "program"
+    shutil.copytree(ROOT / "cpr", copy / "cpr", ignore=shutil.ignore_patterns("__pycache__"))
+    images = [word.replace("examples/", f"{ROOT}/examples/") for word in words(accel)]
+    vm = start(*images, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)})
+    failing = Failing(vm)
+    (copy / "cpr" / "errors.py").touch()
+    vm.qmp.command("cpr-exec", command=[sys.executable, "-m", "cpr.vmm", "run", *images, "-bogus"])
+    failing.check("-bogus: invalid option", same_pid=False)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["cpr-exec", "migrate"])
+def test_the_pidfile_follows(start, accel, tmp_path, late):
+    pidfile = tmp_path / "pid"
+    vm = start_vm(start, accel, "-pidfile", str(pidfile))
+    failing = Failing(vm)
+    assert int(pidfile.read_text()) == vm.pid
+    failing.update(bad("die"), late, tmp_path / "state")
+    failing.check("ended by signal 9", same_pid=False)
+    assert int(pidfile.read_text()) == vm.pid != failing.first_pid
+    vm.update()
+    assert int(pidfile.read_text()) == vm.pid
+
+
+# Rehearsals.
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        (None, None),
+        (lambda accel: own(*words(accel)), None),
+        (lambda accel: own(*words(accel), "-bogus"), "-bogus: invalid option"),
+        (lambda accel: own(*words(accel, "32M")), "Size mismatch: ram0"),
+        (lambda accel: own(*words(accel, cpus=1)), "CPUs: the guest has 2, this VMM would have 1"),
+        (lambda accel: bad("exit"), "has ended with exit status 1"),
+        (lambda accel: bad("import"), "no_such_module"),
+        (lambda accel: bad("hang"), "is not ready after"),
+        (lambda accel: bad("refuse"), "it does not feel like it"),
+        (lambda accel: ["/nonexistent/vmm", "run"], "No such file or directory"),
+    ],
+)
+def test_a_rehearsal_tells_and_does_nothing(start, accel, command, text):
+    vm = start_vm(start, accel)
+    failing = Failing(vm)
+    arguments = {} if command is None else {"command": command(accel)}
+    answer = vm.qmp.command("cpr-exec", test=True, **arguments)
+    if text is None:
+        assert answer["refusals"] == []
+        assert answer["start-time"] > 0
+    else:
+        assert "start-time" not in answer
+        assert text in answer["refusals"][0]
+    assert vm.qmp.command("query-migrate") == {}
+    assert failing.look() == failing.figures
+    failing.check_counter()
+    assert not [event for event in vm.qmp.events if event["event"] in ("STOP", "MIGRATION")]
+    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest goes on")
+
+
+def test_a_program_that_knows_no_protocol_cannot_be_rehearsed(start, accel):
+    vm = start_vm(start, accel)
+    assert vm.qmp.command("cpr-exec", test=True, command=["true"]) == {"refusals": []}
+    assert "cannot be rehearsed" in vm.qmp.hmp("cpr-exec -t true")

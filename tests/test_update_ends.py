@@ -1,0 +1,60 @@
+"""An end that is asked for at any moment of an update ends the VM for good: no process is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+
+import pytest
+from failing import bad, start_vm
+from harness.qmp import Closed
+from waiting import wait_for
+
+MOMENTS = ["start", "middle", "late", "after"]
+ENDINGS = ["SIGTERM", "SIGINT", "SIGHUP", "quit"]
+
+
+def reach(vm, moment: str, folder) -> None:
+    """Starts an update, and is back at that moment of it."""
+    if moment == "middle":
+        vm.qmp.command("cpr-exec", command=bad("hang-after-hello"))
+        wait_for(lambda: b"bad_program" in command_line(vm.pid), "the new program runs")
+    elif moment == "late":
+        command = [*bad("hang"), "-incoming", f"file:{folder}/state"]
+        vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=command)
+        vm.qmp.command("migrate", uri=f"file:{folder}/state")
+        vm.qmp.wait_closed()
+    else:
+        vm.update()
+
+
+def command_line(pid: int) -> bytes:
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read()
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_it_ends_for_good(start, accel, tmp_path, moment, ending):
+    pidfile = tmp_path / "pid"
+    vm = start_vm(start, accel, "-pidfile", str(pidfile))
+    if (moment, ending) == ("late", "quit"):
+        pytest.skip("no monitor answers while a late update starts")
+    if moment == "start":
+        vm.qmp.send("cpr-exec")
+    else:
+        reach(vm, moment, tmp_path)
+    if ending == "quit":
+        with suppress(Closed):
+            vm.qmp.send("quit")
+            vm.qmp.wait_closed()
+        if vm.processes() and moment == "start":  # it went over to the new image before
+            with suppress(RuntimeError, Closed):
+                vm.ask("quit")
+    else:
+        os.kill(vm.process.pid, getattr(signal, ending))
+    wait_for(lambda: not vm.processes(), "no process is left")
+    vm.process.wait(10)
+    assert not pidfile.exists()
+    assert "Traceback" not in vm.complaints
