@@ -53,6 +53,7 @@ class Exec(Mode):
         self.on_new_pid: Callable[[], None] = lambda: None
         self.exec_fds: Callable[[], list[int]] = list
         self.reopen: Callable[[], None] = lambda: None
+        self.interrupted: Callable[[], bool] = lambda: False
         self.timeout_ms = 0
         self.knows_protocol = False
         self._persists = False
@@ -97,6 +98,7 @@ class Exec(Mode):
                 keep=keep,
                 state_fd=-1 if self.knows_protocol else self._fds.state_fd,
                 drop=self.exec_fds(),
+                interrupted=self.interrupted,
             )
             reason = str(update.receive().body.get("reason", ""))
         except UpdateError as error:
