@@ -5,11 +5,12 @@ The hand-over uses plain locks as binary semaphores, because they cost nothing a
 
 from __future__ import annotations
 
+import os
 from _thread import allocate_lock, get_ident, get_native_id, start_new_thread
 
 from cpr.accel import base
 from cpr.errors import CprError
-from cpr.report import exception_report
+from cpr.report import exception_report, warn_report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,6 +18,25 @@ if TYPE_CHECKING:
     from typing import Any
 
     from cpr.accel.base import Bus, VCpu
+
+
+class Scheduling:
+    """How a thread is scheduled, which a management program may have set from outside."""
+
+    __slots__ = ("_cpus", "_parameter", "_policy")
+
+    def __init__(self, thread_id: int) -> None:
+        """Raises OSError where the thread has ended."""
+        self._cpus = os.sched_getaffinity(thread_id)
+        self._policy = os.sched_getscheduler(thread_id)
+        self._parameter = os.sched_getparam(thread_id)
+
+    def give(self, thread_id: int) -> None:
+        """Has another thread scheduled so, where it is not.  Raises OSError."""
+        if os.sched_getaffinity(thread_id) != self._cpus:
+            os.sched_setaffinity(thread_id, self._cpus)
+        if os.sched_getscheduler(thread_id) != self._policy:
+            os.sched_setscheduler(thread_id, self._policy, self._parameter)
 
 
 class VCpuThread:
@@ -35,6 +55,7 @@ class VCpuThread:
     ) -> None:
         self.vcpu = vcpu
         self.thread_id = 0
+        self._scheduling: Scheduling | None = None
         self._bus = bus
         self._on_guest_reset = on_guest_reset
         self._on_error = on_error
@@ -54,6 +75,15 @@ class VCpuThread:
         self._started = _semaphore()
         self._ident = start_new_thread(self._main, ())
         self._started.acquire()
+
+    def restart(self) -> None:
+        """Starts the thread again after `end`, on the CPUs and by the policy that it had."""
+        self.start()
+        if self._scheduling is not None:
+            try:
+                self._scheduling.give(self.thread_id)
+            except OSError as error:
+                warn_report(f"vCPU {self.vcpu.index} is not scheduled as before: {error.strerror}")
 
     @property
     def running(self) -> bool:
@@ -102,6 +132,10 @@ class VCpuThread:
     def end(self) -> None:
         """Pauses the vCPU and ends the thread, soon; the inverse of `start`."""
         self.pause()
+        try:
+            self._scheduling = Scheduling(self.thread_id)
+        except OSError:
+            self._scheduling = None
         self._ending = True
         self._go.release()
 

@@ -119,6 +119,49 @@ def test_signals_end_a_start_that_waits(guests, accel, tmp_path, whom, number):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("delay", [0, 0.01, 0.03, 0.08, 0.2])
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_a_signal_in_an_update_ends_the_vm_in_order(start, accel, tmp_path, overlap, delay):
+    """The PID is the VM's, whichever program is starting under it."""
+    pidfile = tmp_path / "pid"
+    setting = ("-global", f"migration.x-cpr-exec-overlap={overlap}")
+    vm = start("-accel", accel, *ARGUMENTS, *setting, "-pidfile", str(pidfile))
+    vm.qmp.send("cpr-exec")
+    time.sleep(delay)
+    vm.process.send_signal(signal.SIGTERM)
+    assert vm.process.wait(20) == 0
+    wait_for(lambda: vm.processes() == [], "all of it ends")
+    assert not pidfile.exists()
+    assert "terminating on signal 15" in vm.stderr
+
+
+def test_a_signal_to_a_new_program_that_hangs_ends_the_vm(start, accel):
+    """A late one: the guard looks at what was sent when it has ended the program."""
+    vm = start("-accel", accel, *ARGUMENTS)
+    hang = ["/bin/sh", "-c", '[ -n "$CPR_LIVE" ] && exec sleep 60; exec "$@"', "sh"]
+    vm.qmp.command("migrate-set-parameters", x_cpr_exec_timeout=1000)
+    vm.qmp.command("cpr-exec", command=[*hang, *VMM, "-accel", accel, *ARGUMENTS])
+    wait_for(lambda: psutil.Process(vm.pid).name() == "sleep", "the new program hangs")
+    vm.process.send_signal(signal.SIGTERM)
+    vm.process.wait(20)
+    wait_for(lambda: vm.processes() == [], "all of it ends")
+    assert "terminating on signal 15" in vm.stderr
+
+
+def test_a_pinned_vcpu_stays_pinned_where_the_exec_fails(start, accel):
+    vm = start("-accel", accel, *ARGUMENTS)
+
+    def thread() -> int:
+        return int(vm.qmp.command("query-cpus-fast")[0]["thread-id"])
+
+    before = thread()
+    os.sched_setaffinity(before, {0})
+    vm.qmp.command("cpr-exec", command=["/nonexistent/vmm", "x"])
+    wait_for(lambda: vm.qmp.command("query-migrate")["status"] == "failed", "the exec fails")
+    assert thread() != before
+    assert os.sched_getaffinity(thread()) == {0}
+
+
 def test_process_name_is_kept_over_an_update(start, accel):
     vm = start("-accel", accel, *ARGUMENTS, "-name", "guest=g,process=my-guest")
 

@@ -115,6 +115,17 @@ def test_x2apic_mode(travel):
     assert guest.read(0x8010) == base
 
 
+GUEST_STOPPED = 2  # of the flags of a pvclock
+
+
+def test_the_clock_tells_that_the_guest_stood_still(travel):
+    guest, go = travel("pvclock")
+    assert not guest.read(0x901D, 1) & GUEST_STOPPED
+    go()
+    guest.moves_on(0x8004, "rounds after")
+    assert guest.read(0x901D, 1) & GUEST_STOPPED
+
+
 PERIODIC, ONCE = (2, 3), (0, 4)
 KEPT = 0x3F  # of a PIT's status: all but OUT and whether the count is loaded
 

@@ -37,6 +37,7 @@
 /* For so long a program that has read its CPR state, and knows no token, may still fail to load. */
 #define TIMERS 3                      /* ITIMER_REAL, _VIRTUAL, _PROF */
 #define TEXT_SIZE 256
+#define SIGNALS 64
 
 /* What the clone and the exec take away from the thread that goes on. */
 static struct {
@@ -234,10 +235,24 @@ static void stop_guard(void)
     cpr_guard_reap(self.pid);
 }
 
+/* One of `unblock` that waits, or comes now, ends the process by its default action, which the guard
+   sees: a handler would run in a program that is gone a moment later. */
+static void set_default(struct sigaction *old, int on)
+{
+    struct sigaction none = {.sa_handler = SIG_DFL};
+
+    for (int number = 1; number <= SIGNALS; number++) {
+        if (self.guard->unblock >> (number - 1) & 1) {
+            sigaction(number, on ? &none : &old[number], on ? &old[number] : NULL);
+        }
+    }
+}
+
 /* Makes the guard and execs. Comes back, with -errno, only where there is no exec. */
 __attribute__((noinline)) static long attempt(void)
 {
-    uint64_t before = cpr_monotonic_ns();
+    static struct sigaction actions[SIGNALS + 1];
+    uint64_t before = cpr_monotonic_ns(), mask = self.mask & ~self.guard->unblock;
     long error;
 
     self.alive = 1;
@@ -249,9 +264,12 @@ __attribute__((noinline)) static long attempt(void)
     *self.guard->guard_pid = (uint32_t)self.pid;
     self.guard->clone_ns = cpr_monotonic_ns() - before;
     set_cloexec(0); /* not earlier: nothing else that is started may inherit them */
-    cpr_syscall5(SYS_rt_sigprocmask, SIG_SETMASK, &self.mask, 0, KERNEL_SIGSET_SIZE, 0);
+    set_default(actions, 1);
+    cpr_syscall5(SYS_rt_sigprocmask, SIG_SETMASK, &mask, 0, KERNEL_SIGSET_SIZE, 0);
     execve(self.guard->path, self.guard->argv, self.guard->envp);
     error = -errno;
+    cpr_syscall5(SYS_rt_sigprocmask, SIG_SETMASK, &self.mask, 0, KERNEL_SIGSET_SIZE, 0);
+    set_default(actions, 0);
     if (!take_token()) {
         for (;;) {
             pause(); /* the guard was first: it ends this process, and goes on in its place */

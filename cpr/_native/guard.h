@@ -41,6 +41,7 @@ struct cpr_guard {
     uint32_t *guard_pid;      /* where the new image finds the guard's PID, to reap it */
     int32_t early;            /* come back as soon as the exec is done */
     uint64_t timeout_ns;      /* 0: there is no deadline */
+    uint64_t unblock;         /* signals that the caller blocks and the program is not to: bit n - 1 */
     const uint32_t *hold;     /* while this is not 0 the deadline does not run; or NULL */
     /* For a program that does not know of the token: /proc/PID/fd/N of the CPR state, and what that
        link says for as long as the program has not closed it. NULL otherwise. */

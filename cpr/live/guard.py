@@ -108,13 +108,15 @@ def execute(
     mappings: Sequence[tuple[int, int]] = (),
     state_fd: int = -1,
     drop: Sequence[int] = (),
+    unblock: Sequence[int] = (),
 ) -> Returned:
     """Executes `argv`, looked up in PATH, with the descriptors `keep` and a guard.
 
     The caller is this process's only thread.  `mappings` are (address, bytes) of memory that is
     freed piece by piece after a commit.  `state_fd`, one of `keep`, is for a program that knows no
     token: it has taken over when it has closed that and lives on.  `drop` are descriptors that a
-    late exec is to close for good, in the old image as in the new one.
+    late exec is to close for good, in the old image as in the new one.  `unblock` are signals that
+    the caller blocks and the program is not to.
 
     Comes back in the old image only.  Raises OSError of execve where it is the same process as
     before, and nothing has changed.
@@ -138,6 +140,7 @@ def execute(
     request.drop, request.drop_count = drop_array, len(drop)
     request.token_fd, request.socket_fd = token, socket
     request.early, request.timeout_ns = early, timeout_ns
+    request.unblock = sum(1 << (number - 1) for number in unblock)
     request.hold = ffi.addressof(page.struct, "hold")
     request.guard_pid = ffi.addressof(page.struct, "guard_pid")
     if state_fd >= 0:

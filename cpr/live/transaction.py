@@ -37,7 +37,7 @@ from cpr.phases import mark
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import ModuleType
     from typing import Any
 
@@ -163,6 +163,7 @@ class Update:
         keep: Sequence[int] = (),
         state_fd: int = -1,
         drop: Sequence[int] = (),
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         """Becomes `argv` under this PID; `keep` are descriptors that go over besides.
 
@@ -171,13 +172,16 @@ class Update:
         the old image goes on in another process, and there is no new one any more.
 
         The signals ENDING are blocked in the new image, for as long as it has no handler for them.
+        `interrupted()` tells of one that the old image has taken, and would not come to.
 
         With `state_fd` the program is one that knows nothing of this, and gets only `keep`.  `drop`
         are descriptors that a late exec closes here too; `dropped` says that it has.
         """
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, () if state_fd >= 0 else ENDING)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
             self._guard.wait_alone()
+            if interrupted():
+                raise UpdateError("a signal that ends what is updated has come before the exec")
             mark("exec")
             returned = self._guard.execute(
                 argv,
@@ -193,6 +197,7 @@ class Update:
                 mappings=self._mappings,
                 state_fd=state_fd,
                 drop=drop,
+                unblock=ENDING if state_fd >= 0 else (),
             )
         except (OSError, ValueError) as error:
             text = error.strerror if isinstance(error, OSError) else str(error)

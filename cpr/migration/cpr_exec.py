@@ -55,6 +55,7 @@ class Exec(Mode):
         self.on_new_pid: Callable[[], None] = lambda: None
         self.exec_fds: Callable[[], list[int]] = list
         self.reopen: Callable[[], None] = lambda: None
+        self.interrupted: Callable[[], bool] = lambda: False
         self.timeout_ms = 0
         self.knows_protocol = False
         self._persists = False
@@ -113,6 +114,7 @@ class Exec(Mode):
                 keep=keep,
                 state_fd=-1 if self.knows_protocol else self._fds.state_fd,
                 drop=self.exec_fds(),
+                interrupted=self.interrupted,
             )
         finally:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

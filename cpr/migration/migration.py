@@ -55,6 +55,7 @@ class Migration:
     lost, `park()` and `unpark()` around it, to end all threads but the caller's and to start them
     again, and `on_new_pid()` where this VMM goes on in another process.  `exec_fds()` are the
     sockets that QEMU's exec closes, and `reopen()` makes them again where it has failed after that.
+    `interrupted()`: a signal has come that ends the VM when the main loop sees it.
     `handed` are the descriptors that monitors were handed by getfd and add-fd.
     """
 
@@ -80,6 +81,7 @@ class Migration:
         self.on_new_pid: Callable[[], None] = lambda: None
         self.exec_fds: Callable[[], list[int]] = list
         self.reopen: Callable[[], None] = lambda: None
+        self.interrupted: Callable[[], bool] = lambda: False
         self.files = ProgramFiles()
         self.early: EarlyUpdate | None = None
         self.update_times: UpdateTimes | None = None
@@ -152,6 +154,7 @@ class Migration:
         mode.park, mode.unpark = self._park, self.unpark
         mode.on_new_pid = self.on_new_pid
         mode.exec_fds, mode.reopen = self.exec_fds, self.reopen
+        mode.interrupted = self.interrupted
         mode.timeout_ms = int(self.parameters.get("x-cpr-exec-timeout"))
         mode.give_back = self._give_back
         mode.stages = self._stages

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _signal as signal  # `signal` itself makes enums, which a late update would wait for
 import fcntl
 import os
+import select
 
 from cpr.errors import ConfigError
 from cpr.live.transaction import ENDING
@@ -117,8 +118,12 @@ class Signals:
             error_report(f"terminating on signal {number}")
             raise SystemExit(1)
 
+    def _has_come(self) -> bool:
+        return bool(select.select([self._reader], [], [], 0)[0])
+
     def attach(self, vmm: Vmm) -> None:
         self._wait = True
+        vmm.migration.interrupted = self._has_come
 
         def on_wakeup(events: int) -> None:
             for number in os.read(self._reader, 64):

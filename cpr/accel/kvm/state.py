@@ -9,6 +9,7 @@ else would miss.  The chips that all vCPUs share come after the vCPUs.  What goe
 from __future__ import annotations
 
 from cpr.accel.kvm import chips, cpuid, msrs, registers
+from cpr.uapi import kvm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -165,6 +166,13 @@ TIME_STEPS = (
         lambda accel: None,  # it is an MSR that does not move
         lambda accel: _each(accel.vcpus, msrs.write_deadline),
         "After the TSC against which it counts, and after the APIC's mode.",
+    ),
+    TimeStep(
+        "stopped",
+        lambda accel: None,
+        lambda accel: _each(accel.vcpus, lambda vcpu: kvm.tell_stopped(vcpu.fd)),
+        "With the clock and the TSCs as they are to be: the guest takes the time in between for no "
+        "lockup of its own (Documentation/virt/kvm/api.rst).",
     ),
 )
 
