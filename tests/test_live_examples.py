@@ -194,3 +194,31 @@ def test_worker_goes_on_where_it_was(tmp_path: Path, services: list[Service]) ->
             places.append(int(words[3]))
     assert places == sorted(places) and places[1] > 2
     assert service.line("done")[2] == "3562115"
+
+
+def count_up(port: int, stop: threading.Event, counts: list[int]) -> None:
+    """Requests that are numbered: the next program goes on counting where the last one was."""
+    while not stop.is_set():
+        number = int(request(port, "GET", "/"))
+        assert number == counts[0] + 1
+        counts[0] = number
+
+
+def test_asgi_loses_no_request_and_no_count(tmp_path: Path, services: list[Service]) -> None:
+    pytest.importorskip("uvicorn")
+    service = Service(tmp_path, "asgi.py", "0")
+    services.append(service)
+    port = int(service.line("serving")[3])
+    stop, counts = threading.Event(), [0]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        task = pool.submit(count_up, port, stop, counts)
+        try:
+            for failure in (None, "crash", "late", None):
+                before = counts[0]
+                service.update(failure)
+                while counts[0] < before + 10:
+                    assert not task.done(), task.result()
+                    stop.wait(0.01)
+        finally:
+            stop.set()
+        task.result()
