@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import http.client
 import os
 import random
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from live_programs import ROOT, command, environment
 EXAMPLES = ROOT / "examples" / "live"
 UPDATES = int(os.environ.get("LIVE_UPDATES", "6"))
 CONNECTIONS = 50
+CLIENTS = 4  # of the HTTP server, each a thread
 MOST = 40000  # bytes of one message
 FAILURES = {
     "import": "import no_such_module\n",
@@ -130,3 +134,91 @@ def test_echo_loses_nothing(tmp_path: Path, services: list[Service]) -> None:
 
     counts = asyncio.run(asyncio.wait_for(load(), 100 + 10 * UPDATES))
     assert counts[0] > 0 and counts[1] > 0
+
+
+def request(port: int, method: str, path: str, body: bytes = b"") -> bytes:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request(method, path, body)
+        answer = connection.getresponse()
+        assert answer.status == 200
+        return answer.read()
+    finally:
+        connection.close()
+
+
+def ask(port: int, seed: int, stop: threading.Event, counts: list[int]) -> None:
+    """Sets and gets slots of its own, one request after the other; none is lost."""
+    number = 0
+    while not stop.is_set():
+        number += 1
+        path = f"/{seed * 1000 + number % 100}"
+        line = b"%d of %d" % (number, seed)
+        request(port, "PUT", path, line)
+        assert request(port, "GET", path) == line
+        counts[seed] += 1
+
+
+def test_cache_loses_no_request(tmp_path: Path, services: list[Service]) -> None:
+    service = Service(tmp_path, "cache.py", "0", str(1 << 30), CACHE_TIMEOUT=FAILING_TIMEOUT)
+    services.append(service)
+    port = int(service.line("serving")[3])
+    request(port, "PUT", "/8388607", b"the last slot")
+    stop, counts = threading.Event(), [0] * CLIENTS
+    with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
+        tasks = [pool.submit(ask, port, seed, stop, counts) for seed in range(CLIENTS)]
+        try:
+            for failure in (None, "import", None, "killed"):
+                pid = service.pid
+                service.update(failure)
+                assert (service.pid == pid) == (failure is None)
+                before = list(counts)
+                while not all(now > then for now, then in zip(counts, before, strict=True)):
+                    assert not [task for task in tasks if task.done()]
+                    stop.wait(0.01)
+        finally:
+            stop.set()
+        for task in tasks:
+            task.result()
+    assert request(port, "GET", "/8388607") == b"the last slot"
+
+
+def test_worker_goes_on_where_it_was(tmp_path: Path, services: list[Service]) -> None:
+    service = Service(tmp_path, "worker.py", "60000000")
+    services.append(service)
+    assert int(service.line("serving")[3]) == 2
+    places = [2]
+    for failure in (None, "import", None):
+        words = service.update(failure)
+        if failure is None:
+            places.append(int(words[3]))
+    assert places == sorted(places) and places[1] > 2
+    assert service.line("done")[2] == "3562115"
+
+
+def count_up(port: int, stop: threading.Event, counts: list[int]) -> None:
+    """Requests that are numbered: the next program goes on counting where the last one was."""
+    while not stop.is_set():
+        number = int(request(port, "GET", "/"))
+        assert number == counts[0] + 1
+        counts[0] = number
+
+
+def test_asgi_loses_no_request_and_no_count(tmp_path: Path, services: list[Service]) -> None:
+    pytest.importorskip("uvicorn")
+    service = Service(tmp_path, "asgi.py", "0")
+    services.append(service)
+    port = int(service.line("serving")[3])
+    stop, counts = threading.Event(), [0]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        task = pool.submit(count_up, port, stop, counts)
+        try:
+            for failure in (None, "crash", "late", None):
+                before = counts[0]
+                service.update(failure)
+                while counts[0] < before + 10:
+                    assert not task.done(), task.result()
+                    stop.wait(0.01)
+        finally:
+            stop.set()
+        task.result()

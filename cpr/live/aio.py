@@ -19,21 +19,23 @@ from __future__ import annotations
 import asyncio
 import inspect
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from cpr.live import api, image, notify, session
 from cpr.live.errors import UpdateError
 from cpr.live.streams import Connection, StreamWriter
 
-__all__ = ["Server", "StreamWriter", "start_server", "update"]
+__all__ = ["Server", "StreamWriter", "on_resume", "on_stop", "start_server", "update"]
 LIMIT = 1 << 16  # bytes, as in asyncio
 STEP = 0.001  # s
 AT_ONCE = 100  # connections that are accepted before anything else runs
 
 _servers: list[Server] = []
+_stopping: list[Callable[[], Awaitable[Any]]] = []
+_resuming: list[Callable[[], Any]] = []
 _tasks: set[asyncio.Task[Any]] = set()
-_updating = False
+_updating = _stopped = False
 
 
 async def update(
@@ -87,6 +89,18 @@ async def update(
         _updating = False
 
 
+def on_stop(function: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
+    """`function` is awaited before the hand-over: it stops a server that is not of this module."""
+    _stopping.append(function)
+    return function
+
+
+def on_resume(function: Callable[[], Any]) -> Callable[[], Any]:
+    """`function` starts it again, where this program goes on after an on_stop."""
+    _resuming.append(function)
+    return function
+
+
 async def _wait(loop: asyncio.AbstractEventLoop, current: session.Session) -> None:
     """Until the new program is ready, while the loop serves."""
     sock, pidfd = current.fds()
@@ -120,6 +134,13 @@ def _has_hung_up(current: session.Session) -> bool:
 
 async def _stop(current: session.Session) -> None:
     """Until all handlers are at rest.  Raises UpdateError naming one that does not come to it."""
+    global _stopped
+    _stopped = True
+    for function in _stopping:
+        try:
+            await asyncio.wait_for(function(), current.remaining())
+        except TimeoutError:
+            raise UpdateError(f"{function!r} takes more than {current.timeout:g} s") from None
     while True:
         for server in _servers:
             server._stop()
@@ -135,8 +156,13 @@ async def _stop(current: session.Session) -> None:
 
 
 def _resume() -> None:
+    global _stopped
     for server in _servers:
         server._resume()
+    if _stopped:
+        _stopped = False
+        for function in _resuming:
+            function()
 
 
 async def _end_executor(loop: Any, current: session.Session) -> None:

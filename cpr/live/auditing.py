@@ -8,6 +8,7 @@ import os
 import stat
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ WORDS = {
     CHILD: ("child", "children", "popen"),
     LOCK: ("lock", "locks"),
 }
+FOREIGN = " of a library"
+END_TIME, STEP = 0.1, 0.001  # s
 FIRST = 3  # below are the standard streams, which go over
 OURS = "cpr-live"
 FLAGS_FIELD = 6  # of /proc/PID/stat behind the name: 9 in proc_pid_stat(5), less three
@@ -70,7 +73,16 @@ def _descriptors(image: Image) -> list[Finding]:
 
 
 def _threads() -> list[Finding]:
-    """All but the one that asks."""
+    """All but the one that asks; one of Python that was joined may take a moment to end."""
+    deadline = time.monotonic() + END_TIME
+    while True:
+        found = _list_threads()
+        if time.monotonic() > deadline or not any(each.name.endswith(FOREIGN) for each in found):
+            return found
+        time.sleep(STEP)
+
+
+def _list_threads() -> list[Finding]:
     names = {thread.native_id: thread.name for thread in threading.enumerate()}
     own, found = threading.get_native_id(), []
     for task in sorted(map(int, os.listdir("/proc/self/task"))):
@@ -81,7 +93,7 @@ def _threads() -> list[Finding]:
             continue
         if task == own or int(rest.split()[FLAGS_FIELD]) & PF_USER_WORKER:
             continue
-        text = names.get(task) or f"{task} ({name.partition('(')[2]}) of a library"
+        text = names.get(task) or f"{task} ({name.partition('(')[2]}){FOREIGN}"
         if not text.startswith(OURS):
             found.append(Finding(THREAD, text, "ends, here too if the update fails", False))
     return found

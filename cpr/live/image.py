@@ -62,7 +62,7 @@ class Image:
         self._reader: payload.Reader | None = None
         self._stderr = -1
         self._failure: UpdateError | None = None
-        self._link: transaction.Predecessor | None = None
+        self._link: Any = None  # a Predecessor
         try:
             self._link = transaction.find_predecessor(forked)
         except transaction.UpdateError as error:
@@ -72,6 +72,14 @@ class Image:
     def is_starting(self) -> bool:
         """There is a previous program, which still has the right to everything."""
         return self._link is not None
+
+    def adopt(self, link: Any, body: dict[str, Any], fds: list[int]) -> None:
+        """Everything at once, for `testing`: header and hand-over in one, and their descriptors."""
+        self._link, self._header, self._body = link, body, body
+        self._reader = payload.Reader(fds[0])
+        self.registry.receive(body["names"], body["fresh"], fds[1:])
+        self.generation = int(body["generation"]) + 1
+        self.previous = Previous(int(body["pid"]), list(body["argv"]), body["started"])
 
     def connect(self) -> None:
         """Gets what the previous program has, while it goes on.  Raises UpdateError."""
@@ -139,9 +147,10 @@ class Image:
             assert self._header is not None
             self._get_stderr_back()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self._header["blocked"])
-            guard_pid = link.page.struct.guard_pid
-            link.close()
-            _reap(guard_pid)
+            if isinstance(link, transaction.Predecessor):
+                guard_pid = link.page.struct.guard_pid
+                link.close()
+                _reap(guard_pid)
         hooks, self.committing = self.committing, []
         for hook in hooks:
             hook()
@@ -173,7 +182,7 @@ class Image:
         except transaction.UpdateError as error:
             raise UpdateError(str(error)) from None
 
-    def _end_rehearsal(self, link: transaction.Predecessor) -> None:
+    def _end_rehearsal(self, link: Any) -> None:
         try:
             link.send(READY)
             link.receive(END)

@@ -16,6 +16,7 @@ from cpr.live import image, preserved
 
 FIRST_FD = 3  # SD_LISTEN_FDS_START
 NS_PER_US = 1000
+SEND_TIMEOUT = 1.0  # s; a manager that reads nothing is not to hold up the service
 
 _passed: dict[str, list[int]] | None = None
 _stored: set[str] = set()
@@ -30,6 +31,7 @@ def send(*fields: str, fds: tuple[int, ...] = ()) -> bool:
         address = "\0" + address[1:]
     try:
         with sockets.socket(sockets.AF_UNIX, sockets.SOCK_DGRAM | sockets.SOCK_CLOEXEC) as sock:
+            sock.settimeout(SEND_TIMEOUT)
             sock.connect(address)
             sockets.send_fds(sock, ["\n".join(fields).encode()], list(fds))
     except OSError:

@@ -192,7 +192,9 @@ def _build(entry: Entry, private: bool) -> Any:
         import socket
 
         sock = socket.socket(fileno=entry.fd)
-        sock.settimeout(entry.how.get("timeout"))
+        timeout = entry.how.get("timeout")
+        if timeout is not None:  # else it stays as it is: O_NONBLOCK is the previous program's too
+            sock.settimeout(timeout)
         return sock
     if entry.kind == FILE:
         return os.fdopen(entry.fd, **entry.how)

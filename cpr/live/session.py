@@ -11,7 +11,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -27,6 +27,9 @@ FORK, VM = "fork", "vm"
 STDERR = 2
 LAST_LINES = 20
 NS_PER_S = 1_000_000_000
+
+fake: Callable[[Session], NoReturn] | None = None
+"""What stands for the exec in a unit test (see `testing`)."""
 
 update_signals: set[int] = set()
 """Signals that ask for an update; they stay blocked until the new program is ready for them."""
@@ -96,6 +99,8 @@ class Session:
 
     def start(self) -> None:
         """Executes.  Early: returns in the guard.  Late: raises UpdateError; see `fail`."""
+        if fake is not None:
+            fake(self)
         self._update = transaction.Update(backend=self._backend)
         early = self.mode == EARLY
         self._real_stderr = _duplicate(STDERR)

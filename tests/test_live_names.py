@@ -1,0 +1,205 @@
+"""Names, memory and what cannot be preserved, in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpr import live
+from cpr.live import testing
+
+
+@pytest.fixture
+def process() -> Iterator[testing.Process]:
+    with testing.fake() as found:
+        yield found
+
+
+def restart(process: testing.Process) -> None:
+    live.ready()
+    assert process.run(live.update, ["new"], allow=["thread"])
+    process.restart()
+
+
+def test_socket_calls_make_only_the_first_time(process: testing.Process) -> None:
+    sock = live.socket("web", lambda: socket.create_server(("127.0.0.1", 0)))
+    address = sock.getsockname()
+    restart(process)
+    again = live.socket("web", lambda: pytest.fail("made again"))
+    assert again.getsockname() == address and again.gettimeout() is None
+    sock.close()
+    again.close()
+
+
+def test_a_nonblocking_socket_stays_one(process: testing.Process) -> None:
+    first, second = socket.socketpair()
+    first.setblocking(False)
+    live.keep("pair", first)
+    restart(process)
+    assert live.get("pair").gettimeout() == 0
+    for each in (first, second, live.get("pair")):
+        each.close()
+
+
+@pytest.mark.parametrize("mode", ["r+", "rb+", "w"])
+def test_a_file_stands_at_the_same_place(
+    process: testing.Process, tmp_path: Path, mode: str
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("one\ntwo\nthree\n")
+    file = live.file("file", lambda: open(path, mode))  # noqa: SIM115
+    if mode == "w":
+        file.write("begun ")
+    else:
+        file.readline()
+    restart(process)
+    again = live.file("file", lambda: pytest.fail("made again"))
+    if mode == "w":
+        again.write("ended")
+        again.flush()
+        assert path.read_text() == "begun ended"
+    else:
+        assert again.readline() in ("two\n", b"two\n")
+    file.close()
+    again.close()
+
+
+def test_an_eventfd_keeps_its_count(process: testing.Process) -> None:
+    number = live.fd("count", lambda: os.eventfd(30))
+    os.eventfd_write(number, 30)
+    restart(process)
+    again = live.fd("count", lambda: -1)
+    os.eventfd_write(again, 30)
+    assert os.eventfd_read(again) == 90
+    os.close(number)
+    os.close(again)
+
+
+def test_names_come_and_go(process: testing.Process) -> None:
+    first, second = socket.socketpair()
+    for name in ("c:2", "c:1", "other"):
+        live.keep(name, first)
+    assert live.names() == ["c:1", "c:2", "other"] and live.names("c:") == ["c:1", "c:2"]
+    live.drop("c:1")
+    assert live.names("c:") == ["c:2"]
+    restart(process)
+    assert live.names() == ["c:2", "other"]
+    first.close()
+    second.close()
+
+
+def test_memory_grows_only_where_asked_to(process: testing.Process) -> None:
+    live.memory("table", 8192)[:3] = b"abc"
+    restart(process)
+    with pytest.raises(live.PreserveError, match=r"'table' has 8192 bytes.* 16384"):
+        live.memory("table", 16384)
+    restart(process)
+    with pytest.raises(live.PreserveError, match=r"'table' has 8192 bytes.* 4096"):
+        live.memory("table", 4096, grow=True)
+    restart(process)
+    memory = live.memory("table", 16384, grow=True)
+    assert len(memory) == 16384 and memory[:3] == b"abc" and memory[-1] == 0
+
+
+def closed() -> socket.socket:
+    sock = socket.socket()
+    sock.close()
+    return sock
+
+
+BAD: list[tuple[str, Any]] = [
+    ("'a' is closed", lambda: live.keep("a", closed())),
+    ("'a' is closed", lambda: live.keep("a", 12345)),
+    ("'a' is closed", lambda: live.socket("a", closed)),
+    ("'a' is a list, which has no descriptor", lambda: live.keep("a", [])),
+    ("'a': make\\(\\) returned a int, and no socket", lambda: live.socket("a", lambda: 0)),
+    ("'' is no name", lambda: live.keep("", 0)),
+    ("7 is no name", lambda: live.keep(7, 0)),
+    ("'a\\\\nb' is no name", lambda: live.keep("a\nb", 0)),
+    ("'a' is no preserved name", lambda: live.get("a")),
+    ("'a' is no preserved name", lambda: live.drop("a")),
+    ("'a': a memory of 0 bytes", lambda: live.memory("a", 0)),
+    ("'a': a memory of -1 bytes", lambda: live.memory("a", -1)),
+    ("'a': 1152921504606846976 bytes of memory", lambda: live.memory("a", 1 << 60)),
+    ("'a': .*4097 bytes of memory|memfd_create", lambda: live.memory("a", 4097, huge=True)),
+]
+
+
+@pytest.mark.parametrize(("text", "call"), BAD, ids=range(len(BAD)))
+def test_what_cannot_be_preserved_is_named(process: testing.Process, text: str, call: Any) -> None:
+    with pytest.raises(live.PreserveError, match=text):
+        call()
+    assert live.names() == []
+
+
+def test_a_name_is_used_once(process: testing.Process) -> None:
+    sock = live.socket("a", socket.socket)
+    for call in (
+        lambda: live.socket("a", socket.socket),
+        lambda: live.keep("a", sock),
+        lambda: live.memory("a", 4096),
+    ):
+        with pytest.raises(live.PreserveError, match="'a' is used twice"):
+            call()
+    assert live.get("a") is sock
+    live.drop("a")
+    live.keep("a", sock)
+    sock.close()
+    with pytest.raises(live.UpdateError, match="'a' cannot go over: it has been closed"):
+        live.update(["new"], allow=["thread"])
+
+
+def test_a_kind_is_not_taken_for_another(process: testing.Process) -> None:
+    live.fd("a", lambda: os.eventfd(0))
+    restart(process)
+    with pytest.raises(live.PreserveError, match="'a' is a fd, and not a socket"):
+        live.socket("a", socket.socket)
+
+
+@pytest.mark.parametrize("value", [{1, 2}, object(), {"a": b"bytes"}, {("a", "b"): 1}])
+def test_a_state_that_json_cannot_carry_is_named(process: testing.Process, value: Any) -> None:
+    def save_it() -> Any:
+        return value
+
+    live.on_save(save_it)
+    with pytest.raises(live.UpdateError, match=r"JSON cannot carry what .*save_it returned"):
+        live.update(["new"], allow=["thread"])
+    assert process.updates == 0
+
+
+@pytest.mark.parametrize(
+    "value", [b"", b"\xff" * 3000000, "", 0, None, [1.5, {"ü": [None]}], "x" * (20 << 20)]
+)
+def test_states_come_back_as_they_were(process: testing.Process, value: Any) -> None:
+    live.on_save(lambda: value)
+    restart(process)
+    assert live.state(default="none") == ("none" if value is None else value)
+
+
+def test_a_function_that_fails_is_told(process: testing.Process) -> None:
+    live.on_save(lambda: json.loads("{"))
+    with pytest.raises(live.UpdateError, match="JSONDecodeError") as caught:
+        live.update(["new"], allow=["thread"])
+    assert isinstance(caught.value.__cause__, json.JSONDecodeError)
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("mode 'soon'", {"mode": "soon"}),
+        ("guard 'none'", {"guard": "none"}),
+        ("a timeout of 0", {"timeout": 0}),
+        ("empty command", {"argv": []}),
+    ],
+)
+def test_options_that_make_no_sense(
+    process: testing.Process, text: str, options: dict[str, Any]
+) -> None:
+    with pytest.raises(live.UpdateError, match=text):
+        live.update(options.pop("argv", ["new"]), **options)

@@ -1,0 +1,90 @@
+"""systemd: what a unit's manager hears, and the descriptors that it passes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from pathlib import Path
+
+from live_programs import run
+
+SERVICE = """
+import socket
+sock = live.socket("web", lambda: socket.create_server(("127.0.0.1", 0)))
+live.ready()
+if live.generation == 0:
+    say("old", os.getpid(), fails(["/bin/false"]).pid_changed, os.getpid())
+    live.update()
+live.drop("web")
+"""
+
+
+def test_what_is_said(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        said: list[str] = []
+        stored: list[int] = []
+
+        def listen() -> None:
+            while (packet := socket.recv_fds(manager, 4096, 5))[0] != b"end":
+                said.append(packet[0].decode())
+                stored.extend(packet[1])
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        try:
+            result = run(tmp_path, SERVICE, NOTIFY_SOCKET=str(tmp_path / "notify"))
+        finally:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.sendto(b"end", str(tmp_path / "notify"))
+            thread.join()
+    for fd in stored:
+        os.close(fd)
+    first, changed, second = result.of("old")[0]
+    assert changed and first != second
+    reloading = [text for text in said if text.startswith("RELOADING=1\nMONOTONIC_USEC=")]
+    assert len(reloading) == 2
+    assert [text for text in said if text not in reloading and not text.startswith("MAINPID")] == [
+        "FDSTORE=1\nFDNAME=web",
+        "READY=1",
+        "READY=1",
+        "FDSTORE=1\nFDNAME=web",
+        "READY=1",
+        "FDSTOREREMOVE=1\nFDNAME=web",
+    ]
+    pids = [text for text in said if text.startswith("MAINPID")]
+    assert pids[0] == f"MAINPID={second}"
+    assert pids[-1] == f"MAINPID={second}"
+    assert len(stored) == 2
+
+
+PASSED = """
+import socket
+os.environ["LISTEN_PID"] = str(os.getpid())
+first = live.socket("web", lambda: 1 / 0)
+say("web", first.getsockname()[1], "LISTEN_FDS" in os.environ)
+made = live.socket("other", socket.socket)
+say("other", made.fileno() > 4)
+live.ready()
+"""
+
+PASSING = """
+import os, socket, sys
+web, admin = socket.create_server(("127.0.0.1", 0)), socket.create_server(("127.0.0.1", 0))
+os.write(1, (f'["port", {web.getsockname()[1]}]' + chr(10)).encode())
+first, second = os.dup(web.fileno()), os.dup(admin.fileno())
+os.dup2(first, 3), os.dup2(second, 4)
+os.environ.update(LISTEN_FDS="2", LISTEN_FDNAMES="web:admin")
+os.execv(sys.executable, [sys.executable, "passed.py"])
+"""
+
+
+def test_passed_sockets_are_found_by_name(tmp_path: Path) -> None:
+    from live_programs import write
+
+    write(tmp_path, PASSED, "passed.py")
+    result = run(tmp_path, PASSING)
+    port = result.of("port")[0][0]
+    assert result.of("web") == [[port, False]], result.stderr
+    assert result.of("other") == [[True]]

@@ -1,0 +1,201 @@
+"""What an update is refused for, what a new program refuses, and rehearsals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from live_programs import run
+
+AUDIT = """
+import concurrent.futures, fcntl, subprocess, threading
+live.ready()
+assert live.audit() == [], live.audit()
+FALSE = ["/bin/false"]
+
+def expect(kind, allow):
+    found = live.audit()
+    error = fails(FALSE)
+    say(kind, [each.kind for each in found], str(found[0]), error.reason, error.pid_changed)
+    for word in allow:
+        pid = os.getpid()
+        error = fails(FALSE, allow=word)
+        say("allowed", word, error.status, error.pid_changed)
+        return
+
+event = threading.Event()
+thread = threading.Thread(target=event.wait, name="worker", daemon=True)
+thread.start()
+expect("thread", [])
+event.set()
+thread.join()
+
+executor = concurrent.futures.ThreadPoolExecutor(1, "pool")
+executor.submit(int).result()
+expect("executor", [])
+executor.shutdown()
+
+child = subprocess.Popen(["/bin/sleep", "60"])
+expect("child", [])
+child.kill()
+child.wait()
+
+lock = open("lock", "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+expect("lock", ["lock"])
+fcntl.lockf(lock, fcntl.LOCK_UN)
+
+leak = os.open("/dev/null", os.O_RDONLY)
+os.set_inheritable(leak, True)
+expect("leak", [leak])
+live.keep("null", leak)
+say("end", live.audit())
+"""
+
+
+def test_what_does_not_survive_is_refused_unless_allowed(tmp_path: Path) -> None:
+    result = run(tmp_path, AUDIT)
+    found = {line[0]: line[1:] for line in result.lines}
+    assert found["end"] == [[]], result.stderr
+    for word, kind, text in (
+        ("thread", "thread", "thread worker: ends"),
+        ("executor", "thread", "thread pool_0: ends"),
+        ("child", "child", "the Popen is lost"),
+        ("lock", "lock", f"lock {tmp_path}/lock: is released"),
+    ):
+        kinds, description, reason, pid_changed = found[word]
+        assert kinds == [kind] and not pid_changed
+        assert text in description
+        assert text in reason and f"allow='{kind}'" in reason
+    assert found["leak"][0] == ["descriptor"] and "/dev/null leaks" in found["leak"][1]
+    assert "exit status 1" in found["leak"][2]
+    assert result.of("allowed")[0] == ["lock", 1, True]
+
+
+VERSIONS = """
+mode, step = sys.argv[1:3]
+if step == "old":
+    memory = live.memory("table", 4096)
+    saved = []
+    @live.on_save(version=3)
+    def save_it():
+        saved.append(1)
+        return {"three": 3}
+    live.ready()
+    error = fails([PYTHON, __file__, mode, "new"], mode=mode)
+    say("refused", error.reason, len(saved), live.names())
+    error = fails([PYTHON, __file__, mode, "new"], mode=mode)
+    live.update([PYTHON, __file__, mode, "newer"], mode=mode)
+if step == "new":
+    live.state(version=2)
+say(step, live.state(version=4), live.memory("table", 4096)[0])
+live.ready()
+"""
+
+
+@pytest.mark.parametrize("mode", ["early", "late"])
+def test_a_newer_state_is_refused_before_anything_is_handed_over(tmp_path: Path, mode: str) -> None:
+    result = run(tmp_path, VERSIONS, mode, "old")
+    (reason, saved, names), *_ = result.of("refused")
+    assert reason == "the state of 'save_it' has version 3, and the new program knows version 2"
+    assert saved == (0 if mode == "early" else 1) and names == ["table"]
+    assert result.of("newer") == [[{"three": 3}, 0]] and not result.of("new"), result.stderr
+
+
+REHEARSALS = """
+if len(sys.argv) == 1:
+    memory = live.memory("table", 4096)
+    memory[0] = 5
+    live.on_save(lambda: {"a": 1})
+    live.ready()
+    pid = os.getpid()
+    for name, argv, timeout in (
+        ("good", [PYTHON, __file__, "new"], 30),
+        ("crash", [PYTHON, "-c", "import no_such_module"], 30),
+        ("kill", [PYTHON, "-c", "import os; os.kill(os.getpid(), 9)"], 30),
+        ("version", [PYTHON, "-c", "from cpr import live; live.state(version=0)"], 30),
+        ("hang", ["/bin/sleep", "60"], 0.3),
+        ("missing", ["/nonexistent"], 30),
+    ):
+        verdict = live.rehearse(argv, timeout=timeout)
+        assert bool(verdict) == verdict.ok
+        say(name, *verdict)
+    with open(f"/proc/self/task/{pid}/children") as children:
+        say("end", pid == os.getpid(), memory[0], children.read(), len(live.audit()))
+else:
+    memory = live.memory("table", 4096)
+    assert live.state() == {"a": 1} and memory[0] == 5
+    memory[0] = 6
+    live.ready()
+    os.write(2, b"not reached")
+"""
+
+
+def test_a_rehearsal_hands_nothing_over(tmp_path: Path) -> None:
+    result = run(tmp_path, REHEARSALS)
+    found = {line[0]: line[1:] for line in result.lines}
+    assert found["end"] == [True, 5, "", 0], result.stderr
+    assert found["good"] == [True, "", None, None, []]
+    assert not found["crash"][0] and found["crash"][2] == 1
+    assert "no_such_module" in found["crash"][4][-1]
+    assert found["kill"][3] == 9
+    assert "version 1" in found["version"][1] and "version 0" in found["version"][1]
+    assert "did not take over" in found["hang"][1]
+    assert "No such file" in found["missing"][1]
+
+
+LIMITS = """
+import resource, socket
+mode = sys.argv[1]
+live.ready()
+pairs = []
+for number in range(60):
+    pairs.append(socket.socketpair())
+    live.keep(f"c:{number}", pairs[-1][0])
+NEW = [PYTHON, "-c", "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30));"
+       "from cpr import live; live.names(); live.ready()"]
+error = fails(NEW, mode=mode)
+say("new", error.reason)
+open_fds = len(os.listdir("/proc/self/fd"))
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+for limit in range(open_fds - 1, open_fds + 10):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    error = fails(["/bin/false"], mode=mode)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(os.listdir("/proc/self/fd")) == open_fds, limit
+    say("old", error.reason)
+for first, second in pairs:
+    first.send(b"x")
+    assert second.recv(1) == b"x"
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+say("end", os.getuid(), fails(["/bin/false"], mode=mode).reason)
+"""
+
+
+@pytest.mark.parametrize("mode", ["early", "late"])
+def test_want_of_descriptors_is_said(tmp_path: Path, mode: str) -> None:
+    result = run(tmp_path, LIMITS, mode)
+    assert "end" in {line[0] for line in result.lines}, result.stderr
+    assert "RLIMIT_NOFILE" in result.of("new")[0][0]
+    reasons = [line[0] for line in result.of("old")]
+    assert all("Too many open files" in reason or "exit status 1" in reason for reason in reasons)
+    assert "Too many open files" in reasons[0] and "exit status 1" in reasons[-1]
+
+
+EARLY_USE = """
+if len(sys.argv) > 1:
+    error = fails(["/bin/false"])
+    say("starting", error.reason)
+live.ready()
+if len(sys.argv) == 1:
+    live.update([PYTHON, __file__, "new"])
+os.environ["CPR_LIVE"] = "no,such,update,early"
+say("wrong", os.system(f"{PYTHON} -c 'from cpr import live; live.ready()'") != 0)
+"""
+
+
+def test_a_program_that_is_not_ready_is_not_updated(tmp_path: Path) -> None:
+    result = run(tmp_path, EARLY_USE)
+    assert "live.ready()" in result.of("starting")[0][0]
+    assert result.of("wrong") == [[True]]
+    assert "CPR_LIVE='no,such,update,early' names no update" in result.stderr
