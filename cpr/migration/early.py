@@ -164,7 +164,9 @@ class EarlyUpdate:
         migration.park()
         try:
             update.execute(self._mode.command, os.environ, early=True, timeout_ns=0)
-        except CprError as error:
+        except Exception as error:  # the guest must not be lost to a bug here
+            if not isinstance(error, CprError):
+                exception_report(error)
             migration.unpark()
             self._fail(str(error))
             return
