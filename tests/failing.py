@@ -88,8 +88,9 @@ class Failing:
         assert vm.ask("query-status") == {"status": "running", "running": True}
         self.check_counter()
         lines = [line for line in vm.complaints.splitlines() if line.startswith("cpr-vmm: ")]
-        (line,) = lines[self.told :]
+        *details, line = lines[self.told :]
         assert re.search(text, line)
+        assert len(details) <= 1, "QEMU's line on what of the stream it is, and ours"
         self.told = len(lines)
         wait_for(lambda: self.look() == self.figures, "descriptors, threads and children are flat")
 
