@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from failing import HEARTBEAT, Failing, bad, own, start_vm, words
+from failing import DEADLINE_MS, HEARTBEAT, Failing, bad, own, start_vm, words
 from harness.qmp import QmpError
 from waiting import wait_for, wait_for_change
 
@@ -57,16 +57,16 @@ def test_capabilities_are_about_streams_only(start, accel, capability):
     assert vm.complaints == ""
 
 
-def test_a_second_one_is_refused_and_leaves_the_first_alone(start, accel):
+def test_a_second_one_is_refused_and_leaves_the_first_alone(start, accel, tmp_path):
     vm = start_vm(start, accel)
-    vm.qmp.command("cpr-exec", command=bad("hang-after-hello"))
+    failing = Failing(vm)
+    failing.update(bad("hang-after-hello"), False, tmp_path / "state")
     for name, arguments in (("cpr-exec", {}), ("migrate", {"uri": "file:/dev/null"})):
         with pytest.raises(QmpError, match="There's a migration process in progress"):
             vm.qmp.command(name, **arguments)
     assert vm.qmp.command("query-migrate")["status"] in ("setup", "active")
     wait_for(lambda: vm.ask("query-migrate")["status"] == "failed", "the deadline of the first")
-    vm.update()
-    assert vm.qmp.command("query-status")["running"]
+    failing.update_well()
 
 
 def test_cancel_leaves_the_guest_in_the_old_image(start, accel):
@@ -85,7 +85,7 @@ def test_cancel_leaves_the_guest_in_the_old_image(start, accel):
 
 @pytest.mark.parametrize("goes_on", [True, False], ids=["continue", "cancel"])
 def test_pause_before_switchover(start, accel, goes_on):
-    vm = start_vm(start, accel, "-global", "migration.x-cpr-exec-timeout=20000")
+    vm = start_vm(start, accel)
     failing = Failing(vm)
     vm.qmp.command("migrate-set-capabilities", capabilities=on("pause-before-switchover"))
     vm.qmp.command("cpr-exec")
@@ -150,6 +150,8 @@ def test_a_rehearsal_tells_and_does_nothing(start, accel, command, text):
     vm = start_vm(start, accel)
     failing = Failing(vm)
     arguments = {} if command is None else {"command": command(accel)}
+    if text == "is not ready after":
+        vm.qmp.command("migrate-set-parameters", x_cpr_exec_timeout=DEADLINE_MS)
     answer = vm.qmp.command("cpr-exec", test=True, **arguments)
     if text is None:
         assert answer["refusals"] == []

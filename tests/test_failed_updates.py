@@ -26,8 +26,7 @@ def test_a_program_that_fails(start, accel, tmp_path, name, late):
     failing = Failing(start_vm(start, accel))
     failing.update(command, late, tmp_path / "state")
     failing.check(text, same_pid)
-    failing.vm.update()
-    failing.check_counter()
+    failing.update_well()
 
 
 @pytest.mark.parametrize("kind", list(protocol_programs()))
@@ -36,5 +35,4 @@ def test_a_program_that_breaks_the_protocol(start, accel, tmp_path, kind):
     failing = Failing(start_vm(start, accel))
     failing.update(command, False, tmp_path / "state")
     failing.check(text, same_pid)
-    failing.vm.update()
-    failing.check_counter()
+    failing.update_well()

@@ -308,7 +308,7 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
         lambda: _end_update(vmm, predecessor),
         lambda: _report(vmm, arrival),
         lambda: vmm.create_frontends(True),
-        vmm.start_populating,
+        vmm.start_populating,  # what there was no time for
     ):
         _carefully(step)
     gc.enable()
