@@ -7,9 +7,11 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard $(addprefix cpr/_native/,[!_]*.c *.h tcg/*.c tcg/*.h)) cpr/_native/build.py
 GUEST ?= examples/heartbeat.cfg
 ARGS ?=
+PYTHONS ?= 3.11 3.12 3.13 3.14
+LIVE_NEEDS := pytest pytest-timeout hypothesis cffi psutil uvicorn setuptools
 
 .PHONY: setup setup-dev guests compiled run demo test test-nested test-nested-iommufd nested-guests \
-	conformance sanitize soak-failures lint format bench clean
+	test-live test-pythons conformance sanitize soak-failures lint format bench clean
 
 setup: $(VENV)/.built guests compiled
 
@@ -30,6 +32,20 @@ demo: setup
 
 test: setup-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# The library's echo server through 100 updates, of which every third fails.
+test-live: setup-dev
+	LIVE_UPDATES=100 $(BIN)/python -m pytest tests/test_live_examples.py --timeout 1200 $(ARGS)
+
+# The library on other Pythons, which uv finds or fetches.
+test-pythons: setup-dev
+	@command -v uv >/dev/null || $(BIN)/python -m pip install -q uv
+	@set -e; export PATH="$$PATH:$(abspath $(BIN))"; for version in $(PYTHONS); do \
+		echo "Python $$version"; \
+		uv venv -q --allow-existing --seed --python $$version $(VENV)/python-$$version; \
+		$(VENV)/python-$$version/bin/python -m pip install -q $(LIVE_NEEDS); \
+		$(VENV)/python-$$version/bin/python -m pytest -q tests/test_live_*.py $(ARGS); \
+	done
 
 # VFIO, IOMMUFD and KVM on the real kernel interfaces, inside a VM: with Debian's kernel, and with
 # one that has iommufd, which is built once.  QEMU_ROOT=FOLDER: a QEMU there is compared with.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cpr.live import forked, payload, transaction
 from cpr.live.errors import UpdateError
 from cpr.live.preserved import Registry
-from cpr.live.transaction import EARLY, END, HAND_OVER, READY, REHEARSE, STATE
+from cpr.live.transaction import EARLY, END, HAND_OVER, LATE, READY, REHEARSE, STATE
 
 if TYPE_CHECKING:
     from cpr.live.messages import Message
@@ -60,6 +60,7 @@ class Image:
         self._header: dict[str, Any] | None = None
         self._body: dict[str, Any] | None = None
         self._reader: payload.Reader | None = None
+        self._asked = False
         self._stderr = -1
         self._failure: UpdateError | None = None
         self._link: Any = None  # a Predecessor
@@ -106,6 +107,7 @@ class Image:
             return
         if self._link.mode == EARLY:
             self._call(self._link.send, READY)
+        self._asked = True
         message = self._receive(HAND_OVER)
         body, fds = message.body, message.fds
         self._reader = payload.Reader(fds.pop(0))
@@ -161,6 +163,12 @@ class Image:
         Raises UpdateError where the previous program is not there any more.
         """
         assert self._link is not None
+        if self._link.mode == LATE and not self._asked:  # it has been sent, and comes first
+            self._asked = True
+            try:
+                self._link.receive(HAND_OVER).close()
+            except transaction.UpdateError:
+                pass
         try:
             self._link.refuse(reason)
         except SystemExit:
