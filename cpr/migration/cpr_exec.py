@@ -89,6 +89,7 @@ class Exec(Mode):
         update.page.struct.stopped_ns = self.stopped_ns
         keep = [fd for _, _, fd in self._fds.entries()] + [self._fds.state_fd]
         self.park()
+        failure = None
         try:
             update.execute(
                 self.command,
@@ -100,15 +101,17 @@ class Exec(Mode):
                 drop=self.exec_fds(),
                 interrupted=self.interrupted,
             )
-            reason = str(update.receive().body.get("reason", ""))
+            reason = _refusal(update)
         except UpdateError as error:
             update.close()
-            raise self._failed(error) from None
+            failure = error
         finally:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             self.unpark()
             if update.dropped:
                 self.reopen()
+        if failure is not None:
+            raise self._failed(failure) from None
         self.on_new_pid()
         self.give_back(update, reason)
         raise MigrationError(f"the new program refused: {reason}")
@@ -131,6 +134,18 @@ class Exec(Mode):
         if self.directory is not None:
             remove_directory(self.directory)
             self.directory = None
+
+
+def _refusal(update: Update) -> str:
+    """Why the new program refuses, which it has just begun to say.  Raises UpdateError."""
+    try:
+        message = update.receive()
+    except UpdateError as error:
+        if not update.take_back():
+            update.leave()
+        raise UpdateError(f"the new program has failed: {error}", True) from None
+    message.close()
+    return str(message.body.get("reason", ""))
 
 
 def plan(fds: PreservedFds, command: list[str] | None) -> Exec:
