@@ -18,17 +18,17 @@ def has_failed(vm: Vm, count: int) -> bool:
 
 @pytest.mark.parametrize("program", [DIES, ["/bin/sh", "-c", "exit 3", "sh"]], ids=["dies", "ends"])
 def test_a_new_program_that_ends_leaves_guest_and_monitor(start, accel, program):
-    """A client is connected: QEMU's exec closes its socket, and the guard takes the next one."""
+    """A client is connected, whose socket the exec closes, and the guard takes the next one."""
     vm = start.guest("heartbeat", accel)
     for count in (1, 2):
         stream = f"file:{vm.directory}/stream"
         words = [*program, *VMM, *vm.words[len(VMM) :], "-incoming", stream]
         vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=words)
         vm.qmp.send("migrate", uri=stream)
-        vm.qmp.wait_closed()
         wait_for(partial(has_failed, vm, count), "it fails")
         wait_for(lambda: len(vm.processes()) == 1, "one process is left")
         vm.follow()
+        vm.qmp.close()
         vm.qmp = vm.connect()
         assert vm.qmp.command("query-migrate")["status"] == "failed"
         assert vm.qmp.command("query-status")["running"]
