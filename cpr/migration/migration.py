@@ -597,10 +597,6 @@ class Migration:
             if isinstance(mode, cpr_exec.Exec) and mode.ended_by:
                 self.machine.shutdown(False, "host-signal")
             return
-        except Exception as error:  # the guest must not be lost to a bug here
-            exception_report(error)
-            self.end("failed", f"internal error: {error}")
-            return
         if self._staging is not None:
             self._staging.hand_over()
         self.set_status("completed")
