@@ -37,14 +37,16 @@ test: setup-dev
 test-live: setup-dev
 	LIVE_UPDATES=100 $(BIN)/python -m pytest tests/test_live_examples.py --timeout 1200 $(ARGS)
 
-# The library on other Pythons, which uv finds or fetches.
+# The library on other Pythons, which uv finds or fetches: versions, or paths of programs.
 test-pythons: setup-dev
 	@command -v uv >/dev/null || $(BIN)/python -m pip install -q uv
 	@set -e; export PATH="$$PATH:$(abspath $(BIN))"; for version in $(PYTHONS); do \
 		echo "Python $$version"; \
-		uv venv -q --allow-existing --seed --python $$version $(VENV)/python-$$version; \
-		$(VENV)/python-$$version/bin/python -m pip install -q $(LIVE_NEEDS); \
-		$(VENV)/python-$$version/bin/python -m pytest -q tests/test_live_*.py $(ARGS); \
+		folder="$(VENV)/python-$$(echo $$version | tr / _)"; \
+		uv venv -q --allow-existing --seed --python $$version "$$folder" \
+			|| { echo "uv has no Python $$version"; continue; }; \
+		"$$folder/bin/python" -m pip install -q $(LIVE_NEEDS); \
+		"$$folder/bin/python" -m pytest -q tests/test_live_*.py $(ARGS); \
 	done
 
 # VFIO, IOMMUFD and KVM on the real kernel interfaces, inside a VM: with Debian's kernel, and with

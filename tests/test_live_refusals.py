@@ -199,3 +199,34 @@ def test_a_program_that_is_not_ready_is_not_updated(tmp_path: Path) -> None:
     assert "live.ready()" in result.of("starting")[0][0]
     assert result.of("wrong") == [[True]]
     assert "CPR_LIVE='no,such,update,early' names no update" in result.stderr
+
+
+MEMORY = """
+import resource
+first = live.memory("first", 4096)
+first[:2] = b"hi"
+live.ready()
+soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (300 << 20, hard))
+try:
+    live.memory("big", 1 << 30)
+except live.PreserveError as error:
+    say("memory", str(error), live.names())
+resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+def no_process():
+    raise OSError(11, "Resource temporarily unavailable")
+fork, os.fork = os.fork, no_process
+error = fails(["/bin/false"])
+os.fork = fork
+say("fork", error.reason, error.pid_changed)
+say("end", fails(["/bin/false"]).status, bytes(first[:2]).decode(), live.names())
+"""
+
+
+def test_want_of_memory_and_processes_is_said(tmp_path: Path) -> None:
+    found = {line[0]: line[1:] for line in run(tmp_path, MEMORY).lines}
+    assert "'big'" in found["memory"][0] and "allocate memory" in found["memory"][0]
+    assert found["memory"][1] == ["first"]
+    assert "no process for the guard: Resource temporarily" in found["fork"][0]
+    assert found["fork"][1] is False
+    assert found["end"] == [1, "hi", ["first"]]

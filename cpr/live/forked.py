@@ -119,7 +119,7 @@ def execute(
     try:
         exec_pipe = os.pipe()
         page.struct.exec_ns = time.monotonic_ns()
-        if pid := os.fork():
+        if pid := _fork():
             page.struct.guard_pid = pid
             _execute(paths, list(argv), dict(environment), keep, token, pid, mask)
         outcome = _guard(pidfd, exec_pipe, token, page, early, socket, timeout_ns)
@@ -132,6 +132,14 @@ def execute(
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return Returned(outcome, old_pid, pidfd, False, False)
+
+
+def _fork() -> int:
+    try:
+        return os.fork()
+    except OSError as error:
+        text = f"there is no process for the guard: {error.strerror}"
+        raise OSError(error.errno, text) from None
 
 
 def _execute(

@@ -105,7 +105,7 @@ class Process:
 class _Link:
     """The predecessor of a new program in a test."""
 
-    mode = session.LATE
+    mode = session.EARLY  # all has come at once: nothing is queued
 
     def __init__(self, process: Process) -> None:
         self._process = process
