@@ -15,6 +15,7 @@ from cpr.devices.base import Device
 from cpr.devices.serial import Serial
 from cpr.errors import MigrationError
 from cpr.events import EventBus
+from cpr.live import guard
 from cpr.mainloop import MainLoop
 from cpr.migration.migration import Migration
 from cpr.monitor.passed_fds import PassedFds
@@ -149,13 +150,13 @@ def test_state_has_what_was_opened_after_the_migration_began(source: Source, mon
     def prepare(mode: str) -> None:
         source.fds.save("0000:00:04.0_interrupt", 1, opened)
 
-    def execvp(file: str, words: list[str]) -> None:
+    def execute(*arguments: object, **options: object) -> None:
         data = os.pread(source.fds.state_fd, 1 << 16, 0)
         seen.append(CprState.decode(data))
         raise FileNotFoundError(2, "No such file or directory")
 
     monkeypatch.setattr(source.device, "cpr_prepare", prepare)
-    monkeypatch.setattr(os, "execvp", execvp)
+    monkeypatch.setattr(guard, "execute", execute)
     source.migration.start_cpr_exec(["/nonexistent"])
     source.run_to_the_end()
     assert ("0000:00:04.0_interrupt", 1, opened) in seen[0].fds

@@ -20,7 +20,7 @@ from cpr.config.device_table import DEVICES
 from cpr.config.object_options import DEFAULT_ONLY, OBJECTS
 from cpr.devices.base import Device
 from cpr.errors import CommandError
-from cpr.live import update
+from cpr.live import transaction
 from cpr.migration import parameters
 from cpr.migration.capabilities import CAPABILITIES
 from cpr.migration.savevm import VMSTATE_GLOBALSTATE
@@ -357,7 +357,7 @@ def test_states_of_an_update():
     shown = {
         row[0]: set(words(row[2], ", ")) - {""} for row in ARCHITECTURE.rows("States of an update")
     }
-    assert shown == {name: set(after) for name, after in update.TRANSITIONS.items()}
+    assert shown == {name: set(after) for name, after in transaction.TRANSITIONS.items()}
 
 
 def test_files_of_the_architecture():
