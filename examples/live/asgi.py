@@ -17,6 +17,7 @@ import uvicorn
 from cpr import live
 
 PORT = int(sys.argv[1]) if len(sys.argv) > 1 else 8000
+IDLE_STEPS = 100  # of 10 ms: for so long a connection that is kept alive may be idle
 served = 0
 
 
@@ -36,10 +37,18 @@ class Web:
     def start(self):
         config = uvicorn.Config(app, lifespan="off", log_level="warning")
         self.server = uvicorn.Server(config)
-        sock = self.listener.dup()  # uvicorn closes what it gets
-        self.task = asyncio.get_running_loop().create_task(self.server.serve(sockets=[sock]))
+        self.sock = self.listener.dup()  # uvicorn closes what it gets
+        self.task = asyncio.get_running_loop().create_task(self.server.serve(sockets=[self.sock]))
 
     async def stop(self):
+        """uvicorn's own end would cut off who has connected and not asked yet: they come first."""
+        while not self.server.started:
+            await asyncio.sleep(0.01)
+        asyncio.get_running_loop().remove_reader(self.sock)  # nobody else is accepted
+        for _ in range(IDLE_STEPS):
+            await asyncio.sleep(0.01)
+            if not self.server.server_state.connections:
+                break
         self.server.should_exit = True
         await self.task
 
