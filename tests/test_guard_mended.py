@@ -154,7 +154,7 @@ for number in range(10):
         thread.join()
     guard.wait_alone()
     os.close(token)
-    token = guard.create_token()
+    token = tokens.create_token()
     returned = execute("sleep", "100", early={early}, timeout_ns=5_000_000)
     if {early}:
         signal.pidfd_send_signal(returned.pidfd, signal.SIGKILL)

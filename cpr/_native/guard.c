@@ -189,19 +189,21 @@ CPR_IN_CHILD static int watch(void)
 
 CPR_IN_CHILD static int run_guard(void *argument)
 {
-    int outcome = CPR_GUARD_DIED;
+    int executed, outcome;
 
     (void)argument;
-    if (wait_for_exec()) {
-        if (self.guard->early) {
+    executed = wait_for_exec();
+    if (self.guard->early) {
+        if (executed) {
             go_back(CPR_GUARD_EARLY);
         }
+    } else { /* also where a program ended at once: its exec has closed them, as far as one knows */
         for (uint32_t i = 0; i < self.guard->drop_count; i++) {
             cpr_syscall1(SYS_close, self.guard->drop[i]);
         }
         self.guard->dropped = 1;
-        outcome = watch();
     }
+    outcome = executed ? watch() : CPR_GUARD_DIED;
     if (outcome == CPR_GUARD_MESSAGE) {
         go_back(outcome);
     }
