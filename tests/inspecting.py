@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from contextlib import redirect_stderr, redirect_stdout
+from unittest.mock import patch
 
 from described import DATA, STREAMS
 
@@ -25,7 +26,12 @@ FILES = STATES + [f"{name}.vmstate" for name in STREAMS]
 def run(*arguments: object) -> tuple[int, str, str]:
     """The exit status, stdout and stderr of one `inspect`."""
     out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
+
+    def error_report(text: object) -> None:  # which writes to the descriptor itself
+        err.write(f"cpr-vmm: {text}\n")
+
+    redirected = patch("cpr.vmm.main.error_report", error_report)
+    with redirect_stdout(out), redirect_stderr(err), redirected:
         status = main(["inspect", *map(str, arguments)])
     return status, out.getvalue(), err.getvalue()
 
