@@ -106,6 +106,7 @@ def execute(
     mappings: Sequence[tuple[int, int]] = (),
     state_fd: int = -1,
     drop: Sequence[int] = (),
+    unblock: Sequence[int] = (),
 ) -> Returned:
     """As guard.execute; `mappings`, `state_fd` and `drop` must be empty.  Raises OSError."""
     if mappings or drop or state_fd >= 0:
@@ -121,7 +122,7 @@ def execute(
         page.struct.exec_ns = time.monotonic_ns()
         if pid := _fork():
             page.struct.guard_pid = pid
-            _execute(paths, list(argv), dict(environment), keep, token, pid, mask)
+            _execute(paths, list(argv), dict(environment), keep, token, pid, mask - set(unblock))
         outcome = _guard(pidfd, exec_pipe, token, page, early, socket, timeout_ns)
     except OSError:
         os.close(pidfd)

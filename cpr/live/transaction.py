@@ -164,6 +164,7 @@ class Update:
         state_fd: int = -1,
         drop: Sequence[int] = (),
         interrupted: Callable[[], bool] = lambda: False,
+        holds_signals: bool = False,
     ) -> None:
         """Becomes `argv` under this PID; `keep` are descriptors that go over besides.
 
@@ -171,7 +172,8 @@ class Update:
         refused: it then waits to be told what to do.  Raises UpdateError: nothing has happened, or
         the old image goes on in another process, and there is no new one any more.
 
-        The signals ENDING are blocked in the new image, for as long as it has no handler for them.
+        With `holds_signals` the new image has the signals ENDING blocked, for as long as it has no
+        handler for them; it is one that unblocks them then.
         `interrupted()` tells of one that the old image has taken, and would not come to.
 
         With `state_fd` the program is one that knows nothing of this, and gets only `keep`.  `drop`
@@ -197,7 +199,7 @@ class Update:
                 mappings=self._mappings,
                 state_fd=state_fd,
                 drop=drop,
-                unblock=ENDING if state_fd >= 0 else (),
+                unblock=ENDING if state_fd >= 0 or not holds_signals else (),
             )
         except (OSError, ValueError) as error:
             text = error.strerror if isinstance(error, OSError) else str(error)

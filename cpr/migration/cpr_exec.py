@@ -115,6 +115,7 @@ class Exec(Mode):
                 state_fd=-1 if self.knows_protocol else self._fds.state_fd,
                 drop=self.exec_fds(),
                 interrupted=self.interrupted,
+                holds_signals=True,
             )
         finally:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -163,7 +163,9 @@ class EarlyUpdate:
         migration, update = self._migration, self._update
         migration.park()
         try:
-            update.execute(self._mode.command, os.environ, early=True, timeout_ns=0)
+            update.execute(
+                self._mode.command, os.environ, early=True, timeout_ns=0, holds_signals=True
+            )
         except Exception as error:  # the guest must not be lost to a bug here
             if not isinstance(error, CprError):
                 exception_report(error)
