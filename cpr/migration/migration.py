@@ -262,6 +262,8 @@ class Migration:
         """
         if not isinstance(mode, cpr_exec.Exec) or mode.stages:
             return False
+        if self.parameters.get("x-cpr-ram-pagesize"):
+            return False
         if self.parameters.get("x-cpr-exec-overlap") not in settings:
             return False
         return knows_protocol(mode.command, self.files)
