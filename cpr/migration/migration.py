@@ -495,11 +495,15 @@ class Migration:
         if self.early is not None:
             self.early.end_vm(exit_status)
             self.early = None
+        self._cancel = True
         if self._staging is not None:
-            self._cancel = True
             self._staging.cancel()
-            self._let_go()
-            self._thread_done.acquire(timeout=CLOSE_TIMEOUT)
+        self._let_go()
+        channel = self._channel
+        if channel is not None:
+            channel.shutdown()
+        # It reads the machine, which is freed next.
+        self._thread_done.acquire(timeout=CLOSE_TIMEOUT)
 
     def _run(self, address: dict | None) -> None:
         """The migration thread; `address` is what is still to be connected to."""
