@@ -15,3 +15,5 @@ MAX_CPUS = 255  # of QEMU's machine pc
 
 # QEMU's migration modes.
 MODES = NORMAL, REBOOT, TRANSFER, EXEC = "normal", "cpr-reboot", "cpr-transfer", "cpr-exec"
+
+PROGRAM = "cpr-vmm 0.1.0"  # what this program calls itself, to clients and to another image

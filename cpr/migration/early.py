@@ -17,6 +17,7 @@ import signal
 import time
 
 from cpr import runstate
+from cpr.constants import PROGRAM
 from cpr.errors import CprError, MigrationError
 from cpr.live.messages import Message
 from cpr.live.transaction import (
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from cpr.state.cpr_state import CprState
     from cpr.state.fds import PreservedFds
 
-PROGRAM = "cpr-vmm 0.1.0"
 MOST_RETURNS = 1
 NONE = Capabilities()  # those that the user has set are about streams to anybody
 DEATH_MS = 1000  # between the end of a process's descriptors and its own

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from cpr import runstate
+from cpr.constants import PROGRAM
 from cpr.errors import CommandError
 from cpr.monitor.schema import Session
 
 # Clients go by it: the behaviour is that of this QEMU.
 QEMU_VERSION = {"micro": 3, "minor": 1, "major": 11}
-VERSION = {"qemu": QEMU_VERSION, "package": "cpr-vmm 0.1.0"}
+VERSION = {"qemu": QEMU_VERSION, "package": PROGRAM}
 
 MAX_UNREAD = 64 << 10
 """Bytes of answers that a monitor's client may leave unread before its next commands wait."""
