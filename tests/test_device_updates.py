@@ -56,6 +56,12 @@ class Recorder(Device):
     def cpr_walk_back(self) -> None:
         self.calls.append("walk back")
 
+    def restore(self, state: dict) -> None:
+        self.calls.append("restore")
+
+    def take_over(self) -> None:
+        self.calls.append("take over")
+
     def save(self) -> dict:
         self.calls.append("save")
         return {}
@@ -68,7 +74,7 @@ class Recorder(Device):
 
 
 class Source:
-    """A whole VM of this process with a Recorder, whose guest runs."""
+    """A whole VM of this process with a Recorder; its guest runs once `boot` is called."""
 
     def __init__(self, image: str) -> None:
         accel = "tcg" if missing_kvm() else "kvm"
@@ -81,6 +87,8 @@ class Source:
         self.machine.add_device(self.device)
         self.machine.add_device(Serial(0))
         self.migration = Migration(self.machine, self.fds, self.loop, events, PassedFds())
+
+    def boot(self) -> None:
         self.machine.load_boot_image()
         self.machine.cont()
         self.device.calls.clear()
@@ -94,14 +102,18 @@ class Source:
                 return
         raise AssertionError(f"the migration does not end: {self.migration.status}")
 
+    def close(self) -> None:
+        self.machine.pause_vcpus()
+        self.machine.close()
+        self.loop.close()
+
 
 @pytest.fixture
 def source(guests) -> Iterator[Source]:
     source = Source(str(guests / "heartbeat.img"))
+    source.boot()
     yield source
-    source.machine.pause_vcpus()
-    source.machine.close()
-    source.loop.close()
+    source.close()
 
 
 def test_order_where_the_exec_fails(source: Source) -> None:
@@ -161,3 +173,17 @@ def test_state_has_what_was_opened_after_the_migration_began(source: Source, mon
     source.run_to_the_end()
     assert ("0000:00:04.0_interrupt", 1, opened) in seen[0].fds
     os.close(opened)
+
+
+def test_device_takes_over_once_the_guest_is_this_vmms(source: Source, tmp_path, guests) -> None:
+    source.migration.migrate(f"file:{tmp_path}/stream")
+    source.run_to_the_end()
+    target = Source(str(guests / "heartbeat.img"))
+    try:
+        incoming = target.migration.incoming_side
+        incoming.commit = lambda: target.device.calls.append("commit")
+        incoming.expect(False)
+        incoming.load_now({"transport": "file", "filename": f"{tmp_path}/stream", "offset": 0})
+        assert target.device.calls == ["restore", "commit", "take over", "run"]
+    finally:
+        target.close()

@@ -218,6 +218,7 @@ class Incoming:
 
             take_guest(migration.machine, HAND_OVER_NS)
         self.commit()
+        migration.machine.take_over()
         mark("resume")
         self._come_up(old_state)
         mark("run")
