@@ -13,8 +13,10 @@ from __future__ import annotations
 import _signal as signal  # `signal` itself makes enums, which a late update would wait for
 import os
 
+from cpr.constants import NS_PER_MS
 from cpr.errors import MigrationError
-from cpr.live.transaction import Update, UpdateError
+from cpr.live.old_image import Update
+from cpr.live.transaction import UpdateError
 from cpr.migration.mode import EXEC, Mode, cpr_blockers
 from cpr.migration.program import check_own_command, incoming_uri, own_command
 
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from cpr.state.fds import PreservedFds
 
 STATE_FILE = "vmstate"
-NS_PER_MS = 1_000_000
 
 
 class Exec(Mode):

@@ -17,9 +17,11 @@ import signal
 import time
 
 from cpr import runstate
-from cpr.constants import PROGRAM
+from cpr.constants import NS_PER_MS, PROGRAM
 from cpr.errors import CprError, MigrationError
 from cpr.live.messages import Message
+from cpr.live.new_image import Predecessor
+from cpr.live.old_image import Update
 from cpr.live.transaction import (
     BACK,
     END,
@@ -30,8 +32,6 @@ from cpr.live.transaction import (
     READY,
     REHEARSE,
     STATE,
-    Predecessor,
-    Update,
     UpdateError,
 )
 from cpr.mainloop import READ, WRITE
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
 MOST_RETURNS = 1
 NONE = Capabilities()  # those that the user has set are about streams to anybody
 DEATH_MS = 1000  # between the end of a process's descriptors and its own
-NS_PER_MS = 1_000_000
 SIGNAL_NS = 50_000_000  # how often it is looked whether the new image was sent one that ends the VM
 
 

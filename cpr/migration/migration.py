@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cpr.events import EventBus
-    from cpr.live.transaction import Update
+    from cpr.live.old_image import Update
     from cpr.machine import Machine
     from cpr.mainloop import MainLoop
     from cpr.migration.channel import Channel, Handed

@@ -10,8 +10,10 @@ import os
 import select
 import time
 
+from cpr.constants import NS_PER_MS
 from cpr.errors import CprError, MigrationError
-from cpr.live.transaction import END, HELLO, READY, Update, UpdateError
+from cpr.live.old_image import Update
+from cpr.live.transaction import END, HELLO, READY, UpdateError
 from cpr.migration.early import check_protocol, send_state
 
 TYPE_CHECKING = False
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from cpr.migration.migration import Migration
 
 STEP_MS = 5
-NS_PER_MS = 1_000_000
 END_MS = 5000  # for a program that was thanked
 MOST_LINES = 5  # of the program's last words
 

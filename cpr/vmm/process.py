@@ -11,10 +11,12 @@ import os
 
 from cpr import pc, phases
 from cpr.config import parse_command_line
+from cpr.constants import STDERR
 from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.events import EventBus
 from cpr.live import guard
-from cpr.live.transaction import EARLY, LATE, find_predecessor
+from cpr.live.new_image import find_predecessor
+from cpr.live.transaction import EARLY, LATE
 from cpr.mainloop import READ, MainLoop
 from cpr.migration import cpr_exec, savevm
 from cpr.migration.address import connects_in_background
@@ -24,7 +26,7 @@ from cpr.migration.migration import Migration
 from cpr.migration.statistics import UpdateTimes
 from cpr.monitor.passed_fds import PassedFds
 from cpr.phases import mark
-from cpr.report import STDERR, error_report, exception_report, info_report, output, warn_report
+from cpr.report import error_report, exception_report, info_report, output, warn_report
 from cpr.state.cpr_state import STATE_NAME
 from cpr.state.fds import PreservedFds
 from cpr.vmm import daemon
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
     from cpr.chardev.base import Chardev
     from cpr.config import Config
-    from cpr.live.transaction import Predecessor
+    from cpr.live.new_image import Predecessor
     from cpr.machine import Machine
     from cpr.migration.cpr_transfer import CprListener
     from cpr.migration.early import Arrival
