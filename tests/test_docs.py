@@ -23,7 +23,7 @@ from cpr.errors import CommandError
 from cpr.live import transaction
 from cpr.migration import parameters
 from cpr.migration.capabilities import CAPABILITIES
-from cpr.migration.savevm import VMSTATE_GLOBALSTATE
+from cpr.migration.globalstate import VMSTATE_GLOBALSTATE
 from cpr.monitor.commands import COMMANDS
 from cpr.monitor.qmp import NEGOTIATE
 from cpr.state import stream

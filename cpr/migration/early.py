@@ -1,6 +1,6 @@
 """The early update of a VM: what the old and the new VMM do between hello and commit.
 
-    EarlyUpdate (old)                         Arrival (new)
+    EarlyUpdate (old, here)                   arrival.Arrival (new)
     hello: the CPR state, what the guest   →  builds the machine, checks that it can have this
            has, why the last one failed       guest, populates RAM
     ready: stops the guest, saves it       →  loads it, commits, runs it
@@ -17,117 +17,39 @@ import signal
 import time
 
 from cpr import runstate
-from cpr.constants import NS_PER_MS, PROGRAM
+from cpr.constants import NS_PER_MS
 from cpr.errors import CprError, MigrationError
-from cpr.live.messages import Message
-from cpr.live.new_image import Predecessor
 from cpr.live.old_image import Update
 from cpr.live.transaction import (
     BACK,
-    END,
     ENDING,
     HAND_OVER,
     HELLO,
-    PROTOCOL,
     READY,
-    REHEARSE,
-    STATE,
     UpdateError,
 )
 from cpr.mainloop import READ, WRITE
 from cpr.migration import savevm
 from cpr.migration.capabilities import Capabilities
 from cpr.migration.channel import Channel
+from cpr.migration.hand_over import check_protocol, send, send_state
 from cpr.migration.mode import EXEC, device_blockers
 from cpr.migration.program import own_command
 from cpr.report import error_report, exception_report
-from cpr.state import cpr_channel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
-    from cpr.machine import Machine
+    from cpr.live.messages import Message
     from cpr.mainloop import Timer
     from cpr.migration.cpr_exec import Exec
     from cpr.migration.migration import Migration
-    from cpr.state.cpr_state import CprState
-    from cpr.state.fds import PreservedFds
 
 MOST_RETURNS = 1
 NONE = Capabilities()  # those that the user has set are about streams to anybody
 DEATH_MS = 1000  # between the end of a process's descriptors and its own
 SIGNAL_NS = 50_000_000  # how often it is looked whether the new image was sent one that ends the VM
-
-
-def describe(machine: Machine) -> dict[str, Any]:
-    """What a new VMM must have for this guest, as plain data."""
-    return {
-        "machine": machine.config.machine_type,
-        "accel": machine.accel.name,
-        "vcpus": len(machine.vcpus),
-        "ram": [[block.idstr, block.size] for block in machine.blocks],
-        "sections": [
-            [device.idstr, device.instance_id, device.vmstate.version_id]
-            for device in machine.sections()
-            if device.vmstate is not None and device.needed()
-        ],
-    }
-
-
-def differences(machine: Machine, wanted: dict[str, Any]) -> list[str]:
-    """Why this machine cannot take over a guest of the one that was described; empty if it can."""
-    own = describe(machine)
-    found = []
-    for key, text in (("machine", "machine type"), ("accel", "accelerator"), ("vcpus", "CPUs")):
-        if wanted[key] != own[key]:
-            found.append(f"{text}: the guest has {wanted[key]}, this VMM would have {own[key]}")
-    blocks = dict(own["ram"])
-    for idstr, size in wanted["ram"]:
-        if idstr not in blocks:
-            found.append(f'Unknown ramblock "{idstr}", cannot accept migration')
-        elif blocks[idstr] != size:
-            found.append(f"Size mismatch: {idstr}: {size:#x} != {blocks[idstr]:#x}")
-    versions = {(idstr, instance): version for idstr, instance, version in own["sections"]}
-    for idstr, instance, version in wanted["sections"]:
-        have = versions.get((idstr, instance))
-        if have is None:
-            found.append(f"the guest has the device '{idstr}' {instance}, this VMM has none")
-        elif have < version:
-            found.append(f"unsupported version {version} for '{idstr}' v{have}")
-    return found
-
-
-def check_protocol(message: Message) -> None:
-    """Raises UpdateError where the new program's hello is of another version than ours."""
-    version = message.body.get("protocol")
-    if version != PROTOCOL:
-        raise UpdateError(
-            f"the new program speaks version {version} of the hand-over, this one {PROTOCOL}"
-        )
-
-
-def send_state(update: Update, migration: Migration, state: CprState, failure: str) -> None:
-    """Sends what a new VMM builds its machine from; `failure` is why the one before has failed."""
-    machine = migration.machine
-    body = {
-        "program": PROGRAM,
-        "guest": describe(machine),
-        "cpu": machine.accel.cpu_model(),
-        "failure": failure,
-    }
-    _send(update, STATE, body, state)
-
-
-def _send(update: Update, kind: str, body: dict, state: CprState | None, stream: int = -1) -> None:
-    """Sends a message with a CPR state, and the stream's memfd in front of it."""
-    data, fds = b"", [stream] if stream >= 0 else []
-    if state is not None:
-        for piece, fd in cpr_channel.messages(state):
-            data += piece
-            fds += [fd] if fd >= 0 else []
-    update.send(kind, {**body, "cpr": data.hex()}, fds)
 
 
 class EarlyUpdate:
@@ -278,7 +200,7 @@ class EarlyUpdate:
             renewed = [key for key in serials if serials[key] != self._sent.get(key, 0)]
             body = {"changed": changed, "renewed": renewed}
             state = migration.fds.state() if changed else None
-            _send(self._update, HAND_OVER, body, state, stream)
+            send(self._update, HAND_OVER, body, state, stream)
         except OSError as error:
             raise MigrationError(f"memfd of the hand-over: {error.strerror}") from None
         finally:
@@ -379,68 +301,3 @@ class EarlyUpdate:
         for fd in (self._update.fileno(), self._update.pidfd, self._update.token):
             self._migration.loop.unwatch(fd)
         self._update.close()
-
-
-class Arrival:
-    """The new VMM's side of an early update, or of a rehearsal."""
-
-    def __init__(self, predecessor: Predecessor) -> None:
-        self._predecessor = predecessor
-        self._guest: dict[str, Any] = {}
-        self._cpu: Any = None
-        self.failure = ""
-        """Why an update failed whose old command this is; empty for a new program."""
-
-    @property
-    def rehearses(self) -> bool:
-        return self._predecessor.mode == REHEARSE
-
-    def receive_state(self, fds: PreservedFds) -> None:
-        """Asks for the CPR state and takes it over.  Raises CprError."""
-        self._predecessor.hello(PROGRAM)
-        message = self._predecessor.receive(STATE)
-        self._guest, self._cpu = message.body["guest"], message.body["cpu"]
-        self.failure = str(message.body["failure"])
-        fds.take_over(_decode(message))
-
-    def check(self, machine: Machine) -> None:
-        """Raises MigrationError with all that speaks against taking the guest over."""
-        reasons = differences(machine, self._guest)
-        if reasons:
-            raise MigrationError("; ".join(reasons))
-        machine.accel.adopt_cpu_model(self._cpu)
-
-    def rehearsed(self) -> None:
-        """This VMM could take over: says so, and waits to be thanked.  Does not come back."""
-        self._predecessor.send(READY)
-        self._predecessor.receive(END)
-
-    def receive_guest(self, fds: PreservedFds) -> Channel:
-        """Says that all is ready, and waits for the guest: its stream, which is the caller's."""
-        self._predecessor.send(READY)
-        message = self._predecessor.receive(HAND_OVER)
-        stream = message.fds.pop(0)
-        os.lseek(stream, 0, os.SEEK_SET)
-        if message.body["changed"]:
-            renewed = {(name, id) for name, id in message.body["renewed"]}
-            fds.replace(_decode(message), renewed)
-        return Channel(stream, "file")
-
-    def commit(self) -> None:
-        """The guest is this VMM's.  Ends the process where the old VMM has ended meanwhile."""
-        try:
-            self._predecessor.commit()
-        except UpdateError:
-            self._predecessor.receive(END)
-            raise
-
-
-def _decode(message: Message) -> CprState:
-    """The CPR state of a message, whose descriptors are the caller's from now on."""
-    descriptors, message.fds = message.fds, []
-    try:
-        return cpr_channel.decode(bytes.fromhex(message.body["cpr"]), descriptors)
-    except Exception:
-        for fd in descriptors:
-            os.close(fd)
-        raise

@@ -8,7 +8,7 @@ from _thread import start_new_thread
 from cpr import runstate
 from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.migration import address as addresses
-from cpr.migration import channel, savevm
+from cpr.migration import channel, loadvm
 from cpr.migration.capabilities import Capabilities
 from cpr.phases import mark
 from cpr.report import error_report, exception_report
@@ -204,7 +204,7 @@ class Incoming:
         migration.set_incoming_status("active")
         try:
             capabilities = Capabilities() if handed_over else migration.capabilities
-            old_state = savevm.load(migration.machine, capabilities, source, not handed_over)
+            old_state = loadvm.load(migration.machine, capabilities, source, not handed_over)
         except StreamError as error:
             for line in error.stderr:
                 error_report(line)

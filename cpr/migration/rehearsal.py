@@ -14,7 +14,7 @@ from cpr.constants import NS_PER_MS
 from cpr.errors import CprError, MigrationError
 from cpr.live.old_image import Update
 from cpr.live.transaction import END, HELLO, READY, UpdateError
-from cpr.migration.early import check_protocol, send_state
+from cpr.migration.hand_over import check_protocol, send_state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from cpr.config import Config
     from cpr.live.new_image import Predecessor
     from cpr.machine import Machine
+    from cpr.migration.arrival import Arrival
     from cpr.migration.cpr_transfer import CprListener
-    from cpr.migration.early import Arrival
     from cpr.vmm.populate import Populator
 
 FLUSH_NS = 200_000_000
@@ -285,7 +285,7 @@ def _end_update(vmm: Vmm, predecessor: Predecessor) -> None:
 
 def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     """The guest of an early update, which runs elsewhere until all is ready here."""
-    from cpr.migration.early import Arrival
+    from cpr.migration.arrival import Arrival
     from cpr.vmm.populate import populate_before
 
     arrival = Arrival(predecessor)
