@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from cpr.live.messages import Message
     from cpr.mainloop import Timer
     from cpr.migration.cpr_exec import Exec
-    from cpr.migration.migration import Migration
+    from cpr.migration.outgoing import Outgoing
+    from cpr.migration.process import Process
+    from cpr.migration.program import ProgramFiles
 
 MOST_RETURNS = 1
 NONE = Capabilities()  # those that the user has set are about streams to anybody
@@ -56,13 +58,22 @@ class EarlyUpdate:
     """The old VMM's side.  Owns the Update; `close` is called once, whatever becomes of it."""
 
     def __init__(
-        self, migration: Migration, mode: Exec, timeout_ms: int, update: Update | None = None
+        self,
+        outgoing: Outgoing,
+        mode: Exec,
+        process: Process,
+        files: ProgramFiles,
+        update: Update | None = None,
     ) -> None:
         """`update` is one whose exec has happened and was refused; it becomes this object's."""
-        self._migration = migration
-        self._machine = migration.machine
+        self._outgoing = outgoing
+        self._machine = outgoing.machine
+        self._loop = outgoing.loop
+        self._state = outgoing.state
         self._mode = mode
-        self._timeout_ms = timeout_ms
+        self._process = process
+        self._files = files
+        self._timeout_ms = mode.timeout_ms
         self._timer: Timer | None = None
         self._signal_timer: Timer | None = None
         self._returns = 0
@@ -81,19 +92,18 @@ class EarlyUpdate:
 
     def execute(self) -> None:
         """Becomes the command, and goes on in the guard; or the update fails."""
-        migration, update = self._migration, self._update
-        migration.park()
+        self._process.park()
         try:
-            update.execute(
+            self._update.execute(
                 self._mode.command, os.environ, early=True, timeout_ns=0, holds_signals=True
             )
         except Exception as error:  # the guest must not be lost to a bug here
             if not isinstance(error, CprError):
                 exception_report(error)
-            migration.unpark()
+            self._process.unpark()
             self._fail(str(error))
             return
-        migration.unpark()
+        self._process.unpark()
         self._watch()
 
     def give_back(self, reason: str) -> None:
@@ -102,7 +112,7 @@ class EarlyUpdate:
         self._guarded(lambda: self._on_refusal(reason))
 
     def _watch(self) -> None:
-        loop = self._migration.loop
+        loop = self._loop
         loop.watch(self._update.fileno(), READ, lambda events: self._guarded(self._on_message))
         loop.watch(self._update.pidfd, READ, self._on_death)
         self._start_timer()
@@ -119,8 +129,7 @@ class EarlyUpdate:
             self._signal_timer = None
             self._end_by(signo)
         else:
-            loop = self._migration.loop
-            self._signal_timer = loop.call_later(SIGNAL_NS, self._look_for_signal)
+            self._signal_timer = self._loop.call_later(SIGNAL_NS, self._look_for_signal)
 
     def _end_by(self, signo: int) -> None:
         error_report(f"terminating on signal {signo}")
@@ -130,7 +139,7 @@ class EarlyUpdate:
         self._stop_timer()
         if self._timeout_ms:
             delay = self._timeout_ms * NS_PER_MS
-            self._timer = self._migration.loop.call_later(delay, self._on_timeout)
+            self._timer = self._loop.call_later(delay, self._on_timeout)
 
     # What the new image does.
 
@@ -155,10 +164,10 @@ class EarlyUpdate:
         if message.kind == HELLO:
             self._send_state(message)
         elif message.kind == READY:
-            self._migration.set_status("active")
-            if self._migration.capabilities.enabled("pause-before-switchover"):
+            self._state.set("active")
+            if self._state.capabilities.enabled("pause-before-switchover"):
                 self._stop_timer()
-                self._migration.set_status("pre-switchover")
+                self._state.set("pre-switchover")
             else:
                 self._hand_over()
         else:
@@ -170,58 +179,58 @@ class EarlyUpdate:
 
     def _send_state(self, message: Message) -> None:
         check_protocol(message)
-        machine, fds = self._machine, self._migration.fds
+        machine, fds = self._machine, self._outgoing.fds
         self._sent = fds.serials()
-        send_state(self._update, self._migration, fds.state(), self._failure)
+        send_state(self._update, machine, fds.state(), self._failure)
         if machine.runstate.current == runstate.RUNNING:
             savevm.warm_up(machine, NONE, self._mode, True)
 
     def _hand_over(self) -> None:
         """Stops the guest and sends what is left of it."""
-        migration, machine = self._migration, self._machine
+        outgoing, machine, fds = self._outgoing, self._machine, self._outgoing.fds
         for reason in device_blockers(machine, EXEC):
             raise MigrationError(reason)
         gc.disable()
         machine.accel.saves_cpu_model = False
         self._update.page.struct.stopped_ns = time.monotonic_ns()
         self._stopped = True
-        migration.stop_guest()
+        outgoing.stop_guest()
         machine.cpr_prepare(EXEC)
-        migration.set_status("device")
+        self._state.set("device")
         stream = os.memfd_create("cpr-stream")
         try:
             channel = Channel(os.dup(stream), "file")
-            saver = savevm.Saver(machine, NONE, migration.old_state, self._mode, channel)
+            saver = savevm.Saver(machine, NONE, outgoing.old_state, self._mode, channel)
             saver.ram()
             saver.devices(False)
             channel.finish()
-            serials = migration.fds.serials()
+            serials = fds.serials()
             changed = serials != self._sent
             renewed = [key for key in serials if serials[key] != self._sent.get(key, 0)]
             body = {"changed": changed, "renewed": renewed}
-            state = migration.fds.state() if changed else None
+            state = fds.state() if changed else None
             send(self._update, HAND_OVER, body, state, stream)
         except OSError as error:
             raise MigrationError(f"memfd of the hand-over: {error.strerror}") from None
         finally:
             os.close(stream)
-        migration.loop.watch(self._update.token, WRITE, self._on_commit)
+        self._loop.watch(self._update.token, WRITE, self._on_commit)
 
     def _on_commit(self, events: int) -> None:
         """The new image has the guest: nothing more is done here than to say so."""
-        self._migration.set_status("completed")
-        self._migration.before_exec()
+        self._state.set("completed")
+        self._process.before_exec()
         self._update.leave()
 
     def _on_refusal(self, reason: str) -> None:
         """The new image cannot take over; where the old program is still there, it has the PID."""
         self._failure = self._failure or reason
-        if self._returns >= MOST_RETURNS or self._migration.files.changed():
+        if self._returns >= MOST_RETURNS or self._files.changed():
             self._fail(self._failure)
             return
         self._returns += 1
         self._run_on()
-        self._migration.set_status("setup")
+        self._state.set("setup")
         body = {"argv": own_command(), "cwd": os.getcwd(), "environment": dict(os.environ)}
         self._update.send(BACK, body)
         self._start_timer()
@@ -259,11 +268,11 @@ class EarlyUpdate:
         new_pid = self._update.pid not in (0, os.getpid())
         self.close()
         if new_pid:
-            self._migration.on_new_pid()
+            self._process.on_new_pid()
             reason += f"; the guest goes on in the old VMM, PID {os.getpid()}"
         error_report(f"the update failed: {reason}")
         self._run_on()
-        self._migration.end(status, reason)
+        self._outgoing.end(status, reason)
 
     def _run_on(self) -> None:
         """Takes the guest back from a hand-over that did not happen."""
@@ -271,8 +280,8 @@ class EarlyUpdate:
             self._stopped = False
             self._machine.accel.saves_cpu_model = True
             gc.enable()
-            self._migration.loop.unwatch(self._update.token)
-            self._migration.run_on()
+            self._loop.unwatch(self._update.token)
+            self._outgoing.run_on()
 
     def cancel(self) -> None:
         """migrate_cancel: the new image is killed, and the guest goes on here."""
@@ -299,5 +308,5 @@ class EarlyUpdate:
         if self._signal_timer is not None:
             self._signal_timer.cancel()
         for fd in (self._update.fileno(), self._update.pidfd, self._update.token):
-            self._migration.loop.unwatch(fd)
+            self._loop.unwatch(fd)
         self._update.close()

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from cpr.live.messages import Message
     from cpr.live.old_image import Update
     from cpr.machine import Machine
-    from cpr.migration.migration import Migration
     from cpr.state.cpr_state import CprState
 
 
@@ -66,9 +65,8 @@ def check_protocol(message: Message) -> None:
         )
 
 
-def send_state(update: Update, migration: Migration, state: CprState, failure: str) -> None:
+def send_state(update: Update, machine: Machine, state: CprState, failure: str) -> None:
     """Sends what a new VMM builds its machine from; `failure` is why the one before has failed."""
-    machine = migration.machine
     body = {
         "program": PROGRAM,
         "guest": describe(machine),

@@ -18,7 +18,9 @@ from cpr.migration.hand_over import check_protocol, send_state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from cpr.migration.migration import Migration
+    from cpr.machine import Machine
+    from cpr.mainloop import MainLoop
+    from cpr.state.fds import PreservedFds
 
 STEP_MS = 5
 END_MS = 5000  # for a program that was thanked
@@ -33,7 +35,9 @@ class Rehearsed:
         self.start_ms = start_ms
 
 
-def rehearse(migration: Migration, command: list[str], timeout_ms: int) -> Rehearsed:
+def rehearse(
+    machine: Machine, fds: PreservedFds, loop: MainLoop, command: list[str], timeout_ms: int
+) -> Rehearsed:
     """Starts `command` and waits until it is ready, refuses, ends, or the time is over.
 
     Raises MigrationError where it cannot even be started.
@@ -45,7 +49,7 @@ def rehearse(migration: Migration, command: list[str], timeout_ms: int) -> Rehea
     began = time.monotonic_ns()
     try:
         update.spawn(command, os.environ)
-        refusal = _converse(migration, update, timeout_ms)
+        refusal = _converse(machine, fds, loop, update, timeout_ms)
         took = (time.monotonic_ns() - began) // NS_PER_MS
         if refusal is None:
             update.send(END, {"status": 0})
@@ -63,7 +67,9 @@ def rehearse(migration: Migration, command: list[str], timeout_ms: int) -> Rehea
     return Rehearsed([refusal], None)
 
 
-def _converse(migration: Migration, update: Update, timeout_ms: int) -> str | None:
+def _converse(
+    machine: Machine, fds: PreservedFds, loop: MainLoop, update: Update, timeout_ms: int
+) -> str | None:
     """What the new program says against the update: None for nothing, "" where it has ended."""
     deadline = time.monotonic_ns() + timeout_ms * NS_PER_MS
     poll = select.poll()
@@ -71,7 +77,7 @@ def _converse(migration: Migration, update: Update, timeout_ms: int) -> str | No
     poll.register(update.pidfd, select.POLLIN)
     while True:
         ready = [fd for fd, _ in poll.poll(STEP_MS)]
-        migration.loop.run_timers()
+        loop.run_timers()
         if update.fileno() in ready:
             try:
                 message = update.receive()
@@ -80,7 +86,7 @@ def _converse(migration: Migration, update: Update, timeout_ms: int) -> str | No
             message.close()
             if message.kind == HELLO:
                 check_protocol(message)
-                send_state(update, migration, migration.fds.state(), "")
+                send_state(update, machine, fds.state(), "")
             elif message.kind == READY:
                 return None
             else:
