@@ -9,6 +9,7 @@ from cpr.errors import MigrationError
 from cpr.live.transaction import END, HAND_OVER, READY, REHEARSE, STATE, UpdateError
 from cpr.migration.channel import Channel
 from cpr.migration.hand_over import decode_state, differences
+from cpr.migration.placement import place_vcpus, restore
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Arrival:
         self._predecessor = predecessor
         self._guest: dict[str, Any] = {}
         self._cpu: Any = None
+        self._placement: dict[str, Any] = {}
         self.failure = ""
         """Why an update failed whose old command this is; empty for a new program."""
 
@@ -38,6 +40,7 @@ class Arrival:
         self._predecessor.hello(PROGRAM)
         message = self._predecessor.receive(STATE)
         self._guest, self._cpu = message.body["guest"], message.body["cpu"]
+        self._placement = message.body["placement"]
         self.failure = str(message.body["failure"])
         fds.take_over(decode_state(message))
 
@@ -47,6 +50,11 @@ class Arrival:
         if reasons:
             raise MigrationError("; ".join(reasons))
         machine.accel.adopt_cpu_model(self._cpu)
+        place_vcpus(machine.threads, self._placement)
+
+    def end_placement(self) -> None:
+        """This thread, and what it starts, may run wherever the old VMM might."""
+        restore(self._placement["main"])
 
     def rehearsed(self) -> None:
         """This VMM could take over: says so, and waits to be thanked.  Does not come back."""

@@ -34,6 +34,7 @@ from cpr.migration.capabilities import Capabilities
 from cpr.migration.channel import Channel
 from cpr.migration.hand_over import check_protocol, send, send_state
 from cpr.migration.mode import EXEC, device_blockers
+from cpr.migration.placement import Placement
 from cpr.migration.program import own_command
 from cpr.report import error_report, exception_report
 
@@ -81,6 +82,7 @@ class EarlyUpdate:
         self._sent: dict[tuple[str, int], int] = {}
         self._stopped = False
         self._closed = False
+        self._placement = Placement(self._machine.threads)
         if update is not None:
             self._update = update
             return
@@ -92,6 +94,7 @@ class EarlyUpdate:
 
     def execute(self) -> None:
         """Becomes the command, and goes on in the guard; or the update fails."""
+        self._placement.keep_away()
         self._process.park()
         try:
             self._update.execute(
@@ -100,6 +103,7 @@ class EarlyUpdate:
         except Exception as error:  # the guest must not be lost to a bug here
             if not isinstance(error, CprError):
                 exception_report(error)
+            self._placement.give_back()
             self._process.unpark()
             self._fail(str(error))
             return
@@ -181,7 +185,7 @@ class EarlyUpdate:
         check_protocol(message)
         machine, fds = self._machine, self._outgoing.fds
         self._sent = fds.serials()
-        send_state(self._update, machine, fds.state(), self._failure)
+        send_state(self._update, machine, fds.state(), self._failure, self._placement)
         if machine.runstate.current == runstate.RUNNING:
             savevm.warm_up(machine, NONE, self._mode, True)
 
@@ -304,6 +308,7 @@ class EarlyUpdate:
         if self._closed:
             return
         self._closed = True
+        self._placement.give_back()
         self._stop_timer()
         if self._signal_timer is not None:
             self._signal_timer.cancel()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cpr.live.messages import Message
     from cpr.live.old_image import Update
     from cpr.machine import Machine
+    from cpr.migration.placement import Placement
     from cpr.state.cpr_state import CprState
 
 
@@ -65,13 +66,16 @@ def check_protocol(message: Message) -> None:
         )
 
 
-def send_state(update: Update, machine: Machine, state: CprState, failure: str) -> None:
+def send_state(
+    update: Update, machine: Machine, state: CprState, failure: str, placement: Placement
+) -> None:
     """Sends what a new VMM builds its machine from; `failure` is why the one before has failed."""
     body = {
         "program": PROGRAM,
         "guest": describe(machine),
         "cpu": machine.accel.cpu_model(),
         "failure": failure,
+        "placement": placement.describe(),
     }
     send(update, STATE, body, state)
 

@@ -15,6 +15,7 @@ from cpr.errors import CprError, MigrationError
 from cpr.live.old_image import Update
 from cpr.live.transaction import END, HELLO, READY, UpdateError
 from cpr.migration.hand_over import check_protocol, send_state
+from cpr.migration.placement import Placement
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,9 +48,14 @@ def rehearse(
     except UpdateError as error:
         raise MigrationError(str(error)) from None
     began = time.monotonic_ns()
+    placement = Placement(machine.threads)
     try:
-        update.spawn(command, os.environ)
-        refusal = _converse(machine, fds, loop, update, timeout_ms)
+        placement.keep_away()
+        try:
+            update.spawn(command, os.environ)
+        finally:
+            placement.give_back()
+        refusal = _converse(machine, fds, loop, update, timeout_ms, placement)
         took = (time.monotonic_ns() - began) // NS_PER_MS
         if refusal is None:
             update.send(END, {"status": 0})
@@ -68,7 +74,12 @@ def rehearse(
 
 
 def _converse(
-    machine: Machine, fds: PreservedFds, loop: MainLoop, update: Update, timeout_ms: int
+    machine: Machine,
+    fds: PreservedFds,
+    loop: MainLoop,
+    update: Update,
+    timeout_ms: int,
+    placement: Placement,
 ) -> str | None:
     """What the new program says against the update: None for nothing, "" where it has ended."""
     deadline = time.monotonic_ns() + timeout_ms * NS_PER_MS
@@ -86,7 +97,7 @@ def _converse(
             message.close()
             if message.kind == HELLO:
                 check_protocol(message)
-                send_state(update, machine, fds.state(), "")
+                send_state(update, machine, fds.state(), "", placement)
             elif message.kind == READY:
                 return None
             else:
