@@ -294,7 +294,7 @@ class Migration:
 
     def close(self, exit_status: int) -> None:
         """The VM ends, with whatever is under way."""
-        self.incoming_side.close()
+        self.incoming_side.close(CLOSE_TIMEOUT)
         if self.outgoing is not None:
             self.outgoing.close(exit_status)
         # It reads the machine, which is freed next.

@@ -30,6 +30,7 @@ from cpr.report import error_report, exception_report, info_report, output, warn
 from cpr.state.cpr_state import STATE_NAME
 from cpr.state.fds import PreservedFds
 from cpr.vmm import daemon
+from cpr.vmm.preload import preload
 from cpr.vmm.vmm import Vmm
 
 TYPE_CHECKING = False
@@ -113,7 +114,12 @@ def _start(config: Config, fds: PreservedFds, predecessor: Predecessor | None) -
     if isinstance(sources.main, dict) and not connects_in_background(sources.main):
         _load(vmm, sources.main, sources.option)
         vmm.create_frontends(after_exec)
+        preload()
     else:
+        if after_exec:
+            incoming.on_running = preload
+        else:
+            preload()
         vmm.create_frontends(after_exec)
         _boot(vmm, sources.main, sources.option)
     vmm.start_populating()
@@ -123,9 +129,14 @@ def _start(config: Config, fds: PreservedFds, predecessor: Predecessor | None) -
 def _commit(vmm: Vmm, predecessor: Predecessor) -> None:
     """The guest of a late update is loaded: it is this VMM's from here on."""
     predecessor.commit()
-    vmm.migration.incoming_side.on_running = lambda: _carefully(
-        lambda: _end_update(vmm, predecessor)
-    )
+    incoming = vmm.migration.incoming_side
+    then = incoming.on_running
+
+    def on_running() -> None:
+        _carefully(lambda: _end_update(vmm, predecessor))
+        then()
+
+    incoming.on_running = on_running
 
 
 def _end_update(vmm: Vmm, predecessor: Predecessor) -> None:
@@ -160,6 +171,7 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     incoming = vmm.migration.incoming_side
     incoming.expect(config.start_paused)
     incoming.commit = arrival.commit
+    preload()
     mark("populate")
     populate_before(vmm.machine.blocks)
     gc.disable()  # not in the hand-over, for which the guest stands still
