@@ -218,6 +218,7 @@ class EarlyUpdate:
             body = {"changed": changed, "renewed": renewed}
             state = fds.state() if changed else None
             send(self._update, HAND_OVER, body, state, stream)
+            self._placement.keep_away()  # nothing here goes before the new image from now on
         except OSError as error:
             raise MigrationError(f"memfd of the hand-over: {error.strerror}") from None
         finally:
