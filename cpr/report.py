@@ -19,9 +19,8 @@ import select
 import stat
 import sys
 
-from cpr.constants import STDERR, STDIN, STDOUT
+from cpr.constants import PROGRAM, STDERR, STDIN, STDOUT
 
-PROGRAM = "cpr-vmm"
 MAX_TEXT = 64 << 10
 """Bytes of one report; the rest is dropped."""
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness.vm import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "cpr"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

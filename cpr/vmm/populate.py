@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 START_DELAY = 0.25  # s
 LEAST_REST = 0.0005  # s
-BUDGET_NS = 10_000_000_000
+BUDGET_NS = 10 * NS_PER_S
 
 
 class Populator:

@@ -11,7 +11,7 @@ import os
 
 from cpr import pc, phases
 from cpr.config import parse_command_line
-from cpr.constants import STDERR
+from cpr.constants import NS_PER_S, STDERR
 from cpr.errors import ConfigError, MigrationError
 from cpr.events import EventBus
 from cpr.live.new_image import find_predecessor
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from cpr.migration.arrival import Arrival
     from cpr.migration.cpr_transfer import CprListener
 
-HANG_UP_NS = 2_000_000_000
+HANG_UP_NS = 2 * NS_PER_S
 
 
 def run_vmm(arguments: list[str]) -> int:
