@@ -21,7 +21,7 @@ from cpr.errors import ConfigError, KernelError, MigrationError
 from cpr.migration.rate import RateLimit
 from cpr.page_bitmap import PageBitmap, existing_pages
 from cpr.pages import NO_LIMIT, ZERO_CLEAR, ZERO_SKIP, PageCounts, PagePool, Pages
-from cpr.ram import create_copy, page_sizes
+from cpr.ram_backend import create_copy, page_sizes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

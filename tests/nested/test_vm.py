@@ -89,8 +89,6 @@ import time
 from pathlib import Path
 from tests.nested.vm import NestedVm
 from tests.nested.kernels import Kernel
-from harness.vm import ROOT
-from harness.vm import ROOT
 kernel = Kernel("", "", Path({str(kernel.image)!r}), [])
 vm = NestedVm(kernel, Path({str(archive)!r}), *map(Path, {files!r}))
 print(vm.pid, flush=True)
