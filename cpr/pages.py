@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from cpr.ram import RAMBlock
 
-LONGEST_RECORD = lib.CPR_RECORD_MOST
 NO_LIMIT = (1 << 64) - 1
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")  # the fastest first
