@@ -220,7 +220,7 @@ class Machine:
     def unpark(self) -> None:
         """Starts the threads again, and those vCPUs that ran."""
         for thread, was_running in zip(self.threads, self._parked, strict=True):
-            thread.restart()
+            thread.start()
             if was_running:
                 thread.resume()
 

@@ -97,17 +97,29 @@ class EarlyUpdate:
 
     def execute(self) -> None:
         """Becomes the command, and goes on in the guard; or the update fails."""
+        parked = False
+
+        def park() -> None:
+            nonlocal parked
+            parked = True
+            self._process.park()
+
         self._placement.keep_away()
-        self._process.park()
         try:
             self._update.execute(
-                self._mode.command, os.environ, early=True, timeout_ns=0, holds_signals=True
+                self._mode.command,
+                os.environ,
+                early=True,
+                timeout_ns=0,
+                holds_signals=True,
+                park=park,
             )
         except Exception as error:  # the guest must not be lost to a bug here
             if not isinstance(error, CprError):
                 exception_report(error)
             self._placement.give_back()
-            self._process.unpark()
+            if parked:
+                self._process.unpark()
             self._fail(str(error))
             return
         self._process.unpark()
