@@ -9,7 +9,7 @@ from cpr.errors import MigrationError
 from cpr.live.transaction import END, HAND_OVER, READY, REHEARSE, STATE, UpdateError
 from cpr.migration.channel import Channel
 from cpr.migration.hand_over import decode_state, differences
-from cpr.migration.placement import place_vcpus, restore
+from cpr.migration.placement import Placement
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Arrival:
         self._predecessor = predecessor
         self._guest: dict[str, Any] = {}
         self._cpu: Any = None
-        self._placement: dict[str, Any] = {}
+        self.placement = Placement((), (), ())
         self.failure = ""
         """Why an update failed whose old command this is; empty for a new program."""
 
@@ -40,7 +40,7 @@ class Arrival:
         self._predecessor.hello(PROGRAM_VERSION)
         message = self._predecessor.receive(STATE)
         self._guest, self._cpu = message.body["guest"], message.body["cpu"]
-        self._placement = message.body["placement"]
+        self.placement = Placement(*message.body["placement"])
         self.failure = str(message.body["failure"])
         fds.take_over(decode_state(message))
 
@@ -50,11 +50,7 @@ class Arrival:
         if reasons:
             raise MigrationError("; ".join(reasons))
         machine.accel.adopt_cpu_model(self._cpu)
-        place_vcpus(machine.threads, self._placement)
-
-    def end_placement(self) -> None:
-        """This thread, and what it starts, may run wherever the old VMM might."""
-        restore(self._placement["main"])
+        self.placement.place(machine.threads)
 
     def rehearsed(self) -> None:
         """This VMM could take over: says so, and waits to be thanked.  Does not come back."""
@@ -65,6 +61,7 @@ class Arrival:
         """Says that all is ready, and waits for the guest: its stream, which is the caller's."""
         self._predecessor.send(READY)
         message = self._predecessor.receive(HAND_OVER)
+        self.placement.hand_over()
         stream = message.fds.pop(0)
         os.lseek(stream, 0, os.SEEK_SET)
         if message.body["changed"]:

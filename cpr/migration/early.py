@@ -84,7 +84,7 @@ class EarlyUpdate:
         self._sent: dict[tuple[str, int], int] = {}
         self._stopped = False
         self._closed = False
-        self._placement = Placement(self._machine.threads)
+        self._placement = Placement.of(self._machine.threads)
         if update is not None:
             self._update = update
             return
@@ -196,19 +196,23 @@ class EarlyUpdate:
         outgoing, machine, fds = self._outgoing, self._machine, self._outgoing.fds
         for reason in device_blockers(machine, EXEC):
             raise MigrationError(reason)
-        gc.disable()
-        machine.accel.saves_cpu_model = False
-        self._update.page.struct.stopped_ns = time.monotonic_ns()
-        self._stopped = True
-        outgoing.stop_guest()
-        machine.cpr_prepare(EXEC)
-        self._state.set("device")
-        stream = os.memfd_create("cpr-stream")
+        try:
+            stream = os.memfd_create("cpr-stream")
+        except OSError as error:
+            raise MigrationError(f"memfd of the hand-over: {error.strerror}") from None
         try:
             channel = Channel(os.dup(stream), "file")
-            saver = savevm.Saver(machine, NONE, outgoing.old_state, self._mode, channel)
+            saver = savevm.Saver(machine, NONE, self._mode, channel)
             saver.ram()
-            saver.devices(False)
+            gc.disable()
+            machine.accel.saves_cpu_model = False
+            self._placement.hand_over()
+            self._update.page.struct.stopped_ns = time.monotonic_ns()
+            self._stopped = True
+            outgoing.stop_guest()
+            machine.cpr_prepare(EXEC)
+            self._state.set("device")
+            saver.devices(outgoing.old_state, False)
             channel.finish()
             serials = fds.serials()
             changed = serials != self._sent
@@ -216,6 +220,7 @@ class EarlyUpdate:
             body = {"changed": changed, "renewed": renewed}
             state = fds.state() if changed else None
             send(self._update, HAND_OVER, body, state, stream)
+            self._placement.keep_away()  # nothing here goes before the new image from now on
         except OSError as error:
             raise MigrationError(f"memfd of the hand-over: {error.strerror}") from None
         finally:
@@ -236,6 +241,7 @@ class EarlyUpdate:
             return
         self._returns += 1
         self._run_on()
+        self._placement.keep_away()
         self._state.set("setup")
         body = {"argv": own_command(), "cwd": os.getcwd(), "environment": dict(os.environ)}
         self._update.send(BACK, body)

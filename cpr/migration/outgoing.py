@@ -176,9 +176,7 @@ class Outgoing:
                 self.stop_guest()
             assert self._channel is not None
             self.machine.cpr_prepare(self._mode.name)
-            self._saver = savevm.Saver(
-                self.machine, capabilities, self.old_state, self._mode, self._channel
-            )
+            self._saver = savevm.Saver(self.machine, capabilities, self._mode, self._channel)
             self._write(self._saver.ram)
             if self._staging is None:
                 self.ram = self._saver.counters
@@ -242,7 +240,8 @@ class Outgoing:
 
     def _write_all(self) -> None:
         assert self._channel is not None and self._saver is not None
-        self._write(self._saver.devices)
+        saver = self._saver
+        self._write(lambda: saver.devices(self.old_state))
         capabilities = self.state.capabilities
         if capabilities.enabled("return-path") and self._channel.kind != "socket":
             raise MigrationError("Unable to read from file: Bad file descriptor")

@@ -42,13 +42,12 @@ def prepare() -> None:
 
 
 class Saver:
-    """Writes the stream of a stopped machine that was in runstate `old_state` before."""
+    """Writes the stream of a machine, which is stopped before anything of the guest's is read."""
 
     def __init__(
         self,
         machine: Machine,
         capabilities: Capabilities,
-        old_state: str,
         mode: Mode,
         channel: Channel,
     ) -> None:
@@ -56,7 +55,6 @@ class Saver:
         self._channel = channel
         self._mapped = capabilities.enabled("mapped-ram")
         self._machine = machine
-        self._old_state = old_state
         self._checked = tuple(c for c in CHECKED_CAPABILITIES if capabilities.enabled(c))
         self._uuid = encode_uuid(machine) if capabilities.enabled("validate-uuid") else None
         self._ignore_shared = capabilities.enabled("x-ignore-shared")
@@ -130,9 +128,12 @@ class Saver:
                     writer.write(ram_section.END)
                     writer.close_section(RAM_SECTION_ID)
 
-    def devices(self, described: bool = True, devices: list[Device] | None = None) -> None:
+    def devices(
+        self, old_state: str, described: bool = True, devices: list[Device] | None = None
+    ) -> None:
         """The devices, the run state and, if it is `described`, the description: all the rest.
 
+        `old_state` is the runstate that the machine was in before it was stopped.
         `devices` are all of the machine's, where nothing else is said.
         """
         writer, machine = self._writer, self._machine
@@ -151,7 +152,7 @@ class Saver:
                     device.save(),
                 )
         last_id = FIRST_DEVICE_ID + len(saved)
-        state = encode_runstate(self._old_state, machine.was_suspended)
+        state = encode_runstate(old_state, machine.was_suspended)
         writer.device(last_id, VMSTATE_GLOBALSTATE.name, 0, VMSTATE_GLOBALSTATE, state)
         writer.eof()
         if described:
@@ -173,10 +174,10 @@ def warm_up(machine: Machine, capabilities: Capabilities, mode: Mode, running: b
     fd = os.memfd_create("cpr-warm-up")
     channel = Channel(os.dup(fd), "file")
     try:
-        saver = Saver(machine, capabilities, runstate.RUNNING, mode, channel)
+        saver = Saver(machine, capabilities, mode, channel)
         saver.ram()
         devices = [d for d in machine.sections() if d.plain and not (running and d.of_vcpu)]
-        saver.devices(False, devices)
+        saver.devices(runstate.RUNNING, False, devices)
         if running:
             VMSTATE_CPU.encode(machine.vcpu_state(0))
         channel.flush()

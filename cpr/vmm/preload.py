@@ -12,6 +12,11 @@ MODULES = (
     "cpr.accel.kvm.cpuid_names",
     "cpr.accel.paging",
     "cpr.chardev.base",
+    "cpr.chardev.file",
+    "cpr.chardev.null",
+    "cpr.chardev.pty",
+    "cpr.chardev.socket",
+    "cpr.chardev.stdio",
     "cpr.config.option_json",
     "cpr.config.readconfig",
     "cpr.config.usage",
@@ -30,7 +35,11 @@ MODULES = (
     "cpr.pages",
     "cpr.vmm.populate",
 )
-"""All that is imported in a function, and not because the command line asks for it at the start."""
+"""All that is imported in a function.
+
+In an early update that is also what the new image's chardevs and monitors need: an import holds the
+interpreter for ms, in which a vCPU that exits to a device would wait.
+"""
 
 
 def preload() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 from cpr import pc, phases
 from cpr.config import parse_command_line
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from cpr.migration.cpr_transfer import CprListener
 
 HANG_UP_NS = 2 * NS_PER_S
+SWITCH_INTERVAL = 0.0001
+"""How long, in s, a vCPU that exits to a device waits for another thread's Python at most."""
 
 
 def run_vmm(arguments: list[str]) -> int:
@@ -52,6 +55,7 @@ def run_vmm(arguments: list[str]) -> int:
     goes on, under this PID if that can be.
     """
     mark("config")
+    sys.setswitchinterval(SWITCH_INTERVAL)
     predecessor = find_predecessor()
     try:
         return _run(arguments, predecessor)
@@ -176,11 +180,12 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     source = arrival.receive_guest(fds)
     incoming.load(source, handed_over=True)
     for step in (
-        arrival.end_placement,
+        arrival.placement.keep_away,
         lambda: predecessor.wait_hang_up(HANG_UP_NS),
         lambda: _end_update(vmm, predecessor),
         lambda: _report(vmm, arrival),
         lambda: vmm.create_frontends(True),
+        arrival.placement.give_back,
         vmm.start_populating,  # what there was no time for
     ):
         _carefully(step)
