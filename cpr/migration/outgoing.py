@@ -222,7 +222,7 @@ class Outgoing:
         if self._cancel:
             raise Cancelled("Switchover is interrupted")
 
-    def _write(self, step: Callable[[], None]) -> None:
+    def _write(self, step: Callable[[], object]) -> None:
         """Runs one step of writing the stream, and puts it out."""
         assert self._channel is not None and self._saver is not None
         try:
