@@ -89,7 +89,7 @@ class Vm:
                 return Qmp(self.socket, self._timeout)
             except OSError as error:
                 status = self.process.poll()
-                if status is not None and not self.processes():  # nor an old image behind it
+                if status is not None and not self.processes():  # nor an old image
                     raise RuntimeError(f"VMM ended with {status}: {self.stderr}") from error
                 if time.monotonic() > deadline:
                     text = f"no monitor after {self._timeout:.0f} s: {error}"
