@@ -154,8 +154,8 @@ for number in range(60):
     live.keep(f"c:{number}", pairs[-1][0])
 NEW = [PYTHON, "-c", "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30));"
        "from cpr import live; live.names(); live.ready()"]
-error = fails(NEW, mode=mode)
-say("new", error.reason)
+if mode == "early":  # in a late update they go over the exec, whatever the limit
+    say("new", fails(NEW, mode=mode).reason)
 open_fds = len(os.listdir("/proc/self/fd"))
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 for limit in range(open_fds - 1, open_fds + 10):
@@ -176,7 +176,7 @@ say("end", os.getuid(), fails(["/bin/false"], mode=mode).reason)
 def test_want_of_descriptors_is_said(tmp_path: Path, mode: str) -> None:
     result = run(tmp_path, LIMITS, mode)
     assert "end" in {line[0] for line in result.lines}, result.stderr
-    assert "RLIMIT_NOFILE" in result.of("new")[0][0]
+    assert mode == "late" or "RLIMIT_NOFILE" in result.of("new")[0][0]
     reasons = [line[0] for line in result.of("old")]
     assert all("Too many open files" in reason or "exit status 1" in reason for reason in reasons)
     assert "Too many open files" in reasons[0] and "exit status 1" in reasons[-1]

@@ -24,6 +24,7 @@ from cpr.live import notify, session
 from cpr.live.aio_server import Server, servers, start_server
 from cpr.live.errors import UpdateError
 from cpr.live.streams import StreamWriter
+from cpr.live.token import is_readable
 
 __all__ = ["Server", "StreamWriter", "on_resume", "on_stop", "start_server", "update"]
 STEP = 0.001  # s
@@ -31,7 +32,7 @@ STEP = 0.001  # s
 _stopping: list[Callable[[], Awaitable[Any]]] = []
 _resuming: list[Callable[[], Any]] = []
 _tasks: set[asyncio.Task[Any]] = set()
-_updating = _stopped = False
+_stopped = False
 
 
 async def update(
@@ -48,12 +49,8 @@ async def update(
     Before the hand-over the servers of `start_server` stop reading and accepting, and each handler
     goes on until it is at rest; what the loop's default executor does is waited for, too.
     """
-    global _updating
-    if _updating:
-        raise UpdateError("an update is under way already")
     current = session.Session(argv, env, timeout, mode, guard, allow)
     loop = asyncio.get_running_loop()
-    _updating = True
     try:
         current.pause()
         await _end_executor(loop, current)
@@ -81,8 +78,6 @@ async def update(
         current.fail(error)
         _resume()
         raise
-    finally:
-        _updating = False
 
 
 def on_stop(function: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
@@ -123,9 +118,7 @@ async def _wait(loop: asyncio.AbstractEventLoop, current: session.Session) -> No
 
 def _has_hung_up(current: session.Session) -> bool:
     """Whether the socket is readable, and nothing is there to be read."""
-    import select
-
-    return bool(select.select([current.fds()[0]], [], [], 0)[0]) and not current.has_message()
+    return is_readable(current.fds()[0]) and not current.has_message()
 
 
 async def _stop(current: session.Session) -> None:

@@ -131,6 +131,8 @@ def on_save(function: Any = None, *, version: int = 1) -> Any:
     be used as a decorator.
     """
 
+    preserved.check_version(version)
+
     def register(given: Any) -> Any:
         if not callable(given):
             raise TypeError(f"live.on_save: {given!r} cannot be called")
@@ -147,6 +149,7 @@ def state(default: Any = None, *, version: int = 1) -> Any:
     The previous program stops serving here.  `version` is the latest that this program knows; a
     later one ends this program, the previous one goes on, and its UpdateError has both versions.
     """
+    preserved.check_version(version)
     return image.current().state(default, version)
 
 
@@ -284,7 +287,8 @@ def update_on(
     """Updates at that signal; `options` are those of `update`.
 
     An error goes to `on_error`, else to the logger cpr.live.  Where an asyncio loop runs it is
-    live.aio.update that is called.  Raises ValueError outside the main thread.
+    live.aio.update that is called.  Raises ValueError outside the main thread, and for a signal
+    that nobody can catch.
     """
 
     def report(error: UpdateError) -> None:
@@ -306,7 +310,10 @@ def update_on(
         except UpdateError as error:
             report(error)
 
-    signals.signal(signum, handle)
+    try:
+        signals.signal(signum, handle)
+    except OSError as error:
+        raise ValueError(f"no update can be made at signal {signum}: {error.strerror}") from None
     signals.siginterrupt(signum, False)
     session.update_signals.add(int(signum))
 

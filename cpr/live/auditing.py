@@ -51,9 +51,8 @@ def audit(image: Image) -> list[Finding]:
 
 def blocking(image: Image, allowed: Iterable[str]) -> list[Finding]:
     """What an update is refused for."""
-    words = (allowed,) if isinstance(allowed, str) else tuple(allowed)
     found = [*_threads(), *_children(), *_locks()]
-    return [each for each in found if not each.survives and not each.is_allowed(words)]
+    return [each for each in found if not each.survives and not each.is_allowed(allowed)]
 
 
 def _descriptors(image: Image) -> list[Finding]:

@@ -14,7 +14,14 @@ import select
 import time
 
 from cpr.constants import NS_PER_S
-from cpr.live.token import Returned, candidates, pending_signals, take_token, wait_status
+from cpr.live.token import (
+    Returned,
+    candidates,
+    is_readable,
+    pending_signals,
+    take_token,
+    wait_status,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -246,7 +253,7 @@ def kill(pidfd: int) -> None:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     except ProcessLookupError:
         pass
-    select.select([pidfd], [], [])
+    is_readable(pidfd, None)
 
 
 def end(mappings: Sequence[tuple[int, int]] = ()) -> None:

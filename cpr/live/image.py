@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cpr.constants import STDERR
 from cpr.live import forked, new_image, payload, transaction
+from cpr.live import token as tokens
 from cpr.live.errors import UpdateError
 from cpr.live.preserved import Registry
 from cpr.live.transaction import EARLY, END, HAND_OVER, LATE, READY, REHEARSE, STATE
@@ -57,6 +58,8 @@ class Image:
         self.pausing: list[Callable[[], Any]] = []
         self.resuming: list[Callable[[], Any]] = []
         self.committing: list[Callable[[], Any]] = []
+        self.updating = False
+        """An update or a rehearsal is under way: there is one at a time."""
         self._header: dict[str, Any] | None = None
         self._body: dict[str, Any] | None = None
         self._reader: payload.Reader | None = None
@@ -223,13 +226,11 @@ def forward_stderr(source: int, target: int) -> bytes:
 
 def _reap(pid: int) -> None:
     """Waits for the guard: a moment here, longer in a thread."""
-    import select
-
     try:
         pidfd = os.pidfd_open(pid)
     except OSError:
         return
-    ready = select.select([pidfd], [], [], REAP_MS / 1000)[0]
+    ready = tokens.is_readable(pidfd, REAP_MS)
     os.close(pidfd)
     if ready:
         forked.reap(pid)

@@ -12,7 +12,7 @@ MFD_HUGETLB = 4  # memfd_create(2); os has no name for it before Python 3.13
 
 def create(name: str, size: int, huge: bool) -> int:
     """A new memfd of `size` bytes, zero-filled; the caller owns it.  Raises PreserveError."""
-    if not isinstance(size, int) or size <= 0:
+    if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
         raise PreserveError(f"'{name}': a memory of {size!r} bytes cannot be made")
     _check_total(name, size)
     try:

@@ -17,7 +17,7 @@ INLINE, MEMFD, MORE = b"i", b"m", b"+"
 MOST_INLINE = 16 << 10  # bytes; far below what a socket buffer takes
 MOST_TEXT = 16 << 20  # bytes
 MOST_FDS = 200  # of one packet; the kernel's limit is 253 (SCM_MAX_FD)
-MOST_PACKETS = 100
+MOST_PACKETS = 6000  # of one message: 1200000 descriptors, more than a process has (fs.nr_open)
 ROOM = socket.CMSG_LEN((MOST_FDS + 1) * array.array("i").itemsize)
 
 

@@ -16,6 +16,7 @@ from cpr.live.transaction import (
     END,
     ENDING,
     HELLO,
+    LEFT_OPEN,
     PROTOCOL,
     REFUSE,
     VARIABLE,
@@ -85,6 +86,9 @@ class Predecessor:
         if message.kind != expected:
             message.close()
             raise UpdateError(f"the old program sent '{message.kind}' in place of '{expected}'")
+        if numbers := message.body.pop(LEFT_OPEN, None):
+            _take_open(numbers)
+            message.fds += numbers
         return message
 
     def hold(self, on: bool) -> None:
@@ -147,6 +151,16 @@ class Predecessor:
             os.close(self._socket_fd)
         os.close(self._token)
         self.page.close()
+
+
+def _take_open(numbers: list[int]) -> None:
+    """Descriptors that have come over the exec as they were.  Raises UpdateError."""
+    for number in numbers:
+        try:
+            os.set_inheritable(number, False)
+        except OSError as error:
+            text = f"descriptor {number} did not come over the exec: {error.strerror}"
+            raise UpdateError(text) from None
 
 
 def find_predecessor(backend: ModuleType | None = None) -> Predecessor | None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import _signal as signal  # `signal` itself makes enums, which a late update would wait for
 import os
-import select
 import time
 
-from cpr.constants import NS_PER_MS
+from cpr.constants import NS_PER_MS, STDERR
 from cpr.live import token as tokens
 from cpr.live.transaction import (
     AFTER,
@@ -18,6 +17,7 @@ from cpr.live.transaction import (
     GOING,
     HAND_OVER,
     LATE,
+    LEFT_OPEN,
     REHEARSE,
     STARTING,
     TRANSITIONS,
@@ -63,6 +63,8 @@ class Update:
         self._mappings = list(mappings)
         self._socket: socket.socket | None = None
         self._theirs: socket.socket | None = None
+        self._left_open: list[int] = []
+        self._copies: list[int] = []
         self.token = -1
         try:
             self.page = guard.Page()
@@ -136,7 +138,7 @@ class Update:
                 environment
                 if state_fd >= 0
                 else self.environment(EARLY if early else LATE, environment),
-                [*keep, *([] if state_fd >= 0 else self.handed_fds)],
+                [*keep, *self._left_open, *([] if state_fd >= 0 else self.handed_fds)],
                 self.token,
                 self.page,
                 early=early,
@@ -273,6 +275,23 @@ class Update:
         finally:
             self._socket.settimeout(None)
 
+    def leave_open(self, kind: str, body: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        """As queue, of any number: the descriptors stay open over a late exec.
+
+        They stay the caller's, and must be open until `execute`.  Raises UpdateError.
+        """
+        numbers: list[int] = []
+        try:
+            for fd in fds:
+                if fd <= STDERR or fd in numbers:  # each is one of its own in the new image
+                    fd = os.dup(fd)
+                    self._copies.append(fd)
+                numbers.append(fd)
+            self._left_open += [fd for fd in numbers if not os.get_inheritable(fd)]
+        except OSError as error:
+            raise UpdateError(f"descriptors of the update: {error.strerror}") from None
+        self.queue(kind, {**body, LEFT_OPEN: numbers})
+
     def take_back(self) -> bool:
         """Takes the token, and kills the new image if there is one; false: it has committed."""
         if not tokens.take_token(self.token):
@@ -287,7 +306,7 @@ class Update:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-            select.select([self.pidfd], [], [])
+            tokens.is_readable(self.pidfd, None)
             self._guard.adopted()
 
     def end(self, status: int) -> None:
@@ -301,7 +320,7 @@ class Update:
 
     def is_dead(self, timeout_ms: int) -> bool:
         """Whether the new image has ended, or does so within the time."""
-        return _is_ready(self.pidfd, timeout_ms)
+        return tokens.is_readable(self.pidfd, timeout_ms)
 
     def pending_signal(self) -> int:
         """The one of ENDING that waits for the new image, or 0: it is for what is updated."""
@@ -322,19 +341,14 @@ class Update:
             if sock is not None:
                 sock.close()
         self._socket = self._theirs = None
-        for fd in (self.token, self.pidfd):
+        for fd in (self.token, self.pidfd, *self._copies):
             if fd >= 0:
                 os.close(fd)
+        self._copies = []
         self.token = self.pidfd = -1
         if self.page is not None and self.page.struct is not None:
             self.page.close()
         self.state = CLOSED
-
-
-def _is_ready(fd: int, timeout_ms: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(timeout_ms))
 
 
 def _default_backend() -> ModuleType:

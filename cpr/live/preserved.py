@@ -141,6 +141,11 @@ def check_name(name: str) -> None:
         raise PreserveError(f"{name!r} is no name: 1 to {MOST_NAME} printable characters are one")
 
 
+def check_version(version: int) -> None:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 0:
+        raise PreserveError(f"version={version!r} is none: a version is a whole number from 0 on")
+
+
 def make_entry(name: str, value: Any) -> Entry:
     """An entry for an object or a descriptor's number, the caller's.  Raises PreserveError."""
     import io
@@ -220,6 +225,8 @@ def find_or_make(
     registry.claim(name)
     if registry.find(name) is not None:
         return registry.take(name, kind)
+    if not callable(make):
+        raise PreserveError(f"'{name}' is not there, and {make!r} cannot be called to make it")
     value = make()
     entry = make_entry(name, value)
     if entry.kind != kind:

@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
@@ -17,10 +18,10 @@ from typing import Any, NoReturn
 
 from cpr.constants import NS_PER_S, STDERR
 from cpr.errors import CprError
-from cpr.live import auditing, forked, image, old_image, payload, transaction
+from cpr.live import arguments, auditing, forked, image, old_image, payload, transaction
 from cpr.live.errors import UpdateError
 from cpr.live.preserved import Entry
-from cpr.live.token import describe_status
+from cpr.live.token import describe_status, is_readable
 from cpr.live.transaction import HAND_OVER, HELLO, READY, REFUSE, STATE
 
 EARLY, LATE = "early", "late"
@@ -49,19 +50,15 @@ class Session:
         """Raises UpdateError for what can be seen to be wrong."""
         self._image = image.current()
         self._folder = self._image.folder if argv is None else None
-        self.argv = [os.fspath(word) for word in (self._image.argv if argv is None else argv)]
-        self.env = dict(os.environ if env is None else env)
-        self._allow = allow
+        self.argv = arguments.check_command(self._image.argv if argv is None else argv)
+        self.env = arguments.check_environment(os.environ if env is None else env)
+        self._allow = arguments.check_allowed(allow)
         if mode not in (EARLY, LATE):
             raise UpdateError(f"mode '{mode}' is neither early nor late")
         if guard not in (FORK, VM):
             raise UpdateError(f"guard '{guard}' is neither fork nor vm")
-        if not timeout > 0:
-            raise UpdateError(f"a timeout of {timeout} s is none")
-        if not self.argv:
-            raise UpdateError("an empty command cannot be executed")
         self.mode = mode
-        self.timeout = timeout
+        self.timeout = arguments.check_timeout(timeout)
         self._deadline = time.monotonic() + timeout
         self._backend = forked if guard == FORK else _vm_backend()
         self._old_pid = os.getpid()
@@ -71,11 +68,19 @@ class Session:
         self._paused = False
         self._blocked = sorted(update_signals - signal.pthread_sigmask(signal.SIG_BLOCK, ()))
         self._rehearsing = False
+        if self._image.updating:
+            raise UpdateError("an update is under way already")
+        self._image.updating = True
 
     # The steps.
 
     def check(self) -> None:
         """Raises UpdateError for what would not survive."""
+        if threading.current_thread() is not threading.main_thread():
+            raise UpdateError(
+                "an update is made by the main thread, which goes on if it fails, and not by "
+                f"'{threading.current_thread().name}'; live.update_on takes a signal from anywhere"
+            )
         if self._image.is_starting:
             raise UpdateError("this program has not called live.ready(): it cannot be updated yet")
         found = self._image.registry.check()
@@ -104,7 +109,7 @@ class Session:
         early = self.mode == EARLY
         self._real_stderr = _duplicate(STDERR)
         if not early:
-            self._send_header(self._update.queue)
+            self._send_header(self._update.leave_open)
             self._send_rest(self._update.queue)
         self._divert_stderr()
         folder = os.getcwd() if self._folder else None
@@ -134,7 +139,9 @@ class Session:
 
     def end_rehearsal(self) -> tuple[int | None, list[str]]:
         """Ends the child: its return code as subprocess has it, and its last lines of stderr."""
-        assert self._update is not None
+        self._image.updating = False
+        if self._update is None:
+            return None, []
         if self._update.pid == 0:
             self._update.close()
             return None, []
@@ -160,8 +167,9 @@ class Session:
         ready = {fd for fd, _ in poll.poll(self.remaining() * 1000 if block else 0)}
         if sock in ready and self.has_message():
             return self._receive()
-        if sock in ready and pidfd not in ready and block:  # it has hung up, and may end now
-            ready |= set(select.select([pidfd], [], [], self.remaining())[0])
+        hung_up = sock in ready and pidfd not in ready and block
+        if hung_up and is_readable(pidfd, int(self.remaining() * 1000)):
+            ready.add(pidfd)
         if pidfd in ready:
             self._raise_death()
         if self.remaining() == 0:
@@ -189,6 +197,7 @@ class Session:
 
     def fail(self, error: BaseException) -> UpdateError:
         """Everything is this program's again; what is to be raised for `error`."""
+        self._image.updating = False
         update, lines = self._update, []
         if update is not None:
             started = update.pid != 0 and update.state != transaction.CLOSED
@@ -205,6 +214,8 @@ class Session:
             self._stderr = -1
         self.resume()
         reason = str(error) if isinstance(error, CprError) else repr(error)
+        if isinstance(error, MemoryError):
+            reason = "there is no memory for the update"
         return UpdateError(
             getattr(error, "reason", reason),
             getattr(error, "wait_status", getattr(error, "status", None)),

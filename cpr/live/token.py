@@ -7,6 +7,7 @@ is read once.
 from __future__ import annotations
 
 import os
+import select
 import time
 
 from cpr.constants import NS_PER_MS
@@ -55,6 +56,16 @@ def take_token(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def is_readable(fd: int, timeout_ms: int | None = 0) -> bool:
+    """Whether it is, or becomes so within the time; None waits.  A pidfd: its process has ended.
+
+    By poll(2): select(2) takes no descriptor from 1024 on.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout_ms))
 
 
 def candidates(name: str, environment: Mapping[str, str]) -> list[str]:

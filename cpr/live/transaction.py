@@ -36,6 +36,8 @@ PROTOCOL = 1
 
 HELLO, STATE, READY, HAND_OVER = "hello", "state", "ready", "hand-over"
 REFUSE, BACK, END = "refuse", "back", "end"
+LEFT_OPEN = "left open"
+"""In a message that was queued before a late exec: the numbers of its descriptors."""
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals that end a VM, at any moment of an update too."""

@@ -1,0 +1,122 @@
+"""What no program should do, and what only large ones do: each is told, or it works."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live_programs import run
+
+from cpr import live
+from cpr.live import testing
+
+BAD: list[tuple[str, Callable[[], Any]]] = [
+    ("allow=3 is neither", lambda: live.update(["new"], allow=3)),
+    ("'/bin/false x' is no list of words", lambda: live.update("/bin/false x")),
+    (r"\[1, 2\] is no list of words", lambda: live.update([1, 2])),
+    ("'a\\\\x00b' has a NUL byte", lambda: live.update(["a\0b"])),
+    ("empty command", lambda: live.update([""])),
+    ("'a=b'='c', which no environment", lambda: live.update(["new"], env={"a=b": "c"})),
+    ("does not map words to words", lambda: live.update(["new"], env={"a": 1})),
+    ("a timeout of 'x' s is none", lambda: live.update(["new"], timeout="x")),
+    ("a timeout of inf s is none", lambda: live.update(["new"], timeout=float("inf"))),
+    ("a timeout of 1e\\+30 s is none", lambda: live.rehearse(["new"], timeout=1e30)),
+    ("version='x' is none", lambda: live.on_save(lambda: 1, version="x")),
+    ("version=-1 is none", lambda: live.state(version=-1)),
+    ("'m': a memory of True bytes", lambda: live.memory("m", True)),
+    ("'b' is not there, and None cannot be called", lambda: live.socket("b", None)),
+    ("no update can be made at signal 9", lambda: live.update_on(signal.SIGKILL)),
+]
+
+
+@pytest.mark.parametrize(("text", "call"), BAD, ids=range(len(BAD)))
+def test_what_makes_no_sense_is_named(text: str, call: Callable[[], Any]) -> None:
+    with testing.fake() as process:
+        with pytest.raises((live.UpdateError, live.PreserveError, ValueError), match=text):
+            call()
+        assert process.updates == 0 and live.names() == []
+        assert process.run(live.update, ["new"], allow="thread")
+
+
+NESTED = """
+import signal, threading
+if len(sys.argv) > 1:
+    say("state", live.state())
+    live.ready()
+    raise SystemExit
+NEW = [PYTHON, __file__, "new"]
+reasons = []
+def save():
+    if not reasons:
+        reasons.append(fails(["/bin/false"]).reason)
+        return live.rehearse(NEW)
+    return reasons
+def on_signal(number, frame):
+    reasons.append(fails(["/bin/false"]).reason)
+signal.signal(signal.SIGUSR1, on_signal)
+live.on_save(save)
+live.ready()
+live.ready()
+for mode in ("early", "late"):
+    reasons.clear()
+    error = fails(NEW, mode=mode)
+    say("nested", reasons[0], error.reason, error.pid_changed)
+code = "import os, signal, time; os.kill(max(map(int, open('/proc/self/task/%d/children' "
+code += "% os.getpid()).read().split())), signal.SIGUSR1); time.sleep(0.2); raise SystemExit(5)"
+error = fails([PYTHON, "-c", code])
+say("signal", reasons[1], error.status)
+thread = threading.Thread(target=lambda: reasons.append(fails(NEW, allow="thread")), name="other")
+thread.start()
+thread.join()
+say("thread", reasons[2].reason, reasons[2].pid_changed)
+del reasons[2]
+live.update(NEW)
+"""
+
+
+def test_there_is_one_update_at_a_time_and_the_main_thread_makes_it(tmp_path: Path) -> None:
+    result = run(tmp_path, NESTED)
+    under_way = "an update is under way already"
+    nested = result.of("nested")
+    assert nested == [[under_way, under_way, True], [under_way, under_way, False]], result.stderr
+    assert result.of("signal") == [[under_way, 5]]
+    ((reason, pid_changed),) = result.of("thread")
+    assert "main thread" in reason and "'other'" in reason and not pid_changed
+    assert result.of("state") == [[[under_way, under_way]]], result.stderr
+
+
+MANY = """
+import resource
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+mode, count = sys.argv[1], int(sys.argv[2])
+if not live.generation:
+    live.keep("stderr", sys.stderr)
+    live.keep("same", 2)
+    for number in range(count):
+        live.keep(f"n{number:06}", os.eventfd(number))
+    live.ready()
+    code = "from cpr import live; live.names(); 1 / 0"
+    say("failed", fails([PYTHON, "-c", code], mode=mode).status)
+    say("open", len(os.listdir("/proc/self/fd")) - count)
+    live.update(mode=mode, guard=sys.argv[3])
+numbers = [os.eventfd_read(live.get(name)) for name in live.names("n") if name != "n000000"]
+live.get("stderr").write("written\\n")
+live.ready()
+apart = len({2, live.get("stderr").fileno(), live.get("same")})
+say("new", numbers == list(range(1, count)), apart, live.audit())
+"""
+
+
+@pytest.mark.parametrize(("mode", "guard"), [("early", "fork"), ("late", "fork"), ("late", "vm")])
+def test_thousands_of_descriptors_go_over(tmp_path: Path, mode: str, guard: str) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    count = min(hard - 200, 6000)
+    result = run(tmp_path, MANY, mode, str(count), guard)
+    assert result.of("new") == [[True, 3, []]], result.stderr
+    assert result.of("failed") == [[1]] and "written" in result.stderr
+    assert result.of("open")[0][0] < 20
