@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from live_programs import run
+from live_programs import command, environment, run, write
 
 from cpr import live
 from cpr.live import testing
@@ -120,3 +122,80 @@ def test_thousands_of_descriptors_go_over(tmp_path: Path, mode: str, guard: str)
     assert result.of("new") == [[True, 3, []]], result.stderr
     assert result.of("failed") == [[1]] and "written" in result.stderr
     assert result.of("open")[0][0] < 20
+
+
+SHORT = """
+import resource
+mode = sys.argv[1]
+COMES = "from cpr import live; live.state(); raise SystemExit(7)"
+memory = live.memory("memory", 4096)
+if live.generation:
+    say("new", len(live.state()), bytes(memory[:2]).decode())
+    live.ready()
+    raise SystemExit
+memory[:2] = b"hi"
+live.on_save(lambda: "x" * (30 << 20))
+live.ready()
+with open("/proc/self/statm") as file:
+    size = int(file.read().split()[0]) * resource.getpagesize()
+for name, number, limit in (
+    ("page", resource.RLIMIT_AS, size),
+    ("state", resource.RLIMIT_AS, size + (16 << 20)),
+    ("file", resource.RLIMIT_FSIZE, 1000),
+):
+    soft, hard = resource.getrlimit(number)
+    resource.setrlimit(number, (limit, hard))
+    try:
+        live.update([PYTHON, "-c", COMES], mode=mode)
+    except live.UpdateError as failed:
+        error = failed
+    resource.setrlimit(number, (soft, hard))
+    say(name, error.reason, error.status, bytes(memory[:2]).decode(), live.names())
+live.update(mode=mode)
+"""
+
+
+@pytest.mark.parametrize("mode", ["early", "late"])
+def test_want_of_memory_is_said_and_nothing_is_lost(tmp_path: Path, mode: str) -> None:
+    result = run(tmp_path, SHORT, mode)
+    found = {line[0]: line[1:] for line in result.lines}
+    assert found["new"] == [30 << 20, "hi"], result.stderr
+    for name in ("page", "state", "file"):
+        assert found[name][2:] == ["hi", ["memory"]]
+    assert "Cannot allocate memory" in found["page"][0]
+    # A new program has less memory of its own, and may be the one that fails.
+    assert "no memory" in found["state"][0] or found["state"][1] is not None
+    assert "File too large" in found["file"][0] or found["file"][1] is not None
+
+
+SHARED = """
+import errno
+try:
+    os.close(os.open("/dev/shm/file", os.O_CREAT | os.O_RDWR))
+except OSError as error:
+    say("shm", errno.errorcode[error.errno])
+memory = live.memory("memory", 1 << 20)
+say("at", live.generation, memory[-1], live.state(default="none"))
+live.on_save(lambda: "x" * 100000)
+live.ready()
+memory[-1] = 7
+if not live.generation:
+    live.update(mode=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("mode", ["early", "late"])
+@pytest.mark.parametrize(("options", "expected"), [("ro", "EROFS"), ("nr_inodes=1", "ENOSPC")])
+def test_dev_shm_is_not_needed(tmp_path: Path, options: str, expected: str, mode: str) -> None:
+    mount = f'mount -t tmpfs -o {options} none /dev/shm && exec "$@"'
+    words = ["unshare", "-m", "sh", "-c", mount, "sh", *command(write(tmp_path, SHARED), mode)]
+    result = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=60)
+    if "permitted" in result.stderr or "denied" in result.stderr:
+        pytest.skip(f"/dev/shm cannot be mounted over: {result.stderr}")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert lines == [
+        ["shm", expected],
+        ["at", 0, 0, "none"],
+        ["shm", expected],
+        ["at", 1, 7, "x" * 100000],
+    ], result.stderr
