@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
-import stat
 import sys
 import threading
 import time
@@ -109,14 +108,14 @@ def _awaited() -> set[int]:
 
 
 def _children() -> list[Finding]:
-    pids: list[int] = []
-    for task in os.listdir("/proc/self/task"):
-        try:
-            with open(f"/proc/self/task/{task}/children") as file:
-                pids += map(int, file.read().split())
-        except OSError:  # a kernel without CONFIG_PROC_CHILDREN
-            continue
-    awaited = _awaited() if pids else set()
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # none: an update does not wait for an import
+        return []
+    import psutil
+
+    pids = [child.pid for child in psutil.Process().children()]
+    awaited = _awaited()
     found = []
     for pid in pids:
         if pid in awaited:
@@ -146,12 +145,13 @@ def _locks() -> list[Finding]:
 
 def _path_of(place: str) -> str:
     """The file of "MAJOR:MINOR:INODE" in hexadecimal, which this process has open."""
+    import psutil
+
     inode = int(place.split(":")[2])
-    for fd in os.listdir("/proc/self/fd"):
+    for file in psutil.Process().open_files():
         try:
-            status = os.stat(f"/proc/self/fd/{fd}")
-        except OSError:
+            if os.fstat(file.fd).st_ino == inode:
+                return str(file.path)
+        except OSError:  # it has been closed meanwhile
             continue
-        if status.st_ino == inode and stat.S_ISREG(status.st_mode):
-            return os.readlink(f"/proc/self/fd/{fd}")
     return place
