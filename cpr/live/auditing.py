@@ -100,7 +100,7 @@ def _awaited() -> set[int]:
     pids: set[int] = set()
     if (module := sys.modules.get("subprocess")) is not None:
         for each in gc.get_objects():
-            if type(each) is module.Popen and each.returncode is None:
+            if issubclass(type(each), module.Popen) and each.returncode is None:
                 pids.add(each.pid)
     if (module := sys.modules.get("multiprocessing.process")) is not None:
         pids.update(child.pid for child in module._children if child.pid)
