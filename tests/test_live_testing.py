@@ -73,3 +73,15 @@ def test_a_newer_state_is_refused_by_name() -> None:
         with pytest.raises(live.UpdateError, match=r"save_all.* version 3.* version 2"):
             live.state(version=2)
         assert live.state(version=3) == b"\0data"
+
+
+def test_a_hook_that_fails_hides_neither_the_error_nor_the_others() -> None:
+    with testing.fake() as process:
+        calls: list[str] = []
+        live.on_resume(lambda: 1 / 0)
+        live.on_resume(lambda: calls.append("second"))
+        process.fail("it has crashed", status=1)
+        with pytest.raises(live.UpdateError, match=r"it has crashed; .*on_resume.*ZeroDivision"):
+            live.update(allow=["thread"])
+        assert calls == ["second"]
+        assert process.run(live.update, allow=["thread"])

@@ -43,13 +43,14 @@ async def update(
     mode: str = session.EARLY,
     guard: str = session.FORK,
     allow: Iterable[str] = (),
+    back: bool = False,
 ) -> NoReturn:
     """As `live.update`; the loop runs on while the new program starts, unless the mode is late.
 
     Before the hand-over the servers of `start_server` stop reading and accepting, and each handler
     goes on until it is at rest; what the loop's default executor does is waited for, too.
     """
-    current = session.Session(argv, env, timeout, mode, guard, allow)
+    current = session.Session(argv, env, timeout, mode, guard, allow, back)
     loop = asyncio.get_running_loop()
     try:
         current.pause()
@@ -58,17 +59,16 @@ async def update(
         notify.reloading()
         if mode == session.LATE:
             await _stop(current)
-            current.start()
-        else:
-            current.start()
+        current.start()
+        while True:
             notify.main_pid()
             current.resume()
+            _resume()
             await _wait(loop, current)
             current.pause()
             await _stop(current)
             await _end_executor(loop, current)
             current.hand_over()
-        raise UpdateError("the new program did not take over")
     except Exception as error:
         failure = current.fail(error)
         _resume()

@@ -185,6 +185,7 @@ def update(
     mode: str = session.EARLY,
     guard: str = session.FORK,
     allow: Iterable[str] = (),
+    back: bool = False,
 ) -> NoReturn:
     """Replaces this program by `argv` under the same PID; never returns on success.
 
@@ -197,24 +198,24 @@ def update(
     `allow` names kinds or names of findings of `audit` which are accepted though they are lost.
 
     Raises UpdateError where the new program does not come up: this one goes on with all it had,
-    in another process if `pid_changed`.
+    in another process if `pid_changed`.  With `back`, where the new program has refused by a
+    version or for want of descriptors, and no file of this program has changed since it started,
+    its command is executed under the PID instead, takes over as a new program does, and finds the
+    reason in `live.predecessor.failure`.
     """
-    current = session.Session(argv, env, timeout, mode, guard, allow)
+    current = session.Session(argv, env, timeout, mode, guard, allow, back)
     try:
         current.pause()
         current.check()
         notify.reloading()
-        if mode == session.LATE:
-            current.start()
-        else:
-            current.start()
+        current.start()
+        while True:
             notify.main_pid()
             current.resume()
             while not current.wait():
                 pass
             current.pause()
             current.hand_over()
-        raise UpdateError("the new program did not take over")
     except Exception as error:
         failure = current.fail(error)
         notify.failed(failure.pid_changed)

@@ -33,12 +33,14 @@ PIECE = 64 << 10
 class Previous(NamedTuple):
     """The program before this one: the PID it was updated under, its command, and its start.
 
-    `started` is in seconds since the epoch.
+    `started` is in seconds since the epoch.  `failure`: why its update to another program failed,
+    after which this one, its own command, was executed to give the PID back; else empty.
     """
 
     pid: int
     argv: list[str]
     started: float
+    failure: str = ""
 
 
 class Image:
@@ -100,7 +102,9 @@ class Image:
         self.registry.private_memory = self._link.mode == REHEARSE
         self.registry.receive(header["names"], list(header["names"]), fds)
         self.generation = int(header["generation"]) + 1
-        self.previous = Previous(int(header["pid"]), list(header["argv"]), header["started"])
+        self.previous = Previous(
+            int(header["pid"]), list(header["argv"]), header["started"], header.get("failure", "")
+        )
         self._header = header
 
     def take_over(self) -> None:

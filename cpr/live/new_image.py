@@ -136,7 +136,7 @@ class Predecessor:
                 os.set_inheritable(fd, fd in fds or fd <= STDERR)
             except OSError:
                 pass  # that of the listing itself
-        signal.pthread_sigmask(signal.SIG_SETMASK, ENDING)
+        signal.pthread_sigmask(signal.SIG_SETMASK, message.body.get("blocked", ENDING))
         try:
             os.chdir(folder)
             os.execve(words[0], words, variables)

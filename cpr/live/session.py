@@ -18,11 +18,11 @@ from typing import Any, NoReturn
 
 from cpr.constants import NS_PER_S, STDERR
 from cpr.errors import CprError
-from cpr.live import arguments, auditing, forked, image, old_image, payload, transaction
+from cpr.live import arguments, auditing, forked, image, old_image, payload, program, transaction
 from cpr.live.errors import UpdateError
 from cpr.live.preserved import Entry
 from cpr.live.token import describe_status, is_readable
-from cpr.live.transaction import HAND_OVER, HELLO, READY, REFUSE, STATE
+from cpr.live.transaction import BACK, HAND_OVER, HELLO, READY, REFUSE, STATE
 
 EARLY, LATE = "early", "late"
 FORK, VM = "fork", "vm"
@@ -46,6 +46,7 @@ class Session:
         mode: str = EARLY,
         guard: str = FORK,
         allow: Iterable[str] = (),
+        back: bool = False,
     ) -> None:
         """Raises UpdateError for what can be seen to be wrong."""
         self._image = image.current()
@@ -68,6 +69,8 @@ class Session:
         self._paused = False
         self._blocked = sorted(update_signals - signal.pthread_sigmask(signal.SIG_BLOCK, ()))
         self._rehearsing = False
+        self._back = back
+        self._refusal = ""
         if self._image.updating:
             raise UpdateError("an update is under way already")
         self._image.updating = True
@@ -96,13 +99,23 @@ class Session:
             hook()
 
     def resume(self) -> None:
-        if self._paused:
-            self._paused = False
-            for hook in self._image.resuming:
+        """Calls all functions of live.on_resume, and then raises the first error of theirs."""
+        hooks = self._image.resuming if self._paused else ()
+        self._paused, failed = False, None
+        for hook in hooks:
+            try:
                 hook()
+            except Exception as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     def start(self) -> None:
-        """Executes.  Early: returns in the guard.  Late: raises UpdateError; see `fail`."""
+        """Executes.  Early: returns in the guard.  Late: raises UpdateError; see `fail`.
+
+        A late one returns where the old command is executed to give the PID back, too: then it goes
+        on as an early one.
+        """
         if fake is not None:
             fake(self)
         self._update = old_image.Update(backend=self._backend)
@@ -129,7 +142,8 @@ class Session:
                 os.chdir(folder)
         if not early:
             self._receive()
-            raise UpdateError("the new program spoke out of turn")
+            if not self._refusal:
+                raise UpdateError("the new program spoke out of turn")
 
     def spawn(self) -> None:
         """Starts the program as a child, for a rehearsal; `end_rehearsal` has to follow."""
@@ -181,18 +195,27 @@ class Session:
             f"the new program did not take over within {self.timeout:g} s, and was killed"
         )
 
-    def hand_over(self) -> NoReturn:
-        """Early: gives everything away; comes back only by UpdateError."""
+    def hand_over(self) -> None:
+        """Early: gives everything away, and ends.
+
+        Returns where the new program refuses now, and the old command is executed to give the PID
+        back: that is waited for again.  Raises UpdateError.
+        """
         assert self._update is not None
         self._send_rest(self._update.send)
         poll = select.poll()
         poll.register(self._update.pidfd, select.POLLIN)
         poll.register(self._update.token, select.POLLOUT)
-        ready = {fd for fd, _ in poll.poll(self.remaining() * 1000)}
-        if self._update.token in ready:
-            self._update.leave()
-        if self._update.pidfd in ready:
-            self._raise_death()
+        poll.register(self._update.fileno(), select.POLLIN)
+        while ready := {fd for fd, _ in poll.poll(self.remaining() * 1000)}:
+            if self._update.token in ready:
+                self._update.leave()
+            if self._update.pidfd in ready:
+                self._raise_death()
+            if self.has_message():
+                self._receive()  # it has no more to say than that it refuses
+                return
+            poll.unregister(self._update.fileno())  # it has hung up
         self.raise_late()
 
     def fail(self, error: BaseException) -> UpdateError:
@@ -212,12 +235,18 @@ class Session:
             lines = text.decode(errors="replace").splitlines()[-LAST_LINES:]
             os.close(self._stderr)
             self._stderr = -1
-        self.resume()
         reason = str(error) if isinstance(error, CprError) else repr(error)
         if isinstance(error, MemoryError):
             reason = "there is no memory for the update"
+        reason = getattr(error, "reason", reason)
+        try:
+            self.resume()
+        except Exception as failed:
+            reason += f"; a function of on_resume failed: {failed!r}"
+        if self._refusal:
+            reason = f"{self._refusal}; the PID is not given back: {reason}"
         return UpdateError(
-            getattr(error, "reason", reason),
+            reason,
             getattr(error, "wait_status", getattr(error, "status", None)),
             os.getpid() != self._old_pid,
             lines,
@@ -239,9 +268,23 @@ class Session:
             if self._rehearsing:
                 self._send_rest(self._update.queue)
         elif message.kind == REFUSE:
-            self._update.end(1)
-            raise UpdateError(str(message.body.get("reason")))
+            self._take_refusal(str(message.body.get("reason")))
         return message.kind == READY
+
+    def _take_refusal(self, reason: str) -> None:
+        """Has the old command executed in the PID, if it may; else raises UpdateError."""
+        assert self._update is not None
+        changed = program.changed_files(self._image.started) if self._back else []
+        if not self._back or self._rehearsing or self._refusal or changed:
+            self._update.end(1)
+            if changed:
+                reason += f"; the PID is not given back: {changed[0]} has changed"
+            raise UpdateError(reason)
+        self._refusal = reason
+        this = self._image
+        variables = dict(os.environ)
+        body = {"argv": this.argv, "cwd": this.folder, "environment": variables}
+        self._update.send(BACK, {**body, "blocked": self._blocked})
 
     def _raise_death(self) -> NoReturn:
         assert self._update is not None
@@ -263,6 +306,7 @@ class Session:
             "saver": getattr(this.saver, "__qualname__", str(this.saver)),
             "names": names,
             "blocked": self._blocked,
+            "failure": self._refusal,
         }
         if self._real_stderr >= 0:
             body["stderr"], fds = True, [self._real_stderr, *fds]

@@ -1,0 +1,88 @@
+"""After a refusal the old command is executed in the PID, where it is the same program still."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from live_programs import run
+
+BACK = """
+import signal, socket
+mode, what = sys.argv[1:3]
+memory = live.memory("memory", 4096)
+saved = live.state(default=[], version=3 - (what == "twice"))
+live.on_save(lambda: [*saved, live.generation], version=3)
+pid = os.getpid()
+OLDER = [PYTHON, "-c", "from cpr import live; live.state(version=1)"]
+if live.generation == 0:
+    memory[0] = 7
+    live.keep("one", socket.socketpair()[0])
+    live.ready()
+    if what == "changed":
+        os.utime(__file__)
+    error = fails(OLDER, mode=mode, back=what != "off")
+    say("failed", error.reason, error.pid_changed, os.getpid() == pid, memory[0], live.names())
+    raise SystemExit
+before = live.predecessor
+live.ready()
+mask = sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+children = open(f"/proc/self/task/{pid}/children").read()
+say("back", before.failure, before.pid == pid, saved, memory[0], live.names(), mask, live.audit())
+print("said", file=sys.stderr)
+error = fails(["/bin/false"], back=True)
+say("again", live.generation, error.status, error.pid_changed)
+"""
+
+
+@pytest.mark.parametrize("mode", ["early", "late"])
+@pytest.mark.parametrize("what", ["back", "off", "changed", "twice"])
+def test_the_old_command_has_the_pid_again(tmp_path: Path, what: str, mode: str) -> None:
+    result = run(tmp_path, BACK, mode, what)
+    reason = "version 3, and the new program knows version 1"
+    if what == "back":
+        ((failure, *rest),) = result.of("back")
+        assert reason in failure
+        assert rest == [True, [0], 7, ["memory", "one"], [], []]
+        assert result.of("again") == [[1, 1, True]] and "said" in result.stderr
+    else:
+        ((failure, *rest),) = result.of("failed")
+        assert rest == [True, False, 7, ["memory", "one"]]
+        assert reason in failure and ("program.py has changed" in failure) == (what == "changed")
+        assert ("the PID is not given back" in failure) == (what in ("changed", "twice"))
+
+
+AIO = """
+import asyncio, socket
+mode = sys.argv[1]
+OLDER = [PYTHON, "-c", "from cpr import live; live.state(version=0)"]
+live.on_save(lambda: "state")
+answers = []
+async def on_client(reader, writer):
+    while line := await reader.readline():
+        writer.write(b"%d " % live.generation + line)
+        await writer.drain()
+async def main():
+    server = await live.aio.start_server("lines", on_client, "127.0.0.1", 0)
+    address = server.sockets[0].getsockname()
+    client = live.socket("client", lambda: socket.create_connection(address))
+    before = live.predecessor
+    live.ready()
+    reader, writer = await asyncio.open_connection(sock=client.dup())
+    writer.write(b"one\\n")
+    say("answer", (await reader.readline()).decode())
+    writer.transport.abort() if live.generation else writer.transport.pause_reading()
+    if before:
+        say("back", before.failure, before.pid == os.getpid())
+        return
+    await live.aio.update(OLDER, mode=mode, back=True)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("mode", ["early", "late"])
+def test_a_loop_serves_while_the_old_command_starts(tmp_path: Path, mode: str) -> None:
+    result = run(tmp_path, AIO, mode)
+    assert result.of("answer") == [["0 one\n"], ["1 one\n"]], result.stderr
+    ((failure, same_pid),) = result.of("back")
+    assert "knows version 0" in failure and same_pid
