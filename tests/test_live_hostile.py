@@ -199,3 +199,63 @@ def test_dev_shm_is_not_needed(tmp_path: Path, options: str, expected: str, mode
         ["shm", expected],
         ["at", 1, 7, "x" * 100000],
     ], result.stderr
+
+
+KEPT = """
+import random, signal
+mode, guard = sys.argv[1:3]
+random.seed(5)
+expected = [random.random() for _ in range(3)]
+random.seed(5)
+ticks = []
+signal.signal(signal.SIGALRM, lambda *words: ticks.append(1))
+live.ready()
+found = [random.random()]
+signal.setitimer(signal.ITIMER_REAL, 0.2, 0.01)
+NEW = [PYTHON, "-c", "import time; time.sleep(0.5); raise SystemExit(3)"]
+error = fails(NEW, mode=mode, guard=guard)
+found.append(random.random())
+while len(ticks) < 3:
+    time.sleep(0.01)
+fails(["/nonexistent"], mode=mode, guard=guard)
+found.append(random.random())
+say("kept", error.status, found == expected, signal.getitimer(signal.ITIMER_REAL)[1] > 0)
+"""
+
+
+@pytest.mark.parametrize("guard", ["fork", "vm"])
+@pytest.mark.parametrize("mode", ["early", "late"])
+def test_timers_and_random_numbers_go_on(tmp_path: Path, mode: str, guard: str) -> None:
+    result = run(tmp_path, KEPT, mode, guard)
+    assert result.of("kept") == [[3, True, True]], result.stderr
+
+
+GONE = """
+import signal
+live.update_on(signal.SIGHUP)
+live.ready()
+os.mkdir("gone")
+os.chdir("gone")
+os.rmdir("../gone")
+before = os.stat(".").st_ino
+error = fails([PYTHON, "-c", "raise SystemExit('last words')"])
+say("gone", error.stderr, os.stat(".").st_ino == before)
+mask = list(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+error = fails(None, env={"PYTHONHOME": "/nonexistent"})
+say("here", error.status, os.stat(".").st_ino == before, mask)
+os.chdir("/")
+os.rename(sys.argv[1], sys.argv[1] + ".moved")
+error = fails(None)
+say("moved", error.reason, error.pid_changed, list(signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+print("still", file=sys.stderr)
+"""
+
+
+def test_a_folder_that_is_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    result = run(folder, GONE, str(folder))
+    assert result.of("gone") == [[["last words"], True]], result.stderr
+    assert result.of("here") == [[1, True, []]]
+    assert result.of("moved") == [[f"{folder}: No such file or directory", False, []]]
+    assert result.stderr.endswith("still\n")

@@ -158,7 +158,7 @@ if mode == "early":  # in a late update they go over the exec, whatever the limi
     say("new", fails(NEW, mode=mode).reason)
 open_fds = len(os.listdir("/proc/self/fd"))
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-for limit in range(open_fds - 1, open_fds + 10):
+for limit in range(open_fds - 1, open_fds + 12):
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     error = fails(["/bin/false"], mode=mode)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -20,6 +20,7 @@ from cpr.constants import NS_PER_S, STDERR
 from cpr.errors import CprError
 from cpr.live import arguments, auditing, forked, image, old_image, payload, program, transaction
 from cpr.live.errors import UpdateError
+from cpr.live.kept import Kept
 from cpr.live.preserved import Entry
 from cpr.live.token import describe_status, is_readable
 from cpr.live.transaction import BACK, HAND_OVER, HELLO, READY, REFUSE, STATE
@@ -124,22 +125,24 @@ class Session:
         if not early:
             self._send_header(self._update.leave_open)
             self._send_rest(self._update.queue)
-        self._divert_stderr()
-        folder = os.getcwd() if self._folder else None
-        loop = _Loop()
+        kept, here = Kept(), -1
         try:
+            here = os.open(".", os.O_PATH | os.O_CLOEXEC)  # it may have been removed
+            self._divert_stderr()
             if self._folder:
                 os.chdir(self._folder)
             self._update.execute(
                 self.argv, self.env, early=early, timeout_ns=int(self.timeout * NS_PER_S)
             )
         except OSError as error:
-            raise UpdateError(f"the folder {self._folder}: {error.strerror}") from None
+            place = error.filename or "descriptors of the update"
+            raise UpdateError(f"{place}: {error.strerror}") from None
         finally:
-            loop.restore()
+            kept.restore()
             self._restore_stderr()
-            if folder:
-                os.chdir(folder)
+            if here >= 0:
+                os.fchdir(here)
+                os.close(here)
         if not early:
             self._receive()
             if not self._refusal:
@@ -368,29 +371,3 @@ def _vm_backend() -> ModuleType:
     except ImportError as error:
         raise UpdateError(f"guard='vm' needs the C part of cpr: {error}") from None
     return guard
-
-
-class _Loop:
-    """asyncio forgets its running loop in a child, which the guard is."""
-
-    def __init__(self) -> None:
-        self._events = sys.modules.get("asyncio.events")
-        self._loop = self._events._get_running_loop() if self._events else None
-        policy = getattr(self._events, "_event_loop_policy", None)
-        self._policy, self._local = policy, getattr(policy, "_local", None)
-        try:
-            self._wakeup = signal.set_wakeup_fd(-1)
-        except ValueError:  # not the main thread
-            self._wakeup = -1
-        self._set_wakeup()
-
-    def restore(self) -> None:
-        if self._events is not None and self._loop is not None:
-            self._events._set_running_loop(self._loop)
-        if self._policy is not None and self._local is not None:
-            self._policy._local = self._local
-        self._set_wakeup()
-
-    def _set_wakeup(self) -> None:
-        if self._wakeup >= 0:
-            signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
