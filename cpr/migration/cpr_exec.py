@@ -126,7 +126,6 @@ class Exec(KeepsRam):
 
         Either way this process has all its threads and sockets again.
         """
-        self._park()
         try:
             update.execute(
                 self.command,
@@ -138,10 +137,11 @@ class Exec(KeepsRam):
                 drop=self._process.exec_fds(),
                 interrupted=self._process.interrupted,
                 holds_signals=True,
+                park=self._park,
+                unpark=self._process.unpark,
             )
         finally:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            self._process.unpark()
             if update.dropped:
                 self._process.reopen()
         try:
