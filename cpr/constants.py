@@ -16,4 +16,5 @@ MAX_CPUS = 255  # of QEMU's machine pc
 # QEMU's migration modes.
 MODES = NORMAL, REBOOT, TRANSFER, EXEC = "normal", "cpr-reboot", "cpr-transfer", "cpr-exec"
 
-PROGRAM = "cpr-vmm 0.1.0"  # what this program calls itself, to clients and to another image
+VERSION = "0.1.0"  # pyproject.toml has it too
+PROGRAM = f"cpr-vmm {VERSION}"  # what this program calls itself, to clients and to another image

@@ -90,22 +90,28 @@ def differences(machine: Machine, wanted: dict[str, Any]) -> list[str]:
             found.append(f'Unknown ramblock "{idstr}", cannot accept migration')
         elif blocks[idstr] != size:
             found.append(f"Size mismatch: {idstr}: {size:#x} != {blocks[idstr]:#x}")
-    versions = {(idstr, instance): version for idstr, instance, version in own["sections"]}
+    described = {(d.idstr, d.instance_id): d.vmstate for d in machine.sections()}
     for idstr, instance, version in wanted["sections"]:
-        have = versions.get((idstr, instance))
-        if have is None:
+        vmstate = described.get((idstr, instance))
+        if vmstate is None:
             found.append(f"the guest has the device '{idstr}' {instance}, this VMM has none")
-        elif have < version:
-            found.append(f"unsupported version {version} for '{idstr}' v{have}")
+        elif vmstate.version_id < version:
+            found.append(f"unsupported version {version} for '{idstr}' v{vmstate.version_id}")
+        elif vmstate.minimum_version_id > version:
+            found.append(
+                f"version {version} of '{idstr}' is too old: this VMM loads "
+                f"{vmstate.minimum_version_id} to {vmstate.version_id}"
+            )
     return found
 
 
 def check_protocol(message: Message) -> None:
     """Raises UpdateError where the new program's hello is of another version than ours."""
-    version = message.body.get("protocol")
+    version, program = message.body.get("protocol"), message.body.get("program", "")
     if version != PROTOCOL:
         raise UpdateError(
-            f"the new program speaks version {version} of the hand-over, this one {PROTOCOL}"
+            f"the new program ({program}) speaks version {version} of the hand-over, this one "
+            f"{PROTOCOL}"
         )
 
 

@@ -15,13 +15,20 @@ from _thread import allocate_lock, start_new_thread
 from cpr import runstate
 from cpr.config.option_values import parse_bool
 from cpr.errors import CommandError, ConfigError, CprError, MigrationError
+from cpr.live.transaction import PROTOCOL
 from cpr.migration import address as addresses
 from cpr.migration import channel, cpr_exec, savevm
 from cpr.migration.capabilities import Capabilities
 from cpr.migration.incoming import Incoming
 from cpr.migration.mode import EXEC, NORMAL, TRANSFER, Mode
 from cpr.migration.parameters import Parameters
-from cpr.migration.program import ProgramFiles, check_command, knows_protocol, own_command
+from cpr.migration.program import (
+    ProgramFiles,
+    check_command,
+    knows_protocol,
+    own_command,
+    spoken_versions,
+)
 from cpr.migration.statistics import STOPPED_SYNCS, RamCounters, Times, UpdateTimes
 from cpr.phases import mark
 from cpr.report import error_report, exception_report
@@ -259,6 +266,7 @@ class Migration:
         """Whether the guest runs on while the new program starts.
 
         Not with RAM that is staged, nor with a program that knows no hand-over: they stop it.
+        Raises MigrationError for one that knows another version of it.
         """
         if not isinstance(mode, cpr_exec.Exec) or mode.stages:
             return False
@@ -307,8 +315,11 @@ class Migration:
             reasons = []
         reasons += [reason for reason in mode.blockers(self.machine) if reason not in reasons]
         reasons += check_command(command)
-        if reasons or not self.can_rehearse(command):
-            return Rehearsed(reasons, None)
+        try:
+            if reasons or not self.can_rehearse(command):
+                return Rehearsed(reasons, None)
+        except MigrationError as error:
+            return Rehearsed([str(error)], None)
         return rehearse(self, words, mode.timeout_ms)
 
     def can_rehearse(self, command: list[str] | None) -> bool:
@@ -393,7 +404,7 @@ class Migration:
     def _start(self, address: dict, mode: Mode) -> None:
         self._begin(mode)
         if isinstance(mode, cpr_exec.Exec):
-            mode.knows_protocol = knows_protocol(mode.command, self.files)
+            mode.knows_protocol = PROTOCOL in spoken_versions(mode.command, self.files)
         try:
             savevm.prepare()
             self._unstage()
