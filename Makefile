@@ -11,7 +11,7 @@ PYTHONS ?= 3.11 3.12 3.13 3.14
 LIVE_NEEDS := pytest pytest-timeout hypothesis cffi psutil uvicorn setuptools
 
 .PHONY: setup setup-dev guests compiled run demo test test-nested test-nested-iommufd nested-guests \
-	test-live test-pythons conformance sanitize soak-failures lint format bench clean
+	test-live test-pythons conformance sanitize soak-failures release-data lint format bench clean
 
 setup: $(VENV)/.built guests compiled
 
@@ -62,6 +62,10 @@ nested-guests: | $(VENV)/.checked
 N ?= 1000
 soak-failures: setup-dev
 	$(BIN)/python -m tests.soak.failures -n $(N) $(ARGS)
+
+# What this release's updates carry, for the tests of later ones: once for each release.
+release-data: setup-dev
+	$(BIN)/python -m tests.releases.record
 
 # The table of QEMU's behaviour, on this VMM and, with QEMU=COMMAND, on a real QEMU beside it.
 conformance: setup-dev
