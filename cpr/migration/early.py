@@ -39,6 +39,7 @@ from cpr.migration import savevm
 from cpr.migration.capabilities import Capabilities
 from cpr.migration.channel import Channel
 from cpr.migration.mode import EXEC, device_blockers
+from cpr.migration.placement import Placement, place_vcpus, restore
 from cpr.migration.program import own_command
 from cpr.report import error_report, exception_report
 from cpr.state import cpr_channel
@@ -115,7 +116,9 @@ def check_protocol(message: Message) -> None:
         )
 
 
-def send_state(update: Update, migration: Migration, state: CprState, failure: str) -> None:
+def send_state(
+    update: Update, migration: Migration, state: CprState, failure: str, placement: Placement
+) -> None:
     """Sends what a new VMM builds its machine from; `failure` is why the one before has failed."""
     machine = migration.machine
     body = {
@@ -123,6 +126,7 @@ def send_state(update: Update, migration: Migration, state: CprState, failure: s
         "guest": describe(machine),
         "cpu": machine.accel.cpu_model(),
         "failure": failure,
+        "placement": placement.describe(),
     }
     _send(update, STATE, body, state)
 
@@ -155,6 +159,7 @@ class EarlyUpdate:
         self._sent: dict[tuple[str, int], int] = {}
         self._stopped = False
         self._closed = False
+        self._placement = Placement(self._machine.threads)
         if update is not None:
             self._update = update
             return
@@ -167,6 +172,7 @@ class EarlyUpdate:
     def execute(self) -> None:
         """Becomes the command, and goes on in the guard; or the update fails."""
         migration, update = self._migration, self._update
+        self._placement.keep_away()
         migration.park()
         try:
             update.execute(
@@ -175,6 +181,7 @@ class EarlyUpdate:
         except Exception as error:  # the guest must not be lost to a bug here
             if not isinstance(error, CprError):
                 exception_report(error)
+            self._placement.give_back()
             migration.unpark()
             self._fail(str(error))
             return
@@ -257,7 +264,7 @@ class EarlyUpdate:
         check_protocol(message)
         machine, fds = self._machine, self._migration.fds
         self._sent = fds.serials()
-        send_state(self._update, self._migration, fds.state(), self._failure)
+        send_state(self._update, self._migration, fds.state(), self._failure, self._placement)
         if machine.runstate.current == runstate.RUNNING:
             savevm.warm_up(machine, NONE, self._mode, True)
 
@@ -380,6 +387,7 @@ class EarlyUpdate:
         if self._closed:
             return
         self._closed = True
+        self._placement.give_back()
         self._stop_timer()
         if self._signal_timer is not None:
             self._signal_timer.cancel()
@@ -395,6 +403,7 @@ class Arrival:
         self._predecessor = predecessor
         self._guest: dict[str, Any] = {}
         self._cpu: Any = None
+        self._placement: dict[str, Any] = {}
         self.failure = ""
         """Why an update failed whose old command this is; empty for a new program."""
 
@@ -407,6 +416,7 @@ class Arrival:
         self._predecessor.hello(PROGRAM)
         message = self._predecessor.receive(STATE)
         self._guest, self._cpu = message.body["guest"], message.body["cpu"]
+        self._placement = message.body["placement"]
         self.failure = str(message.body["failure"])
         fds.take_over(_decode(message))
 
@@ -416,6 +426,11 @@ class Arrival:
         if reasons:
             raise MigrationError("; ".join(reasons))
         machine.accel.adopt_cpu_model(self._cpu)
+        place_vcpus(machine.threads, self._placement)
+
+    def end_placement(self) -> None:
+        """This thread, and what it starts, may run wherever the old VMM might."""
+        restore(self._placement["main"])
 
     def rehearsed(self) -> None:
         """This VMM could take over: says so, and waits to be thanked.  Does not come back."""

@@ -13,6 +13,7 @@ import time
 from cpr.errors import CprError, MigrationError
 from cpr.live.transaction import END, HELLO, READY, Update, UpdateError
 from cpr.migration.early import check_protocol, send_state
+from cpr.migration.placement import Placement
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,9 +43,14 @@ def rehearse(migration: Migration, command: list[str], timeout_ms: int) -> Rehea
     except UpdateError as error:
         raise MigrationError(str(error)) from None
     began = time.monotonic_ns()
+    placement = Placement(migration.machine.threads)
     try:
-        update.spawn(command, os.environ)
-        refusal = _converse(migration, update, timeout_ms)
+        placement.keep_away()
+        try:
+            update.spawn(command, os.environ)
+        finally:
+            placement.give_back()
+        refusal = _converse(migration, update, timeout_ms, placement)
         took = (time.monotonic_ns() - began) // NS_PER_MS
         if refusal is None:
             update.send(END, {"status": 0})
@@ -62,7 +68,9 @@ def rehearse(migration: Migration, command: list[str], timeout_ms: int) -> Rehea
     return Rehearsed([refusal], None)
 
 
-def _converse(migration: Migration, update: Update, timeout_ms: int) -> str | None:
+def _converse(
+    migration: Migration, update: Update, timeout_ms: int, placement: Placement
+) -> str | None:
     """What the new program says against the update: None for nothing, "" where it has ended."""
     deadline = time.monotonic_ns() + timeout_ms * NS_PER_MS
     poll = select.poll()
@@ -79,7 +87,7 @@ def _converse(migration: Migration, update: Update, timeout_ms: int) -> str | No
             message.close()
             if message.kind == HELLO:
                 check_protocol(message)
-                send_state(update, migration, migration.fds.state(), "")
+                send_state(update, migration, migration.fds.state(), "", placement)
             elif message.kind == READY:
                 return None
             else:

@@ -304,6 +304,7 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     source = arrival.receive_guest(fds)
     incoming.load(source, handed_over=True)
     for step in (
+        arrival.end_placement,
         lambda: predecessor.wait_hang_up(HANG_UP_NS),
         lambda: _end_update(vmm, predecessor),
         lambda: _report(vmm, arrival),
