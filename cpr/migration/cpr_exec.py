@@ -14,6 +14,7 @@ import _signal as signal  # `signal` itself makes enums, which a late update wou
 import os
 
 from cpr.errors import MigrationError
+from cpr.faults import point
 from cpr.live.transaction import Update, UpdateError
 from cpr.migration.mode import EXEC, Mode, cpr_blockers
 from cpr.migration.program import check_own_command, incoming_uri, own_command
@@ -69,6 +70,7 @@ class Exec(Mode):
         """Writes the CPR state to a memfd, which the environment names."""
         self._fds.persist()
         self._persists = True
+        point("begin")
         return False
 
     def sends(self, block: RAMBlock, ignore_shared: bool) -> bool:
@@ -82,6 +84,7 @@ class Exec(Mode):
 
         The guard waits: where the new program does not take over, this one goes on.
         """
+        point("finish")
         self.before_exec()
         self._fds.refresh()
         update = Update([(block.host, block.max_length) for block in machine.blocks])
@@ -94,6 +97,7 @@ class Exec(Mode):
         except UpdateError as error:
             update.close()
             raise self._failed(error) from None
+        point("refused")
         self.on_new_pid()
         self.gives_back = True
         self.give_back(update, reason)

@@ -20,6 +20,7 @@ import time
 from contextlib import suppress
 
 from cpr.errors import CommandError, MigrationError, StateError
+from cpr.faults import point
 from cpr.migration.address import check_unix_path
 from cpr.migration.listener import listen_at
 from cpr.migration.mode import TRANSFER, Mode, cpr_blockers
@@ -71,6 +72,7 @@ class Transfer(Mode):
             self._socket.connect(path)
             for data, fd in cpr_channel.messages(self._fds.state()):
                 socket.send_fds(self._socket, [data], [fd] if fd >= 0 else [])
+            point("send")
             self._socket.shutdown(socket.SHUT_WR)
         except OSError as error:
             raise MigrationError(f"Failed to connect to '{path}': {error.strerror}") from None
@@ -90,6 +92,7 @@ class Transfer(Mode):
 
     def finish(self, machine: Machine) -> None:
         give_guest_away(machine)
+        point("given-away")
         super().finish(machine)
 
     def walk_back(self) -> None:
@@ -135,6 +138,7 @@ class CprListener:
         """
         data, descriptors = bytearray(), []
         try:
+            point("receive")
             while True:
                 piece, fds, _, _ = socket.recv_fds(self._connection, MESSAGE_SIZE, MAX_DESCRIPTORS)
                 descriptors += fds

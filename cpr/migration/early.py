@@ -19,6 +19,7 @@ import time
 from cpr import runstate
 from cpr.constants import PROGRAM
 from cpr.errors import CprError, MigrationError
+from cpr.faults import point
 from cpr.live.messages import Message
 from cpr.live.transaction import (
     BACK,
@@ -172,9 +173,10 @@ class EarlyUpdate:
     def execute(self) -> None:
         """Becomes the command, and goes on in the guard; or the update fails."""
         migration, update = self._migration, self._update
-        self._placement.keep_away()
-        migration.park()
         try:
+            point("park")
+            self._placement.keep_away()
+            migration.park()
             update.execute(
                 self._mode.command, os.environ, early=True, timeout_ns=0, holds_signals=True
             )
@@ -261,6 +263,7 @@ class EarlyUpdate:
         self._guarded(self._hand_over)
 
     def _send_state(self, message: Message) -> None:
+        point("hello")
         check_protocol(message)
         machine, fds = self._machine, self._migration.fds
         self._sent = fds.serials()
@@ -291,6 +294,7 @@ class EarlyUpdate:
             changed = serials != self._sent
             renewed = [key for key in serials if serials[key] != self._sent.get(key, 0)]
             body = {"changed": changed, "renewed": renewed}
+            point("hand-over")
             state = migration.fds.state() if changed else None
             _send(self._update, HAND_OVER, body, state, stream)
         except OSError as error:
@@ -301,6 +305,7 @@ class EarlyUpdate:
 
     def _on_commit(self, events: int) -> None:
         """The new image has the guest: nothing more is done here than to say so."""
+        point("leave")
         self._migration.set_status("completed")
         self._migration.before_exec()
         self._update.leave()
@@ -313,6 +318,7 @@ class EarlyUpdate:
             return
         self._returns += 1
         self._run_on()
+        point("give-back")
         self._migration.set_status("setup")
         body = {"argv": own_command(), "cwd": os.getcwd(), "environment": dict(os.environ)}
         self._update.send(BACK, body)
@@ -413,6 +419,7 @@ class Arrival:
 
     def receive_state(self, fds: PreservedFds) -> None:
         """Asks for the CPR state and takes it over.  Raises CprError."""
+        point("ask")
         self._predecessor.hello(PROGRAM)
         message = self._predecessor.receive(STATE)
         self._guest, self._cpu = message.body["guest"], message.body["cpu"]

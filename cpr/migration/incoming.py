@@ -7,6 +7,7 @@ from _thread import start_new_thread
 
 from cpr import runstate
 from cpr.errors import ConfigError, CprError, MigrationError
+from cpr.faults import point
 from cpr.migration import address as addresses
 from cpr.migration import channel, savevm
 from cpr.migration.capabilities import Capabilities
@@ -217,6 +218,7 @@ class Incoming:
             from cpr.migration.cpr_transfer import HAND_OVER_NS, take_guest
 
             take_guest(migration.machine, HAND_OVER_NS)
+        point("commit")
         self.commit()
         migration.machine.take_over()
         mark("resume")

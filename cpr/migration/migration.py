@@ -15,6 +15,7 @@ from _thread import allocate_lock, start_new_thread
 from cpr import runstate
 from cpr.config.option_values import parse_bool
 from cpr.errors import CommandError, ConfigError, CprError, MigrationError
+from cpr.faults import point
 from cpr.live.transaction import PROTOCOL
 from cpr.migration import address as addresses
 from cpr.migration import channel, cpr_exec, savevm
@@ -486,11 +487,13 @@ class Migration:
     def _copy_ram(self, staging: Staging, mode: Mode, address: dict | None) -> None:
         """The RAM that is staged: while the guest runs, and what is left when it has stopped."""
         self._times.set_up()
+        point("pass")
         staging.live()
         self._check_cancel()
         if address is not None:  # not before: who is connected to does nothing but read
             self._open(address)
         self.stop_guest()
+        point("last-pass")
         staging.finish()
         self._check_cancel()
 
@@ -586,6 +589,7 @@ class Migration:
 
     def _write_all(self) -> None:
         assert self._channel is not None and self._saver is not None
+        point("devices")
         self._write(self._saver.devices)
         if self.capabilities.enabled("return-path") and self._channel.kind != "socket":
             raise MigrationError("Unable to read from file: Bad file descriptor")
@@ -601,6 +605,7 @@ class Migration:
         if self.machine.ended:  # the guest has shut itself down meanwhile
             return
         try:
+            point("complete")
             if self._mode.ends_process:
                 self.set_status("completed")
             self._mode.finish(self.machine)

@@ -10,6 +10,7 @@ import os
 
 from cpr import report, runstate
 from cpr.accel.x86 import VMSTATE_CPU
+from cpr.constants import PROGRAM
 from cpr.errors import ConfigError, KernelError, MigrationError
 from cpr.migration.statistics import RamCounters
 from cpr.state import mapped_ram, ram_section, stream
@@ -167,7 +168,7 @@ class Saver:
         writer.device(last_id, VMSTATE_GLOBALSTATE.name, 0, VMSTATE_GLOBALSTATE, state)
         writer.eof()
         if described:
-            writer.vmdescription()
+            writer.vmdescription(PROGRAM)
 
 
 def load(

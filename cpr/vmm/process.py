@@ -13,6 +13,7 @@ from cpr import pc, phases
 from cpr.config import parse_command_line
 from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.events import EventBus
+from cpr.faults import point
 from cpr.live import guard
 from cpr.live.transaction import EARLY, LATE, find_predecessor
 from cpr.mainloop import READ, MainLoop
@@ -122,6 +123,7 @@ class Vmm:
         """
         from cpr.chardev.base import create
 
+        point("frontends")
         for config in self.config.chardevs:
             try:
                 self.chardevs[config.id] = create(config, self.loop, after_exec)
@@ -276,6 +278,7 @@ def _end_update(vmm: Vmm, predecessor: Predecessor) -> None:
         phases.times,
     )
     vmm.migration.update_times = times
+    point("end")
     predecessor.close()
     if not os.isatty(STDERR):  # a user at the terminal asks `info migrate`
         info_report(times.text())
