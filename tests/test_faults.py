@@ -1,4 +1,4 @@
-"""A fault in every step of every way to update: the guest goes on, or was ended with its process."""
+"""A fault in every step of every way to update: the guest goes on, or ended with its process."""
 
 from __future__ import annotations
 

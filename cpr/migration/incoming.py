@@ -12,7 +12,7 @@ from cpr.migration import address as addresses
 from cpr.migration import channel, savevm
 from cpr.migration.capabilities import Capabilities
 from cpr.phases import mark
-from cpr.report import error_report, exception_report
+from cpr.report import carefully, error_report, exception_report
 from cpr.state.reader import StreamError
 
 TYPE_CHECKING = False
@@ -220,12 +220,15 @@ class Incoming:
             take_guest(migration.machine, HAND_OVER_NS)
         point("commit")
         self.commit()
-        migration.machine.take_over()
-        mark("resume")
-        self._come_up(old_state)
-        mark("run")
-        migration.set_incoming_status("completed")
-        self.on_running()
+        for step in (  # there is nobody any more to go back to
+            migration.machine.take_over,
+            lambda: mark("resume"),
+            lambda: self._come_up(old_state),
+            lambda: mark("run"),
+            lambda: migration.set_incoming_status("completed"),
+            self.on_running,
+        ):
+            carefully(step)
 
     def _come_up(self, old_state: str) -> None:
         machine = self._migration.machine

@@ -25,18 +25,26 @@ from cpr.migration.migration import Migration
 from cpr.migration.statistics import UpdateTimes
 from cpr.monitor.passed_fds import PassedFds
 from cpr.phases import mark
-from cpr.report import STDERR, error_report, exception_report, info_report, output, warn_report
+from cpr.report import (
+    STDERR,
+    carefully,
+    error_report,
+    exception_report,
+    info_report,
+    output,
+    warn_report,
+)
 from cpr.state.cpr_state import STATE_NAME
 from cpr.state.fds import PreservedFds
 from cpr.vmm import daemon
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
     from cpr.chardev.base import Chardev
     from cpr.config import Config
+    from cpr.config.frontend_options import MonitorConfig
     from cpr.live.transaction import Predecessor
     from cpr.machine import Machine
     from cpr.migration.cpr_transfer import CprListener
@@ -123,31 +131,36 @@ class Vmm:
         """
         from cpr.chardev.base import create
 
-        point("frontends")
         for config in self.config.chardevs:
             try:
+                point("chardev")
                 self.chardevs[config.id] = create(config, self.loop, after_exec)
             except CprError as error:
                 text = f"{config.location}: {error}"
                 if not after_exec:
                     raise ConfigError(text) from None
                 error_report(text)
+            except Exception as error:
+                if not after_exec:
+                    raise
+                exception_report(error)
         for device, chardev_id in self.machine.frontends:
-            device.attach(self.chardevs.get(chardev_id) if chardev_id else None)
-        self._create_monitors()
+            chardev = self.chardevs.get(chardev_id) if chardev_id else None
+            device.attach(chardev)
+        for monitor in self.config.monitors:
+            self._create_monitor(monitor)
 
-    def _create_monitors(self) -> None:
+    def _create_monitor(self, config: MonitorConfig) -> None:
         from cpr.monitor.hmp import HmpMonitor
         from cpr.monitor.qmp import QmpMonitor
 
-        for config in self.config.monitors:
-            chardev = self.chardevs.get(config.chardev)
-            if chardev is None:
-                continue
-            if config.mode == "control":
-                self.monitors.append(QmpMonitor(chardev, self, config.pretty))
-            else:
-                self.monitors.append(HmpMonitor(chardev, self))
+        chardev = self.chardevs.get(config.chardev)
+        if chardev is None:
+            return
+        if config.mode == "control":
+            self.monitors.append(QmpMonitor(chardev, self, config.pretty))
+        else:
+            self.monitors.append(HmpMonitor(chardev, self))
 
     def start_populating(self) -> None:
         """Populates RAM that prealloc=on asks for, while the guest runs already."""
@@ -220,7 +233,7 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
         vmm, ready = _start(config, fds, predecessor)
     fds.incoming = False
     if after_exec:
-        vmm.reap()
+        carefully(vmm.reap)
     signals.attach(vmm)
     if config.pidfile:
         vmm.pidfile = _write_pidfile(config.pidfile, after_exec)
@@ -251,18 +264,21 @@ def _start(config: Config, fds: PreservedFds, predecessor: Predecessor | None) -
     _confine(config)
     if isinstance(sources.main, dict) and not connects_in_background(sources.main):
         _load(vmm, sources.main, sources.option)
-        vmm.create_frontends(after_exec)
+        if after_exec:
+            carefully(lambda: vmm.create_frontends(True))
+        else:
+            vmm.create_frontends(False)
     else:
         vmm.create_frontends(after_exec)
         _boot(vmm, sources.main, sources.option)
-    vmm.start_populating()
+    carefully(vmm.start_populating)
     return vmm, ready
 
 
 def _commit(vmm: Vmm, predecessor: Predecessor) -> None:
     """The guest of a late update is loaded: it is this VMM's from here on."""
     predecessor.commit()
-    vmm.migration.incoming_side.on_running = lambda: _carefully(
+    vmm.migration.incoming_side.on_running = lambda: carefully(
         lambda: _end_update(vmm, predecessor)
     )
 
@@ -314,17 +330,9 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
         lambda: vmm.create_frontends(True),
         vmm.start_populating,  # what there was no time for
     ):
-        _carefully(step)
+        carefully(step)
     gc.enable()
     return vmm
-
-
-def _carefully(step: Callable[[], None]) -> None:
-    """Takes a step for which no guest that runs here already is to be lost."""
-    try:
-        step()
-    except Exception as error:
-        exception_report(error)
 
 
 def _report(vmm: Vmm, arrival: Arrival) -> None:

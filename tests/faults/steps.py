@@ -54,7 +54,7 @@ def late_side(way: str) -> list[Row]:
     return [
         new(way, "resume", "the token is taken; the vCPUs are let go", NEW, NEW, ENDED),
         new(way, "run", "the guest runs", NEW, NEW, ENDED),
-        new(way, "frontends", "chardevs and monitors are made", NEW, NEW, ENDED),
+        new(way, "chardev", "chardevs and monitors are made", NEW, NEW, ENDED),
     ]
 
 

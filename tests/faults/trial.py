@@ -69,8 +69,9 @@ class Trial:
         return [*VMM, *self.vm.words[len(VMM) :], "-name", "new", *more]
 
     def _send(self, name: str, **arguments: Any) -> None:
-        """What the VMM answers, if it does, does not matter here."""
+        """What the VMM answers, if it does, does not matter here: `ask` connects anew."""
         self.vm.qmp.send(name, **arguments)
+        self.vm.qmp.close()
 
     def _early(self) -> None:
         self._send("cpr-exec", command=self._command())

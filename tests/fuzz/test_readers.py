@@ -1,0 +1,36 @@
+"""A share of the fuzzing of every reader of bytes: the corpus, and some seconds of new inputs."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from fuzz.mutate import mutate
+from fuzz.readers import CORPUS, READERS, seeds
+
+SECONDS = 0.7  # of each reader
+SLOW = 5.0  # s, which no input takes
+
+
+@pytest.mark.parametrize("name", list(READERS))
+def test_reader(name):
+    read, inputs = READERS[name][0], seeds(name)
+    for data in inputs:
+        read(data)
+    chance = random.Random(name)
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        data = mutate(chance, inputs)
+        began = time.monotonic()
+        try:
+            read(data)
+        except Exception as error:
+            error.add_note(f"the input: {data[:2000]!r}")
+            raise
+        assert time.monotonic() - began < SLOW, data[:2000]
+
+
+def test_the_corpus_is_of_readers():
+    assert {path.name for path in CORPUS.iterdir()} <= set(READERS)
