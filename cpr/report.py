@@ -19,11 +19,12 @@ import select
 import stat
 import sys
 
+from cpr.constants import STDERR, STDIN, STDOUT
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-STDIN, STDOUT, STDERR = 0, 1, 2
 PROGRAM = "cpr-vmm"
 MAX_TEXT = 64 << 10
 """Bytes of one report; the rest is dropped."""

@@ -9,7 +9,7 @@ from cpr import runstate
 from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.faults import point
 from cpr.migration import address as addresses
-from cpr.migration import channel, savevm
+from cpr.migration import channel, loadvm
 from cpr.migration.capabilities import Capabilities
 from cpr.phases import mark
 from cpr.report import carefully, error_report, exception_report
@@ -19,9 +19,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from cpr.machine import Machine
+    from cpr.mainloop import MainLoop
     from cpr.migration.cpr_transfer import CprListener
     from cpr.migration.listener import Listener
-    from cpr.migration.migration import Migration
+    from cpr.migration.state import MigrationState
+    from cpr.state.fds import PreservedFds
 
 DEFER = "defer"
 PREFIX = "load of migration failed: "
@@ -85,8 +88,19 @@ class Incoming:
     `on_running()` when the guest is as it was.
     """
 
-    def __init__(self, migration: Migration) -> None:
-        self._migration = migration
+    def __init__(
+        self,
+        machine: Machine,
+        fds: PreservedFds,
+        loop: MainLoop,
+        handed: channel.Handed,
+        state: MigrationState,
+    ) -> None:
+        self._machine = machine
+        self._fds = fds
+        self._loop = loop
+        self._handed = handed
+        self._state = state
         self.expected = False
         self.started = False
         self.start_paused = False
@@ -101,7 +115,7 @@ class Incoming:
         """-incoming was given: the guest waits in runstate inmigrate.  `start_paused` is -S."""
         self.expected = True
         self.start_paused = start_paused
-        self._migration.machine.runstate.set(runstate.INMIGRATE)
+        self._machine.runstate.set(runstate.INMIGRATE)
 
     def load_now(self, address: dict) -> None:
         """Loads at start-up, before there are monitors.  Raises CprError; the VM is then lost.
@@ -110,7 +124,7 @@ class Incoming:
         """
         self.started = True
         try:
-            source = channel.open_incoming(address, self._migration.handed)
+            source = channel.open_incoming(address, self._handed)
         except MigrationError as error:
             raise ConfigError(str(error)) from None
         self.load(source)
@@ -121,10 +135,10 @@ class Incoming:
         Raises MigrationError where it is refused, or cannot listen or be opened.
         """
         self.check()
-        if self._migration.status != "none":
-            raise MigrationError(f"Illegal migration incoming state: {self._migration.status}")
+        if self._state.status != "none":
+            raise MigrationError(f"Illegal migration incoming state: {self._state.status}")
         self.hold(False)
-        self._migration.set_incoming_status("setup")
+        self._set_status("setup")
         self._address = address
         if addresses.connects_in_background(address):
             from cpr.migration.listener import Listener
@@ -134,11 +148,11 @@ class Incoming:
             self.started = True
             start_new_thread(self._wait_and_load, (listener, exit_on_error))
             return
-        source = channel.open_incoming(address, self._migration.handed)
+        source = channel.open_incoming(address, self._handed)
         self._hang_up()
         self.started = True
         # After this round of the loop: the answer to migrate-incoming goes out before `active`.
-        self._migration.loop.call_soon(lambda: self._load_or_exit(source, exit_on_error))
+        self._loop.call_soon(lambda: self._load_or_exit(source, exit_on_error))
 
     def check(self) -> None:
         """Raises MigrationError where migrate-incoming has no place."""
@@ -171,7 +185,7 @@ class Incoming:
 
     def query(self) -> dict:
         """What query-migrate tells beside the status."""
-        if self._address is None or self._migration.status != "setup":
+        if self._address is None or self._state.status != "setup":
             return {}
         if self._address.get("transport") != "socket":
             return {}
@@ -179,6 +193,10 @@ class Incoming:
         if shown["type"] == "inet":
             shown["ipv6" if ":" in shown["host"] else "ipv4"] = True
         return {"socket-address": [shown]}
+
+    def _set_status(self, status: str, error: str | None = None) -> None:
+        self._state.error = error
+        self._state.set(status)
 
     def _load_or_exit(self, source: channel.Channel, exit_on_error: bool) -> None:
         try:
@@ -190,10 +208,10 @@ class Incoming:
             self._fail(f"{PREFIX}internal error: {error}", exit_on_error)
 
     def _fail(self, text: str, exit_on_error: bool) -> None:
-        self._migration.set_incoming_status("failed", text)
+        self._set_status("failed", text)
         if exit_on_error:
             error_report(text)
-            self._migration.machine.request_exit(1)
+            self._machine.request_exit(1)
 
     def load(self, source: channel.Channel, handed_over: bool = False) -> None:
         """Loads the stream and brings the VM up as it was.
@@ -201,11 +219,10 @@ class Incoming:
         One that is handed over by an old image has no description and no capabilities.
         """
         mark("load")
-        migration = self._migration
-        migration.set_incoming_status("active")
+        self._set_status("active")
         try:
-            capabilities = Capabilities() if handed_over else migration.capabilities
-            old_state = savevm.load(migration.machine, capabilities, source, not handed_over)
+            capabilities = Capabilities() if handed_over else self._state.capabilities
+            old_state = loadvm.load(self._machine, capabilities, source, not handed_over)
         except StreamError as error:
             for line in error.stderr:
                 error_report(line)
@@ -213,25 +230,25 @@ class Incoming:
             raise MigrationError(text) from None
         finally:
             source.close()
-        migration.fds.incoming = False
+        self._fds.incoming = False
         if self.listener is not None:
             from cpr.migration.cpr_transfer import HAND_OVER_NS, take_guest
 
-            take_guest(migration.machine, HAND_OVER_NS)
+            take_guest(self._machine, HAND_OVER_NS)
         point("commit")
         self.commit()
         for step in (  # there is nobody any more to go back to
-            migration.machine.take_over,
+            self._machine.take_over,
             lambda: mark("resume"),
             lambda: self._come_up(old_state),
             lambda: mark("run"),
-            lambda: migration.set_incoming_status("completed"),
+            lambda: self._set_status("completed"),
             self.on_running,
         ):
             carefully(step)
 
     def _come_up(self, old_state: str) -> None:
-        machine = self._migration.machine
+        machine = self._machine
         if old_state in runstate.LIVE and not self.start_paused:
             machine.cont()
         elif old_state in runstate.LIVE:

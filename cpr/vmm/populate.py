@@ -12,6 +12,7 @@ import time
 from _thread import allocate_lock, start_new_thread
 
 from cpr import ram, report
+from cpr.constants import NS_PER_S
 from cpr.errors import CprError
 
 TYPE_CHECKING = False
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from cpr.ram import RAMBlock
 
-NS_PER_S = 1_000_000_000
 START_DELAY = 0.25  # s
 LEAST_REST = 0.0005  # s
 BUDGET_NS = 10_000_000_000

@@ -49,6 +49,15 @@ def new(
     return Row(way, step, "new", what, fail, hang, kill)
 
 
+def child(step: str, what: str) -> Row:
+    return Row("rehearsal", step, "new", what, OLD, OLD, OLD)
+
+
+def target(step: str, what: str) -> Row:
+    """The target has the RAM then, and the source has ended its part."""
+    return Row("transfer", step, "new", what, CONT, NEW, CONT)
+
+
 def late_side(way: str) -> list[Row]:
     """What comes when the guest is the new VMM's already."""
     return [
@@ -61,7 +70,7 @@ def late_side(way: str) -> list[Row]:
 EARLY = [
     old("early", "park", "threads are ended"),
     old("early", "exec", "clone and execve"),
-    new("early", "config", "the new VMM reads its command line"),
+    new("early", "config", "the new VMM reads its command line", MOVED),
     new("early", "ask", "it says hello"),
     old("early", "hello", "the old VMM sends the CPR state", MOVED),
     new("early", "map", "VM and RAM are made"),
@@ -85,7 +94,7 @@ LATE = [
     old("late", "complete", "the stream is closed"),
     old("late", "finish", "the exec is made ready"),
     old("late", "exec", "clone and execve"),
-    new("late", "config", "the new VMM reads its command line"),
+    new("late", "config", "the new VMM reads its command line", MOVED),
     new("late", "map", "VM and RAM are made"),
     new("late", "vcpu", "vCPUs and devices are made"),
     new("late", "load", "the stream is loaded"),
@@ -104,15 +113,15 @@ STAGING = [
     old("staging", "stop", "the guest is stopped"),
     old("staging", "last-pass", "the last pages are copied"),
     old("staging", "devices", "the state of the devices is written"),
-    new("staging", "map", "the copies are mapped"),
-    new("staging", "load", "the stream is loaded"),
+    new("staging", "map", "the copies are mapped", MOVED),
+    new("staging", "load", "the stream is loaded", MOVED),
     new("staging", "resume", "the token is taken; the vCPUs are let go", NEW, NEW, ENDED),
 ]
 REHEARSAL = [
-    new("rehearsal", "config", "the child reads its command line", OLD, OLD, OLD),
-    new("rehearsal", "ask", "it says hello", OLD, OLD, OLD),
-    new("rehearsal", "map", "VM and RAM are made", OLD, OLD, OLD),
-    new("rehearsal", "vcpu", "vCPUs and devices are made", OLD, OLD, OLD),
+    child("config", "the child reads its command line"),
+    child("ask", "it says hello"),
+    child("map", "VM and RAM are made"),
+    child("vcpu", "vCPUs and devices are made"),
 ]
 TRANSFER = [
     old("transfer", "send", "the source sends the CPR state"),
@@ -120,10 +129,10 @@ TRANSFER = [
     new("transfer", "map", "VM and RAM are made", OLD, NEW, OLD),
     old("transfer", "stop", "the guest is stopped"),
     old("transfer", "devices", "the state of the devices is written"),
-    new("transfer", "load", "it is loaded", OLD, NEW, OLD),
+    target("load", "it is loaded"),
     old("transfer", "given-away", "the source gives up its lock on the RAM", NEW, NEW, NEW),
-    new("transfer", "commit", "the target takes the lock", OLD, NEW, OLD),
-    new("transfer", "resume", "the vCPUs are let go", NEW, NEW, ENDED),
+    target("commit", "the guest is the target's"),
+    new("transfer", "resume", "the vCPUs are let go", NEW, NEW, CONT),
 ]
 REBOOT = [
     old("reboot", "stop", "the guest is stopped"),

@@ -35,6 +35,7 @@ from cpr.vmm.inspect.source import Source  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data"
 CORPUS = Path(__file__).parent / "corpus"
+GROUPS = ("machine", "memory", "object", "drive", "chardev", "mon", "name", "device")
 MACHINE = "-nodefaults -accel tcg -m 1M -smp 2 -serial null"
 MAPPED = [{"capability": "mapped-ram", "state": True}]
 
@@ -137,7 +138,7 @@ def command_line(data: bytes) -> None:
 def config(data: bytes) -> None:
     """A guest.cfg."""
     try:
-        readconfig.parse_config(data.decode(errors="replace"), "fuzz")
+        readconfig.parse_config(data.decode(errors="replace"), "fuzz", GROUPS)
     except CprError:
         pass
 
