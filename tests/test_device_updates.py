@@ -17,7 +17,7 @@ from cpr.errors import MigrationError
 from cpr.events import EventBus
 from cpr.live import guard
 from cpr.mainloop import MainLoop
-from cpr.migration import early
+from cpr.migration import hand_over
 from cpr.migration.migration import Migration
 from cpr.monitor.passed_fds import PassedFds
 from cpr.state.cpr_state import CprState
@@ -134,11 +134,11 @@ def test_order_where_the_exec_fails(source: Source) -> None:
     ],
 )
 def test_versions_of_a_device_that_the_new_vmm_has_not(source, version, minimum, text) -> None:
-    wanted = early.describe(source.machine)
+    wanted = hand_over.describe(source.machine)
     (entry,) = [entry for entry in wanted["sections"] if entry[0] == "recorder"]
     entry[2] = version
     source.device.vmstate = VMStateDescription("recorder", 2, minimum, ())
-    assert early.differences(source.machine, wanted) == ([text] if text else [])
+    assert hand_over.differences(source.machine, wanted) == ([text] if text else [])
 
 
 def test_device_that_refuses_when_it_is_asked(source: Source, tmp_path) -> None:

@@ -103,11 +103,12 @@ class Trial:
         self._send("migrate", uri=f"file:{self.folder}/stream")
 
     def _transfer(self) -> None:
-        main, cpr = (
+        main, cpr = f"{self.folder}/main", f"{self.folder}/cpr"
+        channels = [
             {"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": path}}
-            for kind, path in (("main", f"{self.folder}/main"), ("cpr", f"{self.folder}/cpr"))
-        )
-        incoming = ["-incoming", json.dumps(main), "-incoming", json.dumps(cpr)]
+            for kind, path in (("main", main), ("cpr", cpr))
+        ]
+        incoming = [word for each in channels for word in ("-incoming", json.dumps(each))]
 
         def start() -> None:
             try:
@@ -119,9 +120,9 @@ class Trial:
 
         self._thread = threading.Thread(target=start)
         self._thread.start()
-        wait_for(lambda: is_listening(cpr["addr"]["path"]), "the target listens")
+        wait_for(lambda: is_listening(cpr), "the target listens")
         self.vm.ask("migrate-set-parameters", mode="cpr-transfer")
-        self._send("migrate", channels=[main, cpr])
+        self._send("migrate", channels=channels)
 
     # What became of it.
 

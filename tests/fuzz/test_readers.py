@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from fuzz.mutate import mutate
-from fuzz.readers import CORPUS, READERS, seeds
+from fuzz.readers import CORPUS, READERS, close_machine, seeds
 
 SECONDS = 0.7  # of each reader
 SLOW = 5.0  # s, which no input takes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_threads_at_the_end() -> Iterator[None]:
+    yield
+    close_machine()
 
 
 @pytest.mark.parametrize("name", list(READERS))

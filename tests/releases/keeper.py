@@ -16,7 +16,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cpr.live.messages import Message
-from cpr.live.transaction import HAND_OVER, PROTOCOL, READY, STATE, find_predecessor
+from cpr.live.new_image import find_predecessor
+from cpr.live.transaction import HAND_OVER, PROTOCOL, READY, STATE
 from cpr.state.cpr_state import STATE_NAME, CprState
 
 LEVEL = 9

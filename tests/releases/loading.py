@@ -11,7 +11,8 @@ from typing import Any
 
 from harness.vm import Vm
 
-from cpr.live.transaction import EARLY, HAND_OVER, HELLO, READY, STATE, Update
+from cpr.live.old_image import Update
+from cpr.live.transaction import EARLY, HAND_OVER, HELLO, READY, STATE
 from cpr.state.cpr_state import STATE_NAME, CprState
 
 RAM = "memory-backend-memfd"  # what a memfd of a backend's is called
