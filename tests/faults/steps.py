@@ -11,7 +11,7 @@ from typing import NamedTuple
 NEW = "in the new VMM"
 OLD = "in the old VMM"
 MOVED = "in the old VMM, other PID"
-CONT = "in the source, after cont"
+CONT = "in the source"
 ENDED = "ended: its process was killed"
 FAULTS = ("fail", "hang", "kill")
 
@@ -19,7 +19,7 @@ OUTCOMES = {
     NEW: "the guest goes on in the new VMM; what could not be made there is missing and reported",
     OLD: "the guest goes on in the old VMM under its PID; the update has failed, and tells why",
     MOVED: "the same, in the guard's process, as the new one has ended without a word or was ended",
-    CONT: "the source has given it away, and the target ended: the source takes it back by `cont`",
+    CONT: "the target has ended: the guest runs in the source, or does after `cont`",
     ENDED: "the process that had the guest was killed; nothing of the VM is left",
 }
 
