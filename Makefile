@@ -11,7 +11,7 @@ PYTHONS ?= 3.11 3.12 3.13 3.14
 LIVE_NEEDS := pytest pytest-timeout hypothesis cffi psutil uvicorn setuptools
 
 .PHONY: setup setup-dev guests compiled run demo test test-nested test-nested-iommufd nested-guests \
-	test-live test-pythons conformance sanitize soak-failures release-data lint format bench clean
+	test-live test-pythons conformance sanitize soak-failures release-data fuzz faults soak states lint format bench clean
 
 setup: $(VENV)/.built guests compiled
 
@@ -75,6 +75,16 @@ conformance: setup-dev
 # The C page path under the address, undefined-behaviour and thread sanitizers, and the guard.
 sanitize: | $(VENV)/.checked
 	$(MAKE) -C tests/native PYTHON='$(PYTHON)'
+
+# All fuzzers for MINUTES; atheris and clang are used where they can be had.
+MINUTES ?= 10
+fuzz: setup-dev guests
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install -q atheris || true
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)
+
+# A fault in every step of every way to update; the default run takes a sample.
+faults: setup-dev guests
+	ALL_FAULTS=1 $(BIN)/python -m pytest tests/test_faults.py $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import pytest
 from fuzz.mutate import mutate
 from fuzz.readers import CORPUS, READERS, close_machine, seeds
 
-SECONDS = 0.7  # of each reader
+SECONDS = 0.4  # of each reader
 SLOW = 5.0  # s, which no input takes
 
 
@@ -40,4 +40,4 @@ def test_reader(name):
 
 
 def test_the_corpus_is_of_readers():
-    assert {path.name for path in CORPUS.iterdir()} <= set(READERS)
+    assert {path.name for path in CORPUS.iterdir() if path.is_dir()} <= {*READERS, "guests"}
