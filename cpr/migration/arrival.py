@@ -7,10 +7,14 @@ import os
 from cpr.constants import PROGRAM
 from cpr.errors import MigrationError
 from cpr.faults import point
+from cpr.live import sealed
 from cpr.live.transaction import END, HAND_OVER, READY, REHEARSE, STATE, UpdateError
 from cpr.migration.channel import Channel
 from cpr.migration.hand_over import decode_state, differences
 from cpr.migration.placement import place_vcpus, restore
+
+MOST_STREAM = 64 << 20
+"""Bytes of a hand-over's stream, which has no RAM in it."""
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,6 +72,12 @@ class Arrival:
         self._predecessor.send(READY)
         message = self._predecessor.receive(HAND_OVER)
         stream = message.fds.pop(0)
+        try:
+            sealed.check(stream, MOST_STREAM)
+        except ValueError as error:
+            os.close(stream)
+            message.close()
+            raise MigrationError(str(error)) from None
         os.lseek(stream, 0, os.SEEK_SET)
         if message.body["changed"]:
             renewed = {(name, id) for name, id in message.body["renewed"]}

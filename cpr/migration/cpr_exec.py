@@ -80,6 +80,13 @@ class Exec(KeepsRam):
         if not self.command:
             raise MigrationError("cpr-exec mode requires setting cpr-exec-command")
 
+    def blockers(self, machine: Machine) -> list[str]:
+        reasons = super().blockers(machine)
+        sandbox = machine.config.sandbox
+        if sandbox.get("enable") and sandbox.get("spawn") == "deny":
+            reasons.append("-sandbox spawn=deny forbids execve, with which this VMM is updated")
+        return reasons
+
     def early_exec(self, *settings: str) -> Exec | None:
         """Not with RAM that is staged, nor with a program that knows no hand-over.
 

@@ -20,6 +20,7 @@ from cpr import runstate
 from cpr.constants import NS_PER_MS
 from cpr.errors import CprError, MigrationError
 from cpr.faults import point
+from cpr.live import sealed
 from cpr.live.old_image import Update
 from cpr.live.transaction import (
     BACK,
@@ -203,13 +204,14 @@ class EarlyUpdate:
         outgoing.stop_guest()
         machine.cpr_prepare(EXEC)
         self._state.set("device")
-        stream = os.memfd_create("cpr-stream")
+        stream = sealed.create("cpr-stream")
         try:
             channel = Channel(os.dup(stream), "file")
             saver = savevm.Saver(machine, NONE, outgoing.old_state, self._mode, channel)
             saver.ram()
             saver.devices(False)
             channel.finish()
+            sealed.seal(stream)
             serials = fds.serials()
             changed = serials != self._sent
             renewed = [key for key in serials if serials[key] != self._sent.get(key, 0)]

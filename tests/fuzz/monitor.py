@@ -46,6 +46,7 @@ COMMANDS_TO_RUN: tuple[list[str], ...] = (
     ["\0"],
     ["true", "run"],
 )
+SETTLED = ("none", "completed", "failed", "cancelled")
 SILENT = 12.0  # s, for which no VMM is, with an update of 3 s at most
 
 
@@ -133,8 +134,12 @@ class Fuzzed:
     def check(self) -> None:
         """The VMM is there, and what stops the guest is undone."""
         vm = self.vm
-        wait_for(lambda: len(vm.processes()) == 1, "one process has the VM")
-        vm.follow()
+
+        def is_settled() -> bool:
+            now = vm.ask("query-migrate").get("status", "none")
+            return now in SETTLED and len(vm.processes()) == 1
+
+        wait_for(is_settled, "one process has the VM")
         assert vm.ask("query-status")["status"] != "internal-error"
         assert "Traceback" not in vm.stderr, vm.stderr
 

@@ -11,8 +11,10 @@ from typing import Any
 
 from harness.vm import Vm
 
+from cpr.live import sealed
 from cpr.live.old_image import Update
 from cpr.live.transaction import EARLY, HAND_OVER, HELLO, READY, STATE
+from cpr.migration.hand_over import identify
 from cpr.state.cpr_state import STATE_NAME, CprState
 
 RAM = "memory-backend-memfd"  # what a memfd of a backend's is called
@@ -22,10 +24,12 @@ def content(path: Path) -> bytes:
     return gzip.decompress(path.read_bytes())
 
 
-def memfd(name: str, data: bytes) -> int:
-    fd = os.memfd_create(name)
+def memfd(name: str, data: bytes, is_sealed: bool = False) -> int:
+    fd = sealed.create(name)
     os.write(fd, data)
     os.lseek(fd, 0, os.SEEK_SET)
+    if is_sealed:
+        sealed.seal(fd)
     return fd
 
 
@@ -91,10 +95,12 @@ class HandOver:
     def _send(self, kind: str) -> None:
         kept = json.loads((self._folder / f"{kind}.json").read_text())
         fds = [
-            memfd(RAM, content(self._folder / f"{kind}.{number}.gz"))
+            memfd(RAM, content(self._folder / f"{kind}.{number}.gz"), kind == HAND_OVER)
             for number in range(kept["descriptors"])
         ]
         body = kept["body"]
+        if "descriptors" in body:
+            body["descriptors"] = [identify(fd) for fd in fds]
         self._update.send(body.pop("kind", kind), body, fds)
         for fd in fds:
             os.close(fd)
