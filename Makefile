@@ -63,6 +63,11 @@ N ?= 1000
 soak-failures: setup-dev
 	$(BIN)/python -m tests.soak.failures -n $(N) $(ARGS)
 
+# N updates in a row of one VM under load, good and failing, early and late, on each accelerator, and
+# ten VMs at once; prints what they leave, and the pause.
+soak: setup-dev guests
+	$(BIN)/python -m tests.soak.updates -n $(N) $(ARGS)
+
 # What this release's updates carry, for the tests of later ones: once for each release.
 release-data: setup-dev
 	$(BIN)/python -m tests.releases.record
@@ -85,6 +90,10 @@ fuzz: setup-dev guests
 # A fault in every step of every way to update; the default run takes a sample.
 faults: setup-dev guests
 	ALL_FAULTS=1 $(BIN)/python -m pytest tests/test_faults.py $(ARGS)
+
+# Many long sequences of updates, stops, resets, failures, cancels, kills and clients.
+states: setup-dev guests
+	MANY_STATES=1 $(BIN)/python -m pytest tests/test_sequences.py $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .
