@@ -91,9 +91,10 @@ fuzz: setup-dev guests
 faults: setup-dev guests
 	ALL_FAULTS=1 $(BIN)/python -m pytest tests/test_faults.py $(ARGS)
 
-# Many long sequences of updates, stops, resets, failures, cancels, kills and clients.
+# MANY long sequences of updates, stops, resets, failures, cancels, kills and clients.
+MANY ?= 100
 states: setup-dev guests
-	MANY_STATES=1 $(BIN)/python -m pytest tests/test_sequences.py $(ARGS)
+	MANY_STATES=$(MANY) $(BIN)/python -m pytest tests/test_sequences.py $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .
