@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from harness.qmp import QmpError
-from harness.vm import ROOT, Vm
+from harness.vm import HEARTBEAT, ROOT, Vm
 
 from benchmarks.cases import GIB, HUGETLB, Case, size_text
-from benchmarks.observer import HEARTBEAT
 from benchmarks.peer import Peer
 
 IMAGES = ROOT / "examples" / "build"
@@ -91,6 +90,16 @@ def update(vm: Vm, case: Case, peer: Peer | None) -> None:
         return
     choose_mode(vm, case)
     vm.update()
+
+
+def keep_vcpus_off(vm: Vm, cpu: int) -> None:
+    """Has the vCPUs run on other CPUs than the observer's, where there are others.
+
+    A QEMU's new image has new threads, which may run anywhere again.
+    """
+    if others := os.sched_getaffinity(vm.pid) - {cpu}:
+        for vcpu in vm.qmp.command("query-cpus-fast"):
+            os.sched_setaffinity(vcpu["thread-id"], others)
 
 
 def wait_for_heartbeat(vm: Vm, timeout: float = BOOT_TIMEOUT) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.cases import Case
 from benchmarks.machines import (
     choose_mode,
+    keep_vcpus_off,
     started,
     update,
     wait_for_heartbeat,
@@ -22,7 +23,7 @@ from benchmarks.quantiles import percentile
 from benchmarks.rounds import Progress, take_turns
 from benchmarks.settings import shmem_hugepages
 
-SETTLE = 0.1  # how long a window goes on behind the update
+SETTLE = 0.1  # how long a window goes on after the update
 LONGEST_BASELINE = 10.0
 MOVE_TIMEOUT = 20.0
 
@@ -106,9 +107,10 @@ class Subject:
         self._observer.rest()
 
     def turn(self) -> None:
-        """One window without an update, one with, and one behind it.  Raises one of FAILURES."""
+        """One window without an update, one with, and one after it.  Raises one of FAILURES."""
         self._observer.look()
         self._vm.qmp.command("cont")
+        keep_vcpus_off(self._vm, self._observer.cpu)
         wait_for_heartbeat(self._vm)
         baseline = self._observer.window_of(min(self._length, LONGEST_BASELINE))
         begin = time.monotonic()

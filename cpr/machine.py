@@ -223,7 +223,7 @@ class Machine:
         """Starts the threads again that have ended, and those vCPUs that ran."""
         for thread, was_running in zip(self.threads, self._parked, strict=True):
             if thread.has_ended:
-                thread.restart()
+                thread.start()
             else:
                 thread.pause()
             if was_running:
@@ -397,16 +397,16 @@ class Machine:
     def cpr_prepare(self, mode: str) -> None:
         """Has the devices make themselves ready for being saved in `mode`, the guest stopped.
 
-        Raises CprError where one refuses; `cpr_walk_back` is the inverse in that case too.
+        Raises CprError where one refuses; `cpr_rollback` is the inverse in that case too.
         """
         with self.lock:
             for device in self.devices:
                 device.cpr_prepare(mode)
 
-    def cpr_walk_back(self) -> None:
+    def cpr_rollback(self) -> None:
         with self.lock:
             for device in reversed(self.devices):
-                device.cpr_walk_back()
+                device.cpr_rollback()
 
     def take_over(self) -> None:
         """The guest that was loaded is this VMM's for good; it runs on whatever a device says."""

@@ -91,7 +91,7 @@ def test_early_update(start, folder):
             pytest.skip(str(error))
         raise
     assert hand_over.program == f"cpr-vmm {VERSION}"
-    check_runs(vm, counter(content(folder / "state.0.gz")))
+    check_runs(vm, counter(hand_over.ram))
 
 
 @pytest.mark.parametrize("name", ["reboot", "mapped"])

@@ -96,7 +96,8 @@ def test_every_descriptor_of_a_new_image_is_known_by_name(start, accel, overlap)
         assert not any(STATE_NAME in name or "cpr-live" in name for name in now.values())
         for number in now:
             with open(f"/proc/{vm.pid}/fdinfo/{number}") as file:
-                flags = int(re.search(r"flags:\s*(\d+)", file.read())[1], 8)
+                values = dict(line.split(":", 1) for line in file)
+            flags = int(values["flags"], 8)
             assert number <= 2 or flags & os.O_CLOEXEC, now[number]
 
 

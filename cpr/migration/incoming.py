@@ -1,9 +1,13 @@
-"""The incoming side: -incoming URI, -incoming defer and migrate-incoming."""
+"""The incoming side: -incoming URI, -incoming defer and migrate-incoming.
+
+A source on a socket is waited for, and read, on a thread; the VM comes up in one step on the main
+loop, where no monitor's command comes in between.
+"""
 
 from __future__ import annotations
 
 import os
-from _thread import start_new_thread
+from _thread import allocate_lock, start_new_thread
 
 from cpr import runstate
 from cpr.errors import ConfigError, CprError, MigrationError
@@ -17,7 +21,9 @@ from cpr.state.reader import StreamError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Sequence
+
+    Sections = Container[tuple[str, int]]
 
     from cpr.machine import Machine
     from cpr.mainloop import MainLoop
@@ -109,7 +115,9 @@ class Incoming:
         self.hold: Callable[[bool], None] = lambda on: None
         self.on_running: Callable[[], None] = lambda: None
         self._address: dict | None = None
-        self._source: channel.Channel | None = None
+        self._closing = False
+        self._source: Listener | channel.Channel | None = None
+        self._thread_done = allocate_lock()
 
     def expect(self, start_paused: bool) -> None:
         """-incoming was given: the guest waits in runstate inmigrate.  `start_paused` is -S."""
@@ -143,16 +151,17 @@ class Incoming:
         if addresses.connects_in_background(address):
             from cpr.migration.listener import Listener
 
-            listener = Listener(address)
+            self._source = listener = Listener(address)
             self._hang_up()
             self.started = True
-            start_new_thread(self._wait_and_load, (listener, exit_on_error))
+            self._thread_done.acquire()
+            start_new_thread(self._wait_and_read, (listener, exit_on_error))
             return
         source = channel.open_incoming(address, self._handed)
         self._hang_up()
         self.started = True
         # After this round of the loop: the answer to migrate-incoming goes out before `active`.
-        self._loop.call_soon(lambda: self._load_or_exit(source, exit_on_error))
+        self._loop.call_soon(lambda: self._or_exit(lambda: self.load(source), exit_on_error))
 
     def check(self) -> None:
         """Raises MigrationError where migrate-incoming has no place."""
@@ -161,22 +170,38 @@ class Incoming:
         if self.started:
             raise MigrationError("The incoming migration has already been started")
 
-    def _wait_and_load(self, listener: Listener, exit_on_error: bool) -> None:
+    def _wait_and_read(self, listener: Listener, exit_on_error: bool) -> None:
         """On a thread of its own: a source may say nothing for long, and monitors go on."""
         try:
-            source = listener.accept()
-        except CprError as error:
-            self._fail(str(error), exit_on_error)
-            return
-        self._source = source
-        self._load_or_exit(source, exit_on_error)
-        self._source = None
+            old_state = self._wait_for(listener)
+        except Exception as error:
+            failure = error
+            self._end_on_loop(lambda: self._fail(failure, exit_on_error))
+        else:
+            self._end_on_loop(
+                lambda: self._or_exit(lambda: self._bring_up(old_state), exit_on_error)
+            )
+        finally:
+            self._source = None
+            self._thread_done.release()
 
-    def close(self) -> None:
-        """Ends a load that still waits for its source."""
+    def _wait_for(self, listener: Listener) -> str:
+        source = self._source = listener.accept()
+        if self._closing:  # which has not seen this source
+            source.shutdown()
+        return self._read(source)
+
+    def _end_on_loop(self, step: Callable[[], None]) -> None:
+        if not self._closing:
+            self._loop.call_soon(step)
+
+    def close(self, timeout: float) -> None:
+        """Ends a load that waits or reads, and waits so many seconds for that."""
+        self._closing = True
         source = self._source
         if source is not None:
             source.shutdown()
+        self._thread_done.acquire(timeout=timeout)
 
     def _hang_up(self) -> None:
         """Tells the source of a cpr-transfer that it can connect to the main channel."""
@@ -198,31 +223,41 @@ class Incoming:
         self._state.error = error
         self._state.set(status)
 
-    def _load_or_exit(self, source: channel.Channel, exit_on_error: bool) -> None:
+    def _or_exit(self, step: Callable[[], None], exit_on_error: bool) -> None:
         try:
-            self.load(source)
-        except CprError as error:
-            self._fail(str(error), exit_on_error)
-        except Exception as error:  # no state may leave a VMM that says "active" for ever
-            exception_report(error)
-            self._fail(f"{PREFIX}internal error: {error}", exit_on_error)
+            step()
+        except Exception as error:
+            self._fail(error, exit_on_error)
 
-    def _fail(self, text: str, exit_on_error: bool) -> None:
+    def _fail(self, error: Exception, exit_on_error: bool) -> None:
+        text = str(error)
+        if not isinstance(error, CprError):  # no state may leave a VMM that says "active" for ever
+            exception_report(error)
+            text = f"{PREFIX}internal error: {error}"
         self._set_status("failed", text)
         if exit_on_error:
             error_report(text)
             self._machine.request_exit(1)
 
-    def load(self, source: channel.Channel, handed_over: bool = False) -> None:
-        """Loads the stream and brings the VM up as it was.
+    def load(self, source: channel.Channel, loaded: Sections | None = None) -> None:
+        """Loads the stream and brings the VM up as it was.  On the main loop, or before it runs.
 
-        One that is handed over by an old image has no description and no capabilities.
+        One that is handed over by an old image has no description, no capabilities, and no section
+        that was `loaded` before and has not changed.
         """
+        self._bring_up(self._read(source, loaded))
+
+    def _read(self, source: channel.Channel, loaded: Sections | None = None) -> str:
+        """Loads the stream and closes it; returns the state in which the guest was."""
         mark("load")
         self._set_status("active")
         try:
-            capabilities = Capabilities() if handed_over else self._state.capabilities
-            old_state = loadvm.load(self._machine, capabilities, source, not handed_over)
+            if loaded is None:
+                old_state = loadvm.load(self._machine, self._state.capabilities, source)
+            else:
+                old_state = loadvm.load(
+                    self._machine, Capabilities(), source, described=False, loaded=loaded
+                )
         except StreamError as error:
             for line in error.stderr:
                 error_report(line)
@@ -235,6 +270,10 @@ class Incoming:
             from cpr.migration.cpr_transfer import HAND_OVER_NS, take_guest
 
             take_guest(self._machine, HAND_OVER_NS)
+        return old_state
+
+    def _bring_up(self, old_state: str) -> None:
+        """The guest is this VMM's, and goes on."""
         point("commit")
         self.commit()
         for step in (  # there is nobody any more to go back to

@@ -173,7 +173,7 @@ class Migration:
             self._start(address, mode, "on", "auto")
         except CprError:
             self.parameters.set(saved)
-            mode.walk_back()
+            mode.rollback()
             raise
 
     def _check(self, address: dict, mode: Mode, resume: bool = False) -> None:
@@ -292,11 +292,11 @@ class Migration:
                 raise
             if self.outgoing is not None:
                 self.outgoing.unstage()  # the guest goes on in its own RAM
-            self.machine.cpr_walk_back()
+            self.machine.cpr_rollback()
 
     def close(self, exit_status: int) -> None:
         """The VM ends, with whatever is under way."""
-        self.incoming_side.close()
+        self.incoming_side.close(CLOSE_TIMEOUT)
         if self.outgoing is not None:
             self.outgoing.close(exit_status)
         # It reads the machine, which is freed next.

@@ -176,9 +176,7 @@ class Outgoing:
                 self.stop_guest()
             assert self._channel is not None
             self.machine.cpr_prepare(self._mode.name)
-            self._saver = savevm.Saver(
-                self.machine, capabilities, self.old_state, self._mode, self._channel
-            )
+            self._saver = savevm.Saver(self.machine, capabilities, self._mode, self._channel)
             self._write(self._saver.ram)
             if self._staging is None:
                 self.ram = self._saver.counters
@@ -225,7 +223,7 @@ class Outgoing:
         if self._cancel:
             raise Cancelled("Switchover is interrupted")
 
-    def _write(self, step: Callable[[], None]) -> None:
+    def _write(self, step: Callable[[], object]) -> None:
         """Runs one step of writing the stream, and puts it out."""
         assert self._channel is not None and self._saver is not None
         try:
@@ -244,7 +242,8 @@ class Outgoing:
     def _write_all(self) -> None:
         assert self._channel is not None and self._saver is not None
         point("devices")
-        self._write(self._saver.devices)
+        saver = self._saver
+        self._write(lambda: saver.devices(self.old_state))
         capabilities = self.state.capabilities
         if capabilities.enabled("return-path") and self._channel.kind != "socket":
             raise MigrationError("Unable to read from file: Bad file descriptor")
@@ -339,10 +338,10 @@ class Outgoing:
             self._channel.close()
             self._channel = None
         if self._mode is not None:
-            self._mode.walk_back()
+            self._mode.rollback()
             self._mode = None
         self.early = None
-        self.machine.cpr_walk_back()
+        self.machine.cpr_rollback()
         self.unstage()
         self.state.error = error
         exec_failed = self.state.status == "completed"
@@ -361,7 +360,7 @@ class Outgoing:
 
     def run_on(self) -> None:
         """The inverse of `stop_guest`, for a hand-over that did not happen."""
-        self.machine.cpr_walk_back()
+        self.machine.cpr_rollback()
         self._go_back(False)
 
     def _go_back(self, exec_failed: bool) -> None:

@@ -2,7 +2,8 @@
 
 The new image starts beside the running guest, and a start takes a CPU for tens of ms: on the same
 CPU the vCPU would lose whole time slices.  So the thread that execs, which becomes the new image,
-leaves the vCPUs' CPUs for as long as the update goes, where there are others that it may use.
+leaves the vCPUs' CPUs for as long as the guest runs, where there are others that it may use.  When
+the guest is stopped for the hand-over its CPUs are free, and do nothing else: both images go there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from cpr.vcpus import Scheduling
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from typing import Any
 
     from cpr.vcpus import VCpuThread
 
@@ -25,45 +25,61 @@ RUNNING = "R"
 
 
 class Placement:
-    """The old VMM's side: where its main thread and its vCPUs may run, and where the rest goes."""
+    """Where the main thread and the vCPU threads of both images may run."""
 
-    def __init__(self, threads: Sequence[VCpuThread]) -> None:
-        """Looks; the vCPU threads have not ended.  Raises OSError."""
-        self._vcpus = [Scheduling.of(thread.thread_id) for thread in threads]
-        self._own = os.sched_getaffinity(0)
-        self._away = self._own - {_busy_cpu(thread.thread_id) for thread in threads}
+    def __init__(self, own: Iterable[int], away: Iterable[int], vcpus: Iterable[list]) -> None:
+        """CPUs that a main thread may use, those of them that no vCPU runs on, and how each vCPU
+        thread is scheduled: what `describe` gives."""
+        self._own = set(own)
+        self._away = set(away)
+        self._vcpus = [Scheduling(*each) for each in vcpus]
+
+    @classmethod
+    def of(cls, threads: Sequence[VCpuThread]) -> Placement:
+        """The old VMM's, whose vCPU threads have not ended.  Raises OSError."""
+        own = os.sched_getaffinity(0)
+        away = own - {_busy_cpu(thread.thread_id) for thread in threads}
+        return cls(own, away, [Scheduling.of(thread.thread_id).describe() for thread in threads])
+
+    def describe(self) -> list:
+        """The arguments of the constructor, as plain data."""
+        return [sorted(self._own), sorted(self._away), [each.describe() for each in self._vcpus]]
 
     def keep_away(self) -> None:
         """Moves the caller's thread, and what it starts; the inverse is `give_back`."""
+        _move(self._away)
+
+    def hand_over(self, new_image: int) -> None:
+        """Moves the caller's thread and the main thread of the new image, which waits, to the CPUs
+        of the guest, which is about to be stopped."""
         if self._away:
-            os.sched_setaffinity(0, self._away)
+            _move(self._own - self._away)
+            _move(self._own - self._away, new_image)
 
     def give_back(self) -> None:
-        """The caller's thread may run where it might before the update."""
-        restore(self._own)
+        """The caller's thread may run where the main thread might before the update."""
+        _move(self._own)
 
-    def describe(self) -> dict[str, Any]:
-        """What the new VMM is to have, as plain data."""
-        return {"main": sorted(self._own), "vcpus": [each.describe() for each in self._vcpus]}
-
-
-def place_vcpus(threads: Sequence[VCpuThread], described: dict[str, Any]) -> None:
-    """The new VMM's side: its vCPU threads are scheduled as the old one's were."""
-    for thread, wanted in zip(threads, described["vcpus"], strict=True):
-        try:
-            Scheduling(*wanted).give(thread.thread_id)
-        except OSError as error:
-            warn_report(
-                f"vCPU {thread.vcpu.index} is not scheduled as before the update: {error.strerror}"
-            )
+    def place(self, threads: Sequence[VCpuThread]) -> None:
+        """Has vCPU threads scheduled as the old VMM's were."""
+        for thread, wanted in zip(threads, self._vcpus, strict=True):
+            try:
+                wanted.give(thread.thread_id)
+            except OSError as error:
+                warn_report(
+                    f"vCPU {thread.vcpu.index} is not scheduled as before the update: "
+                    f"{error.strerror}"
+                )
 
 
-def restore(cpus: Iterable[int]) -> None:
-    """The caller's thread may run on these, or, where none of them is left, on any."""
+def _move(cpus: set[int], thread_id: int = 0) -> None:
+    """Leaves the thread, 0 for the caller's, where it is if there is no CPU to go to."""
+    if not cpus:
+        return
     try:
-        os.sched_setaffinity(0, cpus)
+        os.sched_setaffinity(thread_id, cpus)
     except OSError as error:
-        warn_report(f"the VMM is not on the CPUs from before the update: {error.strerror}")
+        warn_report(f"the VMM cannot run on the CPUs {sorted(cpus)}: {error.strerror}")
 
 
 def _busy_cpu(thread_id: int) -> int:

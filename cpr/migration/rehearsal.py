@@ -48,7 +48,7 @@ def rehearse(
     except UpdateError as error:
         raise MigrationError(str(error)) from None
     began = time.monotonic_ns()
-    placement = Placement(machine.threads)
+    placement = Placement.of(machine.threads)
     try:
         placement.keep_away()
         try:

@@ -136,11 +136,15 @@ class StreamWriter:
         instance_id: int,
         vmsd: VMStateDescription,
         state: dict,
+        body: bytes | None = None,
     ) -> None:
-        """A FULL section, and its place in the description; `state` must stay as it is."""
+        """A FULL section, and its place in the description; `state` must stay as it is.
+
+        `body` is what `vmsd` makes of it, where that is known.
+        """
         self._devices.append((idstr, instance_id, vmsd, state))
         section = Section(FULL, section_id, idstr, instance_id, vmsd.version_id)
-        self._section(section, vmsd.encode(state))
+        self._section(section, vmsd.encode(state) if body is None else body)
 
     def command(self, command: int, payload: bytes = b"") -> None:
         self.write(struct.pack(">BHH", COMMAND, command, len(payload)) + payload)
@@ -192,9 +196,11 @@ class StreamReader:
 
     def peek(self, size: int) -> bytes:
         """Up to `size` bytes, without taking them; fewer only at the end of the stream."""
-        if len(self._buffer) - self._position < size:
+        end = self._position + size
+        if end > len(self._buffer):
             self._fill(size)
-        return self._buffer[self._position : self._position + size]
+            end = size
+        return self._buffer[self._position : end]
 
     def take(self, size: int) -> bytes:
         """Up to `size` bytes; if there are fewer, `failed` is set."""
@@ -207,6 +213,12 @@ class StreamReader:
 
     def read(self, size: int) -> bytes:
         """Exactly `size` bytes.  Raises EndOfStream if there are fewer."""
+        start = self._position
+        end = start + size
+        if end <= len(self._buffer):
+            self._position = end
+            self.offset += size
+            return self._buffer[start:end]
         piece = self.take(size)
         if len(piece) < size:
             raise EndOfStream
@@ -214,6 +226,12 @@ class StreamReader:
 
     def integer(self, size: int) -> int:
         """A big-endian unsigned integer of `size` bytes, with zeros for those that are missing."""
+        start = self._position
+        end = start + size
+        if end <= len(self._buffer):  # the guest stands still while this is done, many times
+            self._position = end
+            self.offset += size
+            return int.from_bytes(self._buffer[start:end], "big")
         return int.from_bytes(self.take(size).ljust(size, b"\0"), "big")
 
     def jump(self, offset: int, seek: Callable[[int], None]) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 from cpr import pc, phases
 from cpr.config import parse_command_line
-from cpr.constants import STDERR
+from cpr.constants import NS_PER_S, STDERR
 from cpr.errors import ConfigError, MigrationError
 from cpr.events import EventBus
 from cpr.faults import point
@@ -19,7 +20,6 @@ from cpr.live.new_image import find_predecessor
 from cpr.live.transaction import EARLY, LATE
 from cpr.mainloop import MainLoop
 from cpr.migration.address import connects_in_background
-from cpr.migration.capabilities import Capabilities
 from cpr.migration.incoming import DEFER, Sources
 from cpr.migration.migration import Migration
 from cpr.migration.mode import EXEC, KeepsRam
@@ -30,6 +30,7 @@ from cpr.report import carefully, error_report, info_report, output, warn_report
 from cpr.state.cpr_state import STATE_NAME
 from cpr.state.fds import PreservedFds
 from cpr.vmm import daemon
+from cpr.vmm.preload import preload
 from cpr.vmm.vmm import Vmm
 
 TYPE_CHECKING = False
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
     from cpr.migration.arrival import Arrival
     from cpr.migration.cpr_transfer import CprListener
 
-HANG_UP_NS = 2_000_000_000
+HANG_UP_NS = 2 * NS_PER_S
+SWITCH_INTERVAL = 0.0001
+"""How long, in s, a vCPU that exits to a device waits for another thread's Python at most."""
 
 
 def run_vmm(arguments: list[str]) -> int:
@@ -51,6 +54,7 @@ def run_vmm(arguments: list[str]) -> int:
     goes on, under this PID if that can be.
     """
     mark("config")
+    sys.setswitchinterval(SWITCH_INTERVAL)
     predecessor = find_predecessor()
     try:
         return _run(arguments, predecessor)
@@ -112,7 +116,12 @@ def _start(config: Config, fds: PreservedFds, predecessor: Predecessor | None) -
             carefully(lambda: vmm.create_frontends(True))
         else:
             vmm.create_frontends(False)
+        preload()
     else:
+        if after_exec:
+            incoming.on_running = preload
+        else:
+            preload()
         vmm.create_frontends(after_exec)
         _boot(vmm, sources.main, sources.option)
     carefully(vmm.start_populating)
@@ -122,9 +131,14 @@ def _start(config: Config, fds: PreservedFds, predecessor: Predecessor | None) -
 def _commit(vmm: Vmm, predecessor: Predecessor) -> None:
     """The guest of a late update is loaded: it is this VMM's from here on."""
     predecessor.commit()
-    vmm.migration.incoming_side.on_running = lambda: carefully(
-        lambda: _end_update(vmm, predecessor)
-    )
+    incoming = vmm.migration.incoming_side
+    then = incoming.on_running
+
+    def on_running() -> None:
+        carefully(lambda: _end_update(vmm, predecessor))
+        then()
+
+    incoming.on_running = on_running
 
 
 def _end_update(vmm: Vmm, predecessor: Predecessor) -> None:
@@ -160,19 +174,22 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     incoming = vmm.migration.incoming_side
     incoming.expect(config.start_paused)
     incoming.commit = arrival.commit
+    preload()
     mark("populate")
     populate_before(vmm.machine.blocks)
     gc.disable()  # not in the hand-over, for which the guest stands still
-    savevm.warm_up(vmm.machine, Capabilities(), KeepsRam(EXEC), False)
+    savevm.warm_up(vmm.machine, KeepsRam(EXEC))
+    arrival.load_sections(vmm.machine)
     mark("ready")
-    source = arrival.receive_guest(fds)
-    incoming.load(source, handed_over=True)
+    source, loaded = arrival.receive_guest(fds)
+    incoming.load(source, loaded)
     for step in (
-        arrival.end_placement,
+        arrival.placement.keep_away,
         lambda: predecessor.wait_hang_up(HANG_UP_NS),
         lambda: _end_update(vmm, predecessor),
         lambda: _report(vmm, arrival),
         lambda: vmm.create_frontends(True),
+        arrival.placement.give_back,
         vmm.start_populating,  # what there was no time for
     ):
         carefully(step)

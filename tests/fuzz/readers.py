@@ -183,9 +183,9 @@ def _own_stream(has_places: bool) -> bytes:
 
     fd = os.memfd_create("fuzz")
     channel = Channel(os.dup(fd), "file")
-    saver = savevm.Saver(machine(), capabilities, "running", Mode("cpr-reboot"), channel)
+    saver = savevm.Saver(machine(), capabilities, Mode("cpr-reboot"), channel)
     saver.ram()
-    saver.devices()
+    saver.devices("running")
     channel.finish()
     with open(fd, "rb") as file:
         file.seek(0)

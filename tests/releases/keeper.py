@@ -6,6 +6,7 @@ a late update, and keeps the CPR state.  Either way the contents of the descript
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from cpr.live import sealed
 from cpr.live.messages import Message
 from cpr.live.new_image import find_predecessor
 from cpr.live.transaction import HAND_OVER, PROTOCOL, READY, STATE
@@ -25,6 +27,10 @@ LEVEL = 9
 
 def content(fd: int) -> bytes:
     return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def is_sealed(fd: int) -> bool:
+    return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & sealed.SEALS == sealed.SEALS
 
 
 def keep(path: Path, data: bytes) -> None:
@@ -40,6 +46,7 @@ def keep_hand_over(folder: Path) -> None:
     hand_over = predecessor.receive(HAND_OVER)
     for message in (state, hand_over):
         text: dict[str, Any] = {"body": message.body, "descriptors": len(message.fds)}
+        text["sealed"] = [is_sealed(fd) for fd in message.fds]
         (folder / f"{message.kind}.json").write_text(json.dumps(text, indent=1) + "\n")
         keep_descriptors(folder, message)  # now that the guest stands still
     predecessor.refuse("everything is kept")

@@ -65,6 +65,7 @@ class HandOver:
         self.environment = self._update.environment(EARLY, os.environ)
         self.fds = self._update.handed_fds
         self.program = ""
+        self.ram = b""
         self.failure: Exception | None = None
         self._thread = threading.Thread(target=self._converse)
 
@@ -94,13 +95,16 @@ class HandOver:
 
     def _send(self, kind: str) -> None:
         kept = json.loads((self._folder / f"{kind}.json").read_text())
-        fds = [
-            memfd(RAM, content(self._folder / f"{kind}.{number}.gz"), kind == HAND_OVER)
-            for number in range(kept["descriptors"])
-        ]
-        body = kept["body"]
+        body, count = kept["body"], kept["descriptors"]
+        first = count - len(body.get("descriptors", []))  # of the CPR state, whose first is RAM
+        fds = []
+        for number, is_sealed in enumerate(kept["sealed"]):
+            data = content(self._folder / f"{kind}.{number}.gz")
+            fds.append(memfd(RAM if number == first else kind, data, is_sealed))
+            if number == first:
+                self.ram = data
         if "descriptors" in body:
-            body["descriptors"] = [identify(fd) for fd in fds]
+            body["descriptors"] = [identify(fd) for fd in fds[first:]]
         self._update.send(body.pop("kind", kind), body, fds)
         for fd in fds:
             os.close(fd)

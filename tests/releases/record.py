@@ -16,7 +16,7 @@ from conftest import MISSING, ROOT  # noqa: E402
 from harness.vm import Vm  # noqa: E402
 from waiting import wait_for, wait_for_change  # noqa: E402
 
-from cpr.constants import PROGRAM, VERSION  # noqa: E402
+from cpr.constants import PROGRAM_VERSION, VERSION  # noqa: E402
 
 FOLDER = ROOT / "tests" / "data" / "releases"
 KEEPER = str(Path(__file__).parent / "keeper.py")
@@ -95,7 +95,7 @@ def main() -> int:
         record_stream(accel, folder / "mapped.vmstate", MAPPED)
     machine = top / "machine.json"
     if not machine.exists():
-        words = {"program": PROGRAM, "shared": SHARED, "private": PRIVATE}
+        words = {"program": PROGRAM_VERSION, "shared": SHARED, "private": PRIVATE}
         machine.write_text(json.dumps(words, indent=1) + "\n")
     return 0
 
