@@ -77,6 +77,7 @@ class VCpuThread:
         self._running = False
         self._work: list[tuple[Callable[[VCpu], Any], list, Any]] = []
         self._work_lock = allocate_lock()
+        self._ended = allocate_lock()
         self.start()
 
     def start(self) -> None:
@@ -84,6 +85,7 @@ class VCpuThread:
 
         After an `end` it is on the CPUs, and has the policy, that it had before.
         """
+        self._ended.acquire()  # there is never a second thread of one vCPU
         self._ending = False
         self._go = _semaphore()
         self._parked = _semaphore()
@@ -178,6 +180,7 @@ class VCpuThread:
         while True:
             self._go.acquire()
             if self._ending:
+                self._ended.release()
                 return
             while not self._stopping:
                 self._run_once()

@@ -105,6 +105,7 @@ class Update:
         interrupted: Callable[[], bool] = lambda: False,
         holds_signals: bool = False,
         park: Callable[[], None] = lambda: None,
+        unpark: Callable[[], None] = lambda: None,
     ) -> None:
         """Becomes `argv` under this PID; `keep` are descriptors that go over besides.
 
@@ -114,20 +115,25 @@ class Update:
 
         With `holds_signals` the new image has the signals ENDING blocked, for as long as it has no
         handler for them; it is one that unblocks them then.
-        `park()` ends the other threads; it is called last thing, and may raise.
+        `park()` ends the other threads; it is called last thing, and may raise.  `unpark()` is its
+        inverse, called wherever the old image goes on after that.
         `interrupted()` tells of one that the old image has taken, and would not come to.
 
         With `state_fd` the program is one that knows nothing of this, and gets only `keep`.  `drop`
         are descriptors that a late exec closes here too; `dropped` says that it has.
         """
+        parked = False
 
         def ready() -> None:
+            nonlocal parked
+            parked = True
             park()
             self._guard.wait_alone()
             if interrupted():
                 raise UpdateError("a signal that ends what is updated has come before the exec")
             mark("exec")
 
+        held = holds_signals and state_fd < 0
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
             returned = self._guard.execute(
@@ -144,7 +150,8 @@ class Update:
                 mappings=self._mappings,
                 state_fd=state_fd,
                 drop=drop,
-                unblock=ENDING if state_fd >= 0 or not holds_signals else (),
+                unblock=() if held else ENDING,
+                ending=ENDING if held else (),
                 ready=ready,
             )
         except (OSError, ValueError) as error:
@@ -153,6 +160,8 @@ class Update:
             raise UpdateError(f"execvp {name} failed: {text}") from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            if parked:
+                unpark()
         self.pid, self.pidfd = returned.pid, returned.pidfd
         self.dropped = returned.dropped
         assert self._theirs is not None

@@ -162,10 +162,11 @@ class Exec(KeepsRam):
                 drop=self._process.exec_fds(),
                 interrupted=self._process.interrupted,
                 holds_signals=True,
+                park=self._park,
+                unpark=self._process.unpark,
             )
         finally:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            self._process.unpark()
             if update.dropped:
                 self._process.reopen()
         try:

@@ -99,13 +99,6 @@ class EarlyUpdate:
 
     def execute(self) -> None:
         """Becomes the command, and goes on in the guard; or the update fails."""
-        parked = False
-
-        def park() -> None:
-            nonlocal parked
-            parked = True
-            self._process.park()
-
         try:
             self._placement.keep_away()
             self._update.execute(
@@ -114,17 +107,15 @@ class EarlyUpdate:
                 early=True,
                 timeout_ns=0,
                 holds_signals=True,
-                park=park,
+                park=self._process.park,
+                unpark=self._process.unpark,
             )
         except Exception as error:  # the guest must not be lost to a bug here
             if not isinstance(error, CprError):
                 exception_report(error)
             self._placement.give_back()
-            if parked:
-                self._process.unpark()
             self._fail(str(error))
             return
-        self._process.unpark()
         self._watch()
 
     def give_back(self, reason: str) -> None:
