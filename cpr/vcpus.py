@@ -108,6 +108,11 @@ class VCpuThread:
         return self._running
 
     @property
+    def has_ended(self) -> bool:
+        """Whether there is no thread any more, by `end`."""
+        return self._ending
+
+    @property
     def is_current(self) -> bool:
         """True on this very thread."""
         return get_ident() == self._ident

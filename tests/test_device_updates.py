@@ -17,7 +17,7 @@ from cpr.errors import MigrationError
 from cpr.events import EventBus
 from cpr.live import guard
 from cpr.mainloop import MainLoop
-from cpr.migration import loadvm, savevm
+from cpr.migration import hand_over, loadvm, savevm
 from cpr.migration.capabilities import Capabilities
 from cpr.migration.channel import Channel
 from cpr.migration.migration import Migration
@@ -127,6 +127,22 @@ def test_order_where_the_exec_fails(source: Source) -> None:
     assert source.migration.error == "execvp /nonexistent failed: No such file or directory"
     assert source.device.calls == ["stop", "prepare cpr-exec", "save", "rollback", "run"]
     assert source.machine.runstate.current == runstate.RUNNING
+
+
+@pytest.mark.parametrize(
+    ("version", "minimum", "text"),
+    [
+        (3, 0, "unsupported version 3 for 'recorder' v2"),
+        (0, 1, "version 0 of 'recorder' is too old: this VMM loads 1 to 2"),
+        (1, 1, ""),
+    ],
+)
+def test_versions_of_a_device_that_the_new_vmm_has_not(source, version, minimum, text) -> None:
+    wanted = hand_over.describe(source.machine)
+    (entry,) = [entry for entry in wanted["sections"] if entry[0] == "recorder"]
+    entry[2] = version
+    source.device.vmstate = VMStateDescription("recorder", 2, minimum, ())
+    assert hand_over.differences(source.machine, wanted) == ([text] if text else [])
 
 
 def test_device_that_refuses_when_it_is_asked(source: Source, tmp_path) -> None:
