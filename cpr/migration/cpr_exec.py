@@ -151,7 +151,6 @@ class Exec(KeepsRam):
         Either way this process has all its threads and sockets again.
         """
         try:
-            self._park()
             update.execute(
                 self.command,
                 os.environ,
