@@ -37,6 +37,11 @@ PRELUDE = """
 #include <linux/kcmp.h>
 #include <linux/kvm.h>
 #include <linux/vfio.h>
+#include <linux/virtio_blk.h>
+#include <linux/virtio_config.h>
+#include <linux/virtio_ids.h>
+#include <linux/virtio_pci.h>
+#include <linux/virtio_ring.h>
 """
 
 

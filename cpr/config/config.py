@@ -19,7 +19,7 @@ from cpr.config.chardev_options import ChardevConfig, Frontend, parse_chardev
 from cpr.config.command_line import read_command_line, strip_options
 from cpr.config.device_options import DeviceConfig, parse_devices, parse_global
 from cpr.config.draft import Draft
-from cpr.config.drive_options import DriveConfig, parse_drives
+from cpr.config.drive_options import VIRTIO, DriveConfig, parse_drives
 from cpr.config.frontend_options import (
     SHORT_FORM,
     ChardevTable,
@@ -62,6 +62,7 @@ __all__ = [
 ]
 
 ISA_SERIAL = "isa-serial"
+VIRTIO_DISK = "virtio-blk-pci"  # what -drive if=virtio makes
 DEBUGCON = "debugcon"
 DEBUGCON_PORT = 0xE9
 DEFAULT_ACTIONS = {
@@ -192,10 +193,16 @@ def parse_command_line(argv: Sequence[str]) -> Config:
     fields = _settings(draft)
     fields.update(_board(draft))
     fields.update(_frontends(draft, fields))
+    drives = parse_drives(draft.groups["drive"])
+    fields["devices"] += tuple(
+        DeviceConfig(VIRTIO_DISK, None, {"drive": drive.id}, drive.location)
+        for drive in drives
+        if drive.interface == VIRTIO
+    )
     return Config(
         **fields,
         argv=tuple(argv),
-        drives=parse_drives(draft.groups["drive"]),
+        drives=drives,
         incoming=tuple(draft.incoming),
         warnings=tuple(draft.warnings),
     )

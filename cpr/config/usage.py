@@ -40,7 +40,8 @@ The machine
   -uuid UUID, -name [guest=]NAME[,process=NAME], -boot [order=]LETTERS, -rtc base=...
 
 What it boots
-  -drive file=IMAGE,format=raw[,if=floppy|ide|none][,index=N][,readonly=on|off][,id=ID]
+  -drive file=IMAGE,format=raw[,if=floppy|ide|virtio|none][,index=N][,readonly=on|off][,id=ID]
+                 [,cache=MODE][,discard=unmap][,werror=...][,rerror=...][,file.locking=off]
   -fda, -fdb, -hda, -hdb, -hdc, -hdd IMAGE
   -kernel FILE   a flat binary, ELF32 or ELF64; -append TEXT goes with it
 
