@@ -419,7 +419,7 @@ def test_the_window_in_configuration_space(rig: Rig) -> None:
 
 
 def test_a_guest_that_resets_with_requests_under_way(rig: Rig) -> None:
-    for number in range(8):
+    for _ in range(8):
         rig.ring.add([(HEADER, 16, False), (STATUS, 1, True)])
     rig.ring.kick()
     rig.common(20, 1, RESET)
@@ -553,9 +553,9 @@ def test_locks_keep_others_away(image: Path) -> None:
 
 
 def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="Could not open '.*/none': No such file or directory"):
+    with pytest.raises(ConfigError, match=r"Could not open '.*/none': No such file or directory"):
         Rig(tmp_path / "none")
-    with pytest.raises(ConfigError, match="Could not open '.*': Is a directory"):
+    with pytest.raises(ConfigError, match=r"Could not open '.*': Is a directory"):
         Rig(tmp_path)
     with pytest.raises(ConfigError, match="neither a file nor a disk"):
         Rig(Path("/dev/zero"))
