@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "cpu.h"
+#include "cpuid.h"
 #include "ram.h"
 
 enum { TCG_ROM_WRITES_MAX = 256 };
@@ -44,7 +45,7 @@ struct tcg_engine {
     void *handle;                /* for the functions that Python defines */
     const uint64_t *tsc_offset;  /* what the TSC is ahead of CLOCK_MONOTONIC in ns */
     uint32_t requests;           /* bits, atomic */
-    uint32_t cpuid_1[4];
+    struct tcg_cpuid cpuid;
     const char *problem;
 
     struct tcg_mapping mappings[TCG_MAPPINGS_MAX];
