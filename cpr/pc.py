@@ -88,7 +88,7 @@ def build(
         for index in range(config.smp):
             machine.vcpus.append(accel.create_vcpu(index))
         _create_devices(Board(config, machine, fds))
-        machine.boot_image = lambda: boot.create(config)
+        machine.boot_image = lambda: boot.create(config, machine.acpi_tables)
         machine.create_threads()
     except CprError:
         machine.close()

@@ -89,7 +89,7 @@ class Config(Record):
     incoming              each -incoming as given; `option_json.parse_channel` reads those that are
                           neither "defer" nor a URI
     machine               the properties of -machine that were given, e.g. "aux-ram-share": True,
-                          "memory-backend": "ram0"; without type, accel, kernel and append
+                          "memory-backend": "ram0"; without type, accel, kernel, initrd, append
     machine_type          "pc", for all of its names
     no_reboot, no_shutdown  whether actions say so
     ram_size              bytes; ram_size_given is whether -m says so, or else a memory backend or
@@ -117,6 +117,7 @@ class Config(Record):
         "drives",
         "globals",
         "incoming",
+        "initrd",
         "kernel",
         "machine",
         "machine_type",
@@ -153,6 +154,7 @@ class Config(Record):
     drives: tuple[DriveConfig, ...]
     globals: tuple[tuple[str, str, str], ...]
     incoming: tuple[str, ...]
+    initrd: str | None
     kernel: str | None
     machine: dict[str, Any]
     machine_type: str
@@ -232,16 +234,19 @@ def _board(draft: Draft) -> dict[str, Any]:
     objects = tuple(parse_object(group) for group in draft.groups["object"])
     values = draft.single("machine")
     machine = parse_machine(values)
-    kernel, append = machine.pop("kernel", None), machine.pop("append", None)
+    kernel, append, initrd = (machine.pop(name, None) for name in ("kernel", "append", "initrd"))
     if kernel == "":
         raise ConfigError("could not open kernel file '': No such file or directory")
     if append is not None and kernel is None:
         raise ConfigError("-append only allowed with -kernel option")
+    if initrd is not None and kernel is None:
+        raise ConfigError("-initrd only allowed with -kernel option")
     size = parse_memory(subtree(values, "memory", with_megabytes(draft.single("memory"))))
     return {
         "accels": draft.accels() or DEFAULT_ACCELS,
         "append": append,
         "boot_order": parse_boot(subtree(values, "boot", draft.single("boot-opts"))),
+        "initrd": initrd,
         "kernel": kernel,
         "machine": machine,
         "machine_type": MACHINE_TYPE,
