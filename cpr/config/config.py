@@ -94,6 +94,7 @@ class Config(Record):
     no_reboot, no_shutdown  whether actions say so
     ram_size              bytes; ram_size_given is whether -m says so, or else a memory backend or
                           the default of 128 MiB
+    rtc                   what -rtc gives: "base", "clock"
     sandbox               what was given: "enable" as bool, the others as "allow", "deny" or
                           "children"
     serials               chardev ids, by COM port (0 is COM1); None where -serial none is given
@@ -132,6 +133,7 @@ class Config(Record):
         "process_name",
         "ram_size",
         "ram_size_given",
+        "rtc",
         "sandbox",
         "serials",
         "smp",
@@ -169,6 +171,7 @@ class Config(Record):
     process_name: str | None
     ram_size: int
     ram_size_given: bool
+    rtc: dict[str, str]
     sandbox: dict[str, Any]
     serials: tuple[str | None, ...]
     smp: int
@@ -222,6 +225,7 @@ def _settings(draft: Draft) -> dict[str, Any]:
         "only_migratable": settings.get("only_migratable", False),
         "pidfile": settings.get("pidfile"),
         "process_name": name.get("process"),
+        "rtc": draft.single("rtc"),
         "sandbox": draft.single("sandbox"),
         "start_paused": settings.get("start_paused", False),
         "timestamps": draft.single("msg").get("timestamp", False),
