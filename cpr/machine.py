@@ -5,6 +5,7 @@ The machine does not know whether it comes from an exec.
 
 from __future__ import annotations
 
+import time
 from _thread import RLock
 
 from cpr import boot, report, runstate
@@ -185,10 +186,11 @@ class Machine:
     def resume_vcpus(self) -> None:
         """Lets the clock and the vCPUs go; `pause_vcpus` is the inverse.  No event is sent."""
         with self.lock:
-            self.clock.enable()
+            now = time.monotonic_ns()
+            self.clock.enable(now)
             for device in self.devices:
                 device.on_run()
-            self.accel.start_time()
+            self.accel.start_time(now)
         for thread in self.threads:
             thread.resume()
 
@@ -201,8 +203,9 @@ class Machine:
         for thread in self.threads:
             thread.pause()
         with self.lock:
-            self.accel.stop_time()
-            self.clock.disable()
+            now = time.monotonic_ns()
+            self.accel.stop_time(now)
+            self.clock.disable(now)
             for device in self.devices:
                 device.on_stop()
 
