@@ -6,20 +6,27 @@
 
 #include "cpu.h"
 
-enum { TCG_CPUID_LEAVES = 5 };
+enum { TCG_CPUID_LEAVES = 10 };
+
+struct tcg_cpuid_leaf {
+    uint32_t number;
+    uint32_t subleaf;
+    uint32_t registers[4]; /* EAX, EBX, ECX, EDX */
+};
 
 struct tcg_cpuid {
-    struct {
-        uint32_t number;
-        uint32_t registers[4]; /* EAX, EBX, ECX, EDX */
-    } leaves[TCG_CPUID_LEAVES];
+    struct tcg_cpuid_leaf leaves[TCG_CPUID_LEAVES];
+    uint32_t apic_id;
 };
 
 /* Asks the library for its leaves by running the instruction on `cpu`, which has no memory yet, and
-   changes them: the APIC ID, and a TSC that counts ns at all times.  An error of the library, or 0. */
+   changes what is the same for all vCPUs: the TSC counts ns at all times, and cannot be adjusted.
+   An error of the library, or 0. */
 int tcg_cpuid_read(struct tcg_cpuid *cpuid, struct tcg_cpu *cpu, uint32_t apic_id);
 
-/* The four registers of leaf `number`, or NULL where the library's own are right. */
-const uint32_t *tcg_cpuid_find(const struct tcg_cpuid *cpuid, uint32_t number);
+/* Writes a leaf of a VM with `vcpu_count` vCPUs, the cores of one package, into `registers`.  False
+   where the library's own is right. */
+int tcg_cpuid_get(const struct tcg_cpuid *cpuid, uint32_t vcpu_count, uint32_t number,
+                  uint32_t subleaf, uint32_t registers[4]);
 
 #endif

@@ -257,16 +257,20 @@ static int on_cpuid(void *uc, void *user)
 {
     static const int results[4] = {UC_X86_REG_RAX, UC_X86_REG_RBX, UC_X86_REG_RCX, UC_X86_REG_RDX};
     const struct tcg_engine *engine = user;
-    const uint32_t *leaf;
-    uint64_t number, value;
+    uint64_t number, subleaf, value;
+    uint32_t registers[4];
 
     unicorn.reg_read(uc, UC_X86_REG_RAX, &number);
-    leaf = tcg_cpuid_find(&engine->cpuid, (uint32_t)number);
-    for (int i = 0; leaf && i < 4; i++) {
-        value = leaf[i];
+    unicorn.reg_read(uc, UC_X86_REG_RCX, &subleaf);
+    if (!tcg_cpuid_get(&engine->cpuid, *engine->vcpu_count, (uint32_t)number, (uint32_t)subleaf,
+                       registers)) {
+        return 0;
+    }
+    for (int i = 0; i < 4; i++) {
+        value = registers[i];
         unicorn.reg_write(uc, results[i], &value);
     }
-    return leaf != NULL;
+    return 1;
 }
 
 static int add_hook(struct tcg_engine *engine, int type, void *callback, int instruction)

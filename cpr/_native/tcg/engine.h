@@ -44,6 +44,7 @@ struct tcg_engine {
     struct tcg_cpu cpu;
     void *handle;                /* for the functions that Python defines */
     const uint64_t *tsc_offset;  /* what the TSC is ahead of CLOCK_MONOTONIC in ns */
+    const uint32_t *vcpu_count;
     uint32_t requests;           /* bits, atomic */
     struct tcg_cpuid cpuid;
     const char *problem;
@@ -61,7 +62,7 @@ struct tcg_engine {
     int (*system_call)(struct tcg_cpu *cpu);
 };
 
-/* `engine` is zeroed but for what the caller sets: handle and tsc_offset.  NULL, or what is wrong
+/* `engine` is zeroed but for what the caller sets: handle, tsc_offset, vcpu_count.  NULL, or what is
    in static storage, and nothing stays open. */
 const char *tcg_engine_open(struct tcg_engine *engine, const struct tcg_ram_map *ram,
                             uint32_t apic_id);

@@ -20,6 +20,7 @@ static const uint64_t second_ns = 1000000000;
 struct cpr_tcg {
     pthread_mutex_t lock;
     struct tcg_ram_map ram;
+    uint32_t vcpu_count;
 
     /* Who may run guest code.  Tickets make it fair. */
     pthread_cond_t turn_changed;
@@ -244,12 +245,14 @@ struct cpr_tcg_vcpu *cpr_tcg_vcpu_new(struct cpr_tcg *tcg, uint32_t index, void 
     vcpu->tcg = tcg;
     vcpu->engine.handle = handle;
     vcpu->engine.tsc_offset = &tcg->tsc_offset;
+    vcpu->engine.vcpu_count = &tcg->vcpu_count;
     *problem = tcg_engine_open(&vcpu->engine, &tcg->ram, index);
     if (*problem) {
         free(vcpu);
         return NULL;
     }
     pthread_cond_init(&vcpu->wake, NULL);
+    tcg->vcpu_count++;
     return vcpu;
 }
 
