@@ -65,6 +65,7 @@ def device(text: str, *objects: bytes) -> bytes:
 
 
 def package(*elements: bytes) -> bytes:
+    """At most 255 elements."""
     return bytes((PACKAGE,)) + _sized(bytes((len(elements),)) + b"".join(elements))
 
 

@@ -63,7 +63,7 @@ struct tcg_engine {
 };
 
 /* `engine` is zeroed but for what the caller sets: handle, tsc_offset, vcpu_count.  NULL, or what is
-   in static storage, and nothing stays open. */
+   wrong in static storage, and nothing stays open. */
 const char *tcg_engine_open(struct tcg_engine *engine, const struct tcg_ram_map *ram,
                             uint32_t apic_id);
 void tcg_engine_close(struct tcg_engine *engine);
