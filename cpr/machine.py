@@ -5,9 +5,10 @@ The machine does not know whether it comes from an exec.
 
 from __future__ import annotations
 
+import time
 from _thread import RLock
 
-from cpr import report, runstate
+from cpr import boot, report, runstate
 from cpr.bus import IOBus, Region
 from cpr.clock import VirtualClock
 from cpr.constants import PAGE_SIZE
@@ -193,10 +194,11 @@ class Machine:
     def resume_vcpus(self) -> None:
         """Lets the clock and the vCPUs go; `pause_vcpus` is the inverse.  No event is sent."""
         with self.lock:
-            self.clock.enable()
+            now = time.monotonic_ns()
+            self.clock.enable(now)
             for device in self.devices:
                 device.on_run()
-            self.accel.start_time()
+            self.accel.start_time(now)
         for thread in self.threads:
             thread.resume()
 
@@ -209,8 +211,9 @@ class Machine:
         for thread in self.threads:
             thread.pause()
         with self.lock:
-            self.accel.stop_time()
-            self.clock.disable()
+            now = time.monotonic_ns()
+            self.accel.stop_time(now)
+            self.clock.disable(now)
             for device in self.devices:
                 device.on_stop()
 
@@ -278,23 +281,44 @@ class Machine:
                 self.events.emit("SUSPEND")
 
     def wakeup(self) -> None:
-        """system_wakeup: vCPUs and devices are reset, RAM is kept, and vCPU 0 boots from it.
+        """system_wakeup: vCPUs and devices are reset, and RAM is kept.
 
-        Raises CommandError where the guest is not asleep.
+        vCPU 0 goes on where the guest's ACPI tables say, else it boots.  Raises CommandError where
+        the guest is not asleep.
         """
         with self._state_lock:
             if self.runstate.current != runstate.SUSPENDED:
                 raise CommandError("Unable to wake up: guest is not in suspended state")
-            assert self.boot_image is not None
+            registers = self._waking_registers()
             with self.lock:
                 for device in self.devices:
                     device.reset()
-            self.vcpus[0].set_state(self.boot_image().registers)
+                for device in self.devices:
+                    device.on_wakeup()
+            self.vcpus[0].set_state(registers)
             self.accel.apply_state()
             self.was_suspended = False
             self.runstate.set(runstate.RUNNING)
             self.events.emit("WAKEUP")
             self.resume_vcpus()
+
+    def _waking_registers(self) -> dict:
+        from cpr.acpi.tables import FACS_ADDRESS, FACS_SIZE, waking_vector
+
+        vector = waking_vector(self.memory.read(FACS_ADDRESS, FACS_SIZE))
+        if vector:
+            return boot.waking_registers(vector)
+        assert self.boot_image is not None
+        return self.boot_image().registers
+
+    def acpi_tables(self) -> bytes:
+        """What the devices say of themselves, as it lies in the memory of a guest that asks."""
+        from cpr.acpi.tables import Acpi
+
+        acpi = Acpi()
+        for device in self.devices:
+            device.describe(acpi)
+        return acpi.build()
 
     def reset(self) -> None:
         """system_reset: asked for by the host, never turned into a shutdown."""

@@ -20,6 +20,7 @@ from cpr.devices.apic import ApicBus, LocalApic
 from cpr.devices.i8254 import I8254, PcSpeaker
 from cpr.devices.i8259 import I8259Pair
 from cpr.devices.ioapic import IOApic
+from cpr.devices.mc146818rtc import Mc146818Rtc
 from cpr.devices.pckbd import I8042
 from cpr.devices.piix4_pm import Piix4Pm
 from cpr.devices.port92 import Port92
@@ -89,7 +90,7 @@ def build(
         for index in range(config.smp):
             machine.vcpus.append(accel.create_vcpu(index))
         _create_devices(Board(config, machine, fds))
-        machine.boot_image = lambda: boot.create(config)
+        machine.boot_image = lambda: boot.create(config, machine.acpi_tables)
         machine.create_threads()
     except CprError:
         machine.close()
@@ -242,7 +243,8 @@ def _create_devices(board: Board) -> None:
     for vcpu in machine.vcpus:
         machine.add_device(VCpuState(vcpu))
     _create_interrupts(machine)
-    for device in (Port92(), I8042(), Piix4Pm()):
+    rtc = Mc146818Rtc(config.rtc.get("base", "utc"), config.rtc.get("clock", "host"))
+    for device in (Port92(), I8042(), Piix4Pm(), rtc):
         machine.add_device(device)
     for index, chardev in enumerate(config.serials):
         if chardev is not None:

@@ -169,13 +169,14 @@ class Accelerator:
         done it before.  Raises CprError where the state cannot be this VM's.
         """
 
-    def stop_time(self) -> None:
+    def stop_time(self, now_ns: int) -> None:
         """The vCPUs have stopped: what the guest sees of time stands still from now.
 
-        That is its TSCs, and the paravirtual clock; they are read at one instant.
+        That is its TSCs, and the paravirtual clock; they are read at one instant, which is
+        `now_ns` of time.monotonic_ns(), or as near to it as can be.
         """
 
-    def start_time(self) -> None:
+    def start_time(self, now_ns: int) -> None:
         """The vCPUs are about to run: the inverse of `stop_time`, and of a load or a reset."""
 
     # The processor that the guest was told that it has.

@@ -269,6 +269,7 @@ HANDLERS: dict[str, Handler] = {
     "hdc": _disk(IDE, 2),
     "hdd": _disk(IDE, 3),
     "incoming": _incoming,
+    "initrd": _machine_property("initrd"),
     "kernel": _machine_property("kernel"),
     "monitor": _monitor(READLINE),
     "net": _only_none(NO_TYPE, "There are no network cards: use -net none."),

@@ -90,11 +90,12 @@ class Config(Record):
     incoming              each -incoming as given; `option_json.parse_channel` reads those that are
                           neither "defer" nor a URI
     machine               the properties of -machine that were given, e.g. "aux-ram-share": True,
-                          "memory-backend": "ram0"; without type, accel, kernel and append
+                          "memory-backend": "ram0"; without type, accel, kernel, initrd, append
     machine_type          "pc", for all of its names
     no_reboot, no_shutdown  whether actions say so
     ram_size              bytes; ram_size_given is whether -m says so, or else a memory backend or
                           the default of 128 MiB
+    rtc                   what -rtc gives: "base", "clock"
     sandbox               what was given: "enable" as bool, the others as "allow", "deny" or
                           "children"
     serials               chardev ids, by COM port (0 is COM1); None where -serial none is given
@@ -118,6 +119,7 @@ class Config(Record):
         "drives",
         "globals",
         "incoming",
+        "initrd",
         "kernel",
         "machine",
         "machine_type",
@@ -132,6 +134,7 @@ class Config(Record):
         "process_name",
         "ram_size",
         "ram_size_given",
+        "rtc",
         "sandbox",
         "serials",
         "smp",
@@ -154,6 +157,7 @@ class Config(Record):
     drives: tuple[DriveConfig, ...]
     globals: tuple[tuple[str, str, str], ...]
     incoming: tuple[str, ...]
+    initrd: str | None
     kernel: str | None
     machine: dict[str, Any]
     machine_type: str
@@ -168,6 +172,7 @@ class Config(Record):
     process_name: str | None
     ram_size: int
     ram_size_given: bool
+    rtc: dict[str, str]
     sandbox: dict[str, Any]
     serials: tuple[str | None, ...]
     smp: int
@@ -227,6 +232,7 @@ def _settings(draft: Draft) -> dict[str, Any]:
         "only_migratable": settings.get("only_migratable", False),
         "pidfile": settings.get("pidfile"),
         "process_name": name.get("process"),
+        "rtc": draft.single("rtc"),
         "sandbox": draft.single("sandbox"),
         "start_paused": settings.get("start_paused", False),
         "timestamps": draft.single("msg").get("timestamp", False),
@@ -239,16 +245,19 @@ def _board(draft: Draft) -> dict[str, Any]:
     objects = tuple(parse_object(group) for group in draft.groups["object"])
     values = draft.single("machine")
     machine = parse_machine(values)
-    kernel, append = machine.pop("kernel", None), machine.pop("append", None)
+    kernel, append, initrd = (machine.pop(name, None) for name in ("kernel", "append", "initrd"))
     if kernel == "":
         raise ConfigError("could not open kernel file '': No such file or directory")
     if append is not None and kernel is None:
         raise ConfigError("-append only allowed with -kernel option")
+    if initrd is not None and kernel is None:
+        raise ConfigError("-initrd only allowed with -kernel option")
     size = parse_memory(subtree(values, "memory", with_megabytes(draft.single("memory"))))
     return {
         "accels": draft.accels() or DEFAULT_ACCELS,
         "append": append,
         "boot_order": parse_boot(subtree(values, "boot", draft.single("boot-opts"))),
+        "initrd": initrd,
         "kernel": kernel,
         "machine": machine,
         "machine_type": MACHINE_TYPE,

@@ -43,7 +43,9 @@ What it boots
   -drive file=IMAGE,format=raw[,if=floppy|ide|virtio|none][,index=N][,readonly=on|off][,id=ID]
                  [,cache=MODE][,discard=unmap][,werror=...][,rerror=...][,file.locking=off]
   -fda, -fdb, -hda, -hdb, -hdc, -hdd IMAGE
-  -kernel FILE   a flat binary, ELF32 or ELF64; -append TEXT goes with it
+  -kernel FILE   a flat binary, ELF32, ELF64, or a bzImage of Linux
+  -initrd FILE, -append TEXT
+                 the first file system and the command line of Linux
 
 Character devices
   -chardev null|stdio|pty,id=ID
@@ -97,7 +99,6 @@ QEMU_ONLY = frozenset(
         "g",
         "gdb",
         "icount",
-        "initrd",
         "iscsi",
         "jitdump",
         "k",

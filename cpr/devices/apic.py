@@ -15,6 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from cpr.acpi.tables import Acpi
     from cpr.devices.base import Platform
 
 ADDRESS = 0xFEE00000
@@ -114,6 +115,11 @@ class LocalApic(Device):
                 self._platform.unregister_mmio(ADDRESS, SIZE)
         self._timer = None
         self._platform = None
+
+    def describe(self, acpi: Acpi) -> None:
+        acpi.add_local_apic(ADDRESS, self._index)
+        if self._index == 0:
+            acpi.add_nmi(1)
 
     def reset(self) -> None:
         self._clear()

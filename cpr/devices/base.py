@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from cpr.accel.base import Accelerator, VCpu
+    from cpr.acpi.tables import Acpi
     from cpr.clock import VirtualClock
     from cpr.errors import CprError
     from cpr.events import EventBus
@@ -133,6 +134,9 @@ class Device:
     def unrealize(self) -> None:
         """The inverse of `realize`."""
 
+    def describe(self, acpi: Acpi) -> None:
+        """Adds what a guest's ACPI tables say of this device; by default that is nothing."""
+
     def reset(self) -> None:
         """Puts the state to what it is at power-on."""
 
@@ -165,6 +169,7 @@ class Device:
     def on_stop(self) -> None:
         """The VM has stopped; called with the lock held, after the vCPUs stopped."""
 
+<<<<<<< HEAD
     def park(self) -> None:
         """Ends the device's own threads, if it has any, for the moment of an exec.
 
@@ -173,6 +178,10 @@ class Device:
 
     def unpark(self) -> None:
         """The inverse of `park`."""
+=======
+    def on_wakeup(self) -> None:
+        """The guest slept, the device has been reset, and the guest runs next."""
+>>>>>>> linux-boot
 
     def on_powerdown(self) -> None:
         """Somebody pressed the power button."""

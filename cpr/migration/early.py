@@ -90,7 +90,11 @@ def differences(machine: Machine, wanted: dict[str, Any]) -> list[str]:
             found.append(f'Unknown ramblock "{idstr}", cannot accept migration')
         elif blocks[idstr] != size:
             found.append(f"Size mismatch: {idstr}: {size:#x} != {blocks[idstr]:#x}")
-    versions = {(idstr, instance): version for idstr, instance, version in own["sections"]}
+    versions = {
+        (device.idstr, device.instance_id): device.vmstate.version_id
+        for device in machine.sections()  # also those that a guest of old makes no use of
+        if device.vmstate is not None
+    }
     for idstr, instance, version in wanted["sections"]:
         have = versions.get((idstr, instance))
         if have is None:

@@ -92,7 +92,10 @@ static const char *locate_registers(struct tcg_cpu *cpu)
         return unknown_layout;
     }
     cpu->exception = (struct tcg_exception *)(place - offsetof(struct tcg_exception, dr));
-    return cpu->exception->dr[1] == dr1 ? NULL : unknown_layout;
+    if (cpu->exception->dr[1] != dr1 || cpu->exception->being_delivered != TCG_NO_VECTOR) {
+        return unknown_layout;
+    }
+    return NULL;
 }
 
 const char *tcg_cpu_open(struct tcg_cpu *cpu, const struct tcg_ram_map *ram)
@@ -230,6 +233,7 @@ void tcg_cpu_set_state(struct tcg_cpu *cpu, const struct cpr_tcg_state *state)
     r->idt = state->idt;
     memcpy(r->cr, state->cr, sizeof(state->cr));
     memcpy(cpu->exception->dr, state->dr, sizeof(state->dr));
+    cpu->exception->being_delivered = TCG_NO_VECTOR;
     r->efer = state->efer;
     r->a20_mask = state->a20 ? ~0 : ~A20;
     r->hflags &= ~(uint32_t)HFLAG_INHIBIT_IRQ;

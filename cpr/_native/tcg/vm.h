@@ -35,6 +35,11 @@ int cpr_tcg_map_ram(struct cpr_tcg *tcg, uint64_t address, uint64_t size, uint64
                     int readonly);
 int cpr_tcg_unmap_ram(struct cpr_tcg *tcg, uint64_t address, uint64_t size);
 
+/* The TSC counts ns from `now_ns` on, and stands still from `now_ns` on; by CLOCK_MONOTONIC.  A new
+   VM's stands still. */
+void cpr_tcg_start_time(struct cpr_tcg *tcg, uint64_t now_ns);
+void cpr_tcg_stop_time(struct cpr_tcg *tcg, uint64_t now_ns);
+
 /* `handle` is passed to the functions below that Python defines.  NULL with *problem, in static
    storage, on failure. */
 struct cpr_tcg_vcpu *cpr_tcg_vcpu_new(struct cpr_tcg *tcg, uint32_t index, void *handle,

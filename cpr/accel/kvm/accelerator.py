@@ -193,10 +193,10 @@ class KvmAccelerator(base.Accelerator):
         given, self._given_chips = self._given_chips, {}
         state.write_chips(self.vm, given)
 
-    def stop_time(self) -> None:
+    def stop_time(self, now_ns: int) -> None:
         state.hold_time(self)
 
-    def start_time(self) -> None:
+    def start_time(self, now_ns: int) -> None:
         self.apply_state()
         state.release_time(self)
 
