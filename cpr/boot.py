@@ -91,12 +91,8 @@ def create(config: Config, acpi: Callable[[], bytes]) -> BootImage:
     Raises ConfigError where it cannot be read or cannot boot.
     """
     if config.kernel:
-<<<<<<< HEAD
-        return _kernel(config.kernel)
-    taken = {device.properties.get("drive") for device in config.devices}
-=======
         return _kernel(config, acpi)
->>>>>>> linux-boot
+    taken = {device.properties.get("drive") for device in config.devices}
     for drive in sorted(config.drives, key=lambda drive: _rank(config.boot_order, drive)):
         if drive.file and drive.id not in taken:
             return _boot_sector(drive)

@@ -169,7 +169,6 @@ class Device:
     def on_stop(self) -> None:
         """The VM has stopped; called with the lock held, after the vCPUs stopped."""
 
-<<<<<<< HEAD
     def park(self) -> None:
         """Ends the device's own threads, if it has any, for the moment of an exec.
 
@@ -178,10 +177,9 @@ class Device:
 
     def unpark(self) -> None:
         """The inverse of `park`."""
-=======
+
     def on_wakeup(self) -> None:
         """The guest slept, the device has been reset, and the guest runs next."""
->>>>>>> linux-boot
 
     def on_powerdown(self) -> None:
         """Somebody pressed the power button."""
