@@ -93,4 +93,18 @@ DEVICES: dict[str, DeviceModel] = {
             "werror": ("report", "ignore", "stop", "enospc", "auto"),
         },
     ),
+    "virtio-rng-pci": DeviceModel(
+        "cpr.devices.virtio.rng",
+        "[,max-bytes=N,period=MS][,addr=SLOT]",
+        {**VIRTIO, "max-bytes": INT, "period": INT},
+    ),
+    "virtio-serial-pci": DeviceModel(
+        "cpr.devices.virtio.serial", "[,addr=SLOT]", {**VIRTIO, "max_ports": INT}
+    ),
+    "virtconsole": DeviceModel(
+        "cpr.devices.virtio.console",
+        "[,chardev=ID]",
+        {"bus": STRING, "chardev": STRING, "name": STRING, "nr": INT},
+        chardev="virtconsole",
+    ),
 }
