@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cpr.accel.base import Accelerator
-    from cpr.config import Config, DriveConfig
+    from cpr.config import Config, DriveConfig, NetdevConfig
     from cpr.devices.iommufd import IommufdBackend
     from cpr.devices.pci import PciHost
     from cpr.devices.vfio import Type1
@@ -191,6 +191,7 @@ class Board:
         self.fds = fds
         self.is_incoming = bool(config.incoming)
         self._drives_taken: set[str] = set()
+        self._netdevs_taken: list[str] = []
         self._pci_host: PciHost | None = None
         self._type1: Type1 | None = None
         self._iommufds: dict[str, IommufdBackend] = {}
@@ -204,6 +205,19 @@ class Board:
             raise ConfigError(f"Property '{owner}.drive' can't take value '{name}', it's in use")
         self._drives_taken.add(name)
         return drive
+
+    def take_netdev(self, name: str, owner: str) -> tuple[NetdevConfig, int]:
+        """The -netdev of this id, for one card, and how many were taken before it.
+
+        Errors name `owner`.  Raises ConfigError.
+        """
+        netdev = next((each for each in self.config.netdevs if each.id == name), None)
+        if netdev is None:
+            raise ConfigError(f"Property '{owner}.netdev' can't find value '{name}'")
+        if name in self._netdevs_taken:
+            raise ConfigError(f"Property '{owner}.netdev' can't take value '{name}', it's in use")
+        self._netdevs_taken.append(name)
+        return netdev, len(self._netdevs_taken) - 1
 
     def pci_host(self) -> PciHost:
         """The PCI bus; a machine has one as soon as it has a PCI device."""

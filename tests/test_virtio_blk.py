@@ -454,7 +454,7 @@ def test_stop_and_go_on(tmp_path: Path) -> None:
     assert queue["next"] == queue["used"] == done
     rig.function.on_run()  # nobody kicks again
     rig.platform.wait(lambda: rig.ring.used_index == 16)
-    heads = sorted(rig.ring.take_used()[0] for _ in range(16))
+    heads = sorted(rig.ring.wait_used()[0] for _ in range(16))
     assert heads == [3 * number for number in range(16)]
     for number in range(16):
         assert path.read_bytes()[number * 2048 : (number + 1) * 2048] == bytes([number + 1]) * 2048

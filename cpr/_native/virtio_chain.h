@@ -41,7 +41,15 @@ void cpr_virtqueue_unpop(struct cpr_virtqueue *queue);
 /* Whether there is a chain to take. */
 bool cpr_virtqueue_waits(struct cpr_virtqueue *queue);
 
-/* Gives a chain back, into which `written` bytes were written. */
+/* Enters a chain, into which `written` bytes were written, as the one that is given back after
+   `later` others; the guest sees it with the flush. */
+void cpr_virtqueue_fill(struct cpr_virtqueue *queue, uint32_t later, uint16_t head,
+                        uint32_t written);
+
+/* Gives back the `count` chains that were entered. */
+void cpr_virtqueue_flush(struct cpr_virtqueue *queue, uint16_t count);
+
+/* Both of these for one chain. */
 void cpr_virtqueue_push(struct cpr_virtqueue *queue, uint16_t head, uint32_t written);
 
 /* Interrupts the guest if it wants that for what was pushed since the last time. */

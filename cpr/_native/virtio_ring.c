@@ -298,19 +298,31 @@ void cpr_virtqueue_unpop(struct cpr_virtqueue *queue)
     queue->next--;
 }
 
-void cpr_virtqueue_push(struct cpr_virtqueue *queue, uint16_t head, uint32_t written)
+void cpr_virtqueue_fill(struct cpr_virtqueue *queue, uint32_t later, uint16_t head,
+                        uint32_t written)
 {
     struct vring_used_elem *element;
 
-    if (!works(queue)) {
-        return;
+    if (works(queue)) {
+        element = &queue->used_ring->ring[(uint16_t)(queue->used + later) % queue->size];
+        *element = (struct vring_used_elem){.id = head, .len = written};
+        cpr_virtio_written(queue->memory, element, sizeof(*element));
     }
-    element = &queue->used_ring->ring[queue->used % queue->size];
-    *element = (struct vring_used_elem){.id = head, .len = written};
-    queue->used++;
-    __atomic_store_n(&queue->used_ring->idx, queue->used, __ATOMIC_RELEASE);
-    cpr_virtio_written(queue->memory, element, sizeof(*element));
-    cpr_virtio_written(queue->memory, queue->used_ring, sizeof(*queue->used_ring));
+}
+
+void cpr_virtqueue_flush(struct cpr_virtqueue *queue, uint16_t count)
+{
+    if (works(queue)) {
+        queue->used += count;
+        __atomic_store_n(&queue->used_ring->idx, queue->used, __ATOMIC_RELEASE);
+        cpr_virtio_written(queue->memory, queue->used_ring, sizeof(*queue->used_ring));
+    }
+}
+
+void cpr_virtqueue_push(struct cpr_virtqueue *queue, uint16_t head, uint32_t written)
+{
+    cpr_virtqueue_fill(queue, 0, head, written);
+    cpr_virtqueue_flush(queue, 1);
 }
 
 void cpr_virtqueue_interrupt(struct cpr_virtqueue *queue)

@@ -39,6 +39,7 @@ from cpr.config.machine_options import (
     subtree,
     with_megabytes,
 )
+from cpr.config.netdev_options import NetdevConfig, parse_netdevs
 from cpr.config.object_options import ObjectConfig, parse_object
 from cpr.config.record import Record
 from cpr.errors import ConfigError
@@ -56,6 +57,7 @@ __all__ = [
     "DeviceConfig",
     "DriveConfig",
     "MonitorConfig",
+    "NetdevConfig",
     "ObjectConfig",
     "parse_command_line",
     "strip_options",
@@ -125,6 +127,7 @@ class Config(Record):
         "machine_type",
         "monitors",
         "name",
+        "netdevs",
         "no_reboot",
         "no_shutdown",
         "nodefaults",
@@ -163,6 +166,7 @@ class Config(Record):
     machine_type: str
     monitors: tuple[MonitorConfig, ...]
     name: str | None
+    netdevs: tuple[NetdevConfig, ...]
     no_reboot: bool
     no_shutdown: bool
     nodefaults: bool
@@ -209,8 +213,19 @@ def parse_command_line(argv: Sequence[str]) -> Config:
         argv=tuple(argv),
         drives=drives,
         incoming=tuple(draft.incoming),
+        netdevs=_netdevs(draft, fields["devices"]),
         warnings=tuple(draft.warnings),
     )
+
+
+def _netdevs(draft: Draft, devices: tuple[DeviceConfig, ...]) -> tuple[NetdevConfig, ...]:
+    """Raises ConfigError; warns of what no card is on."""
+    netdevs = parse_netdevs(draft.groups["netdev"])
+    used = {device.properties.get("netdev") for device in devices}
+    for netdev in netdevs:
+        if netdev.id not in used:
+            draft.warnings.append(f"warning: netdev {netdev.id} has no peer")
+    return netdevs
 
 
 def _settings(draft: Draft) -> dict[str, Any]:

@@ -93,6 +93,11 @@ DEVICES: dict[str, DeviceModel] = {
             "werror": ("report", "ignore", "stop", "enospc", "auto"),
         },
     ),
+    "virtio-net-pci": DeviceModel(
+        "cpr.devices.virtio.net",
+        ",netdev=ID[,mac=ADDRESS][,addr=SLOT]",
+        {**VIRTIO, "bootindex": INT, "mac": STRING, "netdev": STRING, "romfile": STRING},
+    ),
     "virtio-rng-pci": DeviceModel(
         "cpr.devices.virtio.rng",
         "[,max-bytes=N,period=MS][,addr=SLOT]",

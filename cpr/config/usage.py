@@ -47,6 +47,9 @@ What it boots
   -initrd FILE, -append TEXT
                  the first file system and the command line of Linux
 
+Network
+  -netdev tap,id=ID[,ifname=NAME][,fd=N][,script=no][,downscript=no]
+
 Character devices
   -chardev null|stdio|pty,id=ID
   -chardev file,id=ID,path=PATH[,append=on|off]
@@ -106,7 +109,6 @@ QEMU_ONLY = frozenset(
         "mem-path",
         "mem-prealloc",
         "mtdblock",
-        "netdev",
         "no-fd-bootchk",
         "numa",
         "option-rom",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from cpr.accel.base import Accelerator, VCpu
-from cpr.config import DriveConfig
+from cpr.config import DriveConfig, NetdevConfig
 from cpr.devices.base import Device
 from cpr.devices.iommufd import IommufdBackend
 from cpr.devices.pci import PciHost
@@ -38,6 +38,9 @@ class Board(Protocol):
 
     def take_drive(self, name: str, owner: str) -> DriveConfig:
         """The -drive of this id, for one device; errors name `owner`.  Raises ConfigError."""
+
+    def take_netdev(self, name: str, owner: str) -> tuple[NetdevConfig, int]:
+        """The -netdev of this id, for one card, and how many were taken before it."""
 
     def pci_host(self) -> PciHost: ...
     def type1(self) -> Type1: ...

@@ -113,8 +113,6 @@ def create_console(board: Board, config: DeviceConfig) -> None:
         )
     free = next((bus for bus in buses if not bus.is_taken), None)
     if free is None:
-        raise ConfigError(
-            "a virtio-serial-pci has one port here: give another one before it"
-        )
+        raise ConfigError("a virtio-serial-pci has one port here: give another one before it")
     free.take()
     board.machine.frontends.append((free, config.properties.get("chardev")))
