@@ -40,6 +40,7 @@ REVISION = 1
 CONFIG_SIZE = 256
 INTA = 1
 PCI_BUS = "pci.0"
+COMMAND_WRITABLE = pci_config.COMMAND_GUESTS | pci_config.COMMAND_PARITY | pci_config.COMMAND_SERR
 
 MSIX_BAR, MSIX_BAR_SIZE, PBA_OFFSET = 1, 0x1000, 0x800
 REGISTER_BAR, REGISTER_BAR_SIZE = 4, 0x4000
@@ -136,7 +137,7 @@ class VirtioPci(Device, PciFunction):
         _put(config, 0x2C, 4, SUBSYSTEM << 16 | VENDOR)
         _put(config, pci_config.CAPABILITIES, 1, CAPABILITIES[0][0])
         _put(config, pci_config.INTERRUPT_PIN, 1, INTA)
-        config.emulate(pci_config.COMMAND, 2, 0, 0xFFFF, pci_config.COMMAND_GUESTS)
+        config.emulate(pci_config.COMMAND, 2, 0, 0xFFFF, COMMAND_WRITABLE)
         config.emulate(pci_config.INTERRUPT_LINE, 1, 0, 0xFF, 0xFF)
         following = [each[0] for each in CAPABILITIES[1:]] + [MSIX_CAPABILITY]
         for (offset, kind, place, size), after in zip(CAPABILITIES, following, strict=True):
