@@ -46,6 +46,7 @@ static volatile struct header *headers = (void *)HEADERS;
 static volatile u8 *statuses = (void *)STATUSES;
 static u64 notify;
 static u16 seen;                /* chains that were taken back */
+static u32 came;                /* interrupts before this batch */
 
 __attribute__((interrupt)) static void on_used(struct interrupt_frame *frame)
 {
@@ -79,6 +80,8 @@ static u64 find(u32 kind)
 
 static void start(void)
 {
+    for (u64 address = AVAILABLE; address < HEADERS; address += 4)
+        write32(address, 0);    /* there may be a guest's from before a reset */
     pci_find(BLK_ID);
     u64 common = find(COMMON_CFG);
     notify = find(NOTIFY_CFG);
@@ -118,14 +121,19 @@ static void offer(u32 tag, u32 type, u32 block)
     available->index = available->index + 1;
 }
 
+/* The device may begin before it is notified. */
+static void begin(void)
+{
+    came = interrupts;
+    available->event = (u16)(seen + BATCH - 1);
+    barrier();
+}
+
 /* Has the requests that were offered done, all of them once. */
 static void finish(void)
 {
     u32 open = (1u << BATCH) - 1;
-    u32 came = interrupts;
 
-    available->event = (u16)(seen + BATCH - 1);
-    barrier();
     write16(notify, 0);
     wait_for(&interrupts, came + 1);
     CHECK((u16)(used->index - seen) == BATCH);
@@ -148,6 +156,7 @@ void main(void)
     stage = READY;
     for (u32 round = 1;; round++) {
         u32 first = round * BATCH % BLOCKS;
+        begin();
         for (u32 tag = 0; tag < BATCH; tag++) {
             volatile u32 *data = (volatile u32 *)(u64)(DATA + tag * BLOCK_SIZE);
             for (u32 i = 0; i < BLOCK_SIZE / 4; i++)
@@ -155,6 +164,7 @@ void main(void)
             offer(tag, OUT, first + tag);
         }
         finish();
+        begin();
         for (u32 tag = 0; tag < BATCH; tag++) {
             volatile u32 *data = (volatile u32 *)(u64)(DATA + tag * BLOCK_SIZE);
             for (u32 i = 0; i < BLOCK_SIZE / 4; i++)
