@@ -1,7 +1,8 @@
 """virtio-serial-pci and its one port, a virtconsole (virtio 1.2, 5.3).
 
-Output that the chardev's peer does not read stays in the guest's queue, and so does what the guest
-writes before there is a chardev: nothing is lost, and nothing has to be saved.
+What the guest writes before there is a chardev stays in its queue, so that nothing has to be saved.
+A peer that does not read does not hold the guest up: Linux waits for its console with a lock held,
+and all of it would stand still.  The chardev keeps the output as far as it does for anybody.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 QUEUE_SIZE = 128
 RECEIVE, TRANSMIT = 0, 1
 MOST_OUTPUT = 64 << 10  # bytes of one buffer of the guest's
-MOST_WAITING = 64 << 10  # bytes that may wait for the chardev's peer before the guest has to
 COMMUNICATION = 0x078000
 
 
@@ -51,10 +51,9 @@ class VirtioSerial(VirtioDevice):
         self._waits_for_chardev = False
         self._chardev = chardev
         if chardev is not None:
-            chardev.set_handlers(
-                self._can_receive, self._on_receive, lambda event: None, self._on_writable
-            )
-        self._on_writable()
+            chardev.set_handlers(self._can_receive, self._on_receive, lambda event: None)
+        with self.transport.platform.lock:
+            self._transmit()
 
     def start(self) -> None:
         self._runs = True
@@ -73,17 +72,11 @@ class VirtioSerial(VirtioDevice):
     def _transmit(self) -> None:
         queue = self.transport.queues[TRANSMIT]
         while self._runs and not self._waits_for_chardev:
-            if self._chardev is not None and self._chardev.waiting > MOST_WAITING:
-                return
             data = queue.receive(MOST_OUTPUT)
             if data is None:
                 return
             if self._chardev is not None:
                 self._chardev.write(data)
-
-    def _on_writable(self) -> None:
-        with self.transport.platform.lock:
-            self._transmit()
 
     def _can_receive(self) -> int:
         with self.transport.platform.lock:
