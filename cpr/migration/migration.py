@@ -72,6 +72,7 @@ class Migration:
         self.loop = loop
         self.events = events
         self.parameters = Parameters()
+        machine.advances_clock = lambda: self.parameters.get("x-cpr-guest-clock") == "advance"
         self.capabilities = Capabilities(self.parameters, lambda: self.running)
         self.status = "none"
         self.error: str | None = None
