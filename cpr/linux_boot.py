@@ -47,7 +47,9 @@ E820_RAM, E820_RESERVED, E820_NVS = 1, 2, 4
 
 def is_bzimage(data: bytes) -> bool:
     """Whether a -kernel file follows Linux's boot protocol, of whatever version."""
-    return data[MAGIC : MAGIC + 4] == HEADER_MAGIC and data[BOOT_FLAG : BOOT_FLAG + 2] == b"\x55\xaa"
+    return (
+        data[MAGIC : MAGIC + 4] == HEADER_MAGIC and data[BOOT_FLAG : BOOT_FLAG + 2] == b"\x55\xaa"
+    )
 
 
 class LinuxImage(BootImage):

@@ -98,9 +98,7 @@ class LinuxGuest:
             self.vm.update()
         else:
             command = [*self.vm.words, "-incoming", f"file:{self._state}"]
-            self.vm.qmp.command(
-                "migrate-set-parameters", mode="cpr-exec", cpr_exec_command=command
-            )
+            self.vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=command)
             self.vm.qmp.command("migrate", uri=f"file:{self._state}")
             self.vm.reconnect()
         self._connect()

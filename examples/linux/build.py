@@ -6,10 +6,10 @@ FOLDER (examples/build/linux) gets
 
     bzImage       the kernel of the newest linux-image-6.1.0-*-cloud-amd64
     initrd.cpio   busybox, the kernel's drivers for virtio, and what is beside this file: `init`,
-                  `power-button`, and `clockwatch.c`, which tells whether the guest's clock goes back
+                  `power-button`, and `clockwatch.c`, which tells whether the clock goes back
 
-The packages come from the host's own mirror by `apt-get download`, which needs no rights; nothing is
-installed.
+The packages come from the host's own mirror by `apt-get download`, which needs no rights; nothing
+is installed.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class KvmAccelerator(base.Accelerator):
     def __init__(self) -> None:
         self.vcpus: list[KvmVCpu] = []
         self._slots: dict[tuple[int, int], Memslot] = {}
-        self.clocks = Clocks(self)
+        self.clocks: Clocks = Clocks(self)
         self._given_chips: dict[str, dict] = {}
         self._host_tsc_khz: int | None = None
         self._supported_cpuid: Cpuid | None = None

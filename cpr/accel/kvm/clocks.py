@@ -1,10 +1,10 @@
 """What goes on by itself in a KVM VM: its paravirtual clock and the TSCs of its vCPUs.
 
-A guest takes the one for the other's base, so that they are stopped and let go at one instant, which
-is a value of the host's TSC: KVM tells it with its clock, and each vCPU's TSC is that and an offset
-(Documentation/virt/kvm/devices/vcpu.rst, KVM_VCPU_TSC_OFFSET).  Where KVM does not tell (before
-Linux 5.16, on a host whose own clock is another, or where the guest's TSC has another frequency),
-the TSC is read and written right after the clock, as an MSR.
+A guest takes the one for the other's base, so that they are stopped and let go at one instant,
+which is a value of the host's TSC: KVM tells it with its clock, and each vCPU's TSC is that and an
+offset (Documentation/virt/kvm/devices/vcpu.rst, KVM_VCPU_TSC_OFFSET).  Where KVM does not tell
+(before Linux 5.16, on a host whose own clock is another, or where the guest's TSC has another
+frequency), the TSC is read and written right after the clock, as an MSR.
 """
 
 from __future__ import annotations

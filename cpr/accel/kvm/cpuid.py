@@ -28,8 +28,8 @@ APIC_ID_LEAF = FEATURES_LEAF = 1
 TOPOLOGY_LEAVES = (0xB, 0x1F)
 ECX = FIELDS.index("ecx")
 HYPERVISOR, TSC_DEADLINE = 1 << 31, 1 << 24
-"""Of leaf 1, ecx: what KVM does not tell of in KVM_GET_SUPPORTED_CPUID, and can all the same; without
-the first a Linux guest does not ask for KVM's clock."""
+"""Of leaf 1, ecx: what KVM can, and does not tell of in KVM_GET_SUPPORTED_CPUID.  Without the first
+a Linux guest does not ask for KVM's clock."""
 
 OSXSAVE, OSPKE = 1 << 27, 1 << 4  # copies of CR4's, in leaf 1 and leaf 7
 

@@ -1,8 +1,8 @@
 """Interrupts that devices raise by eventfd, without the VMM: irqfds, message routes, KVM-VFIO.
 
 KVM's table of routes is replaced as a whole at every change.  GSI n is pin n of the I/O APIC, and
-below 16 also of the PICs; but GSI 0, the timer's, is pin 2 there, as ACPI tells the guest, and GSI 2,
-by which one PIC is connected to the other, is none.  KVM's own table has the timer at pin 0.
+below 16 also of the PICs; but GSI 0, the timer's, is pin 2 there, as ACPI tells the guest, and
+GSI 2, by which one PIC is connected to the other, is none.  KVM's own table has the timer at pin 0.
 """
 
 from __future__ import annotations
