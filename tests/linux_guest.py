@@ -34,7 +34,9 @@ def linux_image() -> Path:
 class LinuxGuest:
     """examples/linux.cfg with its console on a socket.  `close` is the Vm's."""
 
-    def __init__(self, start, folder: Path, *arguments: str) -> None:
+    def __init__(
+        self, start, folder: Path, *arguments: str, seconds: float = BOOT_SECONDS
+    ) -> None:
         self._path = f"{folder}/console.sock"
         self._state = f"{folder}/state"
         console = f"socket,id=com1,path={self._path},server=on,wait=off"
@@ -45,7 +47,7 @@ class LinuxGuest:
         self._unread = ""
         self._socket: socket.socket | None = None
         self._connect()
-        self.read_until(PROMPT, BOOT_SECONDS)
+        self.read_until(PROMPT, seconds)
 
     def _connect(self) -> None:
         deadline = time.monotonic() + ANSWER_SECONDS
