@@ -34,9 +34,7 @@ def linux_image() -> Path:
 class LinuxGuest:
     """examples/linux.cfg with its console on a socket.  `close` is the Vm's."""
 
-    def __init__(
-        self, start, folder: Path, *arguments: str, seconds: float = BOOT_SECONDS
-    ) -> None:
+    def __init__(self, start, folder: Path, *arguments: str, seconds: float = BOOT_SECONDS) -> None:
         self._path = f"{folder}/console.sock"
         self._state = f"{folder}/state"
         console = f"socket,id=com1,path={self._path},server=on,wait=off"
