@@ -119,15 +119,15 @@ def test_kernels_that_are_refused(make, kernel, text) -> None:
 
 def test_a_command_line_that_is_too_long(make) -> None:
     make(image(command_line_size=5), "12345")
-    with pytest.raises(ConfigError, match="-append has 6 bytes, and kernel .* takes 5"):
+    with pytest.raises(ConfigError, match=r"-append has 6 bytes, and kernel .* takes 5"):
         make(image(command_line_size=5), "123456")
 
 
 def test_too_little_ram(make) -> None:
-    with pytest.raises(ConfigError, match="needs 24 MiB of RAM, and the guest has 23 MiB: give"):
+    with pytest.raises(ConfigError, match=r"needs 24 MiB of RAM, and the guest has 23 MiB: give"):
         make(image()).load(Memory(23 * MIB))
     make(image()).load(Memory(24 * MIB))
-    with pytest.raises(ConfigError, match="with its initrd needs 25 MiB .* more with -m"):
+    with pytest.raises(ConfigError, match=r"with its initrd needs 25 MiB .* more with -m"):
         make(image(), initrd=b"x").load(Memory(24 * MIB))
 
 
