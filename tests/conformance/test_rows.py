@@ -9,7 +9,6 @@ from .row import Row
 from .rows import ROWS
 from .target import Target
 
-
 BOOTED_ELSEWHERE = ("linux-prompt",)  # by test_linux.py, on this VMM, which takes 10 s
 
 
