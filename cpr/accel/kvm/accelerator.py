@@ -14,6 +14,7 @@ from cpr.accel.kvm import chips, cpuid, msrs, state
 from cpr.accel.kvm.clocks import Clocks
 from cpr.accel.kvm.interrupts import KvmInterrupts
 from cpr.accel.kvm.vcpu import KvmVCpu
+from cpr.constants import PAGE_SIZE
 from cpr.errors import KernelError
 from cpr.uapi import kvm
 
@@ -35,7 +36,6 @@ IRQFD_CAPABILITIES = (
     ("KVM_CAP_IRQFD_RESAMPLE", lib.KVM_CAP_IRQFD_RESAMPLE),
     ("KVM_CAP_SIGNAL_MSI", lib.KVM_CAP_SIGNAL_MSI),
 )
-PAGE_SIZE = 4096
 BITMAP_ALIGNMENT = 64 * PAGE_SIZE  # what a 64-bit word of a dirty log is for
 
 
