@@ -93,6 +93,16 @@ def update(vm: Vm, case: Case, peer: Peer | None) -> None:
     vm.update()
 
 
+def keep_vcpus_off(vm: Vm, cpu: int) -> None:
+    """Has the vCPUs run on other CPUs than the observer's, where there are others.
+
+    A QEMU's new image has new threads, which may run anywhere again.
+    """
+    if others := os.sched_getaffinity(vm.pid) - {cpu}:
+        for vcpu in vm.qmp.command("query-cpus-fast"):
+            os.sched_setaffinity(vcpu["thread-id"], others)
+
+
 def wait_for_heartbeat(vm: Vm, timeout: float = BOOT_TIMEOUT) -> None:
     """Waits until the guest counts; raises RuntimeError if it never does."""
     deadline = time.monotonic() + timeout

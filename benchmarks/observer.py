@@ -71,8 +71,9 @@ class Observer:
             text=True,
         )
         self.backwards = 0
+        self.cpu = max(os.sched_getaffinity(0))
         try:
-            os.sched_setaffinity(self._process.pid, {max(os.sched_getaffinity(0))})
+            os.sched_setaffinity(self._process.pid, {self.cpu})
             self.realtime = bool(self._answer("ready")[1])
         except BaseException:
             self.__exit__()

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.cases import Case
 from benchmarks.machines import (
     choose_mode,
+    keep_vcpus_off,
     started,
     update,
     wait_for_heartbeat,
@@ -109,6 +110,7 @@ class Subject:
         """One window without an update, one with, and one behind it.  Raises one of FAILURES."""
         self._observer.look()
         self._vm.qmp.command("cont")
+        keep_vcpus_off(self._vm, self._observer.cpu)
         wait_for_heartbeat(self._vm)
         baseline = self._observer.window_of(min(self._length, LONGEST_BASELINE))
         begin = time.monotonic()

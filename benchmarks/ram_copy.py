@@ -23,7 +23,7 @@ from typing import Any, Self
 from benchmarks.cases import available_memory
 from cpr.constants import MIB, PAGE_SIZE
 from cpr.errors import CprError
-from cpr.migration.savevm import RECORDS_SIZE
+from cpr.migration.load_ram import RECORDS_SIZE
 from cpr.pages import (
     INSTRUCTION_SETS,
     ZERO_CLEAR,

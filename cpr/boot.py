@@ -85,13 +85,13 @@ class BootImage:
         return self.registers
 
 
-def create(config: Config, acpi: Callable[[], bytes]) -> BootImage:
+def create(config: Config, acpi: Callable[[], bytes] = bytes) -> BootImage:
     """Reads the boot image that the configuration names; `acpi` makes the tables for a Linux.
 
     Raises ConfigError where it cannot be read or cannot boot.
     """
     if config.kernel:
-        return _kernel(config, acpi)
+        return _kernel(config, config.kernel, acpi)
     taken = {device.properties.get("drive") for device in config.devices}
     for drive in sorted(config.drives, key=lambda drive: _rank(config.boot_order, drive)):
         if drive.file and drive.id not in taken:
@@ -127,10 +127,9 @@ def _boot_sector(drive: DriveConfig) -> BootImage:
     return BootImage([(BOOT_ADDRESS, sector)], state)
 
 
-def _kernel(config: Config, acpi: Callable[[], bytes]) -> BootImage:
+def _kernel(config: Config, path: str, acpi: Callable[[], bytes]) -> BootImage:
     from cpr.linux_boot import LinuxImage, is_bzimage, read_initrd
 
-    path = config.kernel
     data = read_file("kernel", path, MAX_FILE_SIZE)
     if is_bzimage(data):
         initrd = read_initrd(config.initrd) if config.initrd is not None else b""

@@ -92,7 +92,7 @@ class LinuxImage(BootImage):
         initrd = self._place_initrd(max(end for start, end in ram if start <= KERNEL_ADDRESS))
         self.loads = [
             *self.loads,
-            (initrd, self._initrd),
+            *([(initrd, self._initrd)] if self._initrd else []),
             (TABLES_ADDRESS, self._acpi()),
             (ZERO_PAGE, self._zero_page(ram, initrd)),
         ]

@@ -44,6 +44,9 @@ class Machine:
     a vCPU's own thread and never with `lock` held.  What ends the VM is reported by
     `on_exit(status)`, set by whoever owns the process; `ended` is true from then on.
     `was_suspended`: a stopped guest slept before, and `cont` brings it back to that.
+    `advances_clock()`: the guest's clock is to go on while the guest stands still, which it does
+    since `stopped_at`, in ns of the host's wall clock (None: it has not run).  `catches_up`: the
+    guest comes from a VMM that wanted this.
     """
 
     def __init__(
@@ -74,6 +77,9 @@ class Machine:
         self._reset_requested: tuple[bool, str] | None = None
         self._shutdown_requested = False
         self.was_suspended = False
+        self.advances_clock: Callable[[], bool] = lambda: False
+        self.catches_up = False
+        self.stopped_at: int | None = None
         self._parked: list[bool] = []
         self._state_lock = RLock()
         self.ended = False
@@ -194,13 +200,19 @@ class Machine:
     def resume_vcpus(self) -> None:
         """Lets the clock and the vCPUs go; `pause_vcpus` is the inverse.  No event is sent."""
         with self.lock:
-            now = time.monotonic_ns()
-            self.clock.enable(now)
+            now, advance = time.monotonic_ns(), self._take_advance()
+            self.clock.enable(now - advance)
             for device in self.devices:
                 device.on_run()
-            self.accel.start_time(now)
+            self.accel.start_time(now, advance)
         for thread in self.threads:
             thread.resume()
+
+    def _take_advance(self) -> int:
+        """How far the guest's clock is ahead of where it was stopped, in ns, when it goes on."""
+        stopped_at, self.stopped_at = self.stopped_at, None
+        advances, self.catches_up = self.catches_up or self.advances_clock(), False
+        return max(0, time.time_ns() - stopped_at) if advances and stopped_at is not None else 0
 
     def pause_vcpus(self) -> None:
         """Nothing happens where they are paused, as those of a suspended guest are."""
@@ -214,6 +226,7 @@ class Machine:
             now = time.monotonic_ns()
             self.accel.stop_time(now)
             self.clock.disable(now)
+            self.stopped_at = time.time_ns()
             for device in self.devices:
                 device.on_stop()
 

@@ -19,7 +19,8 @@ import select
 import stat
 import sys
 
-STDIN, STDOUT, STDERR = 0, 1, 2
+from cpr.constants import STDERR, STDIN, STDOUT
+
 PROGRAM = "cpr-vmm"
 MAX_TEXT = 64 << 10
 """Bytes of one report; the rest is dropped."""

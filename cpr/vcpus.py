@@ -14,7 +14,7 @@ from cpr.report import exception_report, warn_report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     from cpr.accel.base import Bus, VCpu
@@ -23,20 +23,33 @@ if TYPE_CHECKING:
 class Scheduling:
     """How a thread is scheduled, which a management program may have set from outside."""
 
-    __slots__ = ("_cpus", "_parameter", "_policy")
+    __slots__ = ("_cpus", "_policy", "_priority")
 
-    def __init__(self, thread_id: int) -> None:
-        """Raises OSError where the thread has ended."""
-        self._cpus = os.sched_getaffinity(thread_id)
-        self._policy = os.sched_getscheduler(thread_id)
-        self._parameter = os.sched_getparam(thread_id)
+    def __init__(self, cpus: Iterable[int], policy: int, priority: int) -> None:
+        """The CPUs it may run on, the policy SCHED_* and its priority."""
+        self._cpus = set(cpus)
+        self._policy = policy
+        self._priority = priority
+
+    @classmethod
+    def of(cls, thread_id: int) -> Scheduling:
+        """That of a thread.  Raises OSError where it has ended."""
+        return cls(
+            os.sched_getaffinity(thread_id),
+            os.sched_getscheduler(thread_id),
+            os.sched_getparam(thread_id).sched_priority,
+        )
+
+    def describe(self) -> list:
+        """The arguments of the constructor, as plain data."""
+        return [sorted(self._cpus), self._policy, self._priority]
 
     def give(self, thread_id: int) -> None:
         """Has another thread scheduled so, where it is not.  Raises OSError."""
         if os.sched_getaffinity(thread_id) != self._cpus:
             os.sched_setaffinity(thread_id, self._cpus)
         if os.sched_getscheduler(thread_id) != self._policy:
-            os.sched_setscheduler(thread_id, self._policy, self._parameter)
+            os.sched_setscheduler(thread_id, self._policy, os.sched_param(self._priority))
 
 
 class VCpuThread:
@@ -133,7 +146,7 @@ class VCpuThread:
         """Pauses the vCPU and ends the thread, soon; the inverse of `start`."""
         self.pause()
         try:
-            self._scheduling = Scheduling(self.thread_id)
+            self._scheduling = Scheduling.of(self.thread_id)
         except OSError:
             self._scheduling = None
         self._ending = True

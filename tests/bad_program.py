@@ -14,6 +14,7 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from cpr.live.new_image import Predecessor, find_predecessor
 from cpr.live.transaction import (
     HAND_OVER,
     HELLO,
@@ -21,8 +22,6 @@ from cpr.live.transaction import (
     READY,
     REFUSE,
     STATE,
-    Predecessor,
-    find_predecessor,
 )
 
 

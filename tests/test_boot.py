@@ -14,7 +14,7 @@ SECTOR = bytes(510) + b"\x55\xaa"
 
 
 def config(kernel=None, *drives, order="cad"):
-    return SimpleNamespace(kernel=kernel, drives=drives, boot_order=order)
+    return SimpleNamespace(kernel=kernel, drives=drives, boot_order=order, initrd=None)
 
 
 def drive(path, interface="floppy"):

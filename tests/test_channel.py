@@ -380,7 +380,7 @@ def test_a_source_that_does_not_come(tmp_path: Path) -> None:
     thread, raised = in_thread(listener.accept)
     thread.join(0.1)
     assert thread.is_alive()
-    listener.cancel()
+    listener.shutdown()
     thread.join(DEADLINE_S)
     assert isinstance(raised[0], MigrationError)
     assert not (tmp_path / "in").exists()

@@ -16,7 +16,7 @@ from cpr.constants import PAGE_SIZE as PAGE
 from cpr.errors import KernelError, MigrationError
 from cpr.memory import GuestMemory
 from cpr.migration import staging
-from cpr.migration.mode import cpr_blockers
+from cpr.migration.mode import TRANSFER, KeepsRam
 from cpr.migration.parameters import Parameters
 from cpr.migration.statistics import RamCounters
 from cpr.state.fds import PreservedFds
@@ -277,8 +277,9 @@ def test_too_little_memory_is_refused_before_anything_is_done(guest, monkeypatch
 
 
 def test_blockers_with_and_without_staging(guest):
-    mode = SimpleNamespace(name="cpr-transfer", regenerates=False, stages=False)
-    reasons = cpr_blockers(guest.machine, mode)
+    mode = KeepsRam(TRANSFER)
+    mode.regenerates = False
+    reasons = mode.blockers(guest.machine)
     assert [reason.split()[2] for reason in reasons] == ["ram0", "pc.rom"]
     mode.stages = True
-    assert cpr_blockers(guest.machine, mode) == []
+    assert mode.blockers(guest.machine) == []

@@ -9,6 +9,8 @@ import socket
 import pytest
 
 from cpr.live import guard, messages
+from cpr.live.new_image import Predecessor, find_predecessor
+from cpr.live.old_image import Update
 from cpr.live.transaction import (
     AFTER,
     BUILDING,
@@ -25,10 +27,7 @@ from cpr.live.transaction import (
     STATE,
     TRANSITIONS,
     VARIABLE,
-    Predecessor,
-    Update,
     UpdateError,
-    find_predecessor,
 )
 
 

@@ -20,6 +20,7 @@
 #include <stdint.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/rseq.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
@@ -38,6 +39,7 @@
 #define TIMERS 3                      /* ITIMER_REAL, _VIRTUAL, _PROF */
 #define TEXT_SIZE 256
 #define SIGNALS 64
+#define LOWEST 19 /* nice value (setpriority(2)) */
 
 /* What the clone and the exec take away from the thread that goes on. */
 static struct {
@@ -85,8 +87,9 @@ CPR_IN_CHILD void cpr_guard_end(const struct cpr_mapping *mappings, uint32_t cou
 {
     struct sched_param none = {0};
 
-    cpr_syscall3(SYS_close_range, 0, UINT_MAX, 0); /* first: what the new image closes is closed */
-    cpr_syscall3(SYS_sched_setscheduler, 0, SCHED_IDLE, &none); /* the guest comes before this */
+    cpr_syscall3(SYS_setpriority, PRIO_PROCESS, 0, LOWEST); /* the guest comes before this */
+    cpr_syscall3(SYS_close_range, 0, UINT_MAX, 0); /* the new image waits for it */
+    cpr_syscall3(SYS_sched_setscheduler, 0, SCHED_IDLE, &none);
     forget(mappings, count);
     cpr_syscall1(SYS_exit_group, 0);
     __builtin_unreachable();

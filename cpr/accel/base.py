@@ -176,8 +176,11 @@ class Accelerator:
         `now_ns` of time.monotonic_ns(), or as near to it as can be.
         """
 
-    def start_time(self, now_ns: int) -> None:
-        """The vCPUs are about to run: the inverse of `stop_time`, and of a load or a reset."""
+    def start_time(self, now_ns: int, advance_ns: int = 0) -> None:
+        """The vCPUs are about to run: the inverse of `stop_time`, and of a load or a reset.
+
+        Time goes on `advance_ns` later than it was stopped or loaded.
+        """
 
     # The processor that the guest was told that it has.
 

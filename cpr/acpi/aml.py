@@ -48,9 +48,8 @@ def _sized(body: bytes) -> bytes:
     for more in (1, 2, 3):
         length = len(body) + 1 + more
         if length < 1 << 4 + 8 * more:
-            return (
-                bytes((more << 6 | length & 0xF,)) + (length >> 4).to_bytes(more, "little") + body
-            )
+            first = bytes((more << 6 | length & 0xF,))
+            return first + (length >> 4).to_bytes(more, "little") + body
     raise ValueError(f"an object of {len(body)} bytes is too large")
 
 

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
         accel: Accelerator
         memory: GuestMemory
         vcpus: list[VCpu]
+        advances_clock: Callable[[], bool]
+        catches_up: bool
+        stopped_at: int | None
 
         @property
         def suspended(self) -> bool:

@@ -192,8 +192,8 @@ class Mc146818Rtc(Device):
         if not self._cmos[REG_B] & HOURS_24:
             hour, flag = (now.tm_hour + 11) % 12 + 1, PM if now.tm_hour >= 12 else 0
         century, year = divmod(now.tm_year, 100)
-        values = (now.tm_sec, now.tm_min, hour, (now.tm_wday + 1) % 7 + 1)
-        values += (now.tm_mday, now.tm_mon, year, century)
+        weekday = (now.tm_wday + 1) % 7 + 1
+        values = (now.tm_sec, now.tm_min, hour, weekday, now.tm_mday, now.tm_mon, year, century)
         for register, value in zip(TIME_REGISTERS, values, strict=True):
             self._cmos[register] = self._encode(value)
         self._cmos[HOURS] |= flag
@@ -350,9 +350,7 @@ def _start(base: str) -> int:
         return int(time.time())
     import datetime
 
-    if base == "localtime":
-        date = datetime.datetime.now()
-    else:
-        date = datetime.datetime.fromisoformat(base)
+    is_local = base == "localtime"
+    date = datetime.datetime.now() if is_local else datetime.datetime.fromisoformat(base)
     since = date - datetime.datetime(1970, 1, 1)
     return since.days * DAY + since.seconds

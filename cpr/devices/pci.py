@@ -7,8 +7,9 @@
 There is one bus.  The host bridge has the ids and the PCIEXBAR register (60h) of Q35's, so that a
 guest finds ECAM in the usual way; there is no firmware that would move it, and so it does not move.
 RAM of this machine never reaches it.  Base addresses are the guest's to give: it learns from ACPI
-where there is room, which is around ECAM below 4 GiB, and above all RAM.  INTx is wired as on the PIIX: pin and slot make one of four
-PIRQs, and these are where a PC's firmware puts them, on IRQ 10, 10, 11 and 11.
+where there is room, which is around ECAM below 4 GiB, and above all RAM.  INTx is wired as on the
+PIIX: pin and slot make one of four PIRQs, and these are where a PC's firmware puts them, on IRQ 10,
+10, 11 and 11.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ VERSION = 1  # CPR_LIVE_VERSION
 SIZE = 40  # bytes of struct cpr_live_page
 WALL = 0x40000000  # __WALL of wait(2): also children that were cloned without a signal
 TICK_MS = 50  # how often it is looked at the hold, which no descriptor tells
-NS_PER_MS = 1_000_000
 STATUS_TIMEOUT_NS = 100_000_000
 EXIT_CODE_FIELD = 49  # of /proc/PID/stat behind the name: 52 in proc_pid_stat(5), less three
 STEP = 0.0002  # s

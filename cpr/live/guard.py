@@ -173,6 +173,9 @@ def end(mappings: Sequence[tuple[int, int]]) -> None:
 
     Nothing comes after this, no exit handler and no exit status that anybody sees.
     """
+    for task in os.listdir("/proc/self/task"):  # whichever ends last frees what is left
+        if int(task) != os.getpid():
+            os.sched_setscheduler(int(task), os.SCHED_IDLE, os.sched_param(0))
     lib.cpr_guard_end(ffi.new("struct cpr_mapping[]", list(mappings)), len(mappings))
 
 

@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cpr.live import forked, payload, transaction
+from cpr.constants import STDERR
+from cpr.live import forked, new_image, payload, transaction
 from cpr.live.errors import UpdateError
 from cpr.live.preserved import Registry
 from cpr.live.transaction import EARLY, END, HAND_OVER, LATE, READY, REHEARSE, STATE
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 PROGRAM = "cpr.live"
 REAP_MS = 50  # for so long a commit waits for the old program's end
-STDERR = 2
 PIECE = 64 << 10
 
 
@@ -65,7 +65,7 @@ class Image:
         self._failure: UpdateError | None = None
         self._link: Any = None  # a Predecessor
         try:
-            self._link = transaction.find_predecessor(forked)
+            self._link = new_image.find_predecessor(forked)
         except transaction.UpdateError as error:
             self._failure = UpdateError(str(error))
 
@@ -149,7 +149,7 @@ class Image:
             assert self._header is not None
             self._get_stderr_back()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self._header["blocked"])
-            if isinstance(link, transaction.Predecessor):
+            if isinstance(link, new_image.Predecessor):
                 guard_pid = link.page.struct.guard_pid
                 link.close()
                 _reap(guard_pid)

@@ -12,10 +12,10 @@ import socket as sockets
 import time
 from typing import Any
 
+from cpr.constants import NS_PER_US
 from cpr.live import image, preserved
 
 FIRST_FD = 3  # SD_LISTEN_FDS_START
-NS_PER_US = 1000
 SEND_TIMEOUT = 1.0  # s; a manager that reads nothing is not to hold up the service
 
 _passed: dict[str, list[int]] | None = None

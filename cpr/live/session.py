@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
+from cpr.constants import NS_PER_S, STDERR
 from cpr.errors import CprError
-from cpr.live import auditing, forked, image, payload, transaction
+from cpr.live import auditing, forked, image, old_image, payload, transaction
 from cpr.live.errors import UpdateError
 from cpr.live.preserved import Entry
 from cpr.live.token import describe_status
@@ -24,9 +25,7 @@ from cpr.live.transaction import HAND_OVER, HELLO, READY, REFUSE, STATE
 
 EARLY, LATE = "early", "late"
 FORK, VM = "fork", "vm"
-STDERR = 2
 LAST_LINES = 20
-NS_PER_S = 1_000_000_000
 
 fake: Callable[[Session], NoReturn] | None = None
 """What stands for the exec in a unit test (see `testing`)."""
@@ -66,7 +65,7 @@ class Session:
         self._deadline = time.monotonic() + timeout
         self._backend = forked if guard == FORK else _vm_backend()
         self._old_pid = os.getpid()
-        self._update: transaction.Update | None = None
+        self._update: old_image.Update | None = None
         self._sent: dict[str, Entry] = {}
         self._stderr, self._real_stderr = -1, -1
         self._paused = False
@@ -101,7 +100,7 @@ class Session:
         """Executes.  Early: returns in the guard.  Late: raises UpdateError; see `fail`."""
         if fake is not None:
             fake(self)
-        self._update = transaction.Update(backend=self._backend)
+        self._update = old_image.Update(backend=self._backend)
         early = self.mode == EARLY
         self._real_stderr = _duplicate(STDERR)
         if not early:
@@ -130,7 +129,7 @@ class Session:
     def spawn(self) -> None:
         """Starts the program as a child, for a rehearsal; `end_rehearsal` has to follow."""
         self._rehearsing = True
-        self._update = transaction.Update(backend=self._backend)
+        self._update = old_image.Update(backend=self._backend)
         self._update.spawn(self.argv, self.env, self._folder)
 
     def end_rehearsal(self) -> tuple[int | None, list[str]]:

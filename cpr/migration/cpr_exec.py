@@ -13,57 +13,85 @@ from __future__ import annotations
 import _signal as signal  # `signal` itself makes enums, which a late update would wait for
 import os
 
+from cpr.constants import NS_PER_MS
 from cpr.errors import MigrationError
-from cpr.live.transaction import Update, UpdateError
-from cpr.migration.mode import EXEC, Mode, cpr_blockers
-from cpr.migration.program import check_own_command, incoming_uri, own_command
+from cpr.live.old_image import Update
+from cpr.live.transaction import UpdateError
+from cpr.migration.mode import EXEC, KeepsRam
+from cpr.migration.parameters import Parameters
+from cpr.migration.process import Process
+from cpr.migration.program import (
+    ProgramFiles,
+    check_own_command,
+    incoming_uri,
+    knows_protocol,
+    own_command,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cpr.machine import Machine
-    from cpr.ram import RAMBlock
     from cpr.state.fds import PreservedFds
 
 STATE_FILE = "vmstate"
-NS_PER_MS = 1_000_000
 
 
-class Exec(Mode):
-    """One update's exec, whose new image reads its state from `uri`.
+class Exec(KeepsRam):
+    """One update's exec of `command`.
 
-    `directory` is the private temporary directory that it owns, or None.  `knows_protocol`: the
-    program takes the guest over by the token of the update, and can be given way to by it; one that
-    has no idea of that has it when it has read its CPR state.  `stopped_ns` is when the guest
-    stopped, `ended_by` the signal that ended the new image, and the VM with it.  `gives_back`: the
-    new image has refused, and what becomes of that is told later.
+    `process` is what executes, `files` are its program's, and `park()` ends all its threads but
+    the caller's.  `directory` is the private temporary
+    directory with the new image's state, which this owns, or None.  `give_back(self, update,
+    reason)` goes on after a new image has refused; the update is its own.
     """
 
     ends_process = True
 
     def __init__(
-        self, fds: PreservedFds, command: list[str], uri: str = "", directory: str | None = None
+        self,
+        fds: PreservedFds,
+        command: list[str],
+        process: Process,
+        parameters: Parameters,
+        files: ProgramFiles,
+        park: Callable[[], None],
+        give_back: Callable[[Exec, Update, str], None],
+        directory: str | None = None,
     ) -> None:
-        super().__init__(EXEC)
+        super().__init__(EXEC, bool(parameters.get("x-cpr-ram-staging")))
         self.command = command
-        self.uri = uri
-        self.directory = directory
-        self.before_exec: Callable[[], None] = lambda: None
-        self.park: Callable[[], None] = lambda: None
-        self.unpark: Callable[[], None] = lambda: None
-        self.on_new_pid: Callable[[], None] = lambda: None
-        self.exec_fds: Callable[[], list[int]] = list
-        self.reopen: Callable[[], None] = lambda: None
-        self.interrupted: Callable[[], bool] = lambda: False
-        self.timeout_ms = 0
-        self.knows_protocol = False
-        self._persists = False
-        self.stopped_ns = 0
-        self.ended_by = 0
-        self.gives_back = False
-        self.give_back: Callable[[Update, str], None] = lambda update, reason: None
+        self.timeout_ms = int(parameters.get("x-cpr-exec-timeout"))
+        self._overlap = parameters.get("x-cpr-exec-overlap")
+        self._page_size = parameters.get("x-cpr-ram-pagesize")
         self._fds = fds
+        self._process = process
+        self._files = files
+        self._park = park
+        self._give_back = give_back
+        self._directory = directory
+        self._knows_protocol: bool | None = None
+        self._persists = False
+
+    def check(self) -> None:
+        if not self.command:
+            raise MigrationError("cpr-exec mode requires setting cpr-exec-command")
+
+    def early_exec(self, *settings: str) -> Exec | None:
+        """Not with RAM that is staged, nor with a program that knows no hand-over."""
+        if self.stages or self._page_size or self._overlap not in settings:
+            return None
+        self.prepare()
+        return self if self._knows_protocol else None
+
+    def prepare(self) -> None:
+        """Asks once whether the program takes the guest over by the token of an update.
+
+        One that has no idea of that has the guest when it has read its CPR state.
+        """
+        if self._knows_protocol is None:
+            self._knows_protocol = knows_protocol(self.command, self._files)
 
     def begin(self, go_on: Callable[[], None]) -> bool:
         """Writes the CPR state to a memfd, which the environment names."""
@@ -71,18 +99,12 @@ class Exec(Mode):
         self._persists = True
         return False
 
-    def sends(self, block: RAMBlock, ignore_shared: bool) -> bool:
-        return False
-
-    def blockers(self, machine: Machine) -> list[str]:
-        return cpr_blockers(machine, self)
-
     def finish(self, machine: Machine) -> None:
         """Becomes the command under this PID.  Comes back only with MigrationError.
 
         The guard waits: where the new program does not take over, this one goes on.
         """
-        self.before_exec()
+        self._process.before_exec()
         self._fds.refresh()
         update = Update([(block.host, block.max_length) for block in machine.blocks])
         # Python ignores it; the new program shall not.
@@ -94,9 +116,9 @@ class Exec(Mode):
         except UpdateError as error:
             update.close()
             raise self._failed(error) from None
-        self.on_new_pid()
+        self._process.on_new_pid()
         self.gives_back = True
-        self.give_back(update, reason)
+        self._give_back(self, update, reason)
         raise MigrationError(f"the new program refused: {reason}")
 
     def _execute(self, update: Update, keep: list[int]) -> str:
@@ -104,7 +126,7 @@ class Exec(Mode):
 
         Either way this process has all its threads and sockets again.
         """
-        self.park()
+        self._park()
         try:
             update.execute(
                 self.command,
@@ -112,16 +134,16 @@ class Exec(Mode):
                 early=False,
                 timeout_ns=self.timeout_ms * NS_PER_MS,
                 keep=keep,
-                state_fd=-1 if self.knows_protocol else self._fds.state_fd,
-                drop=self.exec_fds(),
-                interrupted=self.interrupted,
+                state_fd=-1 if self._knows_protocol else self._fds.state_fd,
+                drop=self._process.exec_fds(),
+                interrupted=self._process.interrupted,
                 holds_signals=True,
             )
         finally:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            self.unpark()
+            self._process.unpark()
             if update.dropped:
-                self.reopen()
+                self._process.reopen()
         try:
             message = update.receive()
         except UpdateError as error:  # it has said what nobody understands
@@ -135,7 +157,7 @@ class Exec(Mode):
         """What is told of an update after which the guest goes on here."""
         if not error.pid_changed:
             return MigrationError(str(error))
-        self.on_new_pid()
+        self._process.on_new_pid()
         self.ended_by = error.ended_by
         return MigrationError(f"{error}; the guest goes on in the old VMM, PID {os.getpid()}")
 
@@ -146,17 +168,19 @@ class Exec(Mode):
         self.remove_directory()
 
     def remove_directory(self) -> None:
-        if self.directory is not None:
-            remove_directory(self.directory)
-            self.directory = None
+        if self._directory is not None:
+            remove_directory(self._directory)
+            self._directory = None
 
 
-def plan(fds: PreservedFds, command: list[str] | None) -> Exec:
-    """The exec of `command`, or of this VMM's own command line, with the URI for its state.
+def plan(command: list[str] | None) -> tuple[list[str], str, str | None]:
+    """What is executed for `command`, or for this VMM's own command line, and how it is loaded.
+
+    The command, the URI from which it reads its state, and the directory of that, if it is private.
 
     A command that names no -incoming gets one that reads from a private temporary directory,
-    which `walk_back` removes.  Raises MigrationError for
-    -incoming defer, where nobody would say what to load, and where no directory can be made.
+    which is the caller's to remove.  Raises MigrationError for -incoming defer, where nobody would
+    say what to load, and where no directory can be made.
     """
     words = list(command) if command else own_command()
     if not command:
@@ -168,10 +192,10 @@ def plan(fds: PreservedFds, command: list[str] | None) -> Exec:
             "-incoming, or set cpr-exec-command and use migrate"
         )
     if uri is not None:
-        return Exec(fds, words, uri)
+        return words, uri, None
     directory = _create_directory()
     uri = f"file:{directory}/{STATE_FILE}"
-    return Exec(fds, [*words, "-incoming", uri], uri, directory)
+    return [*words, "-incoming", uri], uri, directory
 
 
 def _create_directory() -> str:

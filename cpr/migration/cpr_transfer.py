@@ -22,7 +22,7 @@ from contextlib import suppress
 from cpr.errors import CommandError, MigrationError, StateError
 from cpr.migration.address import check_unix_path
 from cpr.migration.listener import listen_at
-from cpr.migration.mode import TRANSFER, Mode, cpr_blockers
+from cpr.migration.mode import TRANSFER, KeepsRam
 from cpr.state import cpr_channel
 from cpr.state.fds import MAX_SIZE
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from cpr.machine import Machine
     from cpr.mainloop import MainLoop
-    from cpr.ram import RAMBlock
     from cpr.state.cpr_state import CprState
     from cpr.state.fds import PreservedFds
 
@@ -52,13 +51,13 @@ def check_address(address: dict) -> str:
     return str(address["path"])
 
 
-class Transfer(Mode):
+class Transfer(KeepsRam):
     """The source's side.  Owns its end of the cpr socket until the target hangs up."""
 
     regenerates = False
 
-    def __init__(self, fds: PreservedFds, loop: MainLoop, address: dict) -> None:
-        super().__init__(TRANSFER)
+    def __init__(self, fds: PreservedFds, loop: MainLoop, address: dict, stages: bool) -> None:
+        super().__init__(TRANSFER, stages)
         self._fds = fds
         self._loop = loop
         self._address = address
@@ -81,12 +80,6 @@ class Transfer(Mode):
 
         self._loop.watch(self._socket.fileno(), HANG_UP, on_hang_up)
         return True
-
-    def sends(self, block: RAMBlock, ignore_shared: bool) -> bool:
-        return False
-
-    def blockers(self, machine: Machine) -> list[str]:
-        return cpr_blockers(machine, self)
 
     def finish(self, machine: Machine) -> None:
         give_guest_away(machine)

@@ -1,14 +1,18 @@
-"""The incoming side: -incoming URI, -incoming defer and migrate-incoming."""
+"""The incoming side: -incoming URI, -incoming defer and migrate-incoming.
+
+A source on a socket is waited for, and read, on a thread; the VM comes up in one step on the main
+loop, where no monitor's command comes in between.
+"""
 
 from __future__ import annotations
 
 import os
-from _thread import start_new_thread
+from _thread import allocate_lock, start_new_thread
 
 from cpr import runstate
 from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.migration import address as addresses
-from cpr.migration import channel, savevm
+from cpr.migration import channel, loadvm
 from cpr.migration.capabilities import Capabilities
 from cpr.phases import mark
 from cpr.report import error_report, exception_report
@@ -18,9 +22,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from cpr.machine import Machine
+    from cpr.mainloop import MainLoop
     from cpr.migration.cpr_transfer import CprListener
     from cpr.migration.listener import Listener
-    from cpr.migration.migration import Migration
+    from cpr.migration.state import MigrationState
+    from cpr.state.fds import PreservedFds
 
 DEFER = "defer"
 PREFIX = "load of migration failed: "
@@ -84,8 +91,19 @@ class Incoming:
     `on_running()` when the guest is as it was.
     """
 
-    def __init__(self, migration: Migration) -> None:
-        self._migration = migration
+    def __init__(
+        self,
+        machine: Machine,
+        fds: PreservedFds,
+        loop: MainLoop,
+        handed: channel.Handed,
+        state: MigrationState,
+    ) -> None:
+        self._machine = machine
+        self._fds = fds
+        self._loop = loop
+        self._handed = handed
+        self._state = state
         self.expected = False
         self.started = False
         self.start_paused = False
@@ -94,13 +112,15 @@ class Incoming:
         self.hold: Callable[[bool], None] = lambda on: None
         self.on_running: Callable[[], None] = lambda: None
         self._address: dict | None = None
-        self._source: channel.Channel | None = None
+        self._closing = False
+        self._source: Listener | channel.Channel | None = None
+        self._thread_done = allocate_lock()
 
     def expect(self, start_paused: bool) -> None:
         """-incoming was given: the guest waits in runstate inmigrate.  `start_paused` is -S."""
         self.expected = True
         self.start_paused = start_paused
-        self._migration.machine.runstate.set(runstate.INMIGRATE)
+        self._machine.runstate.set(runstate.INMIGRATE)
 
     def load_now(self, address: dict) -> None:
         """Loads at start-up, before there are monitors.  Raises CprError; the VM is then lost.
@@ -109,7 +129,7 @@ class Incoming:
         """
         self.started = True
         try:
-            source = channel.open_incoming(address, self._migration.handed)
+            source = channel.open_incoming(address, self._handed)
         except MigrationError as error:
             raise ConfigError(str(error)) from None
         self.load(source)
@@ -120,24 +140,25 @@ class Incoming:
         Raises MigrationError where it is refused, or cannot listen or be opened.
         """
         self.check()
-        if self._migration.status != "none":
-            raise MigrationError(f"Illegal migration incoming state: {self._migration.status}")
+        if self._state.status != "none":
+            raise MigrationError(f"Illegal migration incoming state: {self._state.status}")
         self.hold(False)
-        self._migration.set_incoming_status("setup")
+        self._set_status("setup")
         self._address = address
         if addresses.connects_in_background(address):
             from cpr.migration.listener import Listener
 
-            listener = Listener(address)
+            self._source = listener = Listener(address)
             self._hang_up()
             self.started = True
-            start_new_thread(self._wait_and_load, (listener, exit_on_error))
+            self._thread_done.acquire()
+            start_new_thread(self._wait_and_read, (listener, exit_on_error))
             return
-        source = channel.open_incoming(address, self._migration.handed)
+        source = channel.open_incoming(address, self._handed)
         self._hang_up()
         self.started = True
         # After this round of the loop: the answer to migrate-incoming goes out before `active`.
-        self._migration.loop.call_soon(lambda: self._load_or_exit(source, exit_on_error))
+        self._loop.call_soon(lambda: self._or_exit(lambda: self.load(source), exit_on_error))
 
     def check(self) -> None:
         """Raises MigrationError where migrate-incoming has no place."""
@@ -146,22 +167,38 @@ class Incoming:
         if self.started:
             raise MigrationError("The incoming migration has already been started")
 
-    def _wait_and_load(self, listener: Listener, exit_on_error: bool) -> None:
+    def _wait_and_read(self, listener: Listener, exit_on_error: bool) -> None:
         """On a thread of its own: a source may say nothing for long, and monitors go on."""
         try:
-            source = listener.accept()
-        except CprError as error:
-            self._fail(str(error), exit_on_error)
-            return
-        self._source = source
-        self._load_or_exit(source, exit_on_error)
-        self._source = None
+            old_state = self._wait_for(listener)
+        except Exception as error:
+            failure = error
+            self._end_on_loop(lambda: self._fail(failure, exit_on_error))
+        else:
+            self._end_on_loop(
+                lambda: self._or_exit(lambda: self._bring_up(old_state), exit_on_error)
+            )
+        finally:
+            self._source = None
+            self._thread_done.release()
 
-    def close(self) -> None:
-        """Ends a load that still waits for its source."""
+    def _wait_for(self, listener: Listener) -> str:
+        source = self._source = listener.accept()
+        if self._closing:  # which has not seen this source
+            source.shutdown()
+        return self._read(source)
+
+    def _end_on_loop(self, step: Callable[[], None]) -> None:
+        if not self._closing:
+            self._loop.call_soon(step)
+
+    def close(self, timeout: float) -> None:
+        """Ends a load that waits or reads, and waits so many seconds for that."""
+        self._closing = True
         source = self._source
         if source is not None:
             source.shutdown()
+        self._thread_done.acquire(timeout=timeout)
 
     def _hang_up(self) -> None:
         """Tells the source of a cpr-transfer that it can connect to the main channel."""
@@ -170,7 +207,7 @@ class Incoming:
 
     def query(self) -> dict:
         """What query-migrate tells beside the status."""
-        if self._address is None or self._migration.status != "setup":
+        if self._address is None or self._state.status != "setup":
             return {}
         if self._address.get("transport") != "socket":
             return {}
@@ -179,32 +216,40 @@ class Incoming:
             shown["ipv6" if ":" in shown["host"] else "ipv4"] = True
         return {"socket-address": [shown]}
 
-    def _load_or_exit(self, source: channel.Channel, exit_on_error: bool) -> None:
-        try:
-            self.load(source)
-        except CprError as error:
-            self._fail(str(error), exit_on_error)
-        except Exception as error:  # no state may leave a VMM that says "active" for ever
-            exception_report(error)
-            self._fail(f"{PREFIX}internal error: {error}", exit_on_error)
+    def _set_status(self, status: str, error: str | None = None) -> None:
+        self._state.error = error
+        self._state.set(status)
 
-    def _fail(self, text: str, exit_on_error: bool) -> None:
-        self._migration.set_incoming_status("failed", text)
+    def _or_exit(self, step: Callable[[], None], exit_on_error: bool) -> None:
+        try:
+            step()
+        except Exception as error:
+            self._fail(error, exit_on_error)
+
+    def _fail(self, error: Exception, exit_on_error: bool) -> None:
+        text = str(error)
+        if not isinstance(error, CprError):  # no state may leave a VMM that says "active" for ever
+            exception_report(error)
+            text = f"{PREFIX}internal error: {error}"
+        self._set_status("failed", text)
         if exit_on_error:
             error_report(text)
-            self._migration.machine.request_exit(1)
+            self._machine.request_exit(1)
 
     def load(self, source: channel.Channel, handed_over: bool = False) -> None:
-        """Loads the stream and brings the VM up as it was.
+        """Loads the stream and brings the VM up as it was.  On the main loop, or before it runs.
 
         One that is handed over by an old image has no description and no capabilities.
         """
+        self._bring_up(self._read(source, handed_over))
+
+    def _read(self, source: channel.Channel, handed_over: bool = False) -> str:
+        """Loads the stream and closes it; returns the state in which the guest was."""
         mark("load")
-        migration = self._migration
-        migration.set_incoming_status("active")
+        self._set_status("active")
         try:
-            capabilities = Capabilities() if handed_over else migration.capabilities
-            old_state = savevm.load(migration.machine, capabilities, source, not handed_over)
+            capabilities = Capabilities() if handed_over else self._state.capabilities
+            old_state = loadvm.load(self._machine, capabilities, source, not handed_over)
         except StreamError as error:
             for line in error.stderr:
                 error_report(line)
@@ -212,21 +257,25 @@ class Incoming:
             raise MigrationError(text) from None
         finally:
             source.close()
-        migration.fds.incoming = False
+        self._fds.incoming = False
         if self.listener is not None:
             from cpr.migration.cpr_transfer import HAND_OVER_NS, take_guest
 
-            take_guest(migration.machine, HAND_OVER_NS)
+            take_guest(self._machine, HAND_OVER_NS)
+        return old_state
+
+    def _bring_up(self, old_state: str) -> None:
+        """The guest is this VMM's, and goes on."""
         self.commit()
-        migration.machine.take_over()
+        self._machine.take_over()
         mark("resume")
         self._come_up(old_state)
         mark("run")
-        migration.set_incoming_status("completed")
+        self._set_status("completed")
         self.on_running()
 
     def _come_up(self, old_state: str) -> None:
-        machine = self._migration.machine
+        machine = self._machine
         if old_state in runstate.LIVE and not self.start_paused:
             machine.cont()
         elif old_state in runstate.LIVE:

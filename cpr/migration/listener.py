@@ -55,7 +55,7 @@ class Listener:
     def accept(self) -> Channel:
         """Waits for the source and closes the listener; the channel is the caller's.
 
-        Raises MigrationError where `cancel` comes first, or there is no connection.
+        Raises MigrationError where `shutdown` comes first, or there is no connection.
         """
         from cpr.migration.channel import Channel
 
@@ -69,8 +69,8 @@ class Listener:
             self.close()
         return Channel(connection.detach(), "socket")
 
-    def cancel(self) -> None:
-        """Ends an `accept`; from any thread."""
+    def shutdown(self) -> None:
+        """Ends an `accept`, as Channel.shutdown does a read; from any thread."""
         self._cancellation.cancel()
 
     def close(self) -> None:

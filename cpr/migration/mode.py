@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cpr.machine import Machine
+    from cpr.migration.cpr_exec import Exec
     from cpr.ram import RAMBlock
 
 
@@ -26,16 +27,35 @@ class Mode:
 
     `stops_first`: the guest is stopped before the migration is `active`.  `ends_process`: after
     `finish` there is another image, or an error.  `regenerates`: the new image makes the machine's
-    own blocks again.  `stages`: RAM that it could not map is copied for it.
+    own blocks again.  `stages`: RAM that it could not map is copied for it.  `stopped_ns` is when
+    the guest was stopped for it.  After a `finish` that failed, `ended_by` is the signal that ended
+    the new image, and the VM with it, or 0; `gives_back`: that has refused, and what becomes of the
+    update is told later.
     """
 
     ends_process = False
     regenerates = True
+    gives_back = False
+    ended_by = 0
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, stages: bool = False) -> None:
         self.name = name
         self.stops_first = name != NORMAL
-        self.stages = False
+        self.stages = stages
+        self.stopped_ns = 0
+
+    def check(self) -> None:
+        """Raises MigrationError where the mode has not been told all that it needs."""
+
+    def early_exec(self, *settings: str) -> Exec | None:
+        """This mode, if it is an exec with which the guest runs on until the new program is ready.
+
+        `settings` are those of x-cpr-exec-overlap with which it does.  May take a program's start.
+        """
+        return None
+
+    def prepare(self) -> None:
+        """Does what takes long, before there is anything to undo."""
 
     def begin(self, go_on: Callable[[], None]) -> bool:
         """Sends the CPR state, if the mode has one.
@@ -44,10 +64,6 @@ class Mode:
         that.  Raises MigrationError.
         """
         return False
-
-    def stop(self, machine: Machine) -> None:
-        """Stops the guest, for the rest of the migration."""
-        machine.stop(runstate.FINISH_MIGRATE)
 
     def sends(self, block: RAMBlock, ignore_shared: bool) -> bool:
         """Whether the pages of `block` are in the stream."""
@@ -62,18 +78,25 @@ class Mode:
         machine.runstate.set(runstate.POSTMIGRATE)
 
     def walk_back(self) -> None:
-        """The inverse of `hold` and `begin`; may be called at any time."""
+        """The inverse of `begin`; may be called at any time."""
+
+
+class KeepsRam(Mode):
+    """A mode in which the new image maps the same RAM: no page of it is in the stream."""
+
+    def sends(self, block: RAMBlock, ignore_shared: bool) -> bool:
+        return False
+
+    def blockers(self, machine: Machine) -> list[str]:
+        """Those of RAM too, unless it is staged; see RAMBlock.cpr_blocker."""
+        reasons = super().blockers(machine)
+        if not self.stages:
+            of_ram = [block.cpr_blocker(self.regenerates) for block in machine.blocks]
+            reasons += [reason for reason in of_ram if reason]
+        return reasons
 
 
 def device_blockers(machine: Machine, mode: str) -> list[str]:
     """The texts of the devices that would not survive `mode`."""
     reasons = [device.cpr_blocker(mode) for device in machine.devices]
     return [reason for reason in reasons if reason]
-
-
-def cpr_blockers(machine: Machine, mode: Mode) -> list[str]:
-    """The same, and those of RAM, unless it is staged; see RAMBlock.cpr_blocker."""
-    reasons = []
-    if not mode.stages:
-        reasons = [block.cpr_blocker(mode.regenerates) for block in machine.blocks]
-    return device_blockers(machine, mode.name) + [reason for reason in reasons if reason]

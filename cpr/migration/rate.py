@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 
+from cpr.constants import NS_PER_S
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-NS_PER_S = 1_000_000_000
 WINDOW_NS = 100_000_000  # QEMU's: what is not used within it is forgotten
 SLICE = 16 << 20  # bytes at once where there is no limit, so that figures go on
 LEAST = 4096  # what the smallest step may take

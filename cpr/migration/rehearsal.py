@@ -10,16 +10,20 @@ import os
 import select
 import time
 
+from cpr.constants import NS_PER_MS
 from cpr.errors import CprError, MigrationError
-from cpr.live.transaction import END, HELLO, READY, Update, UpdateError
-from cpr.migration.early import check_protocol, send_state
+from cpr.live.old_image import Update
+from cpr.live.transaction import END, HELLO, READY, UpdateError
+from cpr.migration.hand_over import check_protocol, send_state
+from cpr.migration.placement import Placement
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from cpr.migration.migration import Migration
+    from cpr.machine import Machine
+    from cpr.mainloop import MainLoop
+    from cpr.state.fds import PreservedFds
 
 STEP_MS = 5
-NS_PER_MS = 1_000_000
 END_MS = 5000  # for a program that was thanked
 MOST_LINES = 5  # of the program's last words
 
@@ -32,7 +36,9 @@ class Rehearsed:
         self.start_ms = start_ms
 
 
-def rehearse(migration: Migration, command: list[str], timeout_ms: int) -> Rehearsed:
+def rehearse(
+    machine: Machine, fds: PreservedFds, loop: MainLoop, command: list[str], timeout_ms: int
+) -> Rehearsed:
     """Starts `command` and waits until it is ready, refuses, ends, or the time is over.
 
     Raises MigrationError where it cannot even be started.
@@ -42,9 +48,14 @@ def rehearse(migration: Migration, command: list[str], timeout_ms: int) -> Rehea
     except UpdateError as error:
         raise MigrationError(str(error)) from None
     began = time.monotonic_ns()
+    placement = Placement.of(machine.threads)
     try:
-        update.spawn(command, os.environ)
-        refusal = _converse(migration, update, timeout_ms)
+        placement.keep_away()
+        try:
+            update.spawn(command, os.environ)
+        finally:
+            placement.give_back()
+        refusal = _converse(machine, fds, loop, update, timeout_ms, placement)
         took = (time.monotonic_ns() - began) // NS_PER_MS
         if refusal is None:
             update.send(END, {"status": 0})
@@ -62,7 +73,14 @@ def rehearse(migration: Migration, command: list[str], timeout_ms: int) -> Rehea
     return Rehearsed([refusal], None)
 
 
-def _converse(migration: Migration, update: Update, timeout_ms: int) -> str | None:
+def _converse(
+    machine: Machine,
+    fds: PreservedFds,
+    loop: MainLoop,
+    update: Update,
+    timeout_ms: int,
+    placement: Placement,
+) -> str | None:
     """What the new program says against the update: None for nothing, "" where it has ended."""
     deadline = time.monotonic_ns() + timeout_ms * NS_PER_MS
     poll = select.poll()
@@ -70,7 +88,7 @@ def _converse(migration: Migration, update: Update, timeout_ms: int) -> str | No
     poll.register(update.pidfd, select.POLLIN)
     while True:
         ready = [fd for fd, _ in poll.poll(STEP_MS)]
-        migration.loop.run_timers()
+        loop.run_timers()
         if update.fileno() in ready:
             try:
                 message = update.receive()
@@ -79,7 +97,7 @@ def _converse(migration: Migration, update: Update, timeout_ms: int) -> str | No
             message.close()
             if message.kind == HELLO:
                 check_protocol(message)
-                send_state(update, migration, migration.fds.state(), "")
+                send_state(update, machine, fds.state(), "", placement)
             elif message.kind == READY:
                 return None
             else:

@@ -16,10 +16,11 @@ import errno
 import time
 from _thread import allocate_lock
 
+from cpr.constants import MS_PER_S, NS_PER_S, PAGE_SIZE
 from cpr.errors import ConfigError, KernelError, MigrationError
-from cpr.migration.rate import NS_PER_S, RateLimit
+from cpr.migration.rate import RateLimit
 from cpr.page_bitmap import PageBitmap, existing_pages
-from cpr.pages import NO_LIMIT, PAGE_SIZE, ZERO_CLEAR, ZERO_SKIP, PageCounts, PagePool, Pages
+from cpr.pages import NO_LIMIT, ZERO_CLEAR, ZERO_SKIP, PageCounts, PagePool, Pages
 from cpr.ram import create_copy, page_sizes
 
 TYPE_CHECKING = False
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from cpr.state.fds import PreservedFds
 
 LEAST_PASS_NS = 50_000_000  # a log with little in it is not taken all the time
-MS_PER_S = 1000
 
 
 def wanted(machine: Machine, regenerates: bool, page_size: int) -> list[tuple[RAMBlock, int]]:

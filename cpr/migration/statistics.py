@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 
-from cpr.constants import PAGE_SIZE
+from cpr.constants import NS_PER_MS, PAGE_SIZE
 
-NS_PER_MS = 1_000_000
 STOPPED_SYNCS = 2  # QEMU's count where no page is written meanwhile
 
 

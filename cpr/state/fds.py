@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import os
 
+from cpr.constants import STDERR
 from cpr.errors import KernelError, StateError
-from cpr.report import STDERR
 from cpr.state.cpr_state import REMEDY, STATE_NAME, CprState, VfioDevice
 
 TYPE_CHECKING = False

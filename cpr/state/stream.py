@@ -187,9 +187,11 @@ class StreamReader:
 
     def peek(self, size: int) -> bytes:
         """Up to `size` bytes, without taking them; fewer only at the end of the stream."""
-        if len(self._buffer) - self._position < size:
+        end = self._position + size
+        if end > len(self._buffer):
             self._fill(size)
-        return self._buffer[self._position : self._position + size]
+            end = size
+        return self._buffer[self._position : end]
 
     def take(self, size: int) -> bytes:
         """Up to `size` bytes; if there are fewer, `failed` is set."""
@@ -202,6 +204,12 @@ class StreamReader:
 
     def read(self, size: int) -> bytes:
         """Exactly `size` bytes.  Raises EndOfStream if there are fewer."""
+        start = self._position
+        end = start + size
+        if end <= len(self._buffer):
+            self._position = end
+            self.offset += size
+            return self._buffer[start:end]
         piece = self.take(size)
         if len(piece) < size:
             raise EndOfStream
@@ -209,6 +217,12 @@ class StreamReader:
 
     def integer(self, size: int) -> int:
         """A big-endian unsigned integer of `size` bytes, with zeros for those that are missing."""
+        start = self._position
+        end = start + size
+        if end <= len(self._buffer):  # the guest stands still while this is done, many times
+            self._position = end
+            self.offset += size
+            return int.from_bytes(self._buffer[start:end], "big")
         return int.from_bytes(self.take(size).ljust(size, b"\0"), "big")
 
     def jump(self, offset: int, seek: Callable[[int], None]) -> None:

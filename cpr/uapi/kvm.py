@@ -192,6 +192,29 @@ def msr_array(entries: list[tuple[int, int]]) -> Any:
     return msrs
 
 
+def get_tsc_offset(vcpu: Fd) -> int:
+    """What the vCPU's TSC is ahead of the host's, modulo 2^64.
+
+    Raises KernelError before Linux 5.16.
+    """
+    offset = ffi.new("uint64_t *")
+    _tsc_offset(vcpu, offset, lib.KVM_GET_DEVICE_ATTR, "KVM_GET_DEVICE_ATTR of the TSC's offset")
+    return int(offset[0])
+
+
+def set_tsc_offset(vcpu: Fd, offset: int) -> None:
+    """The inverse of `get_tsc_offset`."""
+    value = ffi.new("uint64_t *", offset)
+    _tsc_offset(vcpu, value, lib.KVM_SET_DEVICE_ATTR, "KVM_SET_DEVICE_ATTR of the TSC's offset")
+
+
+def _tsc_offset(vcpu: Fd, value: Any, request: int, operation: str) -> None:
+    attribute = ffi.new("struct kvm_device_attr *", {"group": lib.KVM_VCPU_TSC_CTRL})
+    attribute.attr = lib.KVM_VCPU_TSC_OFFSET
+    attribute.addr = int(ffi.cast("uintptr_t", value))
+    vcpu.ioctl(request, operation, attribute)
+
+
 # Interrupts by eventfd, and VFIO.
 
 

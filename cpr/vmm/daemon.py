@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cpr.vmm.process import Vmm
+    from cpr.vmm.vmm import Vmm
 
 READY = b"\0"
 
@@ -123,7 +123,7 @@ class Signals:
 
     def attach(self, vmm: Vmm) -> None:
         self._wait = True
-        vmm.migration.interrupted = self._has_come
+        vmm.signal_has_come = self._has_come
 
         def on_wakeup(events: int) -> None:
             for number in os.read(self._reader, 64):

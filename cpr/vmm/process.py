@@ -8,181 +8,44 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 from cpr import pc, phases
 from cpr.config import parse_command_line
-from cpr.errors import ConfigError, CprError, MigrationError
+from cpr.constants import STDERR
+from cpr.errors import ConfigError, MigrationError
 from cpr.events import EventBus
-from cpr.live import guard
-from cpr.live.transaction import EARLY, LATE, find_predecessor
-from cpr.mainloop import READ, MainLoop
-from cpr.migration import cpr_exec, savevm
+from cpr.live.new_image import find_predecessor
+from cpr.live.transaction import EARLY, LATE
+from cpr.mainloop import MainLoop
 from cpr.migration.address import connects_in_background
 from cpr.migration.capabilities import Capabilities
 from cpr.migration.incoming import DEFER, Sources
 from cpr.migration.migration import Migration
+from cpr.migration.mode import EXEC, KeepsRam
 from cpr.migration.statistics import UpdateTimes
 from cpr.monitor.passed_fds import PassedFds
 from cpr.phases import mark
-from cpr.report import STDERR, error_report, exception_report, info_report, output, warn_report
+from cpr.report import error_report, exception_report, info_report, output, warn_report
 from cpr.state.cpr_state import STATE_NAME
 from cpr.state.fds import PreservedFds
 from cpr.vmm import daemon
+from cpr.vmm.preload import preload
+from cpr.vmm.vmm import Vmm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from cpr.chardev.base import Chardev
     from cpr.config import Config
-    from cpr.live.transaction import Predecessor
-    from cpr.machine import Machine
+    from cpr.live.new_image import Predecessor
+    from cpr.migration.arrival import Arrival
     from cpr.migration.cpr_transfer import CprListener
-    from cpr.migration.early import Arrival
-    from cpr.vmm.populate import Populator
 
-FLUSH_NS = 200_000_000
 HANG_UP_NS = 2_000_000_000
-
-
-class Vmm:
-    """What a monitor command gets: the parts of this process, by name."""
-
-    def __init__(
-        self,
-        config: Config,
-        machine: Machine,
-        migration: Migration,
-        loop: MainLoop,
-        passed_fds: PassedFds,
-    ) -> None:
-        self.config = config
-        self.machine = machine
-        self.migration = migration
-        self.loop = loop
-        self.events = machine.events
-        self.chardevs: dict[str, Chardev] = {}
-        self.monitors: list[Any] = []
-        self.passed_fds = passed_fds
-        self.populator: Populator | None = None
-        self.pidfile: daemon.Pidfile | None = None
-        self.exit_status = 0
-        machine.on_exit = self._exit
-        migration.before_exec = self._before_exec
-        migration.park, migration.unpark = self._park, self._unpark
-        migration.on_new_pid = self._on_new_pid
-        migration.exec_fds, migration.reopen = self._exec_fds, self._reopen
-
-    def quit(self, reason: str) -> None:
-        """Ends the process from the host's side, with a SHUTDOWN event."""
-        self.machine.shutdown(False, reason)
-
-    def _exit(self, status: int) -> None:
-        self.exit_status = status
-        self.loop.stop()
-
-    def _before_exec(self) -> None:
-        for chardev in self.chardevs.values():
-            chardev.flush()  # the guest waits for no client
-
-    def _park(self) -> None:
-        """Ends all threads but the main loop's, for an exec; `_unpark` is the inverse."""
-        if self.populator is not None:
-            self.populator.close()
-        self.machine.park()
-
-    def _unpark(self) -> None:
-        self.machine.unpark()
-        if self.populator is not None:
-            self.start_populating()
-
-    def _on_new_pid(self) -> None:
-        """This VMM goes on in another process than before."""
-        if self.pidfile is not None:
-            self.pidfile.rewrite()
-        for chardev in self.chardevs.values():
-            chardev.expect_another()
-
-    def _exec_fds(self) -> list[int]:
-        return [fd for chardev in self.chardevs.values() for fd in chardev.exec_fds()]
-
-    def _reopen(self) -> None:
-        for chardev in self.chardevs.values():
-            try:
-                chardev.reopen()
-            except CprError as error:
-                error_report(error)
-
-    def create_frontends(self, after_exec: bool) -> None:
-        """Makes the chardevs, connects the devices to them, and starts the monitors.
-
-        Raises ConfigError where a chardev cannot be made; but after an exec, where a guest runs
-        already, that is only reported and the guest goes on without it.
-        """
-        from cpr.chardev.base import create
-
-        for config in self.config.chardevs:
-            try:
-                self.chardevs[config.id] = create(config, self.loop, after_exec)
-            except CprError as error:
-                text = f"{config.location}: {error}"
-                if not after_exec:
-                    raise ConfigError(text) from None
-                error_report(text)
-        for device, chardev_id in self.machine.frontends:
-            device.attach(self.chardevs.get(chardev_id) if chardev_id else None)
-        self._create_monitors()
-
-    def _create_monitors(self) -> None:
-        from cpr.monitor.hmp import HmpMonitor
-        from cpr.monitor.qmp import QmpMonitor
-
-        for config in self.config.monitors:
-            chardev = self.chardevs.get(config.chardev)
-            if chardev is None:
-                continue
-            if config.mode == "control":
-                self.monitors.append(QmpMonitor(chardev, self, config.pretty))
-            else:
-                self.monitors.append(HmpMonitor(chardev, self))
-
-    def start_populating(self) -> None:
-        """Populates RAM that prealloc=on asks for, while the guest runs already."""
-        from cpr.vmm.populate import Populator
-
-        self.populator = Populator(self.machine.blocks)
-
-    def reap(self) -> None:
-        """Reaps the children that earlier images of this process have left, when they end."""
-        for pid in guard.children():
-            try:
-                pidfd = os.pidfd_open(pid)
-            except OSError:
-                continue
-            self._reap_later(pid, pidfd)
-
-    def _reap_later(self, pid: int, pidfd: int) -> None:
-        def on_end(events: int) -> None:
-            self.loop.unwatch(pidfd)
-            os.close(pidfd)
-            guard.reap(pid)
-
-        self.loop.watch(pidfd, READ, on_end)
-
-    def close(self) -> None:
-        """Stops the guest and frees everything, the terminal's settings included."""
-        self.migration.close(self.exit_status)
-        if self.populator is not None:
-            self.populator.close()
-        self.machine.pause_vcpus()
-        for chardev in self.chardevs.values():
-            chardev.flush(FLUSH_NS)
-            chardev.close()
-        self.passed_fds.close_all()
-        self.machine.close()
-        if self.pidfile is not None:
-            self.pidfile.remove()
+SWITCH_INTERVAL = 0.0001
+"""How long, in s, a vCPU that exits to a device waits for another thread's Python at most."""
 
 
 def run_vmm(arguments: list[str]) -> int:
@@ -192,6 +55,7 @@ def run_vmm(arguments: list[str]) -> int:
     goes on, under this PID if that can be.
     """
     mark("config")
+    sys.setswitchinterval(SWITCH_INTERVAL)
     predecessor = find_predecessor()
     try:
         return _run(arguments, predecessor)
@@ -250,7 +114,12 @@ def _start(config: Config, fds: PreservedFds, predecessor: Predecessor | None) -
     if isinstance(sources.main, dict) and not connects_in_background(sources.main):
         _load(vmm, sources.main, sources.option)
         vmm.create_frontends(after_exec)
+        preload()
     else:
+        if after_exec:
+            incoming.on_running = preload
+        else:
+            preload()
         vmm.create_frontends(after_exec)
         _boot(vmm, sources.main, sources.option)
     vmm.start_populating()
@@ -260,9 +129,14 @@ def _start(config: Config, fds: PreservedFds, predecessor: Predecessor | None) -
 def _commit(vmm: Vmm, predecessor: Predecessor) -> None:
     """The guest of a late update is loaded: it is this VMM's from here on."""
     predecessor.commit()
-    vmm.migration.incoming_side.on_running = lambda: _carefully(
-        lambda: _end_update(vmm, predecessor)
-    )
+    incoming = vmm.migration.incoming_side
+    then = incoming.on_running
+
+    def on_running() -> None:
+        _carefully(lambda: _end_update(vmm, predecessor))
+        then()
+
+    incoming.on_running = on_running
 
 
 def _end_update(vmm: Vmm, predecessor: Predecessor) -> None:
@@ -283,7 +157,8 @@ def _end_update(vmm: Vmm, predecessor: Predecessor) -> None:
 
 def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     """The guest of an early update, which runs elsewhere until all is ready here."""
-    from cpr.migration.early import Arrival
+    from cpr.migration import savevm
+    from cpr.migration.arrival import Arrival
     from cpr.vmm.populate import populate_before
 
     arrival = Arrival(predecessor)
@@ -296,18 +171,21 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     incoming = vmm.migration.incoming_side
     incoming.expect(config.start_paused)
     incoming.commit = arrival.commit
+    preload()
     mark("populate")
     populate_before(vmm.machine.blocks)
     gc.disable()  # not in the hand-over, for which the guest stands still
-    savevm.warm_up(vmm.machine, Capabilities(), cpr_exec.Exec(fds, []), False)
+    savevm.warm_up(vmm.machine, Capabilities(), KeepsRam(EXEC), False)
     mark("ready")
     source = arrival.receive_guest(fds)
     incoming.load(source, handed_over=True)
     for step in (
+        arrival.placement.keep_away,
         lambda: predecessor.wait_hang_up(HANG_UP_NS),
         lambda: _end_update(vmm, predecessor),
         lambda: _report(vmm, arrival),
         lambda: vmm.create_frontends(True),
+        arrival.placement.give_back,
         vmm.start_populating,  # what there was no time for
     ):
         _carefully(step)
@@ -326,7 +204,8 @@ def _carefully(step: Callable[[], None]) -> None:
 def _report(vmm: Vmm, arrival: Arrival) -> None:
     """Says what has become of the update."""
     if arrival.failure:
-        vmm.migration.set_incoming_status("failed", arrival.failure)
+        vmm.migration.state.error = arrival.failure
+        vmm.migration.state.set("failed")
         error_report(
             f"the update failed: {arrival.failure}; the guest goes on in the old VMM, PID "
             f"{os.getpid()}"
@@ -339,7 +218,7 @@ def _create(config: Config, fds: PreservedFds) -> Vmm:
     passed_fds = PassedFds()
     machine = pc.build(config, fds, loop, events)
     migration = Migration(machine, fds, loop, events, passed_fds)
-    migration.apply_globals(config.globals)
+    migration.state.apply_globals(config.globals)
     return Vmm(config, machine, migration, loop, passed_fds)
 
 
@@ -374,7 +253,13 @@ def _load(vmm: Vmm, source: dict, option: str) -> None:
     except ConfigError as error:
         raise ConfigError(f"-incoming {option}: {error}") from None
     finally:
-        cpr_exec.remove_own_directory(source)
+        _remove_directory(source)
+
+
+def _remove_directory(source: dict) -> None:
+    from cpr.migration.cpr_exec import remove_own_directory  # not before: a late guest stood still
+
+    remove_own_directory(source)
 
 
 def _receive(address: dict, fds: PreservedFds, after_exec: bool) -> CprListener | None:

@@ -5,10 +5,11 @@
 FOLDER (examples/build/linux) gets
 
     bzImage       the kernel of the newest linux-image-6.1.0-*-cloud-amd64
-    initrd.cpio   busybox, the kernel's drivers for virtio, and `init` beside this file
+    initrd.cpio   busybox, the kernel's drivers for virtio, and what is beside this file: `init`,
+                  `power-button`, and `clockwatch.c`, which tells whether the clock goes back
 
-The packages come from the host's own mirror by `apt-get download`, which needs no rights; nothing is
-installed.
+The packages come from the host's own mirror by `apt-get download`, which needs no rights; nothing
+is installed.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ KERNEL, INITRD = "bzImage", "initrd.cpio"
 METAPACKAGE = "linux-image-cloud-amd64"
 BUSYBOX = "busybox-static"
 DOWNLOAD_SECONDS = 600
+POWER_BUTTON = "etc/acpi/PWRF"  # where busybox's acpid looks for what to do
+FOLDERS = ("bin", "dev", "etc", "etc/acpi", POWER_BUTTON, "modules", "proc", "sys", "tmp")
 
 # In the order in which they are loaded.
 MODULES = (
+    "drivers/input/evdev",
+    "drivers/acpi/button",
     "drivers/virtio/virtio_ring",
     "drivers/virtio/virtio",
     "drivers/virtio/virtio_pci_legacy_dev",
@@ -40,7 +45,6 @@ MODULES = (
     "drivers/net/net_failover",
     "drivers/net/virtio_net",
     "drivers/char/virtio_console",
-    "drivers/char/hw_random/rng-core",
     "drivers/char/hw_random/virtio-rng",
 )
 
@@ -85,13 +89,15 @@ def unpack(package: str, folder: Path) -> Path:
     return unpacked
 
 
-def make_initrd(kernel: Path, busybox: Path) -> bytes:
-    """The first file system, of the two packages' files."""
+def make_initrd(kernel: Path, busybox: Path, clockwatch: Path) -> bytes:
+    """The first file system, of the two packages' files and of our own."""
     archive = Archive()
-    for folder in ("bin", "dev", "modules", "proc", "sys", "tmp"):
+    for folder in FOLDERS:
         archive.folder(folder)
     archive.character_device("dev/console", 5, 1)
     archive.file("init", (HERE / "init").read_bytes(), 0o755)
+    archive.file(f"{POWER_BUTTON}/00000080", (HERE / "power-button").read_bytes(), 0o755)
+    archive.file("bin/clockwatch", clockwatch.read_bytes(), 0o755)
     program = busybox / "bin" / "busybox"
     archive.file("bin/busybox", program.read_bytes(), 0o755)
     for applet in run(str(program), "--list").split():
@@ -115,7 +121,9 @@ def build(folder: Path = FOLDER) -> Path:
         work = Path(name)
         kernel, busybox = unpack(kernel_package(), work), unpack(BUSYBOX, work)
         (image,) = (kernel / "boot").glob("vmlinuz-*")
-        (work / INITRD).write_bytes(make_initrd(kernel, busybox))
+        clockwatch = work / "clockwatch"
+        run("gcc", "-O2", "-static", "-o", str(clockwatch), str(HERE / "clockwatch.c"))
+        (work / INITRD).write_bytes(make_initrd(kernel, busybox, clockwatch))
         os.replace(work / INITRD, folder / INITRD)
         os.replace(image, folder / KERNEL)
     return folder

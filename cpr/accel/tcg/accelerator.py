@@ -46,8 +46,8 @@ class TcgAccelerator(base.Accelerator):
     def create_vcpu(self, index: int) -> TcgVCpu:
         return TcgVCpu(self._vm, index)
 
-    def start_time(self, now_ns: int) -> None:
-        lib.cpr_tcg_start_time(self._vm, now_ns)
+    def start_time(self, now_ns: int, advance_ns: int = 0) -> None:
+        lib.cpr_tcg_start_time(self._vm, now_ns - advance_ns)
 
     def stop_time(self, now_ns: int) -> None:
         lib.cpr_tcg_stop_time(self._vm, now_ns)

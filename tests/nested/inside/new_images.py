@@ -19,12 +19,12 @@ AFTER_LOAD = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 from cpr.errors import MigrationError
-from cpr.migration import savevm
-load = savevm.load
+from cpr.migration import loadvm
+load = loadvm.load
 def load_and_fail(*arguments, **named):
     load(*arguments, **named)
     {step}
-savevm.load = load_and_fail
+loadvm.load = load_and_fail
 from cpr.vmm.main import main
 sys.exit(main(sys.argv[1:]))
 """

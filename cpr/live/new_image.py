@@ -1,0 +1,177 @@
+"""The new image's side of an update: who was there before, and how it takes over.
+
+See `transaction`.
+"""
+
+from __future__ import annotations
+
+import _signal as signal  # `signal` itself makes enums, which a late update would wait for
+import os
+
+from cpr.constants import NS_PER_S, STDERR
+from cpr.live import token as tokens
+from cpr.live.transaction import (
+    BACK,
+    EARLY,
+    END,
+    ENDING,
+    HELLO,
+    PROTOCOL,
+    REFUSE,
+    VARIABLE,
+    UpdateError,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from types import ModuleType
+    from typing import Any
+
+    from cpr.live.messages import Message
+
+
+class Predecessor:
+    """The new image's side: the old image from before this exec.
+
+    `mode` is EARLY, LATE or REHEARSE; `page` tells when things began.  Owns the token, the page
+    and the socket until `commit` or `close`.
+    """
+
+    def __init__(self, token: int, page: Any, sock: int, mode: str) -> None:
+        self.mode = mode
+        self.page = page
+        self._token = token
+        self._socket_fd = sock
+        self._socket_object: socket.socket | None = None
+        self.committed = False
+
+    @property
+    def _socket(self) -> socket.socket:
+        if self._socket_object is None:  # a late image that gets on needs none
+            import socket
+
+            self._socket_object = socket.socket(fileno=self._socket_fd)
+        return self._socket_object
+
+    def hello(self, program: str) -> None:
+        """Asks for the state; `program` names this one, with its version."""
+        self.send(HELLO, {"protocol": PROTOCOL, "program": program})
+
+    def send(self, kind: str, body: dict[str, Any] | None = None) -> None:
+        """Raises UpdateError where the old image is not there any more."""
+        from cpr.live import messages
+
+        try:
+            messages.send(self._socket, kind, body or {}, [])
+        except messages.Ended as error:
+            raise UpdateError(f"the old program has ended: {error}") from None
+
+    def receive(self, expected: str) -> Message:
+        """Waits for a message of this kind; its descriptors are the caller's.
+
+        Ends this process, with the status that it is told, where the old image has ended on
+        purpose.  Raises UpdateError where that is not there any more.
+        """
+        from cpr.live import messages
+
+        try:
+            message = messages.receive(self._socket)
+        except messages.Ended as error:
+            raise UpdateError(f"the old program has ended: {error}") from None
+        if message.kind == END:
+            message.close()
+            raise SystemExit(int(message.body.get("status", 0)))
+        if message.kind != expected:
+            message.close()
+            raise UpdateError(f"the old program sent '{message.kind}' in place of '{expected}'")
+        return message
+
+    def hold(self, on: bool) -> None:
+        """While it is on the deadline does not run: somebody is waited for."""
+        self.page.struct.hold = int(on)
+
+    def commit(self) -> None:
+        """Takes the token: all that was handed over is this image's from now on.
+
+        Raises UpdateError where the old image has taken it first; this one then has nothing.
+        """
+        if not tokens.take_token(self._token):
+            raise UpdateError("the old program has taken back over: this one came too late")
+        self.committed = True
+
+    def wait_hang_up(self, timeout_ns: int) -> None:
+        """Waits until the old image has closed all that it had, but no longer than this."""
+        from cpr.live import messages
+
+        self._socket.settimeout(timeout_ns / NS_PER_S)
+        try:
+            messages.receive(self._socket).close()
+        except messages.Ended:
+            pass
+
+    def refuse(self, reason: str) -> None:
+        """Tells the old image why this one cannot take over, and does what it is told.
+
+        It executes the old command; comes back only where this process is to end.
+        """
+        if self.committed:
+            return
+        try:
+            self.send(REFUSE, {"reason": reason})
+            message = self.receive(BACK)
+        except UpdateError:
+            return
+        fds = (self._token, self.page.fd, self._socket_fd)
+        words, folder = message.body["argv"], message.body["cwd"]
+        variables = dict(message.body["environment"])
+        variables[VARIABLE] = f"{','.join(map(str, fds))},{EARLY}"
+        for name in os.listdir("/proc/self/fd"):  # a late exec gives many
+            fd = int(name)
+            try:
+                os.set_inheritable(fd, fd in fds or fd <= STDERR)
+            except OSError:
+                pass  # that of the listing itself
+        signal.pthread_sigmask(signal.SIG_SETMASK, ENDING)
+        try:
+            os.chdir(folder)
+            os.execve(words[0], words, variables)
+        except OSError:
+            return  # this process ends, which the old image sees
+
+    def close(self) -> None:
+        """Gives up what the update needed; the guard ends meanwhile, and is this one's to reap."""
+        if self._socket_object is not None:
+            self._socket_object.close()
+        else:
+            os.close(self._socket_fd)
+        os.close(self._token)
+        self.page.close()
+
+
+def find_predecessor(backend: ModuleType | None = None) -> Predecessor | None:
+    """The old image that this process's environment names, if any; the variable is unset.
+
+    `backend` as for Update: it is what reads the page, whoever has made the guard.
+    Raises UpdateError for a variable that is none of ours, or descriptors that are not there.
+    """
+    text = os.environ.pop(VARIABLE, None)
+    if text is None:
+        return None
+    try:
+        token, page, sock, mode = text.split(",")
+        numbers = [int(word) for word in (token, page, sock)]
+        for number in numbers:
+            os.set_inheritable(number, False)
+        page_of = (backend or _guard()).Page
+        return Predecessor(numbers[0], page_of(numbers[1]), numbers[2], mode)
+    except (ValueError, OSError) as error:
+        raise UpdateError(
+            f"{VARIABLE}='{text}' names no update: {error}; unset it to start afresh"
+        ) from None
+
+
+def _guard() -> ModuleType:
+    from cpr.live import guard
+
+    return guard

@@ -1,0 +1,334 @@
+"""The old image's side of an update: what it holds, says and waits for; see `transaction`."""
+
+from __future__ import annotations
+
+import _signal as signal  # `signal` itself makes enums, which a late update would wait for
+import os
+import select
+import time
+
+from cpr.constants import NS_PER_MS
+from cpr.live import token as tokens
+from cpr.live.transaction import (
+    AFTER,
+    CLOSED,
+    EARLY,
+    END,
+    ENDING,
+    GOING,
+    HAND_OVER,
+    LATE,
+    REHEARSE,
+    STARTING,
+    TRANSITIONS,
+    VARIABLE,
+    UpdateError,
+)
+from cpr.phases import mark
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Mapping, Sequence
+    from types import ModuleType
+    from typing import Any
+
+    from cpr.live.messages import Message
+
+END_TIMEOUT_MS = 5000  # for a new image that was told to end
+QUEUE_TIMEOUT = 1.0  # s
+
+
+class Update:
+    """The old image's side of one update.  Owns the token, the page and the socket until `close`.
+
+    After an early `execute`, or a late one that was refused, `pid` and `pidfd` are the new image's,
+    and `receive` waits for what it says.
+    """
+
+    def __init__(
+        self, mappings: Sequence[tuple[int, int]] = (), backend: ModuleType | None = None
+    ) -> None:
+        """`mappings` as for guard.execute; `backend` is what makes the guard: guard or forked.
+
+        Raises UpdateError; then nothing stays open.
+        """
+        from cpr.live import messages
+
+        self._guard = guard = backend or _default_backend()
+        self.state = STARTING
+        self.pid = 0
+        self.pidfd = -1
+        self.dropped = False
+        self._mappings = list(mappings)
+        self._socket: socket.socket | None = None
+        self._theirs: socket.socket | None = None
+        self.token = -1
+        try:
+            self.page = guard.Page()
+        except OSError as error:
+            raise UpdateError(f"memfd of the update: {error.strerror}") from None
+        self.page.struct.began_ns = time.monotonic_ns()
+        try:
+            self.token = tokens.create_token()
+            self._socket, self._theirs = messages.pair()
+        except OSError as error:
+            self.close()
+            raise UpdateError(f"descriptors of the update: {error.strerror}") from None
+
+    def fileno(self) -> int:
+        """Readable when the new image has said something, or its end is closed."""
+        return self._socket.fileno() if self._socket is not None else -1
+
+    def environment(self, mode: str, base: Mapping[str, str]) -> dict[str, str]:
+        """`base` with what tells a program of this update."""
+        assert self._theirs is not None
+        fds = f"{self.token},{self.page.fd},{self._theirs.fileno()}"
+        return {**base, VARIABLE: f"{fds},{mode}"}
+
+    @property
+    def handed_fds(self) -> list[int]:
+        """The descriptors that `environment` names."""
+        assert self._theirs is not None
+        return [self.token, self.page.fd, self._theirs.fileno()]
+
+    def execute(
+        self,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        early: bool,
+        timeout_ns: int,
+        keep: Sequence[int] = (),
+        state_fd: int = -1,
+        drop: Sequence[int] = (),
+        interrupted: Callable[[], bool] = lambda: False,
+        holds_signals: bool = False,
+    ) -> None:
+        """Becomes `argv` under this PID; `keep` are descriptors that go over besides.
+
+        An early one returns in the guard when that has happened, a late one when the new image has
+        refused: it then waits to be told what to do.  Raises UpdateError: nothing has happened, or
+        the old image goes on in another process, and there is no new one any more.
+
+        With `holds_signals` the new image has the signals ENDING blocked, for as long as it has no
+        handler for them; it is one that unblocks them then.
+        `interrupted()` tells of one that the old image has taken, and would not come to.
+
+        With `state_fd` the program is one that knows nothing of this, and gets only `keep`.  `drop`
+        are descriptors that a late exec closes here too; `dropped` says that it has.
+        """
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        try:
+            self._guard.wait_alone()
+            if interrupted():
+                raise UpdateError("a signal that ends what is updated has come before the exec")
+            mark("exec")
+            returned = self._guard.execute(
+                argv,
+                environment
+                if state_fd >= 0
+                else self.environment(EARLY if early else LATE, environment),
+                [*keep, *([] if state_fd >= 0 else self.handed_fds)],
+                self.token,
+                self.page,
+                early=early,
+                socket=-1 if early else self.fileno(),
+                timeout_ns=timeout_ns,
+                mappings=self._mappings,
+                state_fd=state_fd,
+                drop=drop,
+                unblock=ENDING if state_fd >= 0 or not holds_signals else (),
+            )
+        except (OSError, ValueError) as error:
+            text = error.strerror if isinstance(error, OSError) else str(error)
+            name = argv[0] if argv else ""
+            raise UpdateError(f"execvp {name} failed: {text}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        self.pid, self.pidfd = returned.pid, returned.pidfd
+        self.dropped = returned.dropped
+        assert self._theirs is not None
+        self._theirs.close()
+        self._theirs = None
+        if returned.outcome in (self._guard.EARLY, self._guard.MESSAGE):
+            return
+        self._set(CLOSED)
+        if returned.outcome == self._guard.KILLED:
+            raise UpdateError(
+                f"the new program did not take over within {timeout_ns // NS_PER_MS} ms, and was "
+                "killed",
+                True,
+                self.pending_signal(),
+            )
+        status = self._guard.exit_status(self.pid, self.pidfd)
+        if returned.consumed and status == 0:  # it had it all, and was ended in an orderly way
+            self._guard.end(self._mappings)
+        ended_by = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else 0
+        raise UpdateError(
+            f"the new program {tokens.describe_status(status)} before it took over",
+            True,
+            ended_by if ended_by in ENDING else self.pending_signal(),
+            status,
+        )
+
+    def spawn(
+        self, argv: Sequence[str], environment: Mapping[str, str], folder: str | None = None
+    ) -> None:
+        """Starts `argv` as a child, for a rehearsal.  Raises UpdateError; then there is none."""
+        import subprocess
+
+        assert self._theirs is not None
+        try:
+            self._child = subprocess.Popen(
+                list(argv),
+                env=self.environment(REHEARSE, environment),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=self.handed_fds,
+                cwd=folder,
+            )
+        except (OSError, ValueError) as error:
+            text = error.strerror if isinstance(error, OSError) else str(error)
+            raise UpdateError(f"execvp {argv[0]} failed: {text}") from None
+        self.pid, self.pidfd = self._child.pid, os.pidfd_open(self._child.pid)
+        self._theirs.close()
+        self._theirs = None
+
+    def end_child(self) -> tuple[int, str]:
+        """Ends and reaps the child of `spawn`: its exit status, and the end of its stderr."""
+        self._child.kill()
+        error = self._child.communicate()[1]
+        return self._child.returncode, error[-2000:].decode(errors="replace").strip()
+
+    def _set(self, state: str) -> None:
+        if state not in TRANSITIONS[self.state]:
+            raise UpdateError(f"an update that is {self.state} cannot be {state}")
+        self.state = state
+
+    def receive(self) -> Message:
+        """What the new image says; its descriptors are the caller's.
+
+        Raises UpdateError where it has hung up, or says what has no place now.
+        """
+        from cpr.live import messages
+
+        assert self._socket is not None
+        try:
+            message = messages.receive(self._socket)
+        except messages.Ended as error:
+            raise UpdateError(str(error)) from None
+        if message.kind not in AFTER:
+            message.close()
+            raise UpdateError(f"the new program sent '{message.kind}', which is unknown")
+        self._set(AFTER[message.kind])
+        return message
+
+    def has_message(self) -> bool:
+        """Whether `receive` would return at once; false also where the new image has hung up."""
+        import socket
+
+        assert self._socket is not None
+        try:
+            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False
+
+    def send(self, kind: str, body: dict[str, Any] | None = None, fds: Sequence[int] = ()) -> None:
+        """Sends one message; `fds` stay the caller's.  Raises UpdateError."""
+        from cpr.live import messages
+
+        assert self._socket is not None
+        try:
+            messages.send(self._socket, kind, body or {}, list(fds))
+        except messages.Ended as error:
+            raise UpdateError(str(error)) from None
+        if kind == HAND_OVER:
+            self._set(GOING)
+
+    def queue(self, kind: str, body: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        """Sends what the new image finds when it is there; `fds` stay the caller's.
+
+        Raises UpdateError where the socket does not take it: there are too many descriptors.
+        """
+        from cpr.live import messages
+
+        assert self._socket is not None
+        self._socket.settimeout(QUEUE_TIMEOUT)
+        try:
+            messages.send(self._socket, kind, body, list(fds))
+        except messages.Ended as error:
+            text = f"{len(fds)} descriptors cannot be queued for the new program: {error}"
+            raise UpdateError(text) from None
+        finally:
+            self._socket.settimeout(None)
+
+    def take_back(self) -> bool:
+        """Takes the token, and kills the new image if there is one; false: it has committed."""
+        if not tokens.take_token(self.token):
+            return False
+        self.kill()
+        return True
+
+    def kill(self) -> None:
+        """Ends the new image, and waits for that."""
+        if self.pidfd >= 0:
+            try:
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            select.select([self.pidfd], [], [])
+            self._guard.adopted()
+
+    def end(self, status: int) -> None:
+        """The VM ends: the new image does so too, with `status`; it is killed where it does not."""
+        try:
+            self.send(END, {"status": status})
+        except UpdateError:
+            pass
+        if self.pidfd >= 0 and not self.is_dead(END_TIMEOUT_MS):
+            self.kill()
+
+    def is_dead(self, timeout_ms: int) -> bool:
+        """Whether the new image has ended, or does so within the time."""
+        return _is_ready(self.pidfd, timeout_ms)
+
+    def pending_signal(self) -> int:
+        """The one of ENDING that waits for the new image, or 0: it is for what is updated."""
+        pending = tokens.pending_signals(self.pid)
+        return next((number for number in ENDING if number in pending), 0)
+
+    def exit_status(self) -> int | None:
+        """The wait status of the new image, which has ended, if it can be known."""
+        return self._guard.exit_status(self.pid, self.pidfd)
+
+    def leave(self) -> None:
+        """The new image has committed: this process ends here."""
+        self._guard.end(self._mappings)
+
+    def close(self) -> None:
+        """Frees everything; may be called twice."""
+        for sock in (self._socket, self._theirs):
+            if sock is not None:
+                sock.close()
+        self._socket = self._theirs = None
+        for fd in (self.token, self.pidfd):
+            if fd >= 0:
+                os.close(fd)
+        self.token = self.pidfd = -1
+        if self.page is not None and self.page.struct is not None:
+            self.page.close()
+        self.state = CLOSED
+
+
+def _is_ready(fd: int, timeout_ms: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout_ms))
+
+
+def _default_backend() -> ModuleType:
+    from cpr.live import guard
+
+    return guard

@@ -1,0 +1,78 @@
+"""The new VMM's side of an early update, between hello and commit; see `early`."""
+
+from __future__ import annotations
+
+import os
+
+from cpr.constants import PROGRAM
+from cpr.errors import MigrationError
+from cpr.live.transaction import END, HAND_OVER, READY, REHEARSE, STATE, UpdateError
+from cpr.migration.channel import Channel
+from cpr.migration.hand_over import decode_state, differences
+from cpr.migration.placement import Placement
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from cpr.live.new_image import Predecessor
+    from cpr.machine import Machine
+    from cpr.state.fds import PreservedFds
+
+
+class Arrival:
+    """The new VMM's side of an early update, or of a rehearsal."""
+
+    def __init__(self, predecessor: Predecessor) -> None:
+        self._predecessor = predecessor
+        self._guest: dict[str, Any] = {}
+        self._cpu: Any = None
+        self.placement = Placement((), (), ())
+        self.failure = ""
+        """Why an update failed whose old command this is; empty for a new program."""
+
+    @property
+    def rehearses(self) -> bool:
+        return self._predecessor.mode == REHEARSE
+
+    def receive_state(self, fds: PreservedFds) -> None:
+        """Asks for the CPR state and takes it over.  Raises CprError."""
+        self._predecessor.hello(PROGRAM)
+        message = self._predecessor.receive(STATE)
+        self._guest, self._cpu = message.body["guest"], message.body["cpu"]
+        self.placement = Placement(*message.body["placement"])
+        self.failure = str(message.body["failure"])
+        fds.take_over(decode_state(message))
+
+    def check(self, machine: Machine) -> None:
+        """Raises MigrationError with all that speaks against taking the guest over."""
+        reasons = differences(machine, self._guest)
+        if reasons:
+            raise MigrationError("; ".join(reasons))
+        machine.accel.adopt_cpu_model(self._cpu)
+        self.placement.place(machine.threads)
+
+    def rehearsed(self) -> None:
+        """This VMM could take over: says so, and waits to be thanked.  Does not come back."""
+        self._predecessor.send(READY)
+        self._predecessor.receive(END)
+
+    def receive_guest(self, fds: PreservedFds) -> Channel:
+        """Says that all is ready, and waits for the guest: its stream, which is the caller's."""
+        self._predecessor.send(READY)
+        message = self._predecessor.receive(HAND_OVER)
+        self.placement.hand_over()
+        stream = message.fds.pop(0)
+        os.lseek(stream, 0, os.SEEK_SET)
+        if message.body["changed"]:
+            renewed = {(name, id) for name, id in message.body["renewed"]}
+            fds.replace(decode_state(message), renewed)
+        return Channel(stream, "file")
+
+    def commit(self) -> None:
+        """The guest is this VMM's.  Ends the process where the old VMM has ended meanwhile."""
+        try:
+            self._predecessor.commit()
+        except UpdateError:
+            self._predecessor.receive(END)
+            raise

@@ -1,0 +1,105 @@
+"""What old and new VMM say of the guest in a hand-over: what it needs, and its CPR state."""
+
+from __future__ import annotations
+
+import os
+
+from cpr.constants import PROGRAM
+from cpr.live.transaction import PROTOCOL, STATE, UpdateError
+from cpr.state import cpr_channel
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from cpr.live.messages import Message
+    from cpr.live.old_image import Update
+    from cpr.machine import Machine
+    from cpr.migration.placement import Placement
+    from cpr.state.cpr_state import CprState
+
+
+def describe(machine: Machine) -> dict[str, Any]:
+    """What a new VMM must have for this guest, as plain data."""
+    return {
+        "machine": machine.config.machine_type,
+        "accel": machine.accel.name,
+        "vcpus": len(machine.vcpus),
+        "ram": [[block.idstr, block.size] for block in machine.blocks],
+        "sections": [
+            [device.idstr, device.instance_id, device.vmstate.version_id]
+            for device in machine.sections()
+            if device.vmstate is not None and device.needed()
+        ],
+    }
+
+
+def differences(machine: Machine, wanted: dict[str, Any]) -> list[str]:
+    """Why this machine cannot take over a guest of the one that was described; empty if it can."""
+    own = describe(machine)
+    found = []
+    for key, text in (("machine", "machine type"), ("accel", "accelerator"), ("vcpus", "CPUs")):
+        if wanted[key] != own[key]:
+            found.append(f"{text}: the guest has {wanted[key]}, this VMM would have {own[key]}")
+    blocks = dict(own["ram"])
+    for idstr, size in wanted["ram"]:
+        if idstr not in blocks:
+            found.append(f'Unknown ramblock "{idstr}", cannot accept migration')
+        elif blocks[idstr] != size:
+            found.append(f"Size mismatch: {idstr}: {size:#x} != {blocks[idstr]:#x}")
+    versions = {
+        (device.idstr, device.instance_id): device.vmstate.version_id
+        for device in machine.sections()  # also those of which this guest makes no use
+        if device.vmstate is not None
+    }
+    for idstr, instance, version in wanted["sections"]:
+        have = versions.get((idstr, instance))
+        if have is None:
+            found.append(f"the guest has the device '{idstr}' {instance}, this VMM has none")
+        elif have < version:
+            found.append(f"unsupported version {version} for '{idstr}' v{have}")
+    return found
+
+
+def check_protocol(message: Message) -> None:
+    """Raises UpdateError where the new program's hello is of another version than ours."""
+    version = message.body.get("protocol")
+    if version != PROTOCOL:
+        raise UpdateError(
+            f"the new program speaks version {version} of the hand-over, this one {PROTOCOL}"
+        )
+
+
+def send_state(
+    update: Update, machine: Machine, state: CprState, failure: str, placement: Placement
+) -> None:
+    """Sends what a new VMM builds its machine from; `failure` is why the one before has failed."""
+    body = {
+        "program": PROGRAM,
+        "guest": describe(machine),
+        "cpu": machine.accel.cpu_model(),
+        "failure": failure,
+        "placement": placement.describe(),
+    }
+    send(update, STATE, body, state)
+
+
+def send(update: Update, kind: str, body: dict, state: CprState | None, stream: int = -1) -> None:
+    """Sends a message of this kind with a CPR state, and the stream's memfd in front of it."""
+    data, fds = b"", [stream] if stream >= 0 else []
+    if state is not None:
+        for piece, fd in cpr_channel.messages(state):
+            data += piece
+            fds += [fd] if fd >= 0 else []
+    update.send(kind, {**body, "cpr": data.hex()}, fds)
+
+
+def decode_state(message: Message) -> CprState:
+    """The CPR state of a message, whose descriptors are the caller's from now on."""
+    descriptors, message.fds = message.fds, []
+    try:
+        return cpr_channel.decode(bytes.fromhex(message.body["cpr"]), descriptors)
+    except Exception:
+        for fd in descriptors:
+            os.close(fd)
+        raise

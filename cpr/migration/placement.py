@@ -1,0 +1,87 @@
+"""On which CPUs an early update goes on: away from those that the guest's vCPUs run on.
+
+The new image starts beside the running guest, and a start takes a CPU for tens of ms: on the same
+CPU the vCPU would lose whole time slices.  So the thread that execs, which becomes the new image,
+leaves the vCPUs' CPUs for as long as the guest runs, where there are others that it may use.  When
+the guest is stopped for the hand-over its CPUs are free, and do nothing else: both images go there.
+"""
+
+from __future__ import annotations
+
+import os
+
+from cpr.report import warn_report
+from cpr.vcpus import Scheduling
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from cpr.vcpus import VCpuThread
+
+STATE_FIELD = 0  # of /proc/PID/stat after the name: 3 in proc_pid_stat(5), less three
+PROCESSOR_FIELD = 36
+RUNNING = "R"
+
+
+class Placement:
+    """Where the main thread and the vCPU threads of both images may run."""
+
+    def __init__(self, own: Iterable[int], away: Iterable[int], vcpus: Iterable[list]) -> None:
+        """CPUs that a main thread may use, those of them that no vCPU runs on, and how each vCPU
+        thread is scheduled: what `describe` gives."""
+        self._own = set(own)
+        self._away = set(away)
+        self._vcpus = [Scheduling(*each) for each in vcpus]
+
+    @classmethod
+    def of(cls, threads: Sequence[VCpuThread]) -> Placement:
+        """The old VMM's, whose vCPU threads have not ended.  Raises OSError."""
+        own = os.sched_getaffinity(0)
+        away = own - {_busy_cpu(thread.thread_id) for thread in threads}
+        return cls(own, away, [Scheduling.of(thread.thread_id).describe() for thread in threads])
+
+    def describe(self) -> list:
+        """The arguments of the constructor, as plain data."""
+        return [sorted(self._own), sorted(self._away), [each.describe() for each in self._vcpus]]
+
+    def keep_away(self) -> None:
+        """Moves the caller's thread, and what it starts; the inverse is `give_back`."""
+        _move(self._away)
+
+    def hand_over(self) -> None:
+        """Moves the caller's thread to the CPUs of the guest, which has been stopped."""
+        if self._away:
+            _move(self._own - self._away)
+
+    def give_back(self) -> None:
+        """The caller's thread may run where the main thread might before the update."""
+        _move(self._own)
+
+    def place(self, threads: Sequence[VCpuThread]) -> None:
+        """Has vCPU threads scheduled as the old VMM's were."""
+        for thread, wanted in zip(threads, self._vcpus, strict=True):
+            try:
+                wanted.give(thread.thread_id)
+            except OSError as error:
+                warn_report(
+                    f"vCPU {thread.vcpu.index} is not scheduled as before the update: "
+                    f"{error.strerror}"
+                )
+
+
+def _move(cpus: set[int]) -> None:
+    """Leaves the thread where it is if there is no CPU to go to."""
+    if not cpus:
+        return
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as error:
+        warn_report(f"the VMM cannot run on the CPUs {sorted(cpus)}: {error.strerror}")
+
+
+def _busy_cpu(thread_id: int) -> int:
+    """The CPU that a thread runs on, or -1 where it does not: its vCPU has halted."""
+    with open(f"/proc/self/task/{thread_id}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return int(fields[PROCESSOR_FIELD]) if fields[STATE_FIELD] == RUNNING else -1

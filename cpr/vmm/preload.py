@@ -1,0 +1,49 @@
+"""What a VMM may need later is imported at its start.
+
+The files of the package may be those of another version an hour later, by an upgrade in place, or
+be gone; an update, its failure and a rehearsal must not read them any more.
+"""
+
+from __future__ import annotations
+
+MODULES = (
+    "cpr.accel.kvm.cpuid_names",
+    "cpr.accel.paging",
+    "cpr.chardev.base",
+    "cpr.chardev.file",
+    "cpr.chardev.null",
+    "cpr.chardev.pty",
+    "cpr.chardev.socket",
+    "cpr.chardev.stdio",
+    "cpr.config.option_json",
+    "cpr.config.readconfig",
+    "cpr.config.usage",
+    "cpr.live.messages",
+    "cpr.migration.child",
+    "cpr.migration.cpr_exec",
+    "cpr.migration.cpr_transfer",
+    "cpr.migration.early",
+    "cpr.migration.listener",
+    "cpr.migration.outgoing",
+    "cpr.migration.rehearsal",
+    "cpr.migration.staging",
+    "cpr.migration.text",
+    "cpr.monitor.hmp",
+    "cpr.monitor.qmp",
+    "cpr.pages",
+    "cpr.vmm.populate",
+)
+"""All that is imported in a function.
+
+In an early update that is also what the new image's chardevs and monitors need: an import holds the
+interpreter for ms, in which a vCPU that exits to a device would wait.
+"""
+
+
+def preload() -> None:
+    """Imports them.
+
+    A guest that stands still for a late update waits for none of this: it comes after it runs.
+    """
+    for name in MODULES:
+        __import__(name)

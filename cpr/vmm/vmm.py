@@ -1,0 +1,167 @@
+"""The parts of one VMM process, by name: what a monitor's command gets."""
+
+from __future__ import annotations
+
+import os
+
+from cpr.errors import ConfigError, CprError
+from cpr.live import guard
+from cpr.mainloop import READ
+from cpr.migration.process import Process
+from cpr.report import error_report
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from cpr.chardev.base import Chardev
+    from cpr.config import Config
+    from cpr.machine import Machine
+    from cpr.mainloop import MainLoop
+    from cpr.migration.migration import Migration
+    from cpr.monitor.passed_fds import PassedFds
+    from cpr.vmm.daemon import Pidfile
+    from cpr.vmm.populate import Populator
+
+FLUSH_NS = 200_000_000
+
+
+class Vmm(Process):
+    """Owns them all; `close` is the inverse.  `signal_has_come()` as `interrupted`."""
+
+    def __init__(
+        self,
+        config: Config,
+        machine: Machine,
+        migration: Migration,
+        loop: MainLoop,
+        passed_fds: PassedFds,
+    ) -> None:
+        super().__init__(machine)
+        self.config = config
+        self.migration = migration
+        self.loop = loop
+        self.events = machine.events
+        self.chardevs: dict[str, Chardev] = {}
+        self.monitors: list[Any] = []
+        self.passed_fds = passed_fds
+        self.populator: Populator | None = None
+        self.pidfile: Pidfile | None = None
+        self.exit_status = 0
+        self.signal_has_come: Callable[[], bool] = lambda: False
+        machine.on_exit = self._exit
+        migration.process = self
+
+    def quit(self, reason: str) -> None:
+        """Ends the process from the host's side, with a SHUTDOWN event."""
+        self.machine.shutdown(False, reason)
+
+    def _exit(self, status: int) -> None:
+        self.exit_status = status
+        self.loop.stop()
+
+    def before_exec(self) -> None:
+        for chardev in self.chardevs.values():
+            chardev.flush()  # the guest waits for no client
+
+    def park(self) -> None:
+        """Ends all threads but the main loop's, for an exec; `unpark` is the inverse."""
+        if self.populator is not None:
+            self.populator.close()
+        self.machine.park()
+
+    def unpark(self) -> None:
+        self.machine.unpark()
+        if self.populator is not None:
+            self.start_populating()
+
+    def on_new_pid(self) -> None:
+        """This VMM goes on in another process than before."""
+        if self.pidfile is not None:
+            self.pidfile.rewrite()
+        for chardev in self.chardevs.values():
+            chardev.expect_another()
+
+    def exec_fds(self) -> list[int]:
+        return [fd for chardev in self.chardevs.values() for fd in chardev.exec_fds()]
+
+    def interrupted(self) -> bool:
+        return self.signal_has_come()
+
+    def reopen(self) -> None:
+        for chardev in self.chardevs.values():
+            try:
+                chardev.reopen()
+            except CprError as error:
+                error_report(error)
+
+    def create_frontends(self, after_exec: bool) -> None:
+        """Makes the chardevs, connects the devices to them, and starts the monitors.
+
+        Raises ConfigError where a chardev cannot be made; but after an exec, where a guest runs
+        already, that is only reported and the guest goes on without it.
+        """
+        from cpr.chardev.base import create
+
+        for config in self.config.chardevs:
+            try:
+                self.chardevs[config.id] = create(config, self.loop, after_exec)
+            except CprError as error:
+                text = f"{config.location}: {error}"
+                if not after_exec:
+                    raise ConfigError(text) from None
+                error_report(text)
+        for device, chardev_id in self.machine.frontends:
+            device.attach(self.chardevs.get(chardev_id) if chardev_id else None)
+        self._create_monitors()
+
+    def _create_monitors(self) -> None:
+        from cpr.monitor.hmp import HmpMonitor
+        from cpr.monitor.qmp import QmpMonitor
+
+        for config in self.config.monitors:
+            chardev = self.chardevs.get(config.chardev)
+            if chardev is None:
+                continue
+            if config.mode == "control":
+                self.monitors.append(QmpMonitor(chardev, self, config.pretty))
+            else:
+                self.monitors.append(HmpMonitor(chardev, self))
+
+    def start_populating(self) -> None:
+        """Populates RAM that prealloc=on asks for, while the guest runs already."""
+        from cpr.vmm.populate import Populator
+
+        self.populator = Populator(self.machine.blocks)
+
+    def reap(self) -> None:
+        """Reaps the children that earlier images of this process have left, when they end."""
+        for pid in guard.children():
+            try:
+                pidfd = os.pidfd_open(pid)
+            except OSError:
+                continue
+            self._reap_later(pid, pidfd)
+
+    def _reap_later(self, pid: int, pidfd: int) -> None:
+        def on_end(events: int) -> None:
+            self.loop.unwatch(pidfd)
+            os.close(pidfd)
+            guard.reap(pid)
+
+        self.loop.watch(pidfd, READ, on_end)
+
+    def close(self) -> None:
+        """Stops the guest and frees everything, the terminal's settings included."""
+        self.migration.close(self.exit_status)
+        if self.populator is not None:
+            self.populator.close()
+        self.machine.pause_vcpus()
+        for chardev in self.chardevs.values():
+            chardev.flush(FLUSH_NS)
+            chardev.close()
+        self.passed_fds.close_all()
+        self.machine.close()
+        if self.pidfile is not None:
+            self.pidfile.remove()
