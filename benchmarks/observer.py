@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-ROOT = Path(__file__).resolve().parent.parent
+from harness.vm import HEARTBEAT, ROOT
+
 SOURCE = Path(__file__).with_name("observer.c")
 BINARY = ROOT / "build" / "observer"
-HEARTBEAT = 0x8000
 POLL_US = 50  # 10 would take more than half of a CPU in a virtual machine
 CALIBRATION = 0.5  # seconds
 

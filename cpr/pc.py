@@ -29,12 +29,8 @@ from cpr.errors import ConfigError, CprError
 from cpr.machine import Machine
 from cpr.memory import GuestMemory
 from cpr.phases import mark
-from cpr.ram import (
-    create_aux_block,
-    create_backend_block,
-    create_default_block,
-    populate,
-)
+from cpr.ram import populate
+from cpr.ram_backend import create_aux_block, create_backend_block, create_default_block
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

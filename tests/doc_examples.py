@@ -30,9 +30,9 @@ from pathlib import Path
 
 import psutil
 from conformance.terminal import Screen
+from harness.vm import ROOT
 from waiting import wait_for
 
-ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 20.0
 SHELL, MORE, MONITOR = "$ ", "> ", "(qemu) "
 BANNER = "(qemu) QEMU "  # a new image's, behind the prompt of the old one

@@ -208,14 +208,12 @@ def test_everything_is_given_back(host: FakeHost, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_guest_ram_is_mapped_at_once_and_when_it_changes(make, host: FakeHost, kind: str) -> None:
+def test_guest_ram_is_mapped_at_once_and_when_it_grows(make, host: FakeHost, kind: str) -> None:
     vmm = make(kind)
     (mappings,) = host.mappings.values() if kind == "iommufd" else [*host.mappings.values()]
     assert sorted(mappings) == [0, 0x100000]
-    section = vmm.platform.memory.add_section(1 << 32, 1 << 20, vmm.ram, 0, False, "more")
+    vmm.platform.memory.add_section(1 << 32, 1 << 20, vmm.ram, 0, False, "more")
     assert sorted(mappings) == [0, 0x100000, 1 << 32]
-    vmm.platform.memory.remove_section(section)
-    assert sorted(mappings) == [0, 0x100000]
 
 
 # An update.

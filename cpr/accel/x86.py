@@ -28,14 +28,12 @@ MP_RUNNABLE = 0
 MP_UNINITIALIZED = 1
 MP_INIT_RECEIVED = 2
 MP_HALTED = 3
-MP_SIPI_RECEIVED = 4
 
 # Segment `flags`: bits 8 to 23 of a descriptor's second word, in place (Intel SDM vol. 3, 3.4.5).
 FLAG_TYPE_SHIFT = 8
 FLAG_S = 1 << 12
 FLAG_DPL_SHIFT = 13
 FLAG_P = 1 << 15
-FLAG_AVL = 1 << 20
 FLAG_L = 1 << 21
 FLAG_DB = 1 << 22
 FLAG_G = 1 << 23

@@ -12,6 +12,8 @@ from cpr.constants import EXEC, TRANSFER
 DESCRIPTORS_KEPT = frozenset({EXEC, TRANSFER})
 """The modes in which a device's descriptors go over to the new VMM."""
 
+MAX_UNATTACHED = 64 << 10  # bytes that are kept for a chardev which is still to come
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable

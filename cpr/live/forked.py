@@ -13,7 +13,7 @@ import os
 import select
 import time
 
-from cpr.live.token import Returned, candidates, take_token
+from cpr.live.token import Returned, candidates, take_token, wait_status
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ VERSION = 1  # CPR_LIVE_VERSION
 SIZE = 40  # bytes of struct cpr_live_page
 WALL = 0x40000000  # __WALL of wait(2): also children that were cloned without a signal
 TICK_MS = 50  # how often it is looked at the hold, which no descriptor tells
-STATUS_TIMEOUT_NS = 100_000_000
-EXIT_CODE_FIELD = 49  # of /proc/PID/stat behind the name: 52 in proc_pid_stat(5), less three
-STEP = 0.0002  # s
 
 
 class _Fields:
@@ -256,22 +253,13 @@ def reap(pid: int) -> None:
 
 
 def exit_status(pid: int, pidfd: int) -> int | None:
-    """The wait status of a process that has ended and is not this one's child, or None.
+    """As token.wait_status; when it has been reaped the C part, if there is one, asks its pidfd."""
 
-    While it is a zombie /proc tells it; when it has been reaped the C part can ask its pidfd.
-    """
-    deadline = time.monotonic_ns() + STATUS_TIMEOUT_NS
-    while time.monotonic_ns() < deadline:
+    def ask() -> int | None:
         try:
-            with open(f"/proc/{pid}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
-        except OSError:
-            break
-        if fields[0] == "Z":
-            return int(fields[EXIT_CODE_FIELD])
-        time.sleep(STEP)
-    try:
-        from cpr.live import guard
-    except ImportError:
-        return None
-    return guard.exit_status(pid, pidfd)
+            from cpr.live import guard
+        except ImportError:
+            return None
+        return guard.pidfd_status(pidfd)
+
+    return wait_status(pid, ask)

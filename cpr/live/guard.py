@@ -12,8 +12,9 @@ import os
 import time
 
 from cpr._native._cpr import ffi, lib
+from cpr.constants import NS_PER_S
 from cpr.errors import KernelError
-from cpr.live.token import Returned, candidates
+from cpr.live.token import STEP, Returned, candidates, is_kernels, read_stat, wait_status
 from cpr.uapi.fd import Fd
 
 TYPE_CHECKING = False
@@ -26,12 +27,7 @@ DIED = lib.CPR_GUARD_DIED
 KILLED = lib.CPR_GUARD_KILLED
 MESSAGE = lib.CPR_GUARD_MESSAGE
 
-ALONE_TIMEOUT_NS = 2_000_000_000
-STATUS_TIMEOUT_NS = 100_000_000
-STEP = 0.0002  # s
-FLAGS_FIELD = 6  # of /proc/PID/stat after the name: 9 in proc_pid_stat(5), less three
-PF_USER_WORKER = 0x4000  # include/linux/sched.h: a worker of the kernel in a process of the user's
-EXIT_CODE_FIELD = 49  # of /proc/PID/stat after the name: 52 in proc_pid_stat(5), less three
+ALONE_TIMEOUT_NS = 2 * NS_PER_S
 
 
 class Page:
@@ -80,11 +76,9 @@ def _is_other_thread(task: str) -> bool:
     if int(task) == os.getpid():
         return False
     try:
-        with open(f"/proc/self/task/{task}/stat") as file:
-            flags = int(file.read().rpartition(")")[2].split()[FLAGS_FIELD])
+        return not is_kernels(read_stat(f"/proc/self/task/{task}/stat")[1])
     except OSError:  # it has ended meanwhile
         return False
-    return not flags & PF_USER_WORKER
 
 
 def _task_name(task: str) -> str:
@@ -203,28 +197,16 @@ def reap(pid: int) -> None:
 
 
 def exit_status(pid: int, pidfd: int) -> int | None:
-    """The wait status of a process that has ended and is not this one's child, or None.
+    """As token.wait_status; when its parent has reaped it the pidfd tells it (Linux 6.15)."""
+    return wait_status(pid, lambda: pidfd_status(pidfd))
 
-    While it is a zombie /proc tells it, to who may trace it; when its parent has reaped it the
-    pidfd does (Linux 6.15).  Waits a moment for one of the two.
-    """
-    deadline = time.monotonic_ns() + STATUS_TIMEOUT_NS
-    while True:
-        try:
-            with open(f"/proc/{pid}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
-            if fields[0] == "Z":
-                return int(fields[EXIT_CODE_FIELD])
-        except (OSError, IndexError, ValueError):
-            pass
-        info: Any = ffi.new("struct cpr_pidfd_info *")
-        info.mask = lib.CPR_PIDFD_INFO_EXIT
-        try:
-            Fd(pidfd, "pidfd").ioctl(lib.CPR_PIDFD_GET_INFO, "PIDFD_GET_INFO", info)
-        except KernelError:
-            info.mask = 0
-        if info.mask & lib.CPR_PIDFD_INFO_EXIT:
-            return int(info.exit_code)
-        if time.monotonic_ns() > deadline:
-            return None
-        time.sleep(STEP)
+
+def pidfd_status(pidfd: int) -> int | None:
+    """The wait status of the process of a pidfd, where it has been reaped and the kernel tells."""
+    info: Any = ffi.new("struct cpr_pidfd_info *")
+    info.mask = lib.CPR_PIDFD_INFO_EXIT
+    try:
+        Fd(pidfd, "pidfd").ioctl(lib.CPR_PIDFD_GET_INFO, "PIDFD_GET_INFO", info)
+    except KernelError:
+        return None
+    return int(info.exit_code) if info.mask & lib.CPR_PIDFD_INFO_EXIT else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from cpr.constants import PROGRAM
+from cpr.constants import PROGRAM_VERSION
 from cpr.errors import MigrationError
 from cpr.live.transaction import END, HAND_OVER, READY, REHEARSE, STATE, UpdateError
 from cpr.migration.channel import Channel
@@ -37,7 +37,7 @@ class Arrival:
 
     def receive_state(self, fds: PreservedFds) -> None:
         """Asks for the CPR state and takes it over.  Raises CprError."""
-        self._predecessor.hello(PROGRAM)
+        self._predecessor.hello(PROGRAM_VERSION)
         message = self._predecessor.receive(STATE)
         self._guest, self._cpu = message.body["guest"], message.body["cpu"]
         self.placement = Placement(*message.body["placement"])

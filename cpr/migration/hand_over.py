@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from cpr.constants import PROGRAM
+from cpr.constants import PROGRAM_VERSION
 from cpr.live.transaction import PROTOCOL, STATE, UpdateError
 from cpr.state import cpr_channel
 
@@ -75,7 +75,7 @@ def send_state(
 ) -> None:
     """Sends what a new VMM builds its machine from; `failure` is why the one before has failed."""
     body = {
-        "program": PROGRAM,
+        "program": PROGRAM_VERSION,
         "guest": describe(machine),
         "cpu": machine.accel.cpu_model(),
         "failure": failure,

@@ -11,7 +11,6 @@ from cpr.accel import x86
 NAMES = ("AX", "CX", "DX", "BX", "SP", "BP", "SI", "DI")  # in the order of env.regs
 SHOWN = ("AX", "BX", "CX", "DX", "SI", "DI", "BP", "SP")
 SEGMENTS = ("ES", "CS", "SS", "DS", "FS", "GS")
-U64 = (1 << 64) - 1
 
 # Offsets in the FXSAVE image.
 FCW, FSW, FTW, MXCSR, ST0, XMM0 = 0, 2, 4, 24, 32, 160

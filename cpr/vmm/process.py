@@ -12,7 +12,7 @@ import sys
 
 from cpr import pc, phases
 from cpr.config import parse_command_line
-from cpr.constants import STDERR
+from cpr.constants import NS_PER_S, STDERR
 from cpr.errors import ConfigError, MigrationError
 from cpr.events import EventBus
 from cpr.live.new_image import find_predecessor
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from cpr.migration.arrival import Arrival
     from cpr.migration.cpr_transfer import CprListener
 
-HANG_UP_NS = 2_000_000_000
+HANG_UP_NS = 2 * NS_PER_S
 SWITCH_INTERVAL = 0.0001
 """How long, in s, a vCPU that exits to a device waits for another thread's Python at most."""
 

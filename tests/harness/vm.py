@@ -19,6 +19,7 @@ from harness.qmp import TIMEOUT, Qmp
 
 ROOT = Path(__file__).resolve().parents[2]
 VMM = [sys.executable, "-m", "cpr.vmm", "run"]
+HEARTBEAT = 0x8000  # where the example guests count
 ALL_CPUS = os.sched_getaffinity(0)  # which the VMMs may use, wherever this process is
 
 
