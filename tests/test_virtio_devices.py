@@ -57,6 +57,7 @@ class NetRig(Rig):
         card = VirtioNet(NetdevConfig("n0", str(end.detach()), ""), PreservedFds(), MAC)
         card.open()
         super().__init__(card)
+        self.has_header = has_header
 
     def start(self, features: int = 0) -> None:
         self.driver.start(F_VERSION_1 | features, (16, 16))
@@ -69,7 +70,6 @@ class NetRig(Rig):
 @pytest.fixture(params=[True, False], ids=["header", "no header"])
 def net(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[NetRig]:
     rig = NetRig(request.param, monkeypatch)
-    rig.has_header = request.param
     yield rig
     rig.close()
 

@@ -15,7 +15,8 @@ from waiting import TIMEOUT
 
 from cpr.config import ObjectConfig
 from cpr.memory import GuestMemory
-from cpr.ram import RAMBlock, create_backend_block
+from cpr.ram import RAMBlock
+from cpr.ram_backend import create_backend_block
 from cpr.state.fds import PreservedFds
 
 RAM_SIZE = 4 << 20

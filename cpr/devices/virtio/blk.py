@@ -159,16 +159,14 @@ class VirtioBlk(VirtioDevice):
             return
         platform = self.transport.platform
         reason = os.strerror(error)
-        platform.events.emit(
-            "BLOCK_IO_ERROR",
-            {
-                "device": self._drive.id,
-                "operation": "write" if is_write else "read",
-                "action": "stop",
-                "nospace": error == errno.ENOSPC,
-                "reason": reason,
-            },
-        )
+        data = {
+            "device": self._drive.id,
+            "operation": "write" if is_write else "read",
+            "action": "stop",
+            "nospace": error == errno.ENOSPC,
+            "reason": reason,
+        }
+        platform.events.emit("BLOCK_IO_ERROR", data)
         report.error_report(f"{self._drive.id}: {reason}; the guest is stopped, and `cont` goes on")
         platform.request_stop(runstate.IO_ERROR)
 
