@@ -35,7 +35,7 @@ while [ ! -e /tmp/stop ]; do
   dd if=/tmp/block of=/dev/vda bs={BLOCK} seek=$i oflag=direct 2>/dev/null
   dd if=/dev/vda bs={BLOCK} skip=$i count=1 iflag=direct 2>/dev/null | md5sum |
     cmp - /tmp/sum.$i || echo block $i >>/tmp/wrong
-  i=$((i + 1)); echo $i >/tmp/count
+  i=$((i + 1)); echo $i >/tmp/next; mv /tmp/next /tmp/count
 done
 """
 
