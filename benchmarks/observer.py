@@ -54,7 +54,7 @@ def build() -> Path:
 
 
 class Observer:
-    """Watches the 32-bit counter at `offset` in the RAM behind `path`; a context manager.
+    """Watches the 32-bit counter at `offset` in the RAM at `path`; a context manager.
 
     It runs on the last CPU that this process may use, and where it may under SCHED_FIFO
     (`realtime`), so that a busy machine does not keep it from looking.  Raises RuntimeError where

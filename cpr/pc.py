@@ -173,9 +173,9 @@ def _create_backend(config: Config, backend_id: str, fds: PreservedFds) -> RAMBl
 
 def _bios() -> bytes:
     """A BIOS whose reset vector jumps to the boot sector; every other byte halts."""
-    image = bytearray([HLT]) * BIOS_SIZE
-    image[RESET_VECTOR : RESET_VECTOR + len(JUMP_TO_BOOT)] = JUMP_TO_BOOT
-    return bytes(image)
+    rom = bytearray([HLT]) * BIOS_SIZE
+    rom[RESET_VECTOR : RESET_VECTOR + len(JUMP_TO_BOOT)] = JUMP_TO_BOOT
+    return bytes(rom)
 
 
 class Board:

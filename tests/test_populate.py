@@ -1,4 +1,4 @@
-"""prealloc=on behind a running guest: the RAM ends populated, and the figure is the truth."""
+"""prealloc=on while a guest runs: the RAM ends populated, and the figure is the truth."""
 
 from __future__ import annotations
 

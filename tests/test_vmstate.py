@@ -224,12 +224,12 @@ def test_values_that_the_golden_files_are_known_to_hold():
     assert "pckbd/extended_state" in decode(PCKBD, BytesReader(body), 3)["kbd"]
 
 
-def i8(name: str) -> FixedField:
-    return FixedField(name, "int8", None)
+def i8(name: str, num: int | None = None) -> FixedField:
+    return FixedField(name, "int8", num)
 
 
-def i16(name: str) -> FixedField:
-    return FixedField(name, "int16", None)
+def i16(name: str, num: int | None = None) -> FixedField:
+    return FixedField(name, "int16", num)
 
 
 PAIR = VMStateDescription("pair", 1, 1, (u8("a"), i16("b")))

@@ -2,7 +2,7 @@
 
 Register and segment orders, field names and the packing of segment `flags` are those of QEMU's
 `cpu` section; the FPU and vector registers are one XSAVE area in the CPU's standard format
-(Intel SDM vol. 1, 13.4), whose first 512 bytes are the FXSAVE image.
+(Intel SDM vol. 1, 13.4), whose first 512 bytes are laid out as by FXSAVE.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from cpr.live.token import Returned, candidates, take_token, wait_status
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
 EARLY, DIED, KILLED, MESSAGE = 1, 2, 3, 4  # as in _native/guard.h
@@ -103,6 +103,7 @@ def execute(
     state_fd: int = -1,
     drop: Sequence[int] = (),
     unblock: Sequence[int] = (),
+    ready: Callable[[], None] = lambda: None,
 ) -> Returned:
     """As guard.execute; `mappings`, `state_fd` and `drop` must be empty.  Raises OSError."""
     if mappings or drop or state_fd >= 0:
@@ -110,6 +111,7 @@ def execute(
     paths = candidates(argv[0], environment) if argv else []
     if not paths:
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    ready()
     old_pid = os.getpid()
     pidfd, exec_pipe = os.pidfd_open(old_pid), (-1, -1)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())

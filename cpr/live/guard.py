@@ -14,12 +14,12 @@ import time
 from cpr._native._cpr import ffi, lib
 from cpr.constants import NS_PER_S
 from cpr.errors import KernelError
-from cpr.live.token import STEP, Returned, candidates, is_kernels, read_stat, wait_status
+from cpr.live.token import Returned, candidates, is_kernels, read_stat, wait_status
 from cpr.uapi.fd import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
 EARLY = lib.CPR_GUARD_EARLY
@@ -28,6 +28,7 @@ KILLED = lib.CPR_GUARD_KILLED
 MESSAGE = lib.CPR_GUARD_MESSAGE
 
 ALONE_TIMEOUT_NS = 2 * NS_PER_S
+ALONE_STEP = 0.00002  # s: a guest may wait too
 
 
 class Page:
@@ -68,7 +69,7 @@ def wait_alone() -> None:
             names = [_task_name(task) for task in others]
             text = f"an update with the threads {', '.join(names)}"
             raise KernelError(text, errno.EBUSY, "they have to be ended before")
-        time.sleep(STEP)
+        time.sleep(ALONE_STEP)
 
 
 def _is_other_thread(task: str) -> bool:
@@ -103,10 +104,12 @@ def execute(
     state_fd: int = -1,
     drop: Sequence[int] = (),
     unblock: Sequence[int] = (),
+    ready: Callable[[], None] = lambda: None,
 ) -> Returned:
     """Executes `argv`, looked up in PATH, with the descriptors `keep` and a guard.
 
-    The caller is this process's only thread.  `mappings` are (address, bytes) of memory that is
+    `ready()` is called when all is prepared; from then on the caller is this process's only thread.
+    `mappings` are (address, bytes) of memory that is
     freed piece by piece after a commit.  `state_fd`, one of `keep`, is for a program that knows no
     token: it has taken over when it has closed that and lives on.  `drop` are descriptors that a
     late exec is to close for good, in the old image as in the new one.  `unblock` are signals that
@@ -142,6 +145,7 @@ def execute(
         memory += [ffi.new("char[]", link.encode()), ffi.new("char[]", os.readlink(link).encode())]
         request.state_link, request.state_text = memory[-2:]
     error = -errno.ENOENT
+    ready()
     for path in candidates(argv[0], environment):
         memory.append(ffi.new("char[]", os.fsencode(path)))
         request.path = memory[-1]

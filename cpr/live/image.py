@@ -1,6 +1,6 @@
 """This process as an image among others: what it got from the one before, and what it will give.
 
-There is one of these, `current()`.  Behind an exec it speaks to the previous program: the first use
+There is one of these, `current()`.  After an exec it speaks to the previous program: the first use
 asks for what that program has (`connect`), `take_over` asks it to stop and to hand over the state,
 and `commit` ends it.
 """

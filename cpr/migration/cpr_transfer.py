@@ -86,7 +86,7 @@ class Transfer(KeepsRam):
         give_guest_away(machine)
         super().finish(machine)
 
-    def walk_back(self) -> None:
+    def rollback(self) -> None:
         self._close()
 
     def _close(self) -> None:

@@ -41,8 +41,8 @@ class Layout:
         """The layout of a block whose header is written at `offset`."""
         bitmap_offset = offset + _HEADER.size
         layout = cls(bitmap_offset, 0, used_length)
-        behind = bitmap_offset + layout.bitmap_size
-        return cls(bitmap_offset, -(-behind // ALIGNMENT) * ALIGNMENT, used_length)
+        end_of_bitmap = bitmap_offset + layout.bitmap_size
+        return cls(bitmap_offset, -(-end_of_bitmap // ALIGNMENT) * ALIGNMENT, used_length)
 
     def header(self) -> bytes:
         return _HEADER.pack(VERSION, PAGE_SIZE, self.bitmap_offset, self.pages_offset)

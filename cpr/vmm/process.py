@@ -19,7 +19,6 @@ from cpr.live.new_image import find_predecessor
 from cpr.live.transaction import EARLY, LATE
 from cpr.mainloop import MainLoop
 from cpr.migration.address import connects_in_background
-from cpr.migration.capabilities import Capabilities
 from cpr.migration.incoming import DEFER, Sources
 from cpr.migration.migration import Migration
 from cpr.migration.mode import EXEC, KeepsRam
@@ -175,10 +174,11 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     mark("populate")
     populate_before(vmm.machine.blocks)
     gc.disable()  # not in the hand-over, for which the guest stands still
-    savevm.warm_up(vmm.machine, Capabilities(), KeepsRam(EXEC), False)
+    savevm.warm_up(vmm.machine, KeepsRam(EXEC))
+    arrival.load_sections(vmm.machine)
     mark("ready")
-    source = arrival.receive_guest(fds)
-    incoming.load(source, handed_over=True)
+    source, loaded = arrival.receive_guest(fds)
+    incoming.load(source, loaded)
     for step in (
         arrival.placement.keep_away,
         lambda: predecessor.wait_hang_up(HANG_UP_NS),

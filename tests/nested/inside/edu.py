@@ -21,7 +21,7 @@ SECONDS = 30.0
 
 
 class Edu:
-    """The device behind an open VFIO device descriptor, which stays the caller's."""
+    """The device of an open VFIO device descriptor, which stays the caller's."""
 
     def __init__(self, device: Fd) -> None:
         self.device = device

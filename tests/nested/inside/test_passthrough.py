@@ -29,7 +29,7 @@ from .stolen import descriptor
 
 UPDATES = 20
 SPARE = 0x400000  # guest RAM that edu's guest leaves alone
-NEW = 0x8000000  # behind the guest's RAM
+NEW = 0x8000000  # after the guest's RAM
 NEW_SIZE = 2 << 20
 RAM_KIB = 64 << 10
 
