@@ -62,6 +62,11 @@ void cpr_virtqueue_ask(struct cpr_virtqueue *queue, bool wanted);
 /* Makes the queue broken; `problem` is a constant text. */
 void cpr_virtqueue_break(struct cpr_virtqueue *queue, const char *problem);
 
+bool cpr_virtqueue_is_broken(const struct cpr_virtqueue *queue);
+
+/* A chain for whoever holds the lock. */
+struct cpr_chain *cpr_virtqueue_scratch(struct cpr_virtqueue *queue);
+
 const struct cpr_virtio_memory *cpr_virtqueue_memory(const struct cpr_virtqueue *queue);
 
 /* A place in pieces of memory. */

@@ -6,7 +6,6 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
 #include <unistd.h>
 
 #include "virtio_chain.h"
@@ -24,7 +23,7 @@ struct cpr_virtqueue {
     bool suppressed; /* whether the guest was told that no notification is needed */
     const char *problem;
     int call, error;
-    struct cpr_chain chain; /* of the functions for Python */
+    struct cpr_chain scratch;
 };
 
 struct cpr_virtqueue *cpr_virtqueue_new(const struct cpr_virtio_memory *memory)
@@ -55,6 +54,11 @@ void cpr_virtqueue_lock(struct cpr_virtqueue *queue)
 void cpr_virtqueue_unlock(struct cpr_virtqueue *queue)
 {
     pthread_mutex_unlock(&queue->lock);
+}
+
+struct cpr_chain *cpr_virtqueue_scratch(struct cpr_virtqueue *queue)
+{
+    return &queue->scratch;
 }
 
 const struct cpr_virtio_memory *cpr_virtqueue_memory(const struct cpr_virtqueue *queue)
@@ -127,6 +131,11 @@ void cpr_virtqueue_notifiers(struct cpr_virtqueue *queue, int call, int error)
     queue->call = call;
     queue->error = error;
     pthread_mutex_unlock(&queue->lock);
+}
+
+bool cpr_virtqueue_is_broken(const struct cpr_virtqueue *queue)
+{
+    return queue->problem;
 }
 
 const char *cpr_virtqueue_problem(struct cpr_virtqueue *queue)
@@ -369,145 +378,4 @@ void cpr_virtqueue_ask(struct cpr_virtqueue *queue, bool wanted)
     }
     queue->suppressed = !wanted;
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
-}
-
-uint64_t cpr_cursor_read(struct cpr_cursor *cursor, void *target, uint64_t size)
-{
-    uint64_t done = 0;
-
-    while (done < size && cursor->count) {
-        struct iovec *piece = cursor->pieces;
-        uint64_t part = piece->iov_len < size - done ? piece->iov_len : size - done;
-
-        memcpy((uint8_t *)target + done, piece->iov_base, part);
-        piece->iov_base = (uint8_t *)piece->iov_base + part;
-        piece->iov_len -= part;
-        done += part;
-        if (!piece->iov_len) {
-            cursor->pieces++;
-            cursor->count--;
-        }
-    }
-    return done;
-}
-
-uint64_t cpr_cursor_write(struct cpr_cursor *cursor, const struct cpr_virtio_memory *memory,
-                          const void *source, uint64_t size)
-{
-    uint64_t done = 0;
-
-    while (done < size && cursor->count) {
-        struct iovec *piece = cursor->pieces;
-        uint64_t part = piece->iov_len < size - done ? piece->iov_len : size - done;
-
-        memcpy(piece->iov_base, (const uint8_t *)source + done, part);
-        cpr_virtio_written(memory, piece->iov_base, part);
-        piece->iov_base = (uint8_t *)piece->iov_base + part;
-        piece->iov_len -= part;
-        done += part;
-        if (!piece->iov_len) {
-            cursor->pieces++;
-            cursor->count--;
-        }
-    }
-    return done;
-}
-
-/* For Python. */
-
-static int64_t take(struct cpr_virtqueue *queue)
-{
-    if (cpr_virtqueue_pop(queue, &queue->chain)) {
-        return 0;
-    }
-    return queue->problem ? -EPROTO : -EAGAIN;
-}
-
-static void give_back(struct cpr_virtqueue *queue, uint32_t written)
-{
-    cpr_virtqueue_push(queue, queue->chain.head, written);
-    cpr_virtqueue_interrupt(queue);
-    cpr_virtqueue_ask(queue, true);
-}
-
-int64_t cpr_virtqueue_receive(struct cpr_virtqueue *queue, uint8_t *buffer, uint32_t room)
-{
-    struct cpr_chain *chain = &queue->chain;
-    struct cpr_cursor cursor;
-    int64_t result;
-
-    pthread_mutex_lock(&queue->lock);
-    result = take(queue);
-    if (!result) {
-        cursor = (struct cpr_cursor){chain->pieces, chain->out_count};
-        if (chain->out_bytes > room) {
-            cpr_virtqueue_break(queue, "a buffer is longer than the device takes");
-            result = -EPROTO;
-        } else {
-            result = (int64_t)cpr_cursor_read(&cursor, buffer, room);
-            give_back(queue, 0);
-        }
-    }
-    pthread_mutex_unlock(&queue->lock);
-    return result;
-}
-
-int64_t cpr_virtqueue_send(struct cpr_virtqueue *queue, const uint8_t *data, uint32_t size)
-{
-    struct cpr_chain *chain = &queue->chain;
-    struct cpr_cursor cursor;
-    int64_t result;
-
-    pthread_mutex_lock(&queue->lock);
-    result = take(queue);
-    if (!result) {
-        cursor = (struct cpr_cursor){chain->pieces + chain->out_count, chain->in_count};
-        result = (int64_t)cpr_cursor_write(&cursor, queue->memory, data, size);
-        give_back(queue, (uint32_t)result);
-    }
-    pthread_mutex_unlock(&queue->lock);
-    return result;
-}
-
-int64_t cpr_virtqueue_send_random(struct cpr_virtqueue *queue, uint32_t most)
-{
-    struct cpr_chain *chain = &queue->chain;
-    struct cpr_cursor cursor;
-    int64_t result;
-
-    pthread_mutex_lock(&queue->lock);
-    result = take(queue);
-    if (!result) {
-        uint8_t bytes[256]; /* getrandom gives so many without being interrupted */
-
-        cursor = (struct cpr_cursor){chain->pieces + chain->out_count, chain->in_count};
-        while (result < most && cursor.count) {
-            uint32_t part = most - (uint32_t)result;
-
-            part = part < sizeof(bytes) ? part : sizeof(bytes);
-            if (getrandom(bytes, part, 0) != (ssize_t)part) {
-                break;
-            }
-            result += (int64_t)cpr_cursor_write(&cursor, queue->memory, bytes, part);
-        }
-        give_back(queue, (uint32_t)result);
-    }
-    pthread_mutex_unlock(&queue->lock);
-    return result;
-}
-
-int64_t cpr_virtqueue_room(struct cpr_virtqueue *queue)
-{
-    int64_t result;
-
-    pthread_mutex_lock(&queue->lock);
-    result = take(queue);
-    if (!result) {
-        uint64_t room = queue->chain.in_bytes;
-
-        cpr_virtqueue_unpop(queue);
-        result = room < INT64_MAX ? (int64_t)room : INT64_MAX;
-    }
-    pthread_mutex_unlock(&queue->lock);
-    return result;
 }

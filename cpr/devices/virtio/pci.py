@@ -1,10 +1,7 @@
 """The PCI transport of virtio (virtio 1.2, 4.1): one function with MSI-X, modern only.
 
-    BAR 1  the MSI-X table, and the pending bits at 0x800
-    BAR 4  0x0000 common configuration, 0x1000 ISR, 0x2000 the device's own, 0x3000 notifications
-
-These are where QEMU has them.  The section "virtio-…" holds configuration space, MSI-X table, the
-common configuration with the positions of the queues, and what the device adds.
+Its section holds configuration space, MSI-X table, the common configuration with the positions of
+the queues, and what the device adds.
 """
 
 from __future__ import annotations
@@ -16,8 +13,25 @@ from cpr.devices import pci_config
 from cpr.devices.base import Device
 from cpr.devices.pci import PciFunction, parse_slot
 from cpr.devices.pci_bars import EmulatedBar
-from cpr.devices.pci_config import BAR_MEMORY_64, BAR_PREFETCH, Bar, ConfigSpace
-from cpr.devices.pci_msi import MsixCapability
+from cpr.devices.virtio.function import (
+    COMMON,
+    CONFIG_SIZE,
+    INTA,
+    ISR,
+    MOST_VECTORS,
+    MSIX_CAPABILITY,
+    NOTIFY,
+    NOTIFY_MULTIPLIER,
+    NOTIFY_SIZE,
+    OWN,
+    PART_SIZE,
+    PBA_OFFSET,
+    REGISTER_BAR,
+    REGISTER_BAR_SIZE,
+    WINDOW,
+    WINDOW_DATA,
+    Function,
+)
 from cpr.devices.virtio.interrupts import Interrupts
 from cpr.devices.virtio.native import DeviceMemory, Queue
 from cpr.devices.virtio.registers import VMSTATE_COMMON, CommonConfig
@@ -34,33 +48,7 @@ if TYPE_CHECKING:
     from cpr.devices.pci import PciHost
     from cpr.devices.virtio.device import VirtioDevice
 
-VENDOR, SUBSYSTEM = 0x1AF4, 0x1100
-FIRST_DEVICE = 0x1040
-REVISION = 1
-CONFIG_SIZE = 256
-INTA = 1
 PCI_BUS = "pci.0"
-COMMAND_WRITABLE = pci_config.COMMAND_GUESTS | pci_config.COMMAND_PARITY | pci_config.COMMAND_SERR
-
-MSIX_BAR, MSIX_BAR_SIZE, PBA_OFFSET = 1, 0x1000, 0x800
-REGISTER_BAR, REGISTER_BAR_SIZE = 4, 0x4000
-COMMON, ISR, OWN, NOTIFY, PART_SIZE = 0x0000, 0x1000, 0x2000, 0x3000, 0x1000
-NOTIFY_MULTIPLIER = 4
-NOTIFY_SIZE = 2  # a notification is a queue's number, in 16 bits
-MOST_VECTORS = PBA_OFFSET // 16
-
-# The capabilities: offset, kind, place in BAR 4, size.
-CAPABILITIES = (
-    (0x40, virtio.CAP_COMMON, COMMON, 16),
-    (0x50, virtio.CAP_ISR, ISR, 16),
-    (0x60, virtio.CAP_DEVICE, OWN, 16),
-    (0x70, virtio.CAP_NOTIFY, NOTIFY, 20),
-    (0x84, virtio.CAP_PCI, 0, 20),
-)
-MSIX_CAPABILITY = 0x98
-CAP_VENDOR = 0x09
-WINDOW = 0x84  # of CAP_PCI: bar at 4, offset at 8, length at 12, data at 16
-WINDOW_DATA = WINDOW + 16
 
 
 class VirtioPci(Device, PciFunction):
@@ -96,10 +84,13 @@ class VirtioPci(Device, PciFunction):
         """Raises CprError; then everything is given back."""
         self.platform = platform
         self._bus.add(self, self._slot)
-        self._create_config()
+        self._function = function = Function(
+            self.device.device_id, self.device.pci_class, self._vector_count
+        )
+        self.config, self._msix = function.config, function.msix
         self._bars = (
-            EmulatedBar(self._msix_bar, self.name, platform, self._read_msix, self._write_msix),
-            EmulatedBar(self._register_bar, self.name, platform, self._read, self._write),
+            EmulatedBar(function.msix_bar, self.name, platform, self._read_msix, self._write_msix),
+            EmulatedBar(function.register_bar, self.name, platform, self._read, self._write),
         )
         sizes = self.device.queue_sizes
         self.common = CommonConfig(self.device.features, sizes, self._msix.count)
@@ -124,41 +115,6 @@ class VirtioPci(Device, PciFunction):
     @property
     def name(self) -> str:
         return self.device.name
-
-    def _create_config(self) -> None:
-        self.config = config = ConfigSpace(CONFIG_SIZE)
-        device = self.device
-        self._msix = MsixCapability(
-            config, MSIX_CAPABILITY, self._vector_count - 1, MSIX_BAR, PBA_OFFSET | MSIX_BAR
-        )
-        _put(config, 0x00, 4, FIRST_DEVICE + device.device_id << 16 | VENDOR)
-        _put(config, pci_config.STATUS, 2, pci_config.STATUS_CAPABILITIES)
-        _put(config, 0x08, 4, device.pci_class << 8 | REVISION)
-        _put(config, 0x2C, 4, SUBSYSTEM << 16 | VENDOR)
-        _put(config, pci_config.CAPABILITIES, 1, CAPABILITIES[0][0])
-        _put(config, pci_config.INTERRUPT_PIN, 1, INTA)
-        config.emulate(pci_config.COMMAND, 2, 0, 0xFFFF, COMMAND_WRITABLE)
-        config.emulate(pci_config.INTERRUPT_LINE, 1, 0, 0xFF, 0xFF)
-        following = [each[0] for each in CAPABILITIES[1:]] + [MSIX_CAPABILITY]
-        for (offset, kind, place, size), after in zip(CAPABILITIES, following, strict=True):
-            _put(config, offset, 4, kind << 24 | size << 16 | after << 8 | CAP_VENDOR)
-            if kind == virtio.CAP_PCI:
-                config.emulate(offset + 4, 1, 0, 0xFF, 0xFF)
-                config.emulate(offset + 8, 8, 0, (1 << 64) - 1, (1 << 64) - 1)
-                continue
-            _put(config, offset + 4, 1, REGISTER_BAR)
-            _put(config, offset + 8, 4, place)
-            _put(config, offset + 12, 4, PART_SIZE)
-            if kind == virtio.CAP_NOTIFY:
-                _put(config, offset + 16, 4, NOTIFY_MULTIPLIER)
-        _put(config, MSIX_CAPABILITY, 2, pci_config.CAP_MSIX)
-        _put(config, MSIX_CAPABILITY + 2, 2, self._vector_count - 1)
-        _put(config, MSIX_CAPABILITY + 4, 4, MSIX_BAR)
-        _put(config, MSIX_CAPABILITY + 8, 4, PBA_OFFSET | MSIX_BAR)
-        self._msix_bar = Bar(MSIX_BAR, MSIX_BAR_SIZE, 0)
-        self._register_bar = Bar(REGISTER_BAR, REGISTER_BAR_SIZE, BAR_MEMORY_64 | BAR_PREFETCH)
-        self._msix_bar.emulate(config)
-        self._register_bar.emulate(config)
 
     def _describe(self) -> None:
         """The section's name and fields, which depend on the device."""
@@ -378,8 +334,7 @@ class VirtioPci(Device, PciFunction):
 
     def reset(self) -> None:
         self._reset_device()
-        self.config.write(0, CONFIG_SIZE, 0)
-        self._msix.reset()
+        self._function.reset(self._bus.irq_of(self.slot, INTA))
         self._interrupts.update()
         self._update_bars()
 
@@ -465,8 +420,3 @@ def add_function(board: Board, device: VirtioDevice, properties: dict[str, Any])
     slot = None if addr is None else parse_slot(addr)
     function = VirtioPci(device, board.pci_host(), slot, properties.get("vectors"))
     board.machine.add_device(function)
-
-
-def _put(config: ConfigSpace, offset: int, size: int, value: int) -> None:
-    """A value that the guest only reads; bits that it can change stay so."""
-    config.data[offset : offset + size] = value.to_bytes(size, "little")
