@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import struct
 from collections.abc import Iterator
@@ -295,4 +296,44 @@ def test_a_console_without_a_chardev_drops() -> None:
     transmit.add([(BUFFERS, 1 << 20, False)])
     transmit.kick()
     rig.platform.wait(lambda: rig.driver.status & NEEDS_RESET)
+    rig.close()
+
+
+@pytest.mark.parametrize("device", [VirtioRng, VirtioSerial])
+@pytest.mark.parametrize("seed", range(3))
+def test_registers_take_anything(device: Any, seed: int, capfd: pytest.CaptureFixture) -> None:
+    """A guest that writes whatever it likes wherever it likes breaks nothing but its device."""
+    generator = random.Random(seed)
+    rig = Rig(device())
+    rig.driver.start(sizes=(8,) * len(device.queue_sizes))
+    bars = [rig.driver.msix_base, rig.driver.capabilities[1]]
+    for _ in range(2000):
+        size = generator.choice((1, 2, 4))
+        value = generator.choice((0, 1, 4, 0xF, 0xFFFFFFFF, generator.getrandbits(32)))
+        value &= (1 << 8 * size) - 1
+        where = generator.randrange(8)
+        offset = generator.randrange(0, 256, size)
+        if where == 0:
+            if not 0x10 <= offset < 0x28 and offset // 2 != 2:  # where the BARs are stays known
+                rig.driver.config(offset, size, value)
+            rig.driver.config(offset, size)
+            continue
+        place = generator.choice(bars) + generator.choice((0, 0x800, 0x1000, 0x2000, 0x3000))
+        place += offset % 64
+        if generator.randrange(2):
+            rig.platform.bus.mmio_write(place, size, value)
+        else:
+            assert 0 <= rig.platform.bus.mmio_read(place, size) < 1 << 8 * size
+        rig.platform.loop.iterate(0)
+    rig.function.on_stop()
+    state = rig.function.save()
+    rig.function.vmstate.encode(state)
+    rig.function.check(state)
+    rig.function.restore(state)
+    rig.function.reset()
+    rig.function.on_run()
+    rig.driver = Driver(rig.platform)
+    rig.driver.start(sizes=(8,) * len(device.queue_sizes))
+    assert rig.driver.status & 4
+    capfd.readouterr()
     rig.close()
