@@ -15,13 +15,15 @@ from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
+from harness.vm import HEARTBEAT
+
 from benchmarks.cases import GIB, MIB, Case
 from benchmarks.machines import (
     update,
     wait_for_heartbeat,
     wait_until_populated,
 )
-from benchmarks.observer import HEARTBEAT, Observer
+from benchmarks.observer import Observer
 from benchmarks.report import CASE_COLUMNS, case_cells, milliseconds, place, table
 from benchmarks.rounds import Timed, left_out
 

@@ -6,9 +6,9 @@ import statistics
 import sys
 import time
 
-from harness.vm import Vm
+from harness.vm import HEARTBEAT, Vm
 
-from benchmarks.observer import HEARTBEAT, Observer
+from benchmarks.observer import Observer
 
 UPDATES = 10
 SETTLE = 0.25

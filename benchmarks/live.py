@@ -22,7 +22,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from harness.vm import ROOT
+
 SETTLE = 1.5  # s after each update
 PAUSE = 0.002  # s between two requests of a client
 

@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from harness.qmp import QmpError
-from harness.vm import ROOT, Vm
+from harness.vm import HEARTBEAT, ROOT, Vm
 
 from benchmarks.cases import GIB, HUGETLB, Case, size_text
-from benchmarks.observer import HEARTBEAT
 from benchmarks.peer import Peer
 
 IMAGES = ROOT / "examples" / "build"

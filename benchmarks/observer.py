@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-ROOT = Path(__file__).resolve().parent.parent
+from harness.vm import HEARTBEAT, ROOT
+
 SOURCE = Path(__file__).with_name("observer.c")
 BINARY = ROOT / "build" / "observer"
-HEARTBEAT = 0x8000
 POLL_US = 50  # 10 would take more than half of a CPU in a virtual machine
 CALIBRATION = 0.5  # seconds
 
@@ -54,7 +54,7 @@ def build() -> Path:
 
 
 class Observer:
-    """Watches the 32-bit counter at `offset` in the RAM behind `path`; a context manager.
+    """Watches the 32-bit counter at `offset` in the RAM at `path`; a context manager.
 
     It runs on the last CPU that this process may use, and where it may under SCHED_FIFO
     (`realtime`), so that a busy machine does not keep it from looking.  Raises RuntimeError where

@@ -23,7 +23,7 @@ from benchmarks.quantiles import percentile
 from benchmarks.rounds import Progress, take_turns
 from benchmarks.settings import shmem_hugepages
 
-SETTLE = 0.1  # how long a window goes on behind the update
+SETTLE = 0.1  # how long a window goes on after the update
 LONGEST_BASELINE = 10.0
 MOVE_TIMEOUT = 20.0
 
@@ -107,7 +107,7 @@ class Subject:
         self._observer.rest()
 
     def turn(self) -> None:
-        """One window without an update, one with, and one behind it.  Raises one of FAILURES."""
+        """One window without an update, one with, and one after it.  Raises one of FAILURES."""
         self._observer.look()
         self._vm.qmp.command("cont")
         keep_vcpus_off(self._vm, self._observer.cpu)

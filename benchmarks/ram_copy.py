@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+from harness.vm import ROOT
+
 from benchmarks.cases import available_memory
 from cpr.constants import MIB, PAGE_SIZE
 from cpr.errors import CprError
@@ -35,7 +37,6 @@ from cpr.pages import (
     bitmap_size,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path(__file__).with_name("ram_ceilings.c")
 LIBRARY = ROOT / "build" / "ram_ceilings.so"
 

@@ -10,9 +10,10 @@ import time
 from statistics import median
 from typing import Any
 
+from harness.vm import HEARTBEAT
+
 from benchmarks.cases import Case
 from benchmarks.machines import update, wait_for_heartbeat
-from benchmarks.observer import HEARTBEAT
 from benchmarks.report import CASE_COLUMNS, case_cells, place, table
 from benchmarks.rounds import Timed, left_out
 

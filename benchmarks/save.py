@@ -70,7 +70,7 @@ class Saver:
 
 
 def fill(vm: Vm, kind: str) -> None:
-    """Gives each page of the guest's RAM behind the first MiB random bytes of its own, or zeros."""
+    """Gives each page of the guest's RAM after the first MiB random bytes of its own, or zeros."""
     tile = os.urandom(TILE) if kind == "random" else bytes(TILE)
     for offset in range(FIRST, len(vm.ram), TILE):
         size = min(TILE, len(vm.ram) - offset)
@@ -78,7 +78,7 @@ def fill(vm: Vm, kind: str) -> None:
 
 
 def punch(vm: Vm) -> None:
-    """Makes a hole of the RAM behind the first MiB, as where the guest has never been."""
+    """Makes a hole of the RAM after the first MiB, as where the guest has never been."""
     vm.ram.madvise(mmap.MADV_REMOVE, FIRST, len(vm.ram) - FIRST)
 
 

@@ -93,7 +93,7 @@ class AddressSpace:
 
 
 class IOBus:
-    """The Bus that vCPUs see: both address spaces behind one lock."""
+    """The Bus that vCPUs see: both address spaces under one lock."""
 
     def __init__(self, lock: Any) -> None:
         self.lock = lock

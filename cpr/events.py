@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+from cpr.constants import US_PER_S
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +30,7 @@ class EventBus:
     def emit(self, name: str, data: dict | None = None) -> None:
         now_us = time.time_ns() // 1000
         event: dict = {
-            "timestamp": {"seconds": now_us // 1_000_000, "microseconds": now_us % 1_000_000},
+            "timestamp": {"seconds": now_us // US_PER_S, "microseconds": now_us % US_PER_S},
             "event": name,
         }
         if data is not None:

@@ -236,7 +236,7 @@ class Machine:
     def unpark(self) -> None:
         """Starts the threads again, and those vCPUs that ran."""
         for thread, was_running in zip(self.threads, self._parked, strict=True):
-            thread.restart()
+            thread.start()
             if was_running:
                 thread.resume()
 
@@ -429,16 +429,16 @@ class Machine:
     def cpr_prepare(self, mode: str) -> None:
         """Has the devices make themselves ready for being saved in `mode`, the guest stopped.
 
-        Raises CprError where one refuses; `cpr_walk_back` is the inverse in that case too.
+        Raises CprError where one refuses; `cpr_rollback` is the inverse in that case too.
         """
         with self.lock:
             for device in self.devices:
                 device.cpr_prepare(mode)
 
-    def cpr_walk_back(self) -> None:
+    def cpr_rollback(self) -> None:
         with self.lock:
             for device in reversed(self.devices):
-                device.cpr_walk_back()
+                device.cpr_rollback()
 
     def take_over(self) -> None:
         """The guest that was loaded is this VMM's for good; it runs on whatever a device says."""

@@ -13,6 +13,7 @@ from _thread import allocate_lock, get_ident
 from heapq import heapify, heappop, heappush
 
 from cpr import report
+from cpr.constants import NS_PER_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 HANGUP = select.EPOLLHUP
-MAX_WAIT_NS = 3600_000_000_000  # of one epoll_wait, which takes no more than 2^31 ms
+MAX_WAIT_NS = 3600 * NS_PER_S  # of one epoll_wait, which takes no more than 2^31 ms
 FEW_TIMERS = 64  # so many may be cancelled before they are looked for
 
 
@@ -126,7 +127,7 @@ class MainLoop:
             elif self._timers:
                 due = max(0, self._timers[0][0] - time.monotonic_ns())
                 timeout_ns = due if timeout_ns is None else min(due, timeout_ns)
-        wait = None if timeout_ns is None else min(timeout_ns, MAX_WAIT_NS) / 1e9
+        wait = None if timeout_ns is None else min(timeout_ns, MAX_WAIT_NS) / NS_PER_S
         ready = self._epoll.poll(wait)
         with self._lock:
             calls, self._calls = self._calls, []

@@ -70,12 +70,6 @@ class GuestMemory:
         self.sections.append(section)
         return section
 
-    def remove_section(self, section: Section) -> None:
-        """The inverse of `add_section`."""
-        self.sections.remove(section)
-        for listener in self._listeners:
-            listener.section_removed(section)
-
     def add_listener(self, listener: MemoryListener) -> None:
         """Tells `listener` of the sections there are, and from now on of every change.
 

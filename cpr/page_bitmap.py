@@ -16,6 +16,11 @@ ENTRY_SIZE = 8  # bytes of an entry of /proc/PID/pagemap
 READ_PAGES = 1 << 16
 
 
+def bitmap_size(pages: int) -> int:
+    """The bytes of a bitmap of so many pages: whole 64-bit words."""
+    return (pages + WORD_BITS - 1) // WORD_BITS * 8
+
+
 class PageBitmap:
     """A bit for each of `pages` pages, all clear.  Page n is bit n % 64 of word n // 64.
 
@@ -24,7 +29,7 @@ class PageBitmap:
 
     def __init__(self, pages: int) -> None:
         self.pages = pages
-        self.words = bytearray((pages + WORD_BITS - 1) // WORD_BITS * 8)
+        self.words = bytearray(bitmap_size(pages))
         self._words = ffi.from_buffer("uint64_t[]", self.words)
 
     def set(self, first: int, count: int) -> None:

@@ -16,6 +16,7 @@ from errno import ENOTSUP
 from cpr._native._cpr import ffi, lib
 from cpr.constants import PAGE_SIZE
 from cpr.errors import CprError, KernelError
+from cpr.page_bitmap import bitmap_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
     from cpr.ram import RAMBlock
 
-WORD_BITS = 64
-LONGEST_RECORD = lib.CPR_RECORD_MOST
 NO_LIMIT = (1 << 64) - 1
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")  # the fastest first
@@ -36,11 +35,6 @@ INSTRUCTION_SETS = ("avx512", "avx2", "portable")  # the fastest first
 ZERO_COPY = lib.CPR_ZERO_COPY  # it is copied: no page is looked at
 ZERO_SKIP = lib.CPR_ZERO_SKIP  # nothing: the target is known to be zero there
 ZERO_CLEAR = lib.CPR_ZERO_CLEAR  # the target's page is cleared, unless it is a hole or zero already
-
-
-def bitmap_size(pages: int) -> int:
-    """The bytes of a bitmap of so many pages: whole 64-bit words."""
-    return (pages + WORD_BITS - 1) // WORD_BITS * 8
 
 
 class PageCounts:

@@ -28,12 +28,8 @@ from cpr.errors import ConfigError, CprError
 from cpr.machine import Machine
 from cpr.memory import GuestMemory
 from cpr.phases import mark
-from cpr.ram import (
-    create_aux_block,
-    create_backend_block,
-    create_default_block,
-    populate,
-)
+from cpr.ram import populate
+from cpr.ram_backend import create_aux_block, create_backend_block, create_default_block
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -176,9 +172,9 @@ def _create_backend(config: Config, backend_id: str, fds: PreservedFds) -> RAMBl
 
 def _bios() -> bytes:
     """A BIOS whose reset vector jumps to the boot sector; every other byte halts."""
-    image = bytearray([HLT]) * BIOS_SIZE
-    image[RESET_VECTOR : RESET_VECTOR + len(JUMP_TO_BOOT)] = JUMP_TO_BOOT
-    return bytes(image)
+    rom = bytearray([HLT]) * BIOS_SIZE
+    rom[RESET_VECTOR : RESET_VECTOR + len(JUMP_TO_BOOT)] = JUMP_TO_BOOT
+    return bytes(rom)
 
 
 class Board:

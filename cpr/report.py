@@ -19,9 +19,8 @@ import select
 import stat
 import sys
 
-from cpr.constants import STDERR, STDIN, STDOUT
+from cpr.constants import PROGRAM, STDERR, STDIN, STDOUT
 
-PROGRAM = "cpr-vmm"
 MAX_TEXT = 64 << 10
 """Bytes of one report; the rest is dropped."""
 
@@ -116,12 +115,12 @@ def _put(fd: int, data: memoryview) -> None:
     """Writes what can be written now.  Raises OSError for the rest."""
     mode = os.fstat(fd).st_mode
     if stat.S_ISSOCK(mode):
-        import _socket  # `socket` itself takes long to import
+        import socket
 
-        sock = _socket.socket(fileno=fd)
+        sock = socket.socket(fileno=fd)
         try:
             while data:
-                data = data[sock.send(data, _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL) :]
+                data = data[sock.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
         finally:
             sock.detach()
         return

@@ -67,7 +67,7 @@ class VCpuThread:
         on_error: Callable[[CprError], None],
     ) -> None:
         self.vcpu = vcpu
-        self.thread_id = 0
+        self._thread_id = 0
         self._scheduling: Scheduling | None = None
         self._bus = bus
         self._on_guest_reset = on_guest_reset
@@ -80,23 +80,25 @@ class VCpuThread:
         self.start()
 
     def start(self) -> None:
-        """Starts the thread, paused; the inverse of `end`."""
+        """Starts the thread, paused; the inverse of `end`.
+
+        After an `end` it is on the CPUs, and has the policy, that it had before.
+        """
         self._ending = False
         self._go = _semaphore()
         self._parked = _semaphore()
         self._woken = _semaphore()
         self._started = _semaphore()
+        self._thread_id = 0
         self._ident = start_new_thread(self._main, ())
-        self._started.acquire()
 
-    def restart(self) -> None:
-        """Starts the thread again after `end`, on the CPUs and by the policy that it had."""
-        self.start()
-        if self._scheduling is not None:
-            try:
-                self._scheduling.give(self.thread_id)
-            except OSError as error:
-                warn_report(f"vCPU {self.vcpu.index} is not scheduled as before: {error.strerror}")
+    @property
+    def thread_id(self) -> int:
+        """The kernel's; waits for a thread that has just been started."""
+        if not self._thread_id:
+            with self._started:
+                pass
+        return self._thread_id
 
     @property
     def running(self) -> bool:
@@ -161,8 +163,13 @@ class VCpuThread:
                 pass
 
     def _main(self) -> None:
-        self.thread_id = get_native_id()
+        self._thread_id = get_native_id()
         self._started.release()
+        if self._scheduling is not None:
+            try:
+                self._scheduling.give(0)
+            except OSError as error:
+                warn_report(f"vCPU {self.vcpu.index} is not scheduled as before: {error.strerror}")
         while True:
             self._go.acquire()
             if self._ending:

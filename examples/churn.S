@@ -15,7 +15,7 @@
  * Memory map
  *   0x8000  dword  HEARTBEAT         pages written, modulo 2**32
  *   0x9000  qword  START             first address of the range, a multiple of 4096 (16 MiB)
- *   0x9008  qword  END               first address behind it, at most 4 GiB (32 MiB)
+ *   0x9008  qword  END               first address after it, at most 4 GiB (32 MiB)
  *   0x9010  qword  DELAY             iterations of an empty loop after each page (0)
  *   0x9018  qword  ROUND             the round under way
  *   0x9020  qword  MISMATCHES        pages that did not hold what they should

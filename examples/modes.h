@@ -61,7 +61,7 @@ gdt_end:
         movw    %ax, %fs                # base 0; in real mode the limit stays what it is
         .endm
 
-/* Goes on behind itself in 32-bit protected mode, paging off, segments flat.  Clobbers eax. */
+/* Goes on after itself in 32-bit protected mode, paging off, segments flat.  Clobbers eax. */
         .macro  enter_protected_mode
         lgdtl   gdt_pointer
         movl    $CR0_PE_ET, %eax
@@ -75,7 +75,7 @@ gdt_end:
         .endm
 
 /*
- * Goes on behind itself in long mode, the first 4 GiB identity-mapped; ds, es and ss keep their
+ * Goes on after itself in long mode, the first 4 GiB identity-mapped; ds, es and ss keep their
  * real-mode values, which do not matter there.  Clobbers eax, ecx, edx, di.
  */
         .macro  enter_long_mode

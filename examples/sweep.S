@@ -8,7 +8,7 @@
  * Memory map
  *   0x8000  dword  HEARTBEAT  blocks of 16 pages written, modulo 2**32
  *   0x9000  qword  START      first address of the range, a multiple of 65536 (1 MiB)
- *   0x9008  qword  END        first address behind it, a multiple of 65536, at most 4 GiB (0)
+ *   0x9008  qword  END        first address after it, a multiple of 65536, at most 4 GiB (0)
  *   0x9010  qword  SWEEPS     whole sweeps done
  */
 

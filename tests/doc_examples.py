@@ -30,12 +30,12 @@ from pathlib import Path
 
 import psutil
 from conformance.terminal import Screen
+from harness.vm import ROOT
 from waiting import wait_for
 
-ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 20.0
 SHELL, MORE, MONITOR = "$ ", "> ", "(qemu) "
-BANNER = "(qemu) QEMU "  # a new image's, behind the prompt of the old one
+BANNER = "(qemu) QEMU "  # a new image's, after the prompt of the old one
 QUESTION = "info "
 ANY = "…"
 FENCE = re.compile(r"```(?P<language>console|python|ini) (?P<name>[\w-]+) ?(?P<word>[\w.-]*)$")
@@ -143,7 +143,7 @@ class Terminal:
             words = ["bash", "--noprofile", "--norc", "--noediting", "-i"]
             os.execvpe("bash", words, environment(folder))
         self._screen = Screen()
-        self._mark = 0  # the line behind which the output of the last step is
+        self._mark = 0  # the line after which the output of the last step is
         self._open = Step("", "", 0)  # the step whose output is still to be compared
         self._is_qmp = False
 
@@ -190,7 +190,7 @@ class Terminal:
             self._type(step)
 
     def _settle(self, prompt: str | None) -> None:
-        """Waits until what the open step shows has come, and `prompt` behind it."""
+        """Waits until what the open step shows has come, and `prompt` after it."""
         self._wait(lambda: self._has_come(self._open.output, prompt), self._open)
 
     def _has_come(self, shown: list[str], prompt: str | None) -> bool:

@@ -56,7 +56,7 @@ class Document:
         return [target for target in targets if "://" not in target]
 
     def anchors(self) -> set[str]:
-        """What a link to a heading has behind its #."""
+        """What a link to a heading has after its #."""
         return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in self._text}
 
 

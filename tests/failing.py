@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from conftest import ROOT
-from harness.vm import VMM, Vm
+from harness.vm import HEARTBEAT, VMM, Vm
 from waiting import wait_for, wait_for_change
 
-HEARTBEAT = 0x8000
+from cpr.live.token import is_kernels, read_stat
+
 BAD = str(ROOT / "tests" / "bad_program.py")
 DEADLINE_MS = 1500  # for those that hang
 LONG_MS = 60_000
@@ -56,7 +57,7 @@ class Failing:
         """Descriptors by what they are, threads, and children of the process that has the VM."""
         pid = self.vm.follow()
         names = [re.sub(r"\[\d+\]|:\d+$", "", name) for name in self.vm.descriptors().values()]
-        threads = [t for t in os.listdir(f"/proc/{pid}/task") if not is_kernels(pid, t)]
+        threads = [t for t in os.listdir(f"/proc/{pid}/task") if not is_kernels_thread(pid, t)]
         return Counter(names), len(threads), self.vm.children()
 
     def update(self, command: list[str], late: bool, state: Path) -> None:
@@ -107,13 +108,12 @@ class Failing:
         self.counter = now
 
 
-def is_kernels(pid: int, task: str) -> bool:
-    """Whether it is a worker of KVM's, which a guard does not get."""
+def is_kernels_thread(pid: int, task: str) -> bool:
+    """Whether it is a worker of KVM's, which a guard does not get, or has ended."""
     try:
-        stat = Path(f"/proc/{pid}/task/{task}/stat").read_text()
+        return is_kernels(read_stat(f"/proc/{pid}/task/{task}/stat")[1])
     except FileNotFoundError:
         return True
-    return bool(int(stat.rpartition(")")[2].split()[6]) & 0x4000)  # PF_USER_WORKER
 
 
 def own(*options: str) -> list[str]:

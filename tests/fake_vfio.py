@@ -388,9 +388,9 @@ class FakeVmm:
         for device in self.devices:
             device.cpr_prepare(mode)
 
-    def walk_back(self) -> None:
+    def rollback(self) -> None:
         for device in reversed(self.devices):
-            device.cpr_walk_back()
+            device.cpr_rollback()
 
     def sections(self) -> list[Any]:
         saved = [device for device in self.devices if device.vmstate is not None]

@@ -8,10 +8,9 @@ import subprocess
 
 import pytest
 from harness.qmp import QmpError
-from harness.vm import VMM
+from harness.vm import HEARTBEAT, VMM
 from waiting import wait_for, wait_for_change
 
-HEARTBEAT = 0x8000
 BASE = ("-nodefaults", "-display", "none", "-accel", "tcg")
 FLOPPY = ("-drive", "file=examples/build/heartbeat.img,format=raw,if=floppy")
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cpr.errors import MigrationError
@@ -148,7 +149,7 @@ def assert_gone(pid: int) -> None:
     if not pid:
         return
     end = time.monotonic() + DEADLINE_S
-    while os.path.exists(f"/proc/{pid}"):
+    while psutil.pid_exists(pid):
         assert time.monotonic() < end, "the command lives, or is a zombie"
         time.sleep(0.01)
 
@@ -165,7 +166,7 @@ def test_a_command_that_does_not_end_is_not_waited_for() -> None:
     assert_gone(peer.child)
     peer = sleeping_child(False)
     peer.close()
-    assert os.path.exists(f"/proc/{peer.child}")
+    assert psutil.pid_exists(peer.child)
     os.killpg(peer.child, signal.SIGKILL)
     assert_gone(peer.child)
 

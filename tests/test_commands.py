@@ -428,7 +428,7 @@ def test_saving_memory(vmm: FakeVmm, session: Session, tmp_path: Path) -> None:
     for name in ("memsave", "pmemsave"):
         assert run(vmm, session, f'{name} 0x7c00 4 "a b"') == ""
         assert (tmp_path / "a b").read_bytes() == b"\xfa\x31\xc0\x8e"
-    run(vmm, session, 'pmemsave 0xff000 0x3000 "edge"')  # behind the RAM there are zeros
+    run(vmm, session, 'pmemsave 0xff000 0x3000 "edge"')  # after the RAM there are zeros
     assert (tmp_path / "edge").read_bytes() == bytes(0x3000)
     assert run(vmm, session, 'memsave 0x100000 16 "edge"') == (
         "Error: Invalid addr 0x0000000000100000/size 16 specified\n"

@@ -1,4 +1,4 @@
-"""What a migration asks of the devices: to get ready, to be saved or not, to walk back."""
+"""What a migration asks of the devices: to get ready, to be saved or not, to roll back."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Recorder(Device):
         if self.problem is not None:
             raise self.problem
 
-    def cpr_walk_back(self) -> None:
-        self.calls.append("walk back")
+    def cpr_rollback(self) -> None:
+        self.calls.append("rollback")
 
     def restore(self, state: dict) -> None:
         self.calls.append("restore")
@@ -120,7 +120,7 @@ def test_order_where_the_exec_fails(source: Source) -> None:
     source.migration.start_cpr_exec(["/nonexistent"])
     source.run_to_the_end()
     assert source.migration.error == "execvp /nonexistent failed: No such file or directory"
-    assert source.device.calls == ["stop", "prepare cpr-exec", "save", "walk back", "run"]
+    assert source.device.calls == ["stop", "prepare cpr-exec", "save", "rollback", "run"]
     assert source.machine.runstate.current == runstate.RUNNING
 
 
@@ -130,7 +130,7 @@ def test_device_that_refuses_when_it_is_asked(source: Source, tmp_path) -> None:
     source.migration.migrate(f"file:{tmp_path}/stream")
     source.run_to_the_end()
     assert (source.migration.status, source.migration.error) == ("failed", "not now")
-    assert source.device.calls == ["stop", "prepare cpr-reboot", "walk back", "run"]
+    assert source.device.calls == ["stop", "prepare cpr-reboot", "rollback", "run"]
     assert source.machine.runstate.current == runstate.RUNNING
 
 

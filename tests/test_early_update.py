@@ -8,8 +8,9 @@ import sys
 
 import pytest
 from conftest import ROOT
-from failing import DEADLINE_MS, HEARTBEAT, Failing, bad, own, start_vm, words
+from failing import DEADLINE_MS, Failing, bad, own, start_vm, words
 from harness.qmp import QmpError
+from harness.vm import HEARTBEAT
 from waiting import wait_for, wait_for_change
 
 

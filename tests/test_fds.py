@@ -175,30 +175,6 @@ def test_persist_leaves_nothing_behind_when_it_fails(monkeypatch):
     assert (environ, fds.state_fd, os.listdir("/proc/self/fd")) == ({}, -1, before)
 
 
-def test_set_cloexec_is_for_all_and_is_its_own_inverse(memfd):
-    environ: dict[str, str] = {}
-    fds, others = PreservedFds(), [memfd(), memfd()]
-    for id, fd in enumerate(others):
-        fds.save("ram0", id, fd)
-    every = [*others, fds.persist(environ)]
-    fds.set_cloexec(False)
-    assert [os.get_inheritable(fd) for fd in every] == [True, True, True]
-    fds.set_cloexec(True)
-    assert [os.get_inheritable(fd) for fd in every] == [False, False, False]
-    fds.unpersist(environ)
-
-
-def test_set_cloexec_names_an_fd_that_is_not_open_and_changes_none(memfd):
-    fds, fd, gone = PreservedFds(), memfd(), memfd()
-    fds.save("ram0", 0, fd)
-    fds.save("ram1", 0, gone)
-    os.close(gone)
-    with pytest.raises(StateError) as caught:
-        fds.set_cloexec(False)
-    assert str(caught.value) == f"CPR fd 'ram1' id 0: descriptor {gone} is not open; {REMEDY}"
-    assert not os.get_inheritable(fd)
-
-
 def test_load_reads_from_the_start_and_takes_over(memfd):
     ram = memfd()
     os.set_inheritable(ram, True)
@@ -326,14 +302,12 @@ if generation == 2:
     print(os.getpid(), os.eventfd_read(counter), os.pread(ram, 9, 0), fds.vfio_devices, memfds)
     sys.exit()
 fds.persist()
-fds.set_cloexec(False)
 try:
     os.execv("/nonexistent", ["x"])
 except OSError:
-    fds.set_cloexec(True)
     fds.unpersist()
-fds.persist()
-fds.set_cloexec(False)
+for fd in (counter, ram, fds.persist()):
+    os.set_inheritable(fd, True)
 os.execv(sys.executable, [sys.executable, "-c", sys.orig_argv[2], str(generation + 1)])
 """
 

@@ -6,11 +6,12 @@ import pytest
 from described import description_of, golden
 from fake_platform import SteppedPlatform
 
-from cpr.devices.i8254 import FREQUENCY, I8254, SECOND, Channel, PcSpeaker
+from cpr.constants import NS_PER_S
+from cpr.devices.i8254 import FREQUENCY, I8254, Channel, PcSpeaker
 from cpr.devices.virtual_timer import LEAST_PERIOD_NS
 
 CONTROL = 0x43
-MILLISECOND = SECOND // 1000
+MILLISECOND = NS_PER_S // 1000
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def speaker(platform: SteppedPlatform, pit: I8254) -> PcSpeaker:
 
 def after_ticks(ticks: int) -> int:
     """The ns after which exactly `ticks` clock ticks have passed."""
-    return -(-ticks * SECOND // FREQUENCY)
+    return -(-ticks * NS_PER_S // FREQUENCY)
 
 
 def program(platform: SteppedPlatform, channel: int, mode: int, count: int) -> None:
@@ -128,14 +129,14 @@ def test_read_back(platform: SteppedPlatform, pit: I8254) -> None:
 def test_irq_0_ticks_at_the_programmed_rate(platform: SteppedPlatform, pit: I8254) -> None:
     program(platform, 0, 2, 11932)  # 100 Hz
     platform.irqs.clear()
-    platform.loop.advance(SECOND)
+    platform.loop.advance(NS_PER_S)
     assert rising_edges(platform) == 99  # of 100.0 periods, the last is not quite over
-    platform.loop.advance(SECOND + MILLISECOND)
+    platform.loop.advance(NS_PER_S + MILLISECOND)
     assert rising_edges(platform) == 100
 
 
 def test_irq_0_of_a_square_wave(platform: SteppedPlatform, pit: I8254) -> None:
-    platform.loop.advance(SECOND)  # 18.2 Hz, which it has from the reset on
+    platform.loop.advance(NS_PER_S)  # 18.2 Hz, which it has from the reset on
     assert rising_edges(platform) == 18
 
 
@@ -153,7 +154,7 @@ def test_terminal_count_interrupts_once(platform: SteppedPlatform, pit: I8254) -
 def test_software_strobe_is_one_pulse(platform: SteppedPlatform, pit: I8254) -> None:
     program(platform, 0, 4, 1000)
     platform.irqs.clear()
-    platform.loop.advance(SECOND)
+    platform.loop.advance(NS_PER_S)
     assert platform.irqs == [(0, True), (0, False)]
 
 
@@ -163,8 +164,8 @@ def test_missed_ticks_are_caught_up(platform: SteppedPlatform, pit: I8254) -> No
     platform.clock.time = 100 * MILLISECOND
     platform.loop.advance(100 * MILLISECOND)
     assert rising_edges(platform) == 100
-    platform.clock.time = 100 * SECOND  # hopelessly late: what is long past is left out
-    platform.loop.advance(100 * SECOND)
+    platform.clock.time = 100 * NS_PER_S  # hopelessly late: what is long past is left out
+    platform.loop.advance(100 * NS_PER_S)
     assert rising_edges(platform) in range(600, 603)
 
 

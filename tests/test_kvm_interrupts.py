@@ -14,7 +14,8 @@ from cpr.accel.kvm import KvmAccelerator
 from cpr.accel.kvm.interrupts import drain
 from cpr.bus import IOBus
 from cpr.errors import KernelError
-from cpr.ram import RAMBlock, create_default_block
+from cpr.ram import RAMBlock
+from cpr.ram_backend import create_default_block
 from cpr.state.fds import PreservedFds
 from cpr.vcpus import VCpuThread, _semaphore
 

@@ -18,7 +18,7 @@ from cpr.accel.kvm.cpuid import cpuid_missing
 from cpr.bus import IOBus
 from cpr.devices.system import VCpuState
 from cpr.errors import ConfigError, KernelError
-from cpr.ram import create_default_block
+from cpr.ram_backend import create_default_block
 from cpr.state.fds import PreservedFds
 from cpr.state.reader import BytesReader
 from cpr.uapi import kvm

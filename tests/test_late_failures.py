@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from harness.vm import VMM, Vm
+from harness.vm import HEARTBEAT, VMM, Vm
 from waiting import wait_for, wait_for_change
 
-HEARTBEAT = 0x8000
 DIES = ["/bin/sh", "-c", '[ -n "$CPR_LIVE" ] && kill -9 $$; exec "$@"', "sh"]
 
 

@@ -10,6 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from live_programs import ROOT, command, environment
 
@@ -54,9 +55,9 @@ def test_the_server_of_the_page(tmp_path: Path, change: str) -> None:
             assert file.readline() == b"1 one\n"
             text = path.read_text().replace('b"%d %s"', 'b"new %d %s"')
             path.write_text(text if change == "good" else "no_such_name\n")
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-            pid = int(children.read_text())
-            subprocess.run(["kill", "-HUP", str(pid)], check=True)
+            parent = psutil.Process(process.pid)
+            (child,) = parent.children()
+            child.send_signal(signal.SIGHUP)
             answer = b""
             count = 1
             for _ in range(500):
@@ -64,14 +65,14 @@ def test_the_server_of_the_page(tmp_path: Path, change: str) -> None:
                 count += 1
                 answer = file.readline()
                 assert answer.endswith(b"%d two\n" % count)
-                if answer.startswith(b"new") or children.read_text().split() != [str(pid)]:
+                if answer.startswith(b"new") or parent.children() != [child]:
                     break
                 time.sleep(0.02)
             assert answer.startswith(b"new") == (change == "good")
             file.write(b"three\n")
             assert file.readline().endswith(b"%d three\n" % (count + 1))
             if change == "good":
-                assert children.read_text().split() == [str(pid)]
+                assert parent.children() == [child]
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()

@@ -9,10 +9,9 @@ import sys
 import psutil
 import pytest
 from harness.qmp import QmpError
-from harness.vm import VMM
+from harness.vm import HEARTBEAT, VMM
 from waiting import wait_for, wait_for_change
 
-HEARTBEAT = 0x8000
 UPDATE_MEMBERS = ("x-cpr-downtime-ns", "x-cpr-update", "x-cpr-phases")
 DUMPER = """
 import json, os, sys, time

@@ -13,7 +13,6 @@ from harness.qmp import QmpError
 from harness.vm import VMM, Vm
 from waiting import is_listening, wait_for, wait_for_change
 
-HEARTBEAT = 0x8000
 RAM = "64M"
 INET = {
     "channel-type": "cpr",

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from errno import EBADF, ECANCELED, ENODATA, ENOSPC, EPERM, EPIPE
 
 import pytest
+from cpr._native._cpr import lib
 from described import golden, reader_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,6 @@ from page_memory import ZEROS, Memory, encoded, memory_of
 from cpr.errors import CprError, KernelError
 from cpr.pages import (
     INSTRUCTION_SETS,
-    LONGEST_RECORD,
     PAGE_SIZE,
     ZERO_CLEAR,
     ZERO_COPY,
@@ -109,7 +109,7 @@ def until_done(pages: Pages, budget: int, call) -> PageCounts:
     total = PageCounts()
     while not pages.done:
         counts = call()
-        assert counts.bytes <= max(budget, LONGEST_RECORD)
+        assert counts.bytes <= max(budget, lib.CPR_RECORD_MOST)
         total.zero += counts.zero
         total.normal += counts.normal
         total.bytes += counts.bytes

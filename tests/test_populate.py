@@ -1,10 +1,11 @@
-"""prealloc=on behind a running guest: the RAM ends populated, and the figure is the truth."""
+"""prealloc=on while a guest runs: the RAM ends populated, and the figure is the truth."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
+from harness.vm import HEARTBEAT
 from staged_guest import mapping
 from waiting import wait_for, wait_for_change
 
@@ -12,8 +13,6 @@ from cpr import ram
 from cpr.constants import MIB
 from cpr.errors import ConfigError
 from cpr.vmm import populate
-
-HEARTBEAT = 0x8000
 
 
 def guest(start, accel):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from cpr import memory as guest_memory
-from cpr import ram
+from cpr import ram, ram_backend
 from cpr.constants import MIB
 from cpr.errors import ConfigError
 from cpr.state.fds import PreservedFds
@@ -23,7 +23,7 @@ def backend(kind: str, **properties: object) -> SimpleNamespace:
 
 def create(kind: str, fds: PreservedFds | None = None, **properties: object) -> ram.RAMBlock:
     names = {name.replace("_", "-"): value for name, value in properties.items()}
-    return ram.create_backend_block(backend(kind, **names), fds or PreservedFds())
+    return ram_backend.create_backend_block(backend(kind, **names), fds or PreservedFds())
 
 
 @pytest.mark.parametrize(
@@ -155,10 +155,10 @@ def test_populate_maps_every_page():
 
 def test_aux_block_is_shared_only_where_asked():
     fds = PreservedFds()
-    private = ram.create_aux_block("pc.rom", MIB, False, fds)
+    private = ram_backend.create_aux_block("pc.rom", MIB, False, fds)
     assert private.fd == -1
     assert private.cpr_blocker() is None
-    shared = ram.create_aux_block("pc.bios", MIB, True, fds)
+    shared = ram_backend.create_aux_block("pc.bios", MIB, True, fds)
     assert fds.find("pc.bios", 0) == shared.fd
     private.close()
     shared.close()
@@ -168,14 +168,14 @@ def test_ram_addr_offsets_are_qemus():
     memory = guest_memory.GuestMemory()
     fds = PreservedFds()
     sizes = (("a", 16 * MIB), ("pc.bios", 256 << 10), ("pc.rom", 128 << 10), ("tables", 2 * MIB))
-    blocks = [memory.add_block(ram.create_aux_block(n, s, False, fds)) for n, s in sizes]
+    blocks = [memory.add_block(ram_backend.create_aux_block(n, s, False, fds)) for n, s in sizes]
     assert [block.offset for block in blocks] == [0, 0x1000000, 0x1040000, 0x1080000]
     memory.close()
 
 
 def test_reads_and_writes_across_sections_and_holes():
     memory = guest_memory.GuestMemory()
-    block = memory.add_block(ram.create_default_block("pc.ram", 2 * MIB, PreservedFds()))
+    block = memory.add_block(ram_backend.create_default_block("pc.ram", 2 * MIB, PreservedFds()))
     memory.add_section(0, 0x1000, block, 0, False, "low")
     memory.add_section(0x2000, 0x1000, block, 0x1000, False, "high")
     memory.write(0xFFE, b"abcd")

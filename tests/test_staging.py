@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cpr import ram
+from cpr import ram_backend
 from cpr.constants import MIB
 from cpr.constants import PAGE_SIZE as PAGE
 from cpr.errors import KernelError, MigrationError
@@ -75,8 +75,10 @@ class Guest:
         config = SimpleNamespace(
             id="ram0", qom_type="memory-backend-ram", properties={"size": SIZE, "share": share}
         )
-        self.block = self.memory.add_block(ram.create_backend_block(config, self.fds))
-        self.rom = self.memory.add_block(ram.create_aux_block("pc.rom", MIB, False, self.fds))
+        self.block = self.memory.add_block(ram_backend.create_backend_block(config, self.fds))
+        self.rom = self.memory.add_block(
+            ram_backend.create_aux_block("pc.rom", MIB, False, self.fds)
+        )
         self.memory.add_section(0, LOW, self.block, 0, False, "low")
         self.memory.add_section(MIB, LAST_OFFSET - MIB, self.block, MIB, False, "middle")
         self.memory.add_section(LAST_START, 3 * PAGE, self.block, LAST_OFFSET, False, "last")

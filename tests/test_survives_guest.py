@@ -12,11 +12,10 @@ from collections import Counter
 import pytest
 from conftest import LATE, MISSING, accel_options
 from harness.qmp import QmpError
-from harness.vm import Vm
+from harness.vm import HEARTBEAT, Vm
 from waiting import wait_for, wait_for_change
 
 KVM_DESCRIPTORS = {"/dev/kvm": 1, "anon_inode:kvm-vm": 1, "anon_inode:kvm-vcpu": 1}
-HEARTBEAT = 0x8000
 INTERRUPTS = 0x8004
 CHURN_ROUND, CHURN_MISMATCHES, CHURN_PAGES = 0x9018, 0x9020, 0x9028
 SMP_COUNTERS, SMP_PASSES, SMP_TOKEN = (0x8000, 0x8004), 0x8008, 0x8010

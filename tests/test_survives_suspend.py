@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from harness.vm import HEARTBEAT
 from waiting import wait_for, wait_for_change
 
-HEARTBEAT = 0x8000
 # On the first boot it marks 0x600 and goes to sleep; when it wakes up, it counts at 0x8000.
 GUEST = bytes.fromhex(
     "803e000600"  # cmp byte [0x600], 0

@@ -6,6 +6,7 @@ import os
 import signal
 from contextlib import suppress
 
+import psutil
 import pytest
 from failing import bad, start_vm
 from harness.qmp import Closed
@@ -19,7 +20,7 @@ def reach(vm, moment: str, folder) -> None:
     """Starts an update, and is back at that moment of it."""
     if moment == "middle":
         vm.qmp.command("cpr-exec", command=bad("hang-after-hello"))
-        wait_for(lambda: b"bad_program" in command_line(vm.pid), "the new program runs")
+        wait_for(lambda: runs_bad_program(vm.pid), "the new program runs")
     elif moment == "late":
         command = [*bad("hang"), "-incoming", f"file:{folder}/state"]
         vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=command)
@@ -29,9 +30,8 @@ def reach(vm, moment: str, folder) -> None:
         vm.update()
 
 
-def command_line(pid: int) -> bytes:
-    with open(f"/proc/{pid}/cmdline", "rb") as file:
-        return file.read()
+def runs_bad_program(pid: int) -> bool:
+    return any("bad_program" in word for word in psutil.Process(pid).cmdline())
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

@@ -78,7 +78,6 @@ def test_a_vmm_whose_files_are_gone_is_updated_all_the_same(start, accel, tmp_pa
         failing.update(bad("refuse"), overlap == "off", tmp_path / "state")
         failing.check("it does not feel like it", same_pid=False)
         vm.qmp.command("cpr-exec", command=command)
-        vm.follow()
         vm.reconnect()
         told = vm.qmp.command("query-migrate")["x-cpr-update"]
         assert told == ("late" if overlap == "off" else "early")

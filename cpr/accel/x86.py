@@ -2,7 +2,7 @@
 
 Register and segment orders, field names and the packing of segment `flags` are those of QEMU's
 `cpu` section; the FPU and vector registers are one XSAVE area in the CPU's standard format
-(Intel SDM vol. 1, 13.4), whose first 512 bytes are the FXSAVE image.
+(Intel SDM vol. 1, 13.4), whose first 512 bytes are laid out as by FXSAVE.
 """
 
 from __future__ import annotations
@@ -28,14 +28,12 @@ MP_RUNNABLE = 0
 MP_UNINITIALIZED = 1
 MP_INIT_RECEIVED = 2
 MP_HALTED = 3
-MP_SIPI_RECEIVED = 4
 
 # Segment `flags`: bits 8 to 23 of a descriptor's second word, in place (Intel SDM vol. 3, 3.4.5).
 FLAG_TYPE_SHIFT = 8
 FLAG_S = 1 << 12
 FLAG_DPL_SHIFT = 13
 FLAG_P = 1 << 15
-FLAG_AVL = 1 << 20
 FLAG_L = 1 << 21
 FLAG_DB = 1 << 22
 FLAG_G = 1 << 23

@@ -9,13 +9,16 @@ import termios
 from cpr import report
 from cpr.chardev.base import CLOSED
 from cpr.chardev.stream import FdChardev
+from cpr.constants import NS_PER_MS
 from cpr.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cpr.mainloop import MainLoop, Timer
 
-LOOK_NS = 200_000_000  # how often an unused pty is looked at; the kernel does not tell of an open
+LOOK_NS = (
+    200 * NS_PER_MS
+)  # how often an unused pty is looked at; the kernel does not tell of an open
 
 
 class PtyChardev(FdChardev):

@@ -14,6 +14,7 @@ import socket
 from cpr import report
 from cpr.chardev.base import flag
 from cpr.chardev.stream import FdChardev
+from cpr.constants import NS_PER_MS, UNIX_PATH_MAX
 from cpr.errors import ConfigError
 from cpr.mainloop import READ, WRITE
 
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
 
     from cpr.mainloop import MainLoop, Timer
 
-UNIX_PATH_MAX = 108  # sizeof(sockaddr_un.sun_path), unix(7)
 MAX_PASSED_FDS = 16
-RETRY_NS = 200_000_000  # until a client is accepted again, where there was no descriptor for it
+RETRY_NS = 200 * NS_PER_MS  # until a client is accepted again, where there was no descriptor for it
 
 
 class SocketOptions:
@@ -319,7 +319,7 @@ class SocketChardev(FdChardev):
 
     def _reconnect_later(self) -> None:
         self._addresses.append(self._addresses.pop(0))
-        self._timer = self.loop.call_later(self._options.reconnect_ms * 1_000_000, self._reconnect)
+        self._timer = self.loop.call_later(self._options.reconnect_ms * NS_PER_MS, self._reconnect)
 
     # Both.
 

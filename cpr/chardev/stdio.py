@@ -15,6 +15,7 @@ import termios
 
 from cpr.chardev.base import CLOSED
 from cpr.chardev.stream import FdChardev
+from cpr.constants import NS_PER_MS
 from cpr.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from cpr.mainloop import MainLoop, Timer
 
 STDIN, STDOUT = 0, 1
-LOOK_NS = 200_000_000  # how often a job in the background looks whether it still is
+LOOK_NS = 200 * NS_PER_MS  # how often a job in the background looks whether it still is
 IFLAG, OFLAG, CFLAG, LFLAG, CC = 0, 1, 2, 3, 6  # indices in termios.tcgetattr's list
 
 # What character mode takes away; COOKED_* is what a terminal usually has of it.

@@ -9,13 +9,11 @@ from cpr.config.chardev_options import BACKENDS
 from cpr.config.device_table import DEVICES
 from cpr.config.machine_options import ACCELERATORS
 from cpr.config.object_options import OBJECTS
+from cpr.constants import PROGRAM, QEMU_VERSION, VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-VERSION = "0.1.0"
-QEMU_VERSION = "11.1.3"
 
 _USAGE = """\
 usage: cpr-vmm run [guest.cfg] [options]
@@ -139,7 +137,7 @@ QEMU_ONLY = frozenset(
 
 
 def _version() -> str:
-    return f"cpr-vmm version {VERSION} (compatible with QEMU {QEMU_VERSION})\n"
+    return f"{PROGRAM} version {VERSION} (compatible with QEMU {QEMU_VERSION})\n"
 
 
 def _help() -> str:

@@ -12,6 +12,8 @@ from cpr.constants import EXEC, TRANSFER
 DESCRIPTORS_KEPT = frozenset({EXEC, TRANSFER})
 """The modes in which a device's descriptors go over to the new VMM."""
 
+MAX_UNATTACHED = 64 << 10  # bytes that are kept for a chardev which is still to come
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -185,10 +187,10 @@ class Device:
     def cpr_prepare(self, mode: str) -> None:
         """The guest is stopped and will be saved: what must come before that.
 
-        Raises CprError where the device refuses; `cpr_walk_back` is the inverse.
+        Raises CprError where the device refuses; `cpr_rollback` is the inverse.
         """
 
-    def cpr_walk_back(self) -> None:
+    def cpr_rollback(self) -> None:
         """It has failed, and the guest goes on here; also called without `cpr_prepare`."""
 
     def copy_blocker(self) -> str | None:

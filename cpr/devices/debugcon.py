@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cpr.devices.base import Device
+from cpr.devices.base import MAX_UNATTACHED, Device
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 PORT = 0xE9
 READBACK = 0xE9
-MAX_UNATTACHED = 64 << 10  # bytes that are kept for a chardev which is still to come
 
 
 class DebugCon(Device):

@@ -32,7 +32,7 @@ class DmaMappings(Device):
 
     @property
     def others(self) -> bool:
-        """Whether the mappings are another VMM's: one before this one, or behind it."""
+        """Whether the mappings are another VMM's: one before this one, or after it."""
         return self._claimed or self.needed()
 
     def copy_blocker(self) -> str | None:
@@ -41,7 +41,7 @@ class DmaMappings(Device):
     def cpr_prepare(self, mode: str) -> None:
         self._mode = mode
 
-    def cpr_walk_back(self) -> None:
+    def cpr_rollback(self) -> None:
         self._mode = ""
 
 

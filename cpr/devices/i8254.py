@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 
+from cpr.constants import NS_PER_S
 from cpr.devices.base import Device, check_range, check_time
 from cpr.devices.virtual_timer import LEAST_PERIOD_NS, VirtualTimer
 from cpr.state.vmstate import VMStateDescription, i32, i64, struct_, u8, u16, u32
@@ -22,7 +23,6 @@ SPEAKER_PORT = 0x61
 IRQ = 0
 FREQUENCY = 1193182
 MOST_COUNT = 1 << 16  # which is what a count of 0 means
-SECOND = 1_000_000_000
 
 # Counter modes (the data sheet's "mode definitions").
 TERMINAL_COUNT, ONE_SHOT, RATE, SQUARE_WAVE, SOFTWARE_STROBE, HARDWARE_STROBE = range(6)
@@ -98,7 +98,7 @@ class Channel:
 
     def elapsed(self, now: int) -> int:
         """Clock ticks since the counter was loaded."""
-        return (now - self.count_load_time) * FREQUENCY // SECOND
+        return (now - self.count_load_time) * FREQUENCY // NS_PER_S
 
     def counter(self, now: int) -> int:
         """The value of the counter."""
@@ -138,7 +138,7 @@ class Channel:
         if next_ticks < 0:
             return -1
         # Rounded up, so that `elapsed` has that many ticks then.
-        return self.count_load_time + -(-next_ticks * SECOND // FREQUENCY)
+        return self.count_load_time + -(-next_ticks * NS_PER_S // FREQUENCY)
 
     def latch_count(self, now: int) -> None:
         if not self.count_latched:
@@ -351,7 +351,7 @@ class I8254(Device):
     def _on_transition(self, deadline: int) -> None:
         assert self._timer is not None and self._platform is not None
         channel = self.channels[0]
-        if channel.is_periodic and channel.count * SECOND // FREQUENCY < LEAST_PERIOD_NS:
+        if channel.is_periodic and channel.count * NS_PER_S // FREQUENCY < LEAST_PERIOD_NS:
             self._platform.set_irq(IRQ, not self.irq_disabled)
             self._platform.set_irq(IRQ, False)
             channel.next_transition_time = self.now() + LEAST_PERIOD_NS

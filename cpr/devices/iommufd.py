@@ -182,10 +182,10 @@ class IommufdBackend(DmaMappings):
             self._claimed = False
             self._change_or_warn()
 
-    def cpr_walk_back(self) -> None:
+    def cpr_rollback(self) -> None:
         """A new VMM may have made them its own before it failed."""
         saved = self.needed() and self._listens
-        super().cpr_walk_back()
+        super().cpr_rollback()
         if saved:
             self._change_or_warn()
 

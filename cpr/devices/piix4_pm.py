@@ -5,6 +5,7 @@ The base is fixed at 0x600, where SeaBIOS puts it too.
 
 from __future__ import annotations
 
+from cpr.constants import NS_PER_S
 from cpr.devices.base import Device
 from cpr.state.vmstate import VMStateDescription, u16
 
@@ -102,7 +103,7 @@ class Piix4Pm(Device):
         if offset == PM1_CONTROL:
             return self._control
         if offset == PM_TIMER and self._platform is not None:
-            return self._platform.clock.now() * TIMER_HZ // 1_000_000_000 & 0xFFFFFF
+            return self._platform.clock.now() * TIMER_HZ // NS_PER_S & 0xFFFFFF
         return 0
 
     def _write(self, offset: int, size: int, value: int) -> None:

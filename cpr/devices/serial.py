@@ -8,7 +8,8 @@ before that in the chardev's own host buffer: none is dropped.
 
 from __future__ import annotations
 
-from cpr.devices.base import Device
+from cpr.constants import NS_PER_S
+from cpr.devices.base import MAX_UNATTACHED, Device
 from cpr.state.vmstate import VMStateDescription, boolean, buffer, i32, struct_, u8, u16, u32
 
 TYPE_CHECKING = False
@@ -22,7 +23,6 @@ PORT_COUNT = 8
 PORTS = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
 IRQS = (4, 3, 4, 3)
 FIFO_SIZE = 16
-MAX_UNATTACHED = 64 << 10  # bytes that are kept for a chardev which is still to come
 CLOCK_HZ = 115200
 
 # Register offsets; RBR and THR, and FCR and IIR, share one.
@@ -418,7 +418,7 @@ class Serial(Device):
         self._stop_timer()
         if self._platform is not None:
             bits = 10 * 4
-            delay_ns = bits * max(self._divider, 1) * 1_000_000_000 // CLOCK_HZ
+            delay_ns = bits * max(self._divider, 1) * NS_PER_S // CLOCK_HZ
             self._timer = self._platform.loop.call_later(delay_ns, self._on_timeout)
 
     def _stop_timer(self) -> None:

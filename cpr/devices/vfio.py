@@ -94,9 +94,9 @@ class Type1Container(DmaMappings):
                 return f"VFIO container has no addresses since the last update: {error}"
         return None
 
-    def cpr_walk_back(self) -> None:
+    def cpr_rollback(self) -> None:
         """Also where only some of the addresses can be given back: their DMA has never stopped."""
-        super().cpr_walk_back()
+        super().cpr_rollback()
         self._update_or_warn()
 
     def save(self) -> dict:
@@ -185,7 +185,7 @@ class Group(Device):
         if mode in DESCRIPTORS_KEPT and self._platform is not None:
             self._platform.accel.remove_vfio_file(self.fd.number)
 
-    def cpr_walk_back(self) -> None:
+    def cpr_rollback(self) -> None:
         if self._platform is not None and not self._claimed:
             self._platform.accel.add_vfio_file(self.fd.number)
 

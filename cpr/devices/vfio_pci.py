@@ -360,7 +360,7 @@ class VfioPci(Device, PciFunction):
             self._backend.leave_vm(self._device)
         self._mode = mode
 
-    def cpr_walk_back(self) -> None:
+    def cpr_rollback(self) -> None:
         if self._mode in DESCRIPTORS_KEPT and self._device is not None:
             self._backend.join_vm(self._device)
         self._mode = ""

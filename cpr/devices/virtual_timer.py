@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cpr.constants import NS_PER_MS
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -9,7 +11,7 @@ if TYPE_CHECKING:
     from cpr.devices.base import Platform
     from cpr.mainloop import Timer
 
-CATCH_UP_NS = 500_000_000
+CATCH_UP_NS = 500 * NS_PER_MS
 """How far behind a periodic timer may be before it leaves ticks out instead of catching up."""
 
 LEAST_PERIOD_NS = 200_000

@@ -10,7 +10,7 @@ A program that wants to update itself uses the names here (see docs/live.md):
     live.update_on(signal.SIGHUP)
     live.ready()
 
-`live.generation` is the number of updates behind this program, 0 at first, and `live.predecessor`
+`live.generation` is how many updates this program has had, 0 at first, and `live.predecessor`
 is the program before it, or None.  Nothing here knows of VMs, and nothing is imported before it is
 used.
 """

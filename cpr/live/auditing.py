@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from cpr.live.image import Image
+from cpr.live.token import is_kernels, read_stat
 
 DESCRIPTOR, THREAD, CHILD, LOCK = "descriptor", "thread", "child", "lock"
 WORDS = {
@@ -25,8 +26,6 @@ FOREIGN = " of a library"
 END_TIME, STEP = 0.1, 0.001  # s
 FIRST = 3  # below are the standard streams, which go over
 OURS = "cpr-live"
-FLAGS_FIELD = 6  # of /proc/PID/stat behind the name: 9 in proc_pid_stat(5), less three
-PF_USER_WORKER = 0x4000  # include/linux/sched.h: a worker of the kernel, as io_uring has
 
 
 class Finding(NamedTuple):
@@ -87,13 +86,12 @@ def _list_threads() -> list[Finding]:
     own, found = threading.get_native_id(), []
     for task in sorted(map(int, os.listdir("/proc/self/task"))):
         try:
-            with open(f"/proc/self/task/{task}/stat") as file:
-                name, _, rest = file.read().rpartition(")")
+            name, fields = read_stat(f"/proc/self/task/{task}/stat")
         except OSError:  # it has ended meanwhile
             continue
-        if task == own or int(rest.split()[FLAGS_FIELD]) & PF_USER_WORKER:
+        if task == own or is_kernels(fields):
             continue
-        text = names.get(task) or f"{task} ({name.partition('(')[2]}){FOREIGN}"
+        text = names.get(task) or f"{task} ({name}){FOREIGN}"
         if not text.startswith(OURS):
             found.append(Finding(THREAD, text, "ends, here too if the update fails", False))
     return found

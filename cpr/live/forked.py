@@ -13,11 +13,11 @@ import os
 import select
 import time
 
-from cpr.live.token import Returned, candidates, take_token
+from cpr.live.token import Returned, candidates, take_token, wait_status
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
 EARLY, DIED, KILLED, MESSAGE = 1, 2, 3, 4  # as in _native/guard.h
@@ -25,9 +25,6 @@ VERSION = 1  # CPR_LIVE_VERSION
 SIZE = 40  # bytes of struct cpr_live_page
 WALL = 0x40000000  # __WALL of wait(2): also children that were cloned without a signal
 TICK_MS = 50  # how often it is looked at the hold, which no descriptor tells
-STATUS_TIMEOUT_NS = 100_000_000
-EXIT_CODE_FIELD = 49  # of /proc/PID/stat behind the name: 52 in proc_pid_stat(5), less three
-STEP = 0.0002  # s
 
 
 class _Fields:
@@ -106,6 +103,7 @@ def execute(
     state_fd: int = -1,
     drop: Sequence[int] = (),
     unblock: Sequence[int] = (),
+    ready: Callable[[], None] = lambda: None,
 ) -> Returned:
     """As guard.execute; `mappings`, `state_fd` and `drop` must be empty.  Raises OSError."""
     if mappings or drop or state_fd >= 0:
@@ -113,6 +111,7 @@ def execute(
     paths = candidates(argv[0], environment) if argv else []
     if not paths:
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    ready()
     old_pid = os.getpid()
     pidfd, exec_pipe = os.pidfd_open(old_pid), (-1, -1)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -256,22 +255,13 @@ def reap(pid: int) -> None:
 
 
 def exit_status(pid: int, pidfd: int) -> int | None:
-    """The wait status of a process that has ended and is not this one's child, or None.
+    """As token.wait_status; when it has been reaped the C part, if there is one, asks its pidfd."""
 
-    While it is a zombie /proc tells it; when it has been reaped the C part can ask its pidfd.
-    """
-    deadline = time.monotonic_ns() + STATUS_TIMEOUT_NS
-    while time.monotonic_ns() < deadline:
+    def ask() -> int | None:
         try:
-            with open(f"/proc/{pid}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
-        except OSError:
-            break
-        if fields[0] == "Z":
-            return int(fields[EXIT_CODE_FIELD])
-        time.sleep(STEP)
-    try:
-        from cpr.live import guard
-    except ImportError:
-        return None
-    return guard.exit_status(pid, pidfd)
+            from cpr.live import guard
+        except ImportError:
+            return None
+        return guard.pidfd_status(pidfd)
+
+    return wait_status(pid, ask)

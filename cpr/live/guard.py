@@ -12,13 +12,14 @@ import os
 import time
 
 from cpr._native._cpr import ffi, lib
+from cpr.constants import NS_PER_S
 from cpr.errors import KernelError
-from cpr.live.token import Returned, candidates
+from cpr.live.token import Returned, candidates, is_kernels, read_stat, wait_status
 from cpr.uapi.fd import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
 EARLY = lib.CPR_GUARD_EARLY
@@ -26,12 +27,8 @@ DIED = lib.CPR_GUARD_DIED
 KILLED = lib.CPR_GUARD_KILLED
 MESSAGE = lib.CPR_GUARD_MESSAGE
 
-ALONE_TIMEOUT_NS = 2_000_000_000
-STATUS_TIMEOUT_NS = 100_000_000
-STEP = 0.0002  # s
-FLAGS_FIELD = 6  # of /proc/PID/stat after the name: 9 in proc_pid_stat(5), less three
-PF_USER_WORKER = 0x4000  # include/linux/sched.h: a worker of the kernel in a process of the user's
-EXIT_CODE_FIELD = 49  # of /proc/PID/stat after the name: 52 in proc_pid_stat(5), less three
+ALONE_TIMEOUT_NS = 2 * NS_PER_S
+ALONE_STEP = 0.00002  # s: a guest may wait too
 
 
 class Page:
@@ -72,7 +69,7 @@ def wait_alone() -> None:
             names = [_task_name(task) for task in others]
             text = f"an update with the threads {', '.join(names)}"
             raise KernelError(text, errno.EBUSY, "they have to be ended before")
-        time.sleep(STEP)
+        time.sleep(ALONE_STEP)
 
 
 def _is_other_thread(task: str) -> bool:
@@ -80,11 +77,9 @@ def _is_other_thread(task: str) -> bool:
     if int(task) == os.getpid():
         return False
     try:
-        with open(f"/proc/self/task/{task}/stat") as file:
-            flags = int(file.read().rpartition(")")[2].split()[FLAGS_FIELD])
+        return not is_kernels(read_stat(f"/proc/self/task/{task}/stat")[1])
     except OSError:  # it has ended meanwhile
         return False
-    return not flags & PF_USER_WORKER
 
 
 def _task_name(task: str) -> str:
@@ -109,10 +104,12 @@ def execute(
     state_fd: int = -1,
     drop: Sequence[int] = (),
     unblock: Sequence[int] = (),
+    ready: Callable[[], None] = lambda: None,
 ) -> Returned:
     """Executes `argv`, looked up in PATH, with the descriptors `keep` and a guard.
 
-    The caller is this process's only thread.  `mappings` are (address, bytes) of memory that is
+    `ready()` is called when all is prepared; from then on the caller is this process's only thread.
+    `mappings` are (address, bytes) of memory that is
     freed piece by piece after a commit.  `state_fd`, one of `keep`, is for a program that knows no
     token: it has taken over when it has closed that and lives on.  `drop` are descriptors that a
     late exec is to close for good, in the old image as in the new one.  `unblock` are signals that
@@ -148,6 +145,7 @@ def execute(
         memory += [ffi.new("char[]", link.encode()), ffi.new("char[]", os.readlink(link).encode())]
         request.state_link, request.state_text = memory[-2:]
     error = -errno.ENOENT
+    ready()
     for path in candidates(argv[0], environment):
         memory.append(ffi.new("char[]", os.fsencode(path)))
         request.path = memory[-1]
@@ -203,28 +201,16 @@ def reap(pid: int) -> None:
 
 
 def exit_status(pid: int, pidfd: int) -> int | None:
-    """The wait status of a process that has ended and is not this one's child, or None.
+    """As token.wait_status; when its parent has reaped it the pidfd tells it (Linux 6.15)."""
+    return wait_status(pid, lambda: pidfd_status(pidfd))
 
-    While it is a zombie /proc tells it, to who may trace it; when its parent has reaped it the
-    pidfd does (Linux 6.15).  Waits a moment for one of the two.
-    """
-    deadline = time.monotonic_ns() + STATUS_TIMEOUT_NS
-    while True:
-        try:
-            with open(f"/proc/{pid}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
-            if fields[0] == "Z":
-                return int(fields[EXIT_CODE_FIELD])
-        except (OSError, IndexError, ValueError):
-            pass
-        info: Any = ffi.new("struct cpr_pidfd_info *")
-        info.mask = lib.CPR_PIDFD_INFO_EXIT
-        try:
-            Fd(pidfd, "pidfd").ioctl(lib.CPR_PIDFD_GET_INFO, "PIDFD_GET_INFO", info)
-        except KernelError:
-            info.mask = 0
-        if info.mask & lib.CPR_PIDFD_INFO_EXIT:
-            return int(info.exit_code)
-        if time.monotonic_ns() > deadline:
-            return None
-        time.sleep(STEP)
+
+def pidfd_status(pidfd: int) -> int | None:
+    """The wait status of the process of a pidfd, where it has been reaped and the kernel tells."""
+    info: Any = ffi.new("struct cpr_pidfd_info *")
+    info.mask = lib.CPR_PIDFD_INFO_EXIT
+    try:
+        Fd(pidfd, "pidfd").ioctl(lib.CPR_PIDFD_GET_INFO, "PIDFD_GET_INFO", info)
+    except KernelError:
+        return None
+    return int(info.exit_code) if info.mask & lib.CPR_PIDFD_INFO_EXIT else None

@@ -1,6 +1,6 @@
 """This process as an image among others: what it got from the one before, and what it will give.
 
-There is one of these, `current()`.  Behind an exec it speaks to the previous program: the first use
+There is one of these, `current()`.  After an exec it speaks to the previous program: the first use
 asks for what that program has (`connect`), `take_over` asks it to stop and to hand over the state,
 and `commit` ends it.
 """
@@ -24,7 +24,7 @@ from cpr.live.transaction import EARLY, END, HAND_OVER, LATE, READY, REHEARSE, S
 if TYPE_CHECKING:
     from cpr.live.messages import Message
 
-PROGRAM = "cpr.live"
+NAME = "cpr.live"
 REAP_MS = 50  # for so long a commit waits for the old program's end
 PIECE = 64 << 10
 
@@ -89,7 +89,7 @@ class Image:
         if self._link is None or self._header is not None:
             return
         if self._link.mode in (EARLY, REHEARSE):
-            self._call(self._link.hello, PROGRAM)
+            self._call(self._link.hello, NAME)
         message = self._receive(STATE)
         header, fds = message.body, message.fds
         if header.get("stderr"):

@@ -104,6 +104,7 @@ class Update:
         drop: Sequence[int] = (),
         interrupted: Callable[[], bool] = lambda: False,
         holds_signals: bool = False,
+        park: Callable[[], None] = lambda: None,
     ) -> None:
         """Becomes `argv` under this PID; `keep` are descriptors that go over besides.
 
@@ -113,17 +114,22 @@ class Update:
 
         With `holds_signals` the new image has the signals ENDING blocked, for as long as it has no
         handler for them; it is one that unblocks them then.
+        `park()` ends the other threads; it is called last thing, and may raise.
         `interrupted()` tells of one that the old image has taken, and would not come to.
 
         With `state_fd` the program is one that knows nothing of this, and gets only `keep`.  `drop`
         are descriptors that a late exec closes here too; `dropped` says that it has.
         """
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-        try:
+
+        def ready() -> None:
+            park()
             self._guard.wait_alone()
             if interrupted():
                 raise UpdateError("a signal that ends what is updated has come before the exec")
             mark("exec")
+
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        try:
             returned = self._guard.execute(
                 argv,
                 environment
@@ -139,6 +145,7 @@ class Update:
                 state_fd=state_fd,
                 drop=drop,
                 unblock=ENDING if state_fd >= 0 or not holds_signals else (),
+                ready=ready,
             )
         except (OSError, ValueError) as error:
             text = error.strerror if isinstance(error, OSError) else str(error)

@@ -7,13 +7,22 @@ is read once.
 from __future__ import annotations
 
 import os
+import time
+
+from cpr.constants import NS_PER_MS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 TOKEN = (1 << 64) - 2
 """The most that an eventfd counts (eventfd(2)): it becomes writable when this has been read."""
+
+# Of /proc/PID/stat after the name: proc_pid_stat(5) counts from 1, and three more.
+STATE_FIELD, FLAGS_FIELD, EXIT_CODE_FIELD = 0, 6, 49
+PF_USER_WORKER = 0x4000  # include/linux/sched.h: a worker of the kernel in a process of the user's
+STATUS_TIMEOUT_NS = 100 * NS_PER_MS
+STEP = 0.0002  # s
 
 
 class Returned:
@@ -76,3 +85,40 @@ def pending_signals(pid: int) -> frozenset[int]:
     for word in words:
         bits |= int(word, 16)
     return frozenset(number for number in range(1, 65) if bits >> (number - 1) & 1)
+
+
+def read_stat(path: str) -> tuple[str, list[str]]:
+    """The name in /proc/…/stat, and the fields after it.  Raises OSError."""
+    with open(path) as file:
+        head, _, fields = file.read().rpartition(")")
+    return head.partition("(")[2], fields.split()
+
+
+def is_kernels(fields: list[str]) -> bool:
+    """Whether a thread is a worker of the kernel's (KVM, vhost, io_uring), by read_stat."""
+    return bool(int(fields[FLAGS_FIELD]) & PF_USER_WORKER)
+
+
+def zombie_status(pid: int) -> int | None:
+    """The wait status of a process that has ended and is not reaped yet, where it may be known."""
+    try:
+        fields = read_stat(f"/proc/{pid}/stat")[1]
+        return int(fields[EXIT_CODE_FIELD]) if fields[STATE_FIELD] == "Z" else None
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def wait_status(pid: int, ask: Callable[[], int | None]) -> int | None:
+    """The wait status of a process that has ended and is not this one's child, or None.
+
+    While it is a zombie /proc tells it, to who may trace it; then `ask()` may.  Waits a moment for
+    one of the two.
+    """
+    deadline = time.monotonic_ns() + STATUS_TIMEOUT_NS
+    while True:
+        status = zombie_status(pid)
+        if status is None:
+            status = ask()
+        if status is not None or time.monotonic_ns() > deadline:
+            return status
+        time.sleep(STEP)

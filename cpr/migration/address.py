@@ -9,12 +9,10 @@ The dict is QEMU's MigrationAddress: {"transport": "file", "filename", "offset"}
 
 from __future__ import annotations
 
-from cpr.constants import SIZE_SUFFIXES
+from cpr.constants import MAX_FILE_OFFSET, SIZE_SUFFIXES, UNIX_PATH_MAX
 from cpr.errors import MigrationError
 
 BACKGROUND = frozenset({"unix", "inet"})
-UNIX_PATH_MAX = 108  # sizeof(sockaddr_un.sun_path), unix(7)
-MAX_OFFSET = (1 << 63) - 1  # of a file
 
 
 def parse(uri: str | None, channels: list[dict] | None) -> dict:
@@ -119,7 +117,7 @@ def _offset(value: object) -> int:
         offset = int(str(value))
     except ValueError:
         raise MigrationError(f"Parameter 'offset' expects a number, not {value!r}") from None
-    if not 0 <= offset <= MAX_OFFSET:
+    if not 0 <= offset <= MAX_FILE_OFFSET:
         raise MigrationError(f"file offset {offset:#x} is in no file: give one below {1 << 63:#x}")
     return offset
 

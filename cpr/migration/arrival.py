@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 
-from cpr.constants import PROGRAM
+from cpr.constants import PROGRAM_VERSION
 from cpr.errors import MigrationError
 from cpr.live.transaction import END, HAND_OVER, READY, REHEARSE, STATE, UpdateError
+from cpr.migration import loadvm
+from cpr.migration.capabilities import Capabilities
 from cpr.migration.channel import Channel
 from cpr.migration.hand_over import decode_state, differences
 from cpr.migration.placement import Placement
@@ -27,6 +29,8 @@ class Arrival:
         self._predecessor = predecessor
         self._guest: dict[str, Any] = {}
         self._cpu: Any = None
+        self._sections: set[tuple[str, int]] = set()
+        self._stream = -1
         self.placement = Placement((), (), ())
         self.failure = ""
         """Why an update failed whose old command this is; empty for a new program."""
@@ -37,11 +41,14 @@ class Arrival:
 
     def receive_state(self, fds: PreservedFds) -> None:
         """Asks for the CPR state and takes it over.  Raises CprError."""
-        self._predecessor.hello(PROGRAM)
+        self._predecessor.hello(PROGRAM_VERSION)
         message = self._predecessor.receive(STATE)
         self._guest, self._cpu = message.body["guest"], message.body["cpu"]
         self.placement = Placement(*message.body["placement"])
         self.failure = str(message.body["failure"])
+        self._sections = {(idstr, instance) for idstr, instance in message.body["sections"]}
+        if self._sections:
+            self._stream = message.fds.pop(0)
         fds.take_over(decode_state(message))
 
     def check(self, machine: Machine) -> None:
@@ -57,17 +64,34 @@ class Arrival:
         self._predecessor.send(READY)
         self._predecessor.receive(END)
 
-    def receive_guest(self, fds: PreservedFds) -> Channel:
-        """Says that all is ready, and waits for the guest: its stream, which is the caller's."""
+    def load_sections(self, machine: Machine) -> None:
+        """Loads what the old VMM could save while the guest runs.  Raises CprError."""
+        if self._stream < 0:
+            return
+        source, self._stream = Channel(self._stream, "file"), -1
+        os.lseek(source.fd, 0, os.SEEK_SET)
+        try:
+            loadvm.load(machine, Capabilities(), source, described=False, complete=False)
+        finally:
+            source.close()
+
+    def receive_guest(self, fds: PreservedFds) -> tuple[Channel, set[tuple[str, int]]]:
+        """Says that all is ready, and waits for the guest.
+
+        Returns its stream, which is the caller's, and the sections that are not in there, because
+        nothing has changed in them since `load_sections`.
+        """
         self._predecessor.send(READY)
         message = self._predecessor.receive(HAND_OVER)
-        self.placement.hand_over()
         stream = message.fds.pop(0)
         os.lseek(stream, 0, os.SEEK_SET)
         if message.body["changed"]:
             renewed = {(name, id) for name, id in message.body["renewed"]}
             fds.replace(decode_state(message), renewed)
-        return Channel(stream, "file")
+        kept = {(idstr, instance) for idstr, instance in message.body["kept"]}
+        if not kept <= self._sections:
+            raise MigrationError("the old VMM leaves out sections that it has never sent")
+        return Channel(stream, "file"), kept
 
     def commit(self) -> None:
         """The guest is this VMM's.  Ends the process where the old VMM has ended meanwhile."""

@@ -1,8 +1,8 @@
 """cpr-exec: the update of this process by exec, and its inverse for when execvp fails.
 
-    begin      CPR state into a memfd that the environment names
-    finish     CLOEXEC cleared, execvp; on failure CLOEXEC set again and MigrationError
-    walk_back  closes the memfd, removes the temporary directory
+    begin     CPR state into a memfd that the environment names
+    finish    the exec, guarded; MigrationError where the guest goes on here
+    rollback  closes the memfd, removes the temporary directory
 
 Without a command of the user's the VMM runs its own command line again, with an -incoming that
 reads the state from a private temporary directory; the new image removes that directory.
@@ -161,7 +161,7 @@ class Exec(KeepsRam):
         self.ended_by = error.ended_by
         return MigrationError(f"{error}; the guest goes on in the old VMM, PID {os.getpid()}")
 
-    def walk_back(self) -> None:
+    def rollback(self) -> None:
         if self._persists:  # one that was refused must not undo another's
             self._fds.unpersist()
             self._persists = False

@@ -19,6 +19,7 @@ import socket
 import time
 from contextlib import suppress
 
+from cpr.constants import NS_PER_S
 from cpr.errors import CommandError, MigrationError, StateError
 from cpr.migration.address import check_unix_path
 from cpr.migration.listener import listen_at
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 HANG_UP = select.EPOLLIN | select.EPOLLHUP | select.EPOLLRDHUP
 MESSAGE_SIZE = 65536
-HAND_OVER_NS = 5_000_000_000  # the source unlocks when its stream is out, a moment after its end
+HAND_OVER_NS = 5 * NS_PER_S  # the source unlocks when its stream is out, a moment after its end
 LOCK_POLL = 0.0005  # s
 MAX_DESCRIPTORS = 16  # of one message; QEMU sends one
 MAX_ALL_DESCRIPTORS = 16384  # of one state: several devices, 2048 vectors each
@@ -85,7 +86,7 @@ class Transfer(KeepsRam):
         give_guest_away(machine)
         super().finish(machine)
 
-    def walk_back(self) -> None:
+    def rollback(self) -> None:
         self._close()
 
     def _close(self) -> None:

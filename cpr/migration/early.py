@@ -52,7 +52,9 @@ if TYPE_CHECKING:
 MOST_RETURNS = 1
 NONE = Capabilities()  # those that the user has set are about streams to anybody
 DEATH_MS = 1000  # between the end of a process's descriptors and its own
-SIGNAL_NS = 50_000_000  # how often it is looked whether the new image was sent one that ends the VM
+SIGNAL_NS = (
+    50 * NS_PER_MS
+)  # how often it is looked whether the new image was sent one that ends the VM
 
 
 class EarlyUpdate:
@@ -80,6 +82,7 @@ class EarlyUpdate:
         self._returns = 0
         self._failure = ""
         self._sent: dict[tuple[str, int], int] = {}
+        self._known: dict[tuple[str, int], bytes] = {}
         self._stopped = False
         self._closed = False
         self._placement = Placement.of(self._machine.threads)
@@ -94,17 +97,29 @@ class EarlyUpdate:
 
     def execute(self) -> None:
         """Becomes the command, and goes on in the guard; or the update fails."""
+        parked = False
+
+        def park() -> None:
+            nonlocal parked
+            parked = True
+            self._process.park()
+
         self._placement.keep_away()
-        self._process.park()
         try:
             self._update.execute(
-                self._mode.command, os.environ, early=True, timeout_ns=0, holds_signals=True
+                self._mode.command,
+                os.environ,
+                early=True,
+                timeout_ns=0,
+                holds_signals=True,
+                park=park,
             )
         except Exception as error:  # the guest must not be lost to a bug here
             if not isinstance(error, CprError):
                 exception_report(error)
             self._placement.give_back()
-            self._process.unpark()
+            if parked:
+                self._process.unpark()
             self._fail(str(error))
             return
         self._process.unpark()
@@ -185,37 +200,49 @@ class EarlyUpdate:
         check_protocol(message)
         machine, fds = self._machine, self._outgoing.fds
         self._sent = fds.serials()
-        send_state(self._update, machine, fds.state(), self._failure, self._placement)
-        if machine.runstate.current == runstate.RUNNING:
-            savevm.warm_up(machine, NONE, self._mode, True)
+        self._known = {}
+        stream = _stream_memfd()
+        try:
+            if machine.runstate.current == runstate.RUNNING:
+                channel = Channel(os.dup(stream), "file")
+                self._known = savevm.save_running(machine, self._mode, channel)
+            send_state(
+                self._update,
+                machine,
+                fds.state(),
+                self._failure,
+                self._placement,
+                self._known,
+                stream if self._known else -1,
+            )
+        finally:
+            os.close(stream)
 
     def _hand_over(self) -> None:
         """Stops the guest and sends what is left of it."""
         outgoing, machine, fds = self._outgoing, self._machine, self._outgoing.fds
         for reason in device_blockers(machine, EXEC):
             raise MigrationError(reason)
-        try:
-            stream = os.memfd_create("cpr-stream")
-        except OSError as error:
-            raise MigrationError(f"memfd of the hand-over: {error.strerror}") from None
+        stream = _stream_memfd()
         try:
             channel = Channel(os.dup(stream), "file")
             saver = savevm.Saver(machine, NONE, self._mode, channel)
             saver.ram()
             gc.disable()
             machine.accel.saves_cpu_model = False
-            self._placement.hand_over()
+            self._placement.hand_over(self._update.pid)
             self._update.page.struct.stopped_ns = time.monotonic_ns()
             self._stopped = True
             outgoing.stop_guest()
             machine.cpr_prepare(EXEC)
             self._state.set("device")
-            saver.devices(outgoing.old_state, False)
+            bodies = saver.devices(outgoing.old_state, False, known=self._known)
             channel.finish()
             serials = fds.serials()
             changed = serials != self._sent
             renewed = [key for key in serials if serials[key] != self._sent.get(key, 0)]
-            body = {"changed": changed, "renewed": renewed}
+            kept = [key for key, body in bodies.items() if self._known.get(key) == body]
+            body = {"changed": changed, "renewed": renewed, "kept": kept}
             state = fds.state() if changed else None
             send(self._update, HAND_OVER, body, state, stream)
             self._placement.keep_away()  # nothing here goes before the new image from now on
@@ -321,3 +348,11 @@ class EarlyUpdate:
         for fd in (self._update.fileno(), self._update.pidfd, self._update.token):
             self._loop.unwatch(fd)
         self._update.close()
+
+
+def _stream_memfd() -> int:
+    """The caller's.  Raises MigrationError."""
+    try:
+        return os.memfd_create("cpr-stream")
+    except OSError as error:
+        raise MigrationError(f"memfd of the hand-over: {error.strerror}") from None

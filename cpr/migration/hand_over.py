@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 
-from cpr.constants import PROGRAM
+from cpr.constants import PROGRAM_VERSION
 from cpr.live.transaction import PROTOCOL, STATE, UpdateError
 from cpr.state import cpr_channel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from cpr.live.messages import Message
@@ -71,17 +72,27 @@ def check_protocol(message: Message) -> None:
 
 
 def send_state(
-    update: Update, machine: Machine, state: CprState, failure: str, placement: Placement
+    update: Update,
+    machine: Machine,
+    state: CprState,
+    failure: str,
+    placement: Placement,
+    sections: Iterable[tuple[str, int]] = (),
+    stream: int = -1,
 ) -> None:
-    """Sends what a new VMM builds its machine from; `failure` is why the one before has failed."""
+    """Sends what a new VMM builds its machine from; `failure` is why the one before has failed.
+
+    `stream` is a memfd with the `sections` that could be saved while the guest runs, if there are.
+    """
     body = {
-        "program": PROGRAM,
+        "program": PROGRAM_VERSION,
         "guest": describe(machine),
         "cpu": machine.accel.cpu_model(),
         "failure": failure,
         "placement": placement.describe(),
+        "sections": list(sections),
     }
-    send(update, STATE, body, state)
+    send(update, STATE, body, state, stream)
 
 
 def send(update: Update, kind: str, body: dict, state: CprState | None, stream: int = -1) -> None:

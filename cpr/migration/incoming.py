@@ -20,7 +20,9 @@ from cpr.state.reader import StreamError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Sequence
+
+    Sections = Container[tuple[str, int]]
 
     from cpr.machine import Machine
     from cpr.mainloop import MainLoop
@@ -236,20 +238,25 @@ class Incoming:
             error_report(text)
             self._machine.request_exit(1)
 
-    def load(self, source: channel.Channel, handed_over: bool = False) -> None:
+    def load(self, source: channel.Channel, loaded: Sections | None = None) -> None:
         """Loads the stream and brings the VM up as it was.  On the main loop, or before it runs.
 
-        One that is handed over by an old image has no description and no capabilities.
+        One that is handed over by an old image has no description, no capabilities, and no section
+        that was `loaded` before and has not changed.
         """
-        self._bring_up(self._read(source, handed_over))
+        self._bring_up(self._read(source, loaded))
 
-    def _read(self, source: channel.Channel, handed_over: bool = False) -> str:
+    def _read(self, source: channel.Channel, loaded: Sections | None = None) -> str:
         """Loads the stream and closes it; returns the state in which the guest was."""
         mark("load")
         self._set_status("active")
         try:
-            capabilities = Capabilities() if handed_over else self._state.capabilities
-            old_state = loadvm.load(self._machine, capabilities, source, not handed_over)
+            if loaded is None:
+                old_state = loadvm.load(self._machine, self._state.capabilities, source)
+            else:
+                old_state = loadvm.load(
+                    self._machine, Capabilities(), source, described=False, loaded=loaded
+                )
         except StreamError as error:
             for line in error.stderr:
                 error_report(line)

@@ -20,6 +20,8 @@ from cpr.state.stream import StreamReader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from cpr.devices.base import Device
     from cpr.machine import Machine
     from cpr.migration.capabilities import Capabilities
@@ -32,11 +34,12 @@ def load(
     channel: Channel,
     described: bool = True,
     complete: bool = True,
+    loaded: Container[tuple[str, int]] = (),
 ) -> str:
     """Loads a stream into a stopped machine; returns the run state that the source was in.
 
     `described`: the description that only tools read is expected at its end.  `complete`: every
-    device that requires it has its section.
+    device that requires it has its section, here or in what was `loaded` before.
 
     Raises StreamError for a stream that is not this machine's; then no device has changed.
     """
@@ -75,7 +78,7 @@ def load(
         bulk.close()
     check_content(machine, had_pages)
     for key, device in devices.items():
-        if complete and device.required and key not in states:
+        if complete and device.required and key not in states and key not in loaded:
             raise StreamError(f"there is no section '{key[0]}' instance {key[1]} in the stream")
     if described:
         reader.vmdescription()

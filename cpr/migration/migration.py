@@ -174,7 +174,7 @@ class Migration:
             self._start(address, mode, "on", "auto")
         except CprError:
             self.parameters.set(saved)
-            mode.walk_back()
+            mode.rollback()
             raise
 
     def _check(self, address: dict, mode: Mode, resume: bool = False) -> None:
@@ -291,7 +291,7 @@ class Migration:
                 raise
             if self.outgoing is not None:
                 self.outgoing.unstage()  # the guest goes on in its own RAM
-            self.machine.cpr_walk_back()
+            self.machine.cpr_rollback()
 
     def close(self, exit_status: int) -> None:
         """The VM ends, with whatever is under way."""

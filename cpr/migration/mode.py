@@ -77,7 +77,7 @@ class Mode:
         """The stream is written and closed.  Raises MigrationError where the end fails."""
         machine.runstate.set(runstate.POSTMIGRATE)
 
-    def walk_back(self) -> None:
+    def rollback(self) -> None:
         """The inverse of `begin`; may be called at any time."""
 
 

@@ -222,7 +222,7 @@ class Outgoing:
         if self._cancel:
             raise Cancelled("Switchover is interrupted")
 
-    def _write(self, step: Callable[[], None]) -> None:
+    def _write(self, step: Callable[[], object]) -> None:
         """Runs one step of writing the stream, and puts it out."""
         assert self._channel is not None and self._saver is not None
         try:
@@ -327,10 +327,10 @@ class Outgoing:
             self._channel.close()
             self._channel = None
         if self._mode is not None:
-            self._mode.walk_back()
+            self._mode.rollback()
             self._mode = None
         self.early = None
-        self.machine.cpr_walk_back()
+        self.machine.cpr_rollback()
         self.unstage()
         self.state.error = error
         exec_failed = self.state.status == "completed"
@@ -349,7 +349,7 @@ class Outgoing:
 
     def run_on(self) -> None:
         """The inverse of `stop_guest`, for a hand-over that did not happen."""
-        self.machine.cpr_walk_back()
+        self.machine.cpr_rollback()
         self._go_back(False)
 
     def _go_back(self, exec_failed: bool) -> None:

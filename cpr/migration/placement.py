@@ -49,10 +49,12 @@ class Placement:
         """Moves the caller's thread, and what it starts; the inverse is `give_back`."""
         _move(self._away)
 
-    def hand_over(self) -> None:
-        """Moves the caller's thread to the CPUs of the guest, which has been stopped."""
+    def hand_over(self, new_image: int) -> None:
+        """Moves the caller's thread and the main thread of the new image, which waits, to the CPUs
+        of the guest, which is about to be stopped."""
         if self._away:
             _move(self._own - self._away)
+            _move(self._own - self._away, new_image)
 
     def give_back(self) -> None:
         """The caller's thread may run where the main thread might before the update."""
@@ -70,12 +72,12 @@ class Placement:
                 )
 
 
-def _move(cpus: set[int]) -> None:
-    """Leaves the thread where it is if there is no CPU to go to."""
+def _move(cpus: set[int], thread_id: int = 0) -> None:
+    """Leaves the thread, 0 for the caller's, where it is if there is no CPU to go to."""
     if not cpus:
         return
     try:
-        os.sched_setaffinity(0, cpus)
+        os.sched_setaffinity(thread_id, cpus)
     except OSError as error:
         warn_report(f"the VMM cannot run on the CPUs {sorted(cpus)}: {error.strerror}")
 

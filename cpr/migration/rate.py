@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 
-from cpr.constants import NS_PER_S
+from cpr.constants import NS_PER_MS, NS_PER_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-WINDOW_NS = 100_000_000  # QEMU's: what is not used within it is forgotten
+WINDOW_NS = 100 * NS_PER_MS  # QEMU's: what is not used within it is forgotten
 SLICE = 16 << 20  # bytes at once where there is no limit, so that figures go on
 LEAST = 4096  # what the smallest step may take
 

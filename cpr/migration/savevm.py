@@ -11,6 +11,7 @@ import os
 from cpr import runstate
 from cpr.accel.x86 import VMSTATE_CPU
 from cpr.errors import KernelError
+from cpr.migration.capabilities import Capabilities
 from cpr.migration.globalstate import (
     VMSTATE_GLOBALSTATE,
     encode_runstate,
@@ -24,9 +25,10 @@ from cpr.state.stream import StreamWriter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from cpr.devices.base import Device
     from cpr.machine import Machine
-    from cpr.migration.capabilities import Capabilities
     from cpr.migration.channel import Channel
     from cpr.migration.mode import Mode
     from cpr.ram import RAMBlock
@@ -129,66 +131,85 @@ class Saver:
                     writer.close_section(RAM_SECTION_ID)
 
     def devices(
-        self, old_state: str, described: bool = True, devices: list[Device] | None = None
-    ) -> None:
+        self,
+        old_state: str,
+        described: bool = True,
+        devices: list[Device] | None = None,
+        known: Mapping[tuple[str, int], bytes] | None = None,
+    ) -> dict[tuple[str, int], bytes]:
         """The devices, the run state and, if it is `described`, the description: all the rest.
 
-        `old_state` is the runstate that the machine was in before it was stopped.
+        `old_state` is the runstate that the machine was in before it was stopped.  A section of
+        which the reader has the same body already, in `known`, is left out.  Returns the bodies of
+        all the devices' sections by idstr and instance.
         `devices` are all of the machine's, where nothing else is said.
         """
         writer, machine = self._writer, self._machine
+        bodies: dict[tuple[str, int], bytes] = {}
         writer.command(stream.SWITCHOVER_START)
         writer.end(RAM_SECTION_ID, ram_section.END)
         with machine.lock:
             every = machine.sections() if devices is None else devices
             saved = [device for device in every if device.needed()]
             for number, device in enumerate(saved):
-                assert device.vmstate is not None
-                writer.device(
-                    FIRST_DEVICE_ID + number,
-                    device.idstr,
-                    device.instance_id,
-                    device.vmstate,
-                    device.save(),
-                )
+                vmstate, state = device.vmstate, device.save()
+                assert vmstate is not None
+                key = (device.idstr, device.instance_id)
+                bodies[key] = body = vmstate.encode(state)
+                if known is None or known.get(key) != body:
+                    writer.device(FIRST_DEVICE_ID + number, *key, vmstate, state, body)
         last_id = FIRST_DEVICE_ID + len(saved)
         state = encode_runstate(old_state, machine.was_suspended)
         writer.device(last_id, VMSTATE_GLOBALSTATE.name, 0, VMSTATE_GLOBALSTATE, state)
         writer.eof()
         if described:
             writer.vmdescription()
+        return bodies
 
 
-def warm_up(machine: Machine, capabilities: Capabilities, mode: Mode, running: bool) -> None:
-    """Goes once through what a hand-over does, so that the guest does not stand still for a first
-    time: imports, caches, pages of memory.
+def save_running(machine: Machine, mode: Mode, channel: Channel) -> dict[tuple[str, int], bytes]:
+    """What of a machine can be saved while its guest runs: all but its vCPUs and host devices.
 
-    On the old side, of a `running` guest, what was read is dropped, and a vCPU is asked for its
-    state as by `info registers`; on the new side, which has no guest yet, it is loaded again, but
-    for devices of the host.  Nothing changes by that.
+    Most of it stays as it is to the hand-over, and need not be sent again then.  It also makes that
+    run warm code.  Returns the bodies as `Saver.devices` does.
     """
+    _check_no_ram(machine, mode)
+    saver = Saver(machine, Capabilities(), mode, channel)
+    saver.ram()
+    devices = [device for device in machine.sections() if device.plain and not device.of_vcpu]
+    bodies = saver.devices(runstate.RUNNING, False, devices)
+    channel.finish()
+    VMSTATE_CPU.encode(machine.vcpu_state(0))
+    return bodies
+
+
+def warm_up(machine: Machine, mode: Mode) -> None:
+    """Saves a machine that has no guest yet, and loads it again, but for devices of the host.
+
+    Nothing changes by that; a hand-over then does nothing for the first time, for which the guest
+    would stand still: imports, caches, pages of memory.
+    """
+    from cpr.migration import loadvm
     from cpr.migration.channel import Channel
 
-    if any(mode.sends(block, False) for block in machine.blocks):
-        raise ValueError(f"{mode.name} sends RAM, which is the guest's: no trial may write that")
+    _check_no_ram(machine, mode)
     fd = os.memfd_create("cpr-warm-up")
     channel = Channel(os.dup(fd), "file")
+    source = Channel(fd, "file")
     try:
-        saver = Saver(machine, capabilities, mode, channel)
+        saver = Saver(machine, Capabilities(), mode, channel)
         saver.ram()
-        devices = [d for d in machine.sections() if d.plain and not (running and d.of_vcpu)]
+        devices = [device for device in machine.sections() if device.plain]
         saver.devices(runstate.RUNNING, False, devices)
-        if running:
-            VMSTATE_CPU.encode(machine.vcpu_state(0))
         channel.flush()
         os.lseek(fd, 0, os.SEEK_SET)
-        if not running:
-            from cpr.migration import loadvm
-
-            source, fd = Channel(fd, "file"), -1
-            loadvm.load(machine, capabilities, source, False, False)
-            source.close()
+        loadvm.load(machine, Capabilities(), source, described=False, complete=False)
     finally:
+        source.close()
         channel.close()
-        if fd >= 0:
-            os.close(fd)
+
+
+def _check_no_ram(machine: Machine, mode: Mode) -> None:
+    """RAM is the guest's, which runs: nothing that is saved beside it may be written there."""
+    if any(mode.sends(block, False) for block in machine.blocks):
+        raise ValueError(f"{mode.name} sends RAM")

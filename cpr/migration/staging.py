@@ -16,12 +16,12 @@ import errno
 import time
 from _thread import allocate_lock
 
-from cpr.constants import MS_PER_S, NS_PER_S, PAGE_SIZE
+from cpr.constants import MS_PER_S, NS_PER_MS, NS_PER_S, PAGE_SIZE
 from cpr.errors import ConfigError, KernelError, MigrationError
 from cpr.migration.rate import RateLimit
 from cpr.page_bitmap import PageBitmap, existing_pages
 from cpr.pages import NO_LIMIT, ZERO_CLEAR, ZERO_SKIP, PageCounts, PagePool, Pages
-from cpr.ram import create_copy, page_sizes
+from cpr.ram_backend import create_copy, page_sizes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cpr.ram import RAMBlock
     from cpr.state.fds import PreservedFds
 
-LEAST_PASS_NS = 50_000_000  # a log with little in it is not taken all the time
+LEAST_PASS_NS = 50 * NS_PER_MS  # a log with little in it is not taken all the time
 
 
 def wanted(machine: Machine, regenerates: bool, page_size: int) -> list[tuple[RAMBlock, int]]:

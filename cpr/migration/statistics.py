@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from cpr.constants import NS_PER_MS, PAGE_SIZE
+from cpr.constants import NS_PER_MS, NS_PER_S, PAGE_SIZE
 
 STOPPED_SYNCS = 2  # QEMU's count where no page is written meanwhile
 
@@ -111,7 +111,7 @@ class RamCounters:
 
     def query(self, times: Times) -> dict:
         """The `ram` of query-migrate."""
-        seconds = times.total_ns / 1e9
+        seconds = times.total_ns / NS_PER_S
         mbps = self.transferred * 8 / seconds / 1e6 if seconds else 0
         return {
             "total": self.total,

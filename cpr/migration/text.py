@@ -7,15 +7,11 @@ GLib's g_shell_parse_argv; so are the error texts.
 from __future__ import annotations
 
 from cpr.config.option_values import parse_bool, parse_int, parse_size
+from cpr.config.options import SIZE_HINT
 from cpr.constants import U64_LIMIT
 from cpr.errors import CommandError
 
 I64_MAX = (1 << 63) - 1
-
-SIZE_HINT = (
-    "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
-    "and exabytes, respectively."
-)
 
 
 def size_parameter(name: str, text: str) -> int:

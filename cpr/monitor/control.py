@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from cpr import runstate
-from cpr.constants import PROGRAM
+from cpr.constants import PROGRAM_VERSION, QEMU_VERSION
 from cpr.errors import CommandError
 from cpr.monitor.schema import Session
 
-# Clients go by it: the behaviour is that of this QEMU.
-QEMU_VERSION = {"micro": 3, "minor": 1, "major": 11}
-VERSION = {"qemu": QEMU_VERSION, "package": PROGRAM}
+MAJOR, MINOR, MICRO = map(int, QEMU_VERSION.split("."))
+VERSION = {"qemu": {"micro": MICRO, "minor": MINOR, "major": MAJOR}, "package": PROGRAM_VERSION}
 
 MAX_UNREAD = 64 << 10
 """Bytes of answers that a monitor's client may leave unread before its next commands wait."""

@@ -7,16 +7,17 @@ from typing import Any
 
 from cpr import report
 from cpr.chardev.base import OPENED, Chardev
+from cpr.constants import NS_PER_MS, QEMU_VERSION
 from cpr.errors import CommandError, CprError
 from cpr.monitor import commands, registers
 from cpr.monitor.command_line import ArgumentReader, Line, UsageError
-from cpr.monitor.control import MAX_UNREAD, QEMU_VERSION
+from cpr.monitor.control import MAX_UNREAD
 from cpr.monitor.readline import Readline
 from cpr.monitor.schema import AFTER_MIGRATION, NOW, Command, Session
 
 PROMPT = "(qemu) "
-BANNER = "QEMU {major}.{minor}.{micro} monitor - type 'help' for more information\r\n"
-LOOK_NS = 100_000_000
+BANNER = f"QEMU {QEMU_VERSION} monitor - type 'help' for more information\r\n"
+LOOK_NS = 100 * NS_PER_MS
 
 
 class HmpMonitor:
@@ -44,7 +45,7 @@ class HmpMonitor:
 
     def _on_event(self, event: str) -> None:
         if event == OPENED:
-            self._chardev.write(BANNER.format(**QEMU_VERSION).encode())
+            self._chardev.write(BANNER.encode())
             self._readline.restart()
             if not self._suspended:
                 self._readline.show_prompt()

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from cpr.constants import PAGE_SIZE
 from cpr.errors import CommandError
 from cpr.monitor import registers
 from cpr.monitor.schema import Session
-from cpr.ram import PAGE_SIZE
 
 SAVE_CHUNK = 64 * 1024
 LINE_BYTES = 16

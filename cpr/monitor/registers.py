@@ -1,7 +1,7 @@
 """`info registers`: a vCPU's state in QEMU's layout, and the registers that $name means.
 
 The state has the fields of x86.VMSTATE_CPU; the x87 and SSE registers are read from its XSAVE
-area, whose first 512 bytes are the FXSAVE image (Intel SDM vol. 1, table 10-2).
+area, whose first 512 bytes are laid out as by FXSAVE (Intel SDM vol. 1, table 10-2).
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from cpr.accel import x86
 NAMES = ("AX", "CX", "DX", "BX", "SP", "BP", "SI", "DI")  # in the order of env.regs
 SHOWN = ("AX", "BX", "CX", "DX", "SI", "DI", "BP", "SP")
 SEGMENTS = ("ES", "CS", "SS", "DS", "FS", "GS")
-U64 = (1 << 64) - 1
 
-# Offsets in the FXSAVE image.
+# Offsets in it.
 FCW, FSW, FTW, MXCSR, ST0, XMM0 = 0, 2, 4, 24, 32, 160
 
 FLAG_LETTERS = ((11, "O"), (10, "D"), (7, "S"), (6, "Z"), (4, "A"), (2, "P"), (0, "C"))

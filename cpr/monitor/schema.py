@@ -139,7 +139,6 @@ class Flag(Kind):
         return BOOLEAN.check(path, value)
 
 
-ANY = Kind()
 STRING = Simple("string", str, "string")
 LINE = Simple("string", str, "line")  # the rest of the line at the HMP
 BOOLEAN = Simple("boolean", bool, "on|off")

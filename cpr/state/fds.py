@@ -4,7 +4,7 @@ Whoever needs a descriptor that must survive calls `open` with a name and an id:
 saved, or in the new image found, by the same code.  The registry never closes a
 descriptor that was saved: it stays with the object that uses it, which deletes it from here
 before closing it.  Preserved descriptors are close-on-exec, so that no other program that is
-started gets them; only between `set_cloexec(False)` and the exec are they not.
+started gets them; the exec of an update alone clears that, after the clone.
 """
 
 from __future__ import annotations
@@ -95,22 +95,6 @@ class PreservedFds:
     def state(self) -> CprState:
         """What a new image, or another process, is given."""
         return CprState(list(self._fds), list(self.vfio_devices))
-
-    def set_cloexec(self, on: bool) -> None:
-        """Sets or clears FD_CLOEXEC on all the fds, and on the state's memfd if there is one.
-
-        Raises StateError if one is not open; then the others are as they were.
-        """
-        entries = list(self._fds)
-        if self.state_fd >= 0:
-            entries.append((STATE_NAME, 0, self.state_fd))
-        for done, (name, id, fd) in enumerate(entries):
-            try:
-                os.set_inheritable(fd, not on)
-            except OSError as error:
-                for _, _, changed in entries[:done]:
-                    os.set_inheritable(changed, on)
-                raise StateError(_not_open(name, id, fd)) from error
 
     def persist(self, environ: MutableMapping[str, str] = os.environ) -> int:
         """Writes the state to a memfd, names it in `environ`, and returns it.

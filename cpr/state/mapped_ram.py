@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from errno import EINVAL
 
-from cpr.constants import PAGE_SIZE
+from cpr.constants import MAX_FILE_OFFSET, PAGE_SIZE
 from cpr.state.reader import LoadError
 
 TYPE_CHECKING = False
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 _HEADER = struct.Struct(">IQQQ")
 VERSION = 1
 ALIGNMENT = 1 << 20
-MAX_OFFSET = (1 << 63) - 1  # of a file
 
 
 class Layout:
@@ -42,8 +41,8 @@ class Layout:
         """The layout of a block whose header is written at `offset`."""
         bitmap_offset = offset + _HEADER.size
         layout = cls(bitmap_offset, 0, used_length)
-        behind = bitmap_offset + layout.bitmap_size
-        return cls(bitmap_offset, -(-behind // ALIGNMENT) * ALIGNMENT, used_length)
+        end_of_bitmap = bitmap_offset + layout.bitmap_size
+        return cls(bitmap_offset, -(-end_of_bitmap // ALIGNMENT) * ALIGNMENT, used_length)
 
     def header(self) -> bytes:
         return _HEADER.pack(VERSION, PAGE_SIZE, self.bitmap_offset, self.pages_offset)
@@ -61,7 +60,7 @@ class Layout:
         if page_size != PAGE_SIZE:
             raise LoadError(EINVAL, f"Migration mapped-ram page size {page_size} is not supported")
         layout = cls(bitmap_offset, pages_offset, used_length)
-        if max(bitmap_offset + layout.bitmap_size, layout.end) > MAX_OFFSET:
+        if max(bitmap_offset + layout.bitmap_size, layout.end) > MAX_FILE_OFFSET:
             raise LoadError(
                 EINVAL,
                 f"Migration mapped-ram offsets {bitmap_offset:#x} and {pages_offset:#x} are in no "

@@ -136,11 +136,15 @@ class StreamWriter:
         instance_id: int,
         vmsd: VMStateDescription,
         state: dict,
+        body: bytes | None = None,
     ) -> None:
-        """A FULL section, and its place in the description; `state` must stay as it is."""
+        """A FULL section, and its place in the description; `state` must stay as it is.
+
+        `body` is what `vmsd` makes of it, where that is known.
+        """
         self._devices.append((idstr, instance_id, vmsd, state))
         section = Section(FULL, section_id, idstr, instance_id, vmsd.version_id)
-        self._section(section, vmsd.encode(state))
+        self._section(section, vmsd.encode(state) if body is None else body)
 
     def command(self, command: int, payload: bytes = b"") -> None:
         self.write(struct.pack(">BHH", COMMAND, command, len(payload)) + payload)

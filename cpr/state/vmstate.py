@@ -196,14 +196,6 @@ def u64(name: str, num: int | None = None) -> Field:
     return FixedField(name, "uint64", num)
 
 
-def i8(name: str, num: int | None = None) -> Field:
-    return FixedField(name, "int8", num)
-
-
-def i16(name: str, num: int | None = None) -> Field:
-    return FixedField(name, "int16", num)
-
-
 def i32(name: str, num: int | None = None) -> Field:
     return FixedField(name, "int32", num)
 

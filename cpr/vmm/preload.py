@@ -6,6 +6,8 @@ be gone; an update, its failure and a rehearsal must not read them any more.
 
 from __future__ import annotations
 
+from importlib import import_module
+
 MODULES = (
     "cpr.accel.kvm.cpuid_names",
     "cpr.accel.paging",
@@ -46,4 +48,4 @@ def preload() -> None:
     A guest that stands still for a late update waits for none of this: it comes after it runs.
     """
     for name in MODULES:
-        __import__(name)
+        import_module(name)

@@ -12,14 +12,13 @@ import sys
 
 from cpr import pc, phases
 from cpr.config import parse_command_line
-from cpr.constants import STDERR
+from cpr.constants import NS_PER_S, STDERR
 from cpr.errors import ConfigError, MigrationError
 from cpr.events import EventBus
 from cpr.live.new_image import find_predecessor
 from cpr.live.transaction import EARLY, LATE
 from cpr.mainloop import MainLoop
 from cpr.migration.address import connects_in_background
-from cpr.migration.capabilities import Capabilities
 from cpr.migration.incoming import DEFER, Sources
 from cpr.migration.migration import Migration
 from cpr.migration.mode import EXEC, KeepsRam
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from cpr.migration.arrival import Arrival
     from cpr.migration.cpr_transfer import CprListener
 
-HANG_UP_NS = 2_000_000_000
+HANG_UP_NS = 2 * NS_PER_S
 SWITCH_INTERVAL = 0.0001
 """How long, in s, a vCPU that exits to a device waits for another thread's Python at most."""
 
@@ -175,10 +174,11 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     mark("populate")
     populate_before(vmm.machine.blocks)
     gc.disable()  # not in the hand-over, for which the guest stands still
-    savevm.warm_up(vmm.machine, Capabilities(), KeepsRam(EXEC), False)
+    savevm.warm_up(vmm.machine, KeepsRam(EXEC))
+    arrival.load_sections(vmm.machine)
     mark("ready")
-    source = arrival.receive_guest(fds)
-    incoming.load(source, handed_over=True)
+    source, loaded = arrival.receive_guest(fds)
+    incoming.load(source, loaded)
     for step in (
         arrival.placement.keep_away,
         lambda: predecessor.wait_hang_up(HANG_UP_NS),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from cpr.constants import NS_PER_MS
 from cpr.errors import ConfigError, CprError
 from cpr.live import guard
 from cpr.mainloop import READ
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from cpr.vmm.daemon import Pidfile
     from cpr.vmm.populate import Populator
 
-FLUSH_NS = 200_000_000
+FLUSH_NS = 200 * NS_PER_MS
 
 
 class Vmm(Process):

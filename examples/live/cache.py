@@ -1,4 +1,4 @@
-"""A table of 1 GiB behind a threaded HTTP server that updates itself: `kill -HUP PID`.
+"""A table of 1 GiB, served by a threaded HTTP server that updates itself: `kill -HUP PID`.
 
 GET /N gives the line in slot N, PUT /N sets it.  The table is shared memory that the next program
 has too; requests that are being served are finished before the hand-over, and connections that

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.qmp import Qmp, QmpError
+from harness.vm import HEARTBEAT
 
 from .match import Mismatch, fill
 from .process import DEADLINE, POLL, Process, Snapshot
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from .peer import Pump
     from .target import Target
 
-HEARTBEAT = 0x8000
 STATE_VARIABLE = "QEMU_CPR_EXEC_STATE"
 NULL = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0)
 SILENT = [NULL, (os.POSIX_SPAWN_DUP2, 0, 1)]

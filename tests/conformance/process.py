@@ -72,7 +72,7 @@ class Process:
     def kill(self) -> None:
         """Ends the process, if it still lives, and what it has started, and waits for it.
 
-        An old image that goes on behind it is in its process group.
+        An old image that goes on after it is in its process group.
         """
         ended = self.poll() is not None
         try:
@@ -125,7 +125,7 @@ class Process:
         return found
 
     def open_descriptor(self, number: int, flags: int) -> int:
-        """A descriptor of ours for the file behind one of the process's."""
+        """A descriptor of ours for the file of one of the process's."""
         return os.open(self._proc(f"fd/{number}"), flags)
 
     def offset(self, number: int) -> int:

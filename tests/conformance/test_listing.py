@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from harness.vm import ROOT
 
 
 def test_the_listing_in_the_documentation_is_this_one() -> None:

@@ -1,5 +1,5 @@
 /*
- * sti-window: an interrupt that waits is taken only after the instruction behind STI.
+ * sti-window: an interrupt that waits is taken only after the instruction after STI.
  *
  * Each round sends an interrupt to itself while interrupts are off, and then has them on for one
  * instruction.
@@ -7,7 +7,7 @@
  * Memory map
  *   0x8000  dword  READY       1 when the rounds begin
  *   0x8004  dword  INTERRUPTS  interrupts taken
- *   0x8008  dword  AFTER       times that the instruction behind STI was executed
+ *   0x8008  dword  AFTER       times that the instruction after STI was executed
  *   0x800c  dword  EARLY       interrupts taken before it
  *   0x8010  dword  LATE        interrupts not taken right after it, as a KVM may that emulates
  */

@@ -19,6 +19,7 @@ from harness.qmp import TIMEOUT, Qmp
 
 ROOT = Path(__file__).resolve().parents[2]
 VMM = [sys.executable, "-m", "cpr.vmm", "run"]
+HEARTBEAT = 0x8000  # where the example guests count
 ALL_CPUS = os.sched_getaffinity(0)  # which the VMMs may use, wherever this process is
 
 
@@ -88,7 +89,7 @@ class Vm:
                 return Qmp(self.socket, self._timeout)
             except OSError as error:
                 status = self.process.poll()
-                if status is not None and not self.processes():  # nor an old image behind it
+                if status is not None and not self.processes():  # nor an old image
                     raise RuntimeError(f"VMM ended with {status}: {self.stderr}") from error
                 if time.monotonic() > deadline:
                     text = f"no monitor after {self._timeout:.0f} s: {error}"
@@ -153,8 +154,14 @@ class Vm:
         return found
 
     def follow(self) -> int:
-        """The PID of the one process that has this VM now, which an update may have changed."""
-        (self.pid,) = self.processes()
+        """The PID of the one process that has this VM, which an update may have changed.
+
+        Waits for the old image of an update, which ends when the new one has the guest.
+        """
+        deadline = time.monotonic() + self._timeout
+        while len(found := self.processes()) > 1 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        (self.pid,) = found
         return self.pid
 
     def ask(self, name: str, **arguments: Any) -> Any:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.vm import ROOT
 
 from .initramfs import RESULTS, build, init_script
 from .kernels import KERNELS
 from .packages import PROGRAMS, Unavailable, install, run
 from .vm import Ended, NestedVm
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).parent
 INSIDE = HERE / "inside"
 LOGS = ROOT / "build" / "nested"  # of the last run with each kernel

@@ -32,7 +32,7 @@ BUILD_PROGRAMS = {
 
 
 class Unavailable(Exception):
-    """Something that the VM needs cannot be had here; the text says what and the remedy."""
+    """Something that the VM needs is not to be found here; the text says what and the remedy."""
 
 
 def run(*command: str | Path, cwd: Path | None = None, seconds: float = DOWNLOAD_SECONDS) -> str:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from harness.vm import ROOT
 
 from .initramfs import RESULTS, build
 from .kernels import KERNELS, Kernel
 from .packages import PROGRAMS, Unavailable, install
 from .vm import Ended, NestedVm
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 INIT = f"""#!/bin/sh
 mkdir -p /proc /dev
 mount -t proc proc /proc

@@ -405,7 +405,7 @@ static int next_event(struct event *event, const struct tcg_fault *fault)
     return 0;
 }
 
-/* A fault of INT n, INT3 or INTO returns to the instruction itself; RIP is behind it. */
+/* A fault of INT n, INT3 or INTO returns to the instruction itself; RIP is after it. */
 static void step_back(struct tcg_cpu *cpu, uint32_t vector)
 {
     struct tcg_registers *r = cpu->registers;

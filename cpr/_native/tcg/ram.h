@@ -29,7 +29,7 @@ int tcg_ram_add(struct tcg_ram_map *map, const struct tcg_ram *ram);
 /* 0, or -EINVAL: there is no such range. */
 int tcg_ram_remove(struct tcg_ram_map *map, uint64_t address, uint64_t size);
 
-/* Host memory behind a guest-physical address, or NULL: it is not RAM, or not writable RAM.
+/* The host memory of a guest-physical address, or NULL: it is not RAM, or not writable RAM.
    *available is how many bytes from there on are alike. */
 uint8_t *tcg_ram_find(const struct tcg_ram_map *map, uint64_t address, int is_write,
                       uint64_t *available);

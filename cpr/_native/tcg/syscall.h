@@ -4,7 +4,7 @@
 
 #include "cpu.h"
 
-/* RIP is behind the instruction, which is two bytes long.  0, or -1: a triple fault. */
+/* RIP is after the instruction, which is two bytes long.  0, or -1: a triple fault. */
 int tcg_syscall(struct tcg_cpu *cpu);
 int tcg_sysenter(struct tcg_cpu *cpu);
 

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
+from cpr.constants import PROGRAM
 from cpr.errors import CprError
 from cpr.vmm.inspect import diff, text
 from cpr.vmm.inspect.source import Found, NoState, Source, inspect, open_source
 
-PROGRAM = "cpr-vmm"
 ALL = "*"
 DESCRIPTION = """\
 Shows a CPR state or a migration stream, and what is wrong in it and where.

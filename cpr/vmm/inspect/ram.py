@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cpr.state import mapped_ram
 from cpr.state.ram_section import (
     CONTINUE,
     EOS,
@@ -26,7 +27,6 @@ from cpr.state.ram_section import (
 from cpr.vmm.inspect.cursor import Cursor, Damage
 
 XBZRLE = 0x40
-MAPPED_RAM_VERSION = 1
 
 ZERO_PAGE = 0
 """The place of a page of zeros; no page is at offset 0 of a file."""
@@ -118,7 +118,7 @@ class RamWalker:
         begin = cursor.offset
         version, page_size = cursor.integer(4), cursor.integer(8)
         bitmap_offset, pages_offset = cursor.integer(8), cursor.integer(8)
-        if version != MAPPED_RAM_VERSION or page_size != PAGE_SIZE:
+        if version != mapped_ram.VERSION or page_size != PAGE_SIZE:
             raise Damage(
                 begin, f"mapped-ram version {version} with pages of {page_size} bytes is not known"
             )

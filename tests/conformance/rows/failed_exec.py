@@ -1,4 +1,4 @@
-"""Part 4: an exec that fails, and the walk back; the guest goes on in the old image."""
+"""Part 4: an exec that fails, and the rollback; the guest goes on in the old image."""
 
 from __future__ import annotations
 

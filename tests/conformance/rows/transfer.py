@@ -124,7 +124,7 @@ def _memfds(lab: Lab, name: str) -> list[tuple[str, int]]:
 
 @step
 def went_on_from(lab: Lab, name: str) -> None:
-    """The guest's counter is not behind the other VMM's."""
+    """The guest's counter is not less than the other VMM's."""
     lab.vm.count = lab.vms[name].count
 
 

@@ -12,7 +12,6 @@ from harness.vm import VMM
 
 from . import machine
 
-ROOT = Path(__file__).resolve().parent.parent.parent.parent
 UNPRIVILEGED = 1000
 # What a user needs for a guest of 64 MiB: iommufd counts it twice while it changes hands.
 MEMLOCK = {"type1": 80 << 20, "iommufd": 200 << 20}

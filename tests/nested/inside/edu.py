@@ -16,11 +16,12 @@ DMA_SOURCE, DMA_DESTINATION, DMA_COUNT, DMA_COMMAND = 0x80, 0x88, 0x90, 0x98
 RUN, FROM_DEVICE, WITH_INTERRUPT = 1, 2, 4
 COMMAND = 4  # the PCI register
 MEMORY_AND_MASTER = 0x6
+OUTSIDE_INTERRUPT = 0x20  # a cause that edu's guest does not raise
 SECONDS = 30.0
 
 
 class Edu:
-    """The device behind an open VFIO device descriptor, which stays the caller's."""
+    """The device of an open VFIO device descriptor, which stays the caller's."""
 
     def __init__(self, device: Fd) -> None:
         self.device = device

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from harness.vm import VMM, Vm
+import pytest
+from harness.vm import ROOT, VMM, Vm
 from waiting import wait_for
 
-ROOT = Path(__file__).resolve().parent.parent.parent.parent
 BUILD = Path(__file__).resolve().parent.parent / "guests" / "build"
 READY = 2
 RAM_MIB = 64
 SECONDS = 60.0
+KINDS = ["type1", pytest.param("iommufd", marks=pytest.mark.iommufd)]
+DEVICE = {"type1": r"\[vfio-device\]", "iommufd": r"\[vfio-device\]|/dev/vfio/devices/"}
 # Writes what the new image is given to a file, and becomes the new image.
 CAPTURE = 'cat /proc/self/fd/$QEMU_CPR_EXEC_STATE >"$0"; exec "$@"'
 

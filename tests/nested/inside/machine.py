@@ -15,6 +15,7 @@ DEVICES = (EDU, E1000E, NVME, SECOND_EDU, *TWINS)
 
 PCI = Path("/sys/bus/pci")
 DRIVER = "vfio-pci"
+INTX_DISABLE = 0x400  # of PCI_COMMAND
 
 
 def device(address: str) -> Path:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from harness.vm import ROOT, Vm
 from waiting import wait_for
 
@@ -87,7 +88,7 @@ def waiting_new_image(vm: Vm) -> Iterator[Callable[[], None]]:
     vm.qmp.command("cpr-exec", command=["/bin/sh", "-c", f'{wait}; exec "$@"', "sh", *words])
 
     def is_waiting() -> bool:
-        return os.readlink(f"/proc/{vm.pid}/exe") == os.path.realpath("/bin/sh")
+        return psutil.Process(vm.pid).exe() == os.path.realpath("/bin/sh")
 
     wait_for(is_waiting, "the new program waits", SECONDS)
 

@@ -20,7 +20,7 @@ SERIAL = slice(DATA + 4, DATA + 24)
 
 
 class Nvme:
-    """The controller behind an open VFIO device; `ram` is mapped for it from address 0 on."""
+    """The controller of an open VFIO device; `ram` is mapped for it from address 0 on."""
 
     def __init__(self, device: Fd, ram: mmap.mmap) -> None:
         self.device = device

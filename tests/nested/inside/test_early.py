@@ -6,9 +6,9 @@ import pytest
 from waiting import wait_for
 
 from .edu import MEMORY_AND_MASTER
-from .guest import check_adapter, check_running, device_words, locked, own_words, running
+from .guest import KINDS, check_adapter, check_running, device_words, locked, own_words, running
 from .guest import update_by_migrate as migrate
-from .machine import E1000E, EDU, NVME, command
+from .machine import E1000E, EDU, INTX_DISABLE, NVME, command
 from .new_images import (
     FAILURES,
     TIMEOUT_MS,
@@ -20,9 +20,7 @@ from .new_images import (
 )
 from .nvme import ENABLED, READY
 
-KINDS = ["type1", pytest.param("iommufd", marks=pytest.mark.iommufd)]
 UPDATES = 20
-INTX_DISABLE = 0x400  # of PCI_COMMAND
 
 
 @pytest.fixture

@@ -11,12 +11,20 @@ from waiting import wait_for
 
 from .conftest import UNPRIVILEGED as UID
 from .conftest import User, give_devices
-from .guest import BUILD, check_running, device_words, locked, machine_words, own_words, running
+from .guest import (
+    BUILD,
+    KINDS,
+    SECONDS,
+    check_running,
+    device_words,
+    locked,
+    machine_words,
+    own_words,
+    running,
+)
 from .machine import EDU, SECOND_EDU, TWINS, unbind
 from .new_images import wait_for_failure
 
-KINDS = ["type1", pytest.param("iommufd", marks=pytest.mark.iommufd)]
-SECONDS = 60.0
 RAM = 64 << 20
 
 

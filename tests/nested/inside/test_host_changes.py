@@ -9,10 +9,9 @@ import pytest
 from waiting import wait_for
 
 from .conftest import MEMLOCK, User, give_devices
-from .guest import SECONDS, check_running, device_words, locked, running
+from .guest import KINDS, SECONDS, check_running, device_words, locked, running
 from .machine import EDU, device, driver
 
-KINDS = ["type1", pytest.param("iommufd", marks=pytest.mark.iommufd)]
 USER = 1000
 
 

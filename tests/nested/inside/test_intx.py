@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from .edu import IRQ_RAISE, Edu
-from .guest import device_words, running, stopped_new_image
+from .edu import IRQ_RAISE, OUTSIDE_INTERRUPT, Edu
+from .guest import DEVICE, KINDS, device_words, running, stopped_new_image
 from .machine import EDU
 from .stolen import descriptor
-
-KINDS = ["type1", pytest.param("iommufd", marks=pytest.mark.iommufd)]
-DEVICE = {"type1": r"\[vfio-device\]", "iommufd": r"\[vfio-device\]|/dev/vfio/devices/"}
-OUTSIDE_INTERRUPT = 0x20
 
 
 @pytest.mark.parametrize("kind", KINDS)

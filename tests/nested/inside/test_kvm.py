@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from harness.vm import HEARTBEAT
 from waiting import wait_for_change
-
-HEARTBEAT = 0x8000
 
 
 def test_a_guest_counts_on_over_an_update(start) -> None:

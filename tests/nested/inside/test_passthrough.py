@@ -11,8 +11,10 @@ from cpr.uapi import iommufd, vfio
 
 from .across_exec import address_of
 from .conftest import User
-from .edu import IRQ_RAISE, MEMORY_AND_MASTER, Edu
+from .edu import IRQ_RAISE, MEMORY_AND_MASTER, OUTSIDE_INTERRUPT, Edu
 from .guest import (
+    DEVICE,
+    KINDS,
     captured_update,
     check_adapter,
     check_running,
@@ -21,18 +23,14 @@ from .guest import (
     running,
     stopped_new_image,
 )
-from .machine import E1000E, EDU, NVME, command
+from .machine import E1000E, EDU, INTX_DISABLE, NVME, command
 from .nvme import ENABLED, READY
 from .stolen import descriptor
 
-KINDS = ["type1", pytest.param("iommufd", marks=pytest.mark.iommufd)]
 UPDATES = 20
-DEVICE = {"type1": r"\[vfio-device\]", "iommufd": r"\[vfio-device\]|/dev/vfio/devices/"}
 SPARE = 0x400000  # guest RAM that edu's guest leaves alone
-NEW = 0x8000000  # behind the guest's RAM
+NEW = 0x8000000  # after the guest's RAM
 NEW_SIZE = 2 << 20
-OUTSIDE_INTERRUPT = 0x20
-INTX_DISABLE = 0x400  # of PCI_COMMAND
 RAM_KIB = 64 << 10
 
 

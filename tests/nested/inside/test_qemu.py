@@ -9,11 +9,10 @@ import pytest
 
 from . import guest as own
 from . import qemu
-from .guest import Guest, captured_update, check_running, device_words
+from .guest import KINDS, Guest, captured_update, check_running, device_words
 from .machine import E1000E, EDU, NVME, command
 from .nvme import ENABLED
 
-KINDS = ["type1", pytest.param("iommufd", marks=pytest.mark.iommufd)]
 DEVICES = [("edu", EDU), ("e1000e", E1000E), ("nvme", NVME)]
 RAM = ("ram0", "pc.bios", "pc.rom", "/rom@")
 

@@ -10,11 +10,8 @@ import pytest
 from harness.vm import VMM, Vm
 from waiting import wait_for
 
-from .guest import BUILD, Guest, device_words, machine_words, running
+from .guest import BUILD, KINDS, SECONDS, Guest, device_words, machine_words, running
 from .machine import EDU, command
-
-KINDS = ["type1", pytest.param("iommufd", marks=pytest.mark.iommufd)]
-SECONDS = 60.0
 
 
 def channel(kind: str, path: str) -> dict:

@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from harness.vm import ROOT
 
-from .conftest import MEMLOCK, ROOT, User
+from .conftest import MEMLOCK, User
 from .machine import EDU, NVME, command
 from .nvme import ENABLED, READY
 
