@@ -12,6 +12,7 @@ __all__ = ["linux_image"]
 UPDATES = ("early", "late") * 5
 
 
+@pytest.mark.timeout(300)
 def test_a_shell_lives_through_updates(start, linux_image, tmp_path) -> None:
     reason = missing_tcg()
     if reason is not None:
