@@ -92,9 +92,15 @@ def create(config: Config, acpi: Callable[[], bytes] = bytes) -> BootImage:
     """
     if config.kernel:
         return _kernel(config, config.kernel, acpi)
+    taken = {device.properties.get("drive") for device in config.devices}
     for drive in sorted(config.drives, key=lambda drive: _rank(config.boot_order, drive)):
-        if drive.file:
+        if drive.file and drive.id not in taken:
             return _boot_sector(drive)
+    if taken - {None}:
+        raise ConfigError(
+            "nothing to boot: no firmware would boot from a disk on virtio; give its kernel with "
+            "-kernel FILE"
+        )
     raise ConfigError(
         "nothing to boot: give -drive file=IMAGE,format=raw,if=floppy or -kernel FILE"
     )

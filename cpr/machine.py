@@ -72,6 +72,7 @@ class Machine:
         self.on_exit: Callable[[int], None] = lambda status: None
         self.frontends: list[tuple[Frontend, str | None]] = []
         self.irq_handlers: list[Callable[[int, bool], None]] = []
+        self.message_handler: Callable[[int, int], None] = accel.signal_message
         self.boot_image: Callable[[], BootImage] | None = None
         self._reset_requested: tuple[bool, str] | None = None
         self._shutdown_requested = False
@@ -121,6 +122,9 @@ class Machine:
         for handler in self.irq_handlers:
             handler(gsi, level)
 
+    def signal_message(self, address: int, data: int) -> None:
+        self.message_handler(address, data)
+
     def current_vcpu(self) -> int:
         """The index of the vCPU whose thread is calling, or -1."""
         for thread in self.threads:
@@ -149,6 +153,10 @@ class Machine:
     def request_error(self, error: CprError) -> None:
         """Stops the VM in runstate internal-error; from any thread."""
         self._on_vcpu_error(error)
+
+    def request_stop(self, state: str) -> None:
+        """Stops the VM soon, in run state `state`; from any thread."""
+        self.loop.call_soon(lambda: self.stop(state))
 
     @property
     def suspended(self) -> bool:
@@ -223,18 +231,24 @@ class Machine:
                 device.on_stop()
 
     def park(self) -> None:
-        """Ends the vCPUs' threads for the moment of an exec; `unpark` is the inverse.
+        """Ends the vCPUs' threads, and those of devices, for the moment of an exec.
 
-        The guest does not notice: its clock goes on, and no device is told.
+        The guest does not notice: its clock goes on.  `unpark` is the inverse.
         """
         for thread in self.threads:
             thread.request_pause()
         self._parked = [thread.running for thread in self.threads]
         for thread in self.threads:
             thread.end()
+        with self.lock:
+            for device in self.devices:
+                device.park()
 
     def unpark(self) -> None:
         """Starts the threads again, and those vCPUs that ran."""
+        with self.lock:
+            for device in self.devices:
+                device.unpark()
         for thread, was_running in zip(self.threads, self._parked, strict=True):
             thread.start()
             if was_running:

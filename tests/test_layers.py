@@ -37,7 +37,10 @@ LAYERS = (
 )
 ONLY = {
     "cpr._native._tcg": ("cpr.accel.tcg",),
-    "cpr._native": ("cpr.uapi", "cpr.live", "cpr.ram", "cpr.page", "cpr.accel", "cpr._native"),
+    "cpr._native": (
+        *("cpr.uapi", "cpr.live", "cpr.ram", "cpr.page", "cpr.accel", "cpr._native"),
+        *("cpr.devices.virtio.native", "cpr.devices.virtio.disk", "cpr.devices.virtio.net"),
+    ),
     "cpr.uapi.kvm": ("cpr.accel",),
     "cpr.uapi.seccomp": ("cpr.vmm",),
     "cpr.uapi.vfio": ("cpr.devices.vfio",),

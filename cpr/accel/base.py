@@ -247,6 +247,19 @@ class Accelerator:
         """Delivers one MSI now."""
         raise NotImplementedError
 
+    ioeventfds = False
+    """Whether it has `add_ioeventfd`, and interrupts by eventfd."""
+
+    def add_ioeventfd(self, address: int, size: int, eventfd: int) -> None:
+        """Has a write of `size` bytes to guest-physical `address` write `eventfd`, and nothing
+        else happen.
+        """
+        raise NotImplementedError
+
+    def remove_ioeventfd(self, address: int, size: int, eventfd: int) -> None:
+        """The inverse of `add_ioeventfd`."""
+        raise NotImplementedError
+
     def add_vfio_file(self, fd: int) -> None:
         """Tells the VM of a VFIO group or device; `remove_vfio_file` is the inverse."""
         raise NotImplementedError

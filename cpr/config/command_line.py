@@ -34,6 +34,7 @@ OPTIONS = {
     "mon": "mon",
     "msg": "msg",
     "name": "name",
+    "netdev": "netdev",
     "object": "object",
     "rtc": "rtc",
     "sandbox": "sandbox",

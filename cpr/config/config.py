@@ -19,7 +19,7 @@ from cpr.config.chardev_options import ChardevConfig, Frontend, parse_chardev
 from cpr.config.command_line import read_command_line, strip_options
 from cpr.config.device_options import DeviceConfig, parse_devices, parse_global
 from cpr.config.draft import Draft
-from cpr.config.drive_options import DriveConfig, parse_drives
+from cpr.config.drive_options import VIRTIO, DriveConfig, parse_drives
 from cpr.config.frontend_options import (
     SHORT_FORM,
     ChardevTable,
@@ -39,6 +39,7 @@ from cpr.config.machine_options import (
     subtree,
     with_megabytes,
 )
+from cpr.config.netdev_options import NetdevConfig, parse_netdevs
 from cpr.config.object_options import ObjectConfig, parse_object
 from cpr.config.record import Record
 from cpr.errors import ConfigError
@@ -56,12 +57,14 @@ __all__ = [
     "DeviceConfig",
     "DriveConfig",
     "MonitorConfig",
+    "NetdevConfig",
     "ObjectConfig",
     "parse_command_line",
     "strip_options",
 ]
 
 ISA_SERIAL = "isa-serial"
+VIRTIO_DISK = "virtio-blk-pci"  # what -drive if=virtio makes
 DEBUGCON = "debugcon"
 DEBUGCON_PORT = 0xE9
 DEFAULT_ACTIONS = {
@@ -124,6 +127,7 @@ class Config(Record):
         "machine_type",
         "monitors",
         "name",
+        "netdevs",
         "no_reboot",
         "no_shutdown",
         "nodefaults",
@@ -162,6 +166,7 @@ class Config(Record):
     machine_type: str
     monitors: tuple[MonitorConfig, ...]
     name: str | None
+    netdevs: tuple[NetdevConfig, ...]
     no_reboot: bool
     no_shutdown: bool
     nodefaults: bool
@@ -197,13 +202,30 @@ def parse_command_line(argv: Sequence[str]) -> Config:
     fields = _settings(draft)
     fields.update(_board(draft))
     fields.update(_frontends(draft, fields))
+    drives = parse_drives(draft.groups["drive"])
+    fields["devices"] += tuple(
+        DeviceConfig(VIRTIO_DISK, None, {"drive": drive.id}, drive.location)
+        for drive in drives
+        if drive.interface == VIRTIO
+    )
     return Config(
         **fields,
         argv=tuple(argv),
-        drives=parse_drives(draft.groups["drive"]),
+        drives=drives,
         incoming=tuple(draft.incoming),
+        netdevs=_netdevs(draft, fields["devices"]),
         warnings=tuple(draft.warnings),
     )
+
+
+def _netdevs(draft: Draft, devices: tuple[DeviceConfig, ...]) -> tuple[NetdevConfig, ...]:
+    """Raises ConfigError; warns of what no card is on."""
+    netdevs = parse_netdevs(draft.groups["netdev"])
+    used = {device.properties.get("netdev") for device in devices}
+    for netdev in netdevs:
+        if netdev.id not in used:
+            draft.warnings.append(f"warning: netdev {netdev.id} has no peer")
+    return netdevs
 
 
 def _settings(draft: Draft) -> dict[str, Any]:

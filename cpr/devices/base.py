@@ -78,6 +78,9 @@ if TYPE_CHECKING:
         def set_irq(self, gsi: int, level: bool) -> None:
             """Sets global system interrupt `gsi` (0..23; 0..15 are the ISA IRQs)."""
 
+        def signal_message(self, address: int, data: int) -> None:
+            """Delivers one message-signalled interrupt to the local APICs."""
+
         def current_vcpu(self) -> int:
             """The index of the vCPU whose thread is calling, or -1."""
 
@@ -88,6 +91,9 @@ if TYPE_CHECKING:
         def request_reset(self, guest: bool, reason: str) -> None: ...
         def request_error(self, error: CprError) -> None:
             """Stops the VM soon, in runstate internal-error."""
+
+        def request_stop(self, state: str) -> None:
+            """Stops the VM soon, in run state `state`."""
 
         def request_exit(self, status: int) -> None:
             """Ends the whole VMM with `status`, as isa-debug-exit does."""
@@ -167,6 +173,15 @@ class Device:
 
     def on_stop(self) -> None:
         """The VM has stopped; called with the lock held, after the vCPUs stopped."""
+
+    def park(self) -> None:
+        """Ends the device's own threads, if it has any, for the moment of an exec.
+
+        The guest does not run, but is not told, and nothing may be lost by it.
+        """
+
+    def unpark(self) -> None:
+        """The inverse of `park`."""
 
     def on_wakeup(self) -> None:
         """The guest slept, the device has been reset, and the guest runs next."""

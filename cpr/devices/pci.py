@@ -83,6 +83,7 @@ class PciHost(Device):
         self._platform: Platform | None = None
         self._config_reg = 0
         self._functions: dict[int, PciFunction] = {0: HostBridge()}
+        self._raised: dict[int, set[int]] = {}  # the slots that hold a line up
 
     def realize(self, platform: Platform) -> None:
         self._platform = platform
@@ -121,6 +122,17 @@ class PciHost(Device):
     def irq_of(self, slot: int, pin: int) -> int:
         """The GSI of INTA…INTD (1…4) of the device in `slot`."""
         return PIRQ_IRQS[(slot - 1 + pin - 1) % len(PIRQ_IRQS)]
+
+    def set_intx(self, slot: int, pin: int, level: bool) -> None:
+        """Sets INTA…INTD (1…4) of the device in `slot`; a line is up while any of its devices has
+        it so.
+        """
+        irq = self.irq_of(slot, pin)
+        raised = self._raised.setdefault(irq, set())
+        before = bool(raised)
+        (raised.add if level else raised.discard)(slot)
+        if bool(raised) != before and self._platform is not None:
+            self._platform.set_irq(irq, bool(raised))
 
     def describe(self, acpi: Acpi) -> None:
         from cpr.acpi import aml

@@ -233,6 +233,18 @@ def deassign_irqfd(vm: Fd, gsi: int, eventfd: int) -> None:
     _irqfd(vm, gsi, eventfd, -1, lib.KVM_IRQFD_FLAG_DEASSIGN)
 
 
+def assign_ioeventfd(vm: Fd, address: int, size: int, eventfd: int) -> None:
+    """Has a guest's write of `size` bytes to `address` write `eventfd`, which stays the caller's,
+    instead of ending KVM_RUN.
+    """
+    _ioeventfd(vm, address, size, eventfd, 0)
+
+
+def deassign_ioeventfd(vm: Fd, address: int, size: int, eventfd: int) -> None:
+    """The inverse of `assign_ioeventfd`."""
+    _ioeventfd(vm, address, size, eventfd, lib.KVM_IOEVENTFD_FLAG_DEASSIGN)
+
+
 def set_gsi_routing(
     vm: Fd, pins: list[tuple[int, int, int]], messages: list[tuple[int, int, int]]
 ) -> None:
@@ -279,6 +291,12 @@ def _irqfd(vm: Fd, gsi: int, eventfd: int, resamplefd: int, flags: int) -> None:
         request.flags |= lib.KVM_IRQFD_FLAG_RESAMPLE
         request.resamplefd = resamplefd
     vm.ioctl(lib.KVM_IRQFD, f"KVM_IRQFD of GSI {gsi}", request)
+
+
+def _ioeventfd(vm: Fd, address: int, size: int, eventfd: int, flags: int) -> None:
+    request = ffi.new("struct kvm_ioeventfd *", {"addr": address, "len": size, "flags": flags})
+    request.fd = eventfd
+    vm.ioctl(lib.KVM_IOEVENTFD, f"KVM_IOEVENTFD at {address:#x}", request)
 
 
 def _vfio_file(vfio: Fd, fd: int, attribute: int, operation: str) -> None:

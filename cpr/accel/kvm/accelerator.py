@@ -234,6 +234,17 @@ class KvmAccelerator(base.Accelerator):
     def signal_message(self, address: int, data: int) -> None:
         kvm.signal_msi(self.vm, address, data)
 
+    @property
+    def ioeventfds(self) -> bool:  # type: ignore[override]
+        wanted = (*IRQFD_CAPABILITIES, ("KVM_CAP_IOEVENTFD", lib.KVM_CAP_IOEVENTFD))
+        return all(kvm.check_extension(self.vm, number) > 0 for _, number in wanted)
+
+    def add_ioeventfd(self, address: int, size: int, eventfd: int) -> None:
+        kvm.assign_ioeventfd(self.vm, address, size, eventfd)
+
+    def remove_ioeventfd(self, address: int, size: int, eventfd: int) -> None:
+        kvm.deassign_ioeventfd(self.vm, address, size, eventfd)
+
     def add_vfio_file(self, fd: int) -> None:
         self.interrupts.add_vfio_file(fd)
 
