@@ -12,7 +12,7 @@ from harness.vm import Vm
 
 from examples.linux import build as linux
 
-BOOT_SECONDS = 100.0
+BOOT_SECONDS = 200.0
 ANSWER_SECONDS = 40.0
 PROMPT = "/ # "
 # What a kernel says of clocks that cannot be right, and of vCPUs that stood still unawares.

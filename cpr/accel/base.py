@@ -69,6 +69,12 @@ class VCpu:
         From any thread; a kernel irqchip needs no telling.
         """
 
+    def forget_code(self) -> None:
+        """Another vCPU is about to interrupt this one, and may have written code before.
+
+        From any thread; a processor needs no telling.
+        """
+
     def get_state(self) -> dict:
         """The state by `x86.VMSTATE_CPU`."""
         raise NotImplementedError

@@ -414,12 +414,14 @@ class LocalApic(Device):
         shorthand = command >> SHORTHAND_SHIFT & 3
         if shorthand == NO_SHORTHAND:
             destination = self._registers[ICR_HIGH] >> 24
-            is_logical = bool(command & ICR_LOGICAL)
-            self._bus.deliver(destination, is_logical, mode, command & VECTOR, False)
-            return
-        apics = {
-            TO_SELF: [self],
-            TO_ALL: list(self._bus.apics),
-            TO_OTHERS: [apic for apic in self._bus.apics if apic is not self],
-        }[shorthand]
+            apics = self._bus.addressed(destination, bool(command & ICR_LOGICAL))
+        else:
+            apics = {
+                TO_SELF: [self],
+                TO_ALL: list(self._bus.apics),
+                TO_OTHERS: [apic for apic in self._bus.apics if apic is not self],
+            }[shorthand]
+        for apic in apics:
+            if apic is not self:
+                apic._vcpu.forget_code()
         self._bus.send(apics, mode, command & VECTOR, False)

@@ -33,12 +33,10 @@ class ApicBus:
         self, destination: int, is_logical: bool, mode: int, vector: int, is_level: bool
     ) -> None:
         """Sends a message to the local APICs that it addresses."""
-        self.send(
-            [apic for apic in self.apics if apic.is_addressed(destination, is_logical)],
-            mode,
-            vector,
-            is_level,
-        )
+        self.send(self.addressed(destination, is_logical), mode, vector, is_level)
+
+    def addressed(self, destination: int, is_logical: bool) -> list[LocalApic]:
+        return [apic for apic in self.apics if apic.is_addressed(destination, is_logical)]
 
     def send(self, apics: list[LocalApic], mode: int, vector: int, is_level: bool) -> None:
         """Modes SMI, remote read and NMI are not there: such messages are dropped."""

@@ -144,10 +144,15 @@ void tcg_cpu_store(struct tcg_cpu *cpu)
     unicorn.reg_write(cpu->uc, UC_X86_REG_RFLAGS, &cpu->rflags);
 }
 
+void tcg_cpu_forget_code(struct tcg_cpu *cpu)
+{
+    unicorn.ctl(cpu->uc, UC_CTL_TB_FLUSH);
+}
+
 void tcg_cpu_flush(struct tcg_cpu *cpu)
 {
     unicorn.ctl(cpu->uc, UC_CTL_TLB_FLUSH);
-    unicorn.ctl(cpu->uc, UC_CTL_TB_FLUSH);
+    tcg_cpu_forget_code(cpu);
 }
 
 static uint32_t segment_hflags(const struct tcg_cpu *cpu)

@@ -95,6 +95,8 @@ void tcg_cpu_load(struct tcg_cpu *cpu);
 void tcg_cpu_store(struct tcg_cpu *cpu);
 /* Recomputes in the copy what the engine derives from segments, control registers and EFER. */
 void tcg_cpu_derive(struct tcg_cpu *cpu);
+/* Forgets translated code. */
+void tcg_cpu_forget_code(struct tcg_cpu *cpu);
 /* Forgets translated code and cached translations of addresses. */
 void tcg_cpu_flush(struct tcg_cpu *cpu);
 

@@ -4,12 +4,14 @@
 #include <time.h>
 
 #include "interrupt.h"
+#include "memory.h"
 #include "syscall.h"
 #include "unicorn_api.h"
 #include "vm.h"
 
 enum { RFLAGS_IF = 1 << 9, HFLAG_INHIBIT_IRQ = 1 << 3 };
 enum { MSR_TSC_AUX = 0xc0000103u };
+enum { CS = 1, VECTOR_BREAKPOINT = 3, OPCODE_INT3 = 0xcc, OPCODE_INT = 0xcd };
 enum { STOP = CPR_TCG_KICK | CPR_TCG_INIT | CPR_TCG_SIPI | TCG_YIELD };
 
 uint64_t tcg_now_ns(void)
@@ -346,6 +348,32 @@ static enum tcg_end end_of_delivery(int result)
     return result < 0 ? TCG_END_SHUTDOWN : TCG_END_REQUEST;
 }
 
+/* Whether the breakpoint exception is of an INT3 that another vCPU has taken away meanwhile: each
+   engine has translations of its own, and learns of no other's writes. */
+static int is_stale_breakpoint(struct tcg_engine *engine)
+{
+    struct tcg_cpu *cpu = &engine->cpu;
+    const uint64_t end = cpu->registers->segs[CS].base + cpu->registers->rip;
+    struct tcg_fault ignored;
+    uint8_t code[2] = {0, 0};
+
+    return engine->vector == VECTOR_BREAKPOINT && cpu->exception->is_software &&
+           tcg_read(cpu, end - 2, code, sizeof(code), &ignored) == 0 && code[1] != OPCODE_INT3 &&
+           !(code[0] == OPCODE_INT && code[1] == VECTOR_BREAKPOINT);
+}
+
+/* Goes back to the instruction that is there now. */
+static enum tcg_end retry_breakpoint(struct tcg_engine *engine)
+{
+    struct tcg_cpu *cpu = &engine->cpu;
+
+    cpu->registers->rip--;
+    cpu->exception->being_delivered = TCG_NO_VECTOR;
+    tcg_cpu_store(cpu);
+    tcg_cpu_forget_code(cpu);
+    return TCG_END_REQUEST;
+}
+
 /* Does what the hooks left undone when uc_emu_start returned `error`. */
 static enum tcg_end finish_slice(struct tcg_engine *engine, int error)
 {
@@ -360,6 +388,9 @@ static enum tcg_end finish_slice(struct tcg_engine *engine, int error)
     }
     if (engine->vector != TCG_NO_VECTOR) {
         tcg_cpu_load(cpu);
+        if (is_stale_breakpoint(engine)) {
+            return retry_breakpoint(engine);
+        }
         return end_of_delivery(
             tcg_deliver(cpu, cpu->exception->is_software ? TCG_SOFTWARE : TCG_EXCEPTION,
                         (uint32_t)engine->vector, (uint32_t)cpu->exception->error_code));
@@ -379,6 +410,9 @@ enum tcg_end tcg_engine_run(struct tcg_engine *engine)
     engine->vector = TCG_NO_VECTOR;
     engine->system_call = NULL;
     if (!error) {
+        if (tcg_take_requests(engine, CPR_TCG_CODE)) {
+            tcg_cpu_forget_code(cpu);
+        }
         tcg_cpu_load(cpu);
         if (cpu->registers->hflags & HFLAG_INHIBIT_IRQ) {
             tcg_add_requests(engine, TCG_SHADOW);

@@ -22,7 +22,8 @@ enum {
     CPR_TCG_KICK = 1 << 0,
     CPR_TCG_INTERRUPT = 1 << 1, /* its InterruptSource may have an interrupt */
     CPR_TCG_INIT = 1 << 2,
-    CPR_TCG_SIPI = 1 << 3
+    CPR_TCG_SIPI = 1 << 3,
+    CPR_TCG_CODE = 1 << 4       /* another vCPU may have written code that this one has translated */
 };
 
 /* NULL when memory is short.  The vCPUs are freed before the VM. */

@@ -1,7 +1,7 @@
 """Linux on KVM, two vCPUs: updates early and late, stop and cont, power button.
 
 The vCPUs of the emulated SVM are slow, and its XSETBV does not reach KVM: what the kernel says
-while it boots is left aside, and XSAVE is not used.
+while it boots is left aside, and that its timer interrupts take long; XSAVE is not used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def test_a_shell_lives_through_updates(start, linux_image, tmp_path) -> None:
     wait_for_change(lambda: guest.clock()[0], "the process goes on")
     assert guest.ask("echo $word $$") == f"kept {shell}"
     assert guest.clock()[1] == 0
-    assert guest.troubles() == [], guest.ask("dmesg")
+    troubles = [line for line in guest.troubles() if "interrupt took" not in line]
+    assert troubles == [], guest.ask("dmesg")
     guest.vm.qmp.command("system_powerdown")
     assert guest.vm.process.wait(60) == 0
     assert guest.vm.complaints == ""
