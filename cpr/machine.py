@@ -13,6 +13,7 @@ from cpr.bus import IOBus, Region
 from cpr.clock import VirtualClock
 from cpr.constants import PAGE_SIZE
 from cpr.errors import CommandError, CprError
+from cpr.faults import point
 from cpr.memory import GuestMemory
 from cpr.runstate import RunState
 from cpr.vcpus import VCpuThread
@@ -240,17 +241,21 @@ class Machine:
         self._parked = [thread.running for thread in self.threads]
         for thread in self.threads:
             thread.end()
+            point("park")
         with self.lock:
             for device in self.devices:
                 device.park()
 
     def unpark(self) -> None:
-        """Starts the threads again, and those vCPUs that ran."""
+        """Starts the threads again that have ended, and those vCPUs that ran."""
         with self.lock:
             for device in self.devices:
                 device.unpark()
         for thread, was_running in zip(self.threads, self._parked, strict=True):
-            thread.start()
+            if thread.has_ended:
+                thread.start()
+            else:
+                thread.pause()
             if was_running:
                 thread.resume()
 
