@@ -36,6 +36,9 @@
 #define TICK_MS 50                    /* how often it is looked at what no descriptor tells */
 #define GRACE_NS ((uint64_t)2000000000)
 /* For so long a program that has read its CPR state, and knows no token, may still fail to load. */
+#define PATIENCE_NS ((uint64_t)1000000000)
+/* For so long a new image may leave a signal that ends it waiting: it starts. */
+#define STATUS_SIZE 4096
 #define TIMERS 3                      /* ITIMER_REAL, _VIRTUAL, _PROF */
 #define TEXT_SIZE 256
 #define SIGNALS 64
@@ -114,6 +117,48 @@ CPR_IN_CHILD static int has_consumed(void)
     return size < 0;
 }
 
+CPR_IN_CHILD static uint64_t read_hex(const char *text, const char *end)
+{
+    uint64_t value = 0;
+
+    for (; text < end; text++) {
+        if (*text >= '0' && *text <= '9') {
+            value = value << 4 | (uint64_t)(*text - '0');
+        } else if (*text >= 'a' && *text <= 'f') {
+            value = value << 4 | (uint64_t)(*text - 'a' + 10);
+        } else {
+            break;
+        }
+    }
+    return value;
+}
+
+/* Whether the new image has one of the ending signals to take: lines "SigPnd:\t" and "ShdPnd:\t"
+   of proc_pid_status(5). */
+CPR_IN_CHILD static int has_ending_signal(void)
+{
+    char text[STATUS_SIZE];
+    uint64_t pending = 0;
+    long fd, size;
+
+    if (self.guard->status_path == NULL) {
+        return 0;
+    }
+    fd = cpr_syscall3(SYS_open, self.guard->status_path, O_RDONLY | O_CLOEXEC, 0);
+    if (fd < 0) {
+        return 0;
+    }
+    size = cpr_syscall3(SYS_read, fd, text, sizeof(text));
+    cpr_syscall1(SYS_close, fd);
+    for (long i = 0; i + 8 < size; i++) {
+        if (text[i] == 'S' && text[i + 3] == 'P' && text[i + 4] == 'n' && text[i + 5] == 'd' &&
+            text[i + 6] == ':') {
+            pending |= read_hex(text + i + 8, text + size);
+        }
+    }
+    return (pending & self.guard->ending) != 0;
+}
+
 CPR_IN_CHILD static void kill_new_image(void)
 {
     struct pollfd death = {.fd = self.guard->pid_fd, .events = POLLIN};
@@ -158,7 +203,7 @@ CPR_IN_CHILD static int watch(void)
         {.fd = guard->token_fd, .events = POLLOUT},
         {.fd = guard->socket_fd, .events = POLLIN},
     };
-    uint64_t before = cpr_monotonic_ns(), used_ns = 0, consumed_ns = 0;
+    uint64_t before = cpr_monotonic_ns(), used_ns = 0, consumed_ns = 0, signalled_ns = 0;
 
     for (;;) {
         uint64_t now;
@@ -184,7 +229,13 @@ CPR_IN_CHILD static int watch(void)
             if (now - consumed_ns > GRACE_NS) {
                 committed();
             }
-        } else if (guard->timeout_ns && used_ns > guard->timeout_ns) {
+            continue;
+        }
+        signalled_ns = !has_ending_signal() ? 0 : signalled_ns ? signalled_ns : now;
+        if (signalled_ns && now - signalled_ns > PATIENCE_NS) {
+            return CPR_GUARD_KILLED;
+        }
+        if (guard->timeout_ns && used_ns > guard->timeout_ns) {
             return CPR_GUARD_KILLED;
         }
     }

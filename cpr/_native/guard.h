@@ -11,7 +11,7 @@ struct cpr_mapping {
 enum cpr_guard_outcome {
     CPR_GUARD_EARLY = 1, /* the exec is done, and the new image starts: the caller has asked for that */
     CPR_GUARD_DIED,      /* the new image has ended; the token is the caller's */
-    CPR_GUARD_KILLED,    /* it was killed at its deadline; the token is the caller's */
+    CPR_GUARD_KILLED,    /* it hung, and was killed; the token is the caller's */
     CPR_GUARD_MESSAGE,   /* it has sent something on `socket_fd`; nobody has the token yet */
 };
 
@@ -42,6 +42,11 @@ struct cpr_guard {
     int32_t early;            /* come back as soon as the exec is done */
     uint64_t timeout_ns;      /* 0: there is no deadline */
     uint64_t unblock;         /* signals that the caller blocks and the program is not to: bit n - 1 */
+    /* Signals, bit n - 1, that end what is updated, and /proc/PID/status, which tells of those that
+       wait for the new image; or 0 and NULL. One that has not taken such a signal for a while hangs,
+       and is killed as at its deadline. */
+    uint64_t ending;
+    const char *status_path;
     const uint32_t *hold;     /* while this is not 0 the deadline does not run; or NULL */
     /* For a program that does not know of the token: /proc/PID/fd/N of the CPR state, and what that
        link says for as long as the program has not closed it. NULL otherwise. */

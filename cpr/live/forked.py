@@ -13,7 +13,8 @@ import os
 import select
 import time
 
-from cpr.live.token import Returned, candidates, take_token, wait_status
+from cpr.constants import NS_PER_S
+from cpr.live.token import Returned, candidates, pending_signals, take_token, wait_status
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ EARLY, DIED, KILLED, MESSAGE = 1, 2, 3, 4  # as in _native/guard.h
 VERSION = 1  # CPR_LIVE_VERSION
 SIZE = 40  # bytes of struct cpr_live_page
 WALL = 0x40000000  # __WALL of wait(2): also children that were cloned without a signal
+PATIENCE_NS = NS_PER_S  # as in _native/guard.c
 TICK_MS = 50  # how often it is looked at the hold, which no descriptor tells
 
 
@@ -103,6 +105,7 @@ def execute(
     state_fd: int = -1,
     drop: Sequence[int] = (),
     unblock: Sequence[int] = (),
+    ending: Sequence[int] = (),
     ready: Callable[[], None] = lambda: None,
 ) -> Returned:
     """As guard.execute; `mappings`, `state_fd` and `drop` must be empty.  Raises OSError."""
@@ -121,7 +124,7 @@ def execute(
         if pid := _fork():
             page.struct.guard_pid = pid
             _execute(paths, list(argv), dict(environment), keep, token, pid, mask - set(unblock))
-        outcome = _guard(pidfd, exec_pipe, token, page, early, socket, timeout_ns)
+        outcome = _guard(pidfd, exec_pipe, token, page, early, socket, timeout_ns, set(ending))
     except OSError:
         os.close(pidfd)
         for fd in exec_pipe:
@@ -184,6 +187,7 @@ def _guard(
     early: bool,
     socket: int,
     timeout_ns: int,
+    ending: set[int],
 ) -> int:
     os.close(exec_pipe[1])
     poll = select.poll()
@@ -193,7 +197,7 @@ def _guard(
     os.close(exec_pipe[0])
     if not died and early:
         return EARLY
-    outcome = DIED if died else _watch(pidfd, token, page, socket, timeout_ns)
+    outcome = DIED if died else _watch(pidfd, token, page, socket, timeout_ns, ending)
     if outcome == MESSAGE:
         return outcome
     if not take_token(token):
@@ -203,14 +207,17 @@ def _guard(
     return outcome
 
 
-def _watch(pidfd: int, token: int, page: Page, socket: int, timeout_ns: int) -> int:
+def _watch(
+    pidfd: int, token: int, page: Page, socket: int, timeout_ns: int, ending: set[int]
+) -> int:
     """Waits until the new image has the token, ends, speaks, or is past its deadline."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     poll.register(token, select.POLLOUT)
     if socket >= 0:
         poll.register(socket, select.POLLIN)
-    before, used_ns = time.monotonic_ns(), 0
+    before, used_ns, signalled_ns = time.monotonic_ns(), 0, 0
+    new_image = os.getppid()
     while True:
         ready = {fd for fd, _ in poll.poll(TICK_MS)}
         if token in ready:
@@ -220,6 +227,12 @@ def _watch(pidfd: int, token: int, page: Page, socket: int, timeout_ns: int) -> 
         if socket in ready:
             return MESSAGE
         now = time.monotonic_ns()
+        if not ending & pending_signals(new_image):
+            signalled_ns = 0
+        elif not signalled_ns:
+            signalled_ns = now
+        elif now - signalled_ns > PATIENCE_NS:
+            return KILLED
         if not page.struct.hold:
             used_ns += now - before
         before = now

@@ -104,6 +104,7 @@ def execute(
     state_fd: int = -1,
     drop: Sequence[int] = (),
     unblock: Sequence[int] = (),
+    ending: Sequence[int] = (),
     ready: Callable[[], None] = lambda: None,
 ) -> Returned:
     """Executes `argv`, looked up in PATH, with the descriptors `keep` and a guard.
@@ -113,7 +114,8 @@ def execute(
     freed piece by piece after a commit.  `state_fd`, one of `keep`, is for a program that knows no
     token: it has taken over when it has closed that and lives on.  `drop` are descriptors that a
     late exec is to close for good, in the old image as in the new one.  `unblock` are signals that
-    the caller blocks and the program is not to.
+    the caller blocks and the program is not to; `ending` are those that the program blocks until it
+    can take them: one that does not for a while is killed.
 
     Comes back in the old image only.  Raises OSError of execve where it is the same process as
     before, and nothing has changed.
@@ -138,6 +140,10 @@ def execute(
     request.token_fd, request.socket_fd = token, socket
     request.early, request.timeout_ns = early, timeout_ns
     request.unblock = sum(1 << (number - 1) for number in unblock)
+    if ending:
+        memory.append(ffi.new("char[]", f"/proc/{os.getpid()}/status".encode()))
+        request.status_path = memory[-1]
+        request.ending = sum(1 << (number - 1) for number in ending)
     request.hold = ffi.addressof(page.struct, "hold")
     request.guard_pid = ffi.addressof(page.struct, "guard_pid")
     if state_fd >= 0:

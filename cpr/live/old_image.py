@@ -128,6 +128,7 @@ class Update:
                 raise UpdateError("a signal that ends what is updated has come before the exec")
             mark("exec")
 
+        held = holds_signals and state_fd < 0
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
             returned = self._guard.execute(
@@ -144,7 +145,8 @@ class Update:
                 mappings=self._mappings,
                 state_fd=state_fd,
                 drop=drop,
-                unblock=ENDING if state_fd >= 0 or not holds_signals else (),
+                unblock=() if held else ENDING,
+                ending=ENDING if held else (),
                 ready=ready,
             )
         except (OSError, ValueError) as error:
