@@ -1,4 +1,5 @@
 # Every target makes the set-up it needs, and makes it again only when its inputs have changed.
+#   make linux  boots Debian's kernel to a shell on the terminal
 #   make run    boots a guest with its monitor on the terminal; type cpr-exec there
 #   make test   runs the tests
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,7 +11,7 @@ ARGS ?=
 PYTHONS ?= 3.11 3.12 3.13 3.14
 LIVE_NEEDS := pytest pytest-timeout hypothesis cffi psutil uvicorn setuptools
 
-.PHONY: setup setup-dev guests compiled run demo test test-nested test-nested-iommufd nested-guests \
+.PHONY: setup setup-dev guests compiled run linux demo test test-nested test-nested-iommufd nested-guests \
 	test-live test-pythons conformance sanitize soak-failures release-data fuzz faults soak states lint format bench clean
 
 setup: $(VENV)/.built guests compiled
@@ -26,6 +27,11 @@ compiled: $(VENV)/.built
 
 run: setup
 	@$(BIN)/python -m cpr.vmm run $(GUEST) $(ARGS)
+
+# Debian's kernel, from its package, to a shell on this terminal.
+linux: setup
+	@$(BIN)/python -m examples.linux.build
+	@$(BIN)/python -m cpr.vmm run examples/linux.cfg $(ARGS)
 
 demo: setup
 	@$(BIN)/python -m benchmarks.demo $(ARGS)

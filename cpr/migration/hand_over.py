@@ -52,6 +52,7 @@ def differences(machine: Machine, wanted: dict[str, Any]) -> list[str]:
             found.append(f'Unknown ramblock "{idstr}", cannot accept migration')
         elif blocks[idstr] != size:
             found.append(f"Size mismatch: {idstr}: {size:#x} != {blocks[idstr]:#x}")
+    # Also those of which this guest makes no use.
     described = {(d.idstr, d.instance_id): d.vmstate for d in machine.sections()}
     for idstr, instance, version in wanted["sections"]:
         vmstate = described.get((idstr, instance))

@@ -60,6 +60,7 @@ class Migration:
         self.loop = loop
         self.state = MigrationState(loop, events)
         self.parameters = self.state.parameters
+        machine.advances_clock = lambda: self.parameters.get("x-cpr-guest-clock") == "advance"
         self.capabilities = self.state.capabilities
         self.process = Process(machine)
         self.files = ProgramFiles()
