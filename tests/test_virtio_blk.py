@@ -545,7 +545,7 @@ def test_locks_keep_others_away(image: Path) -> None:
     rig.function.cpr_prepare("normal")  # the target of a migration opens it
     other = Rig(image)
     other.close()
-    rig.function.cpr_walk_back()
+    rig.function.cpr_rollback()
     with pytest.raises(ConfigError):
         Rig(image)
     rig.close()

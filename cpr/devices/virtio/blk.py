@@ -191,7 +191,7 @@ class VirtioBlk(VirtioDevice):
         if mode not in DESCRIPTORS_KEPT:  # the other VMM opens the file itself
             self._image.unlock()
 
-    def cpr_walk_back(self) -> None:
+    def cpr_rollback(self) -> None:
         self._image.lock()
 
     def take_over(self) -> None:

@@ -91,7 +91,7 @@ class VirtioDevice:
     def cpr_prepare(self, mode: str) -> None:
         pass
 
-    def cpr_walk_back(self) -> None:
+    def cpr_rollback(self) -> None:
         pass
 
     def take_over(self) -> None:

@@ -363,8 +363,8 @@ class VirtioPci(Device, PciFunction):
         self._interrupts.pause()
         self.device.cpr_prepare(mode)
 
-    def cpr_walk_back(self) -> None:
-        self.device.cpr_walk_back()
+    def cpr_rollback(self) -> None:
+        self.device.cpr_rollback()
         self._interrupts.resume()
 
     def save(self) -> dict:
