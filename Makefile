@@ -1,4 +1,5 @@
 # Every target makes the set-up it needs, and makes it again only when its inputs have changed.
+#   make linux  boots Debian's kernel to a shell on the terminal
 #   make run    boots a guest with its monitor on the terminal; type cpr-exec there
 #   make test   runs the tests
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,8 +11,8 @@ ARGS ?=
 PYTHONS ?= 3.11 3.12 3.13 3.14
 LIVE_NEEDS := pytest pytest-timeout hypothesis cffi psutil uvicorn setuptools
 
-.PHONY: setup setup-dev guests compiled run demo test test-nested test-nested-iommufd nested-guests \
-	test-live test-pythons conformance sanitize soak-failures lint format bench clean
+.PHONY: setup setup-dev guests compiled run linux demo test test-nested test-nested-iommufd nested-guests \
+	test-live test-pythons conformance sanitize soak-failures release-data fuzz faults soak states lint format bench clean
 
 setup: $(VENV)/.built guests compiled
 
@@ -27,11 +28,16 @@ compiled: $(VENV)/.built
 run: setup
 	@$(BIN)/python -m cpr.vmm run $(GUEST) $(ARGS)
 
+# Debian's kernel, from its package, to a shell on this terminal.
+linux: setup
+	@$(BIN)/python -m examples.linux.build
+	@$(BIN)/python -m cpr.vmm run examples/linux.cfg $(ARGS)
+
 demo: setup
 	@$(BIN)/python -m benchmarks.demo $(ARGS)
 
 test: setup-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 # The library's echo server through 100 updates, of which every third fails.
 test-live: setup-dev
@@ -63,6 +69,15 @@ N ?= 1000
 soak-failures: setup-dev
 	$(BIN)/python -m tests.soak.failures -n $(N) $(ARGS)
 
+# N updates in a row of one VM under load, good and failing, early and late, on each accelerator, and
+# ten VMs at once; prints what they leave, and the pause.
+soak: setup-dev guests
+	$(BIN)/python -m tests.soak.updates -n $(N) $(ARGS)
+
+# What this release's updates carry, for the tests of later ones: once for each release.
+release-data: setup-dev
+	$(BIN)/python -m tests.releases.record
+
 # The table of QEMU's behaviour, on this VMM and, with QEMU=COMMAND, on a real QEMU beside it.
 conformance: setup-dev
 	$(BIN)/python -m tests.conformance --vmm '$(BIN)/python -m cpr.vmm run' \
@@ -71,6 +86,21 @@ conformance: setup-dev
 # The C page path under the address, undefined-behaviour and thread sanitizers, and the guard.
 sanitize: | $(VENV)/.checked
 	$(MAKE) -C tests/native PYTHON='$(PYTHON)'
+
+# All fuzzers for MINUTES; atheris and clang are used where they can be had.
+MINUTES ?= 10
+fuzz: setup-dev guests
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install -q atheris || true
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)
+
+# A fault in every step of every way to update; the default run takes a sample.
+faults: setup-dev guests
+	ALL_FAULTS=1 $(BIN)/python -m pytest tests/test_faults.py $(ARGS)
+
+# MANY long sequences of updates, stops, resets, failures, cancels, kills and clients.
+MANY ?= 100
+states: setup-dev guests
+	MANY_STATES=$(MANY) $(BIN)/python -m pytest tests/test_sequences.py $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -1,5 +1,7 @@
 """What a machine starts with: the first sector of a drive, or the -kernel image.
 
+A bzImage of Linux is the matter of `linux_boot`.
+
 A boot sector starts at 0:7c00 in real mode, as a BIOS leaves it.  A flat -kernel image is loaded
 at 0x10000 and entered there in real mode (segment 0x1000, offset 0).  An ELF image is loaded by
 its program headers and entered at e_entry: ELF32 in flat protected mode without paging, ELF64 in
@@ -14,6 +16,8 @@ from cpr.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cpr.config import Config, DriveConfig
     from cpr.memory import GuestMemory
 
@@ -81,16 +85,22 @@ class BootImage:
         return self.registers
 
 
-def create(config: Config) -> BootImage:
-    """Reads the boot image that the configuration names.
+def create(config: Config, acpi: Callable[[], bytes] = bytes) -> BootImage:
+    """Reads the boot image that the configuration names; `acpi` makes the tables for a Linux.
 
     Raises ConfigError where it cannot be read or cannot boot.
     """
     if config.kernel:
-        return _kernel(config.kernel)
+        return _kernel(config, config.kernel, acpi)
+    taken = {device.properties.get("drive") for device in config.devices}
     for drive in sorted(config.drives, key=lambda drive: _rank(config.boot_order, drive)):
-        if drive.file:
+        if drive.file and drive.id not in taken:
             return _boot_sector(drive)
+    if taken - {None}:
+        raise ConfigError(
+            "nothing to boot: no firmware would boot from a disk on virtio; give its kernel with "
+            "-kernel FILE"
+        )
     raise ConfigError(
         "nothing to boot: give -drive file=IMAGE,format=raw,if=floppy or -kernel FILE"
     )
@@ -117,27 +127,42 @@ def _boot_sector(drive: DriveConfig) -> BootImage:
     return BootImage([(BOOT_ADDRESS, sector)], state)
 
 
-def _kernel(path: str) -> BootImage:
-    try:
-        with open(path, "rb") as file:
-            pieces, left = [], MAX_FILE_SIZE + 1
-            while left > 0 and (piece := file.read(min(left, len(ZEROS)))):
-                pieces.append(piece)
-                left -= len(piece)
-    except OSError as error:
-        raise ConfigError(f"could not open kernel file '{path}': {error.strerror}") from None
-    except ValueError:
-        raise ConfigError(f"could not open kernel file {path!r}: it has a NUL in it") from None
-    data = b"".join(pieces)
-    if len(data) > MAX_FILE_SIZE:
-        raise ConfigError(f"kernel file '{path}' is larger than {MAX_FILE_SIZE >> 20} MiB")
-    if not data:
-        raise ConfigError(f"kernel file '{path}' is empty")
+def _kernel(config: Config, path: str, acpi: Callable[[], bytes]) -> BootImage:
+    from cpr.linux_boot import LinuxImage, is_bzimage, read_initrd
+
+    data = read_file("kernel", path, MAX_FILE_SIZE)
+    if is_bzimage(data):
+        initrd = read_initrd(config.initrd) if config.initrd is not None else b""
+        return LinuxImage(path, data, config.append or "", initrd, acpi)
+    if config.initrd is not None:
+        raise ConfigError(
+            f"-initrd goes with a bzImage of Linux, and '{path}' is none: leave out -initrd"
+        )
     if data[:4] == b"\x7fELF":
         return _elf(path, data)
     state = x86.reset_state(0)
     _enter_real_mode(state, FLAT_SEGMENT, 0, FLAT_SEGMENT, FLAT_STACK)
     return BootImage([(FLAT_ADDRESS, data)], state)
+
+
+def read_file(option: str, path: str, largest: int) -> bytes:
+    """What -kernel or -initrd names.  Raises ConfigError, also for more than `largest` bytes."""
+    try:
+        with open(path, "rb") as file:
+            pieces, left = [], largest + 1
+            while left > 0 and (piece := file.read(min(left, len(ZEROS)))):
+                pieces.append(piece)
+                left -= len(piece)
+    except OSError as error:
+        raise ConfigError(f"could not open {option} file '{path}': {error.strerror}") from None
+    except ValueError:
+        raise ConfigError(f"could not open {option} file {path!r}: it has a NUL in it") from None
+    data = b"".join(pieces)
+    if len(data) > largest:
+        raise ConfigError(f"{option} file '{path}' is larger than {largest >> 20} MiB")
+    if not data:
+        raise ConfigError(f"{option} file '{path}' is empty")
+    return data
 
 
 def _enter_real_mode(state: dict, code: int, ip: int, data: int, stack: int) -> None:
@@ -147,6 +172,13 @@ def _enter_real_mode(state: dict, code: int, ip: int, data: int, stack: int) -> 
     state["env.eip"] = ip
     state["env.regs"][x86.RSP] = stack
     state["env.idt"] = x86.segment(limit=0x3FF)
+
+
+def waking_registers(vector: int) -> dict:
+    """vCPU 0 after a sleep, at physical `vector` below 1 MiB, in real mode (ACPI 6.5, 5.2.10)."""
+    state = x86.reset_state(0)
+    _enter_real_mode(state, vector >> 4, vector & 0xF, 0, BOOT_ADDRESS)
+    return state
 
 
 class _Elf:
@@ -201,28 +233,34 @@ class _Elf:
 
 def _elf(path: str, data: bytes) -> BootImage:
     elf = _Elf(path, data)
+    state, loads = flat_mode(elf.entry, elf.is_64)
+    return BootImage([*loads, *elf.loads], state, elf.cleared)
+
+
+def flat_mode(entry: int, is_64: bool) -> tuple[dict, list[tuple[int, bytes]]]:
+    """vCPU 0 at `entry` with flat segments, in long mode or without paging; the tables for it."""
     state = x86.reset_state(0)
     state["env.regs"] = [0] * 16
-    state["env.eip"] = elf.entry
+    state["env.eip"] = entry
     state["env.gdt"] = x86.segment(base=GDT_ADDRESS, limit=0x2F)
     state["env.regs"][x86.RSP] = ELF_STACK
     data_flags = x86.FLAG_P | x86.FLAG_S | 3 << x86.FLAG_TYPE_SHIFT | x86.FLAG_DB | x86.FLAG_G
     code_flags = x86.FLAG_P | x86.FLAG_S | 0xB << x86.FLAG_TYPE_SHIFT | x86.FLAG_G
-    code_flags |= x86.FLAG_L if elf.is_64 else x86.FLAG_DB
+    code_flags |= x86.FLAG_L if is_64 else x86.FLAG_DB
     segments = [x86.segment(DATA_SELECTOR, 0, 0xFFFFFFFF, data_flags) for _ in range(6)]
     segments[x86.CS] = x86.segment(CODE_SELECTOR, 0, 0xFFFFFFFF, code_flags)
     state["env.segs"] = segments
     tss_flags = x86.FLAG_P | 0xB << x86.FLAG_TYPE_SHIFT
     state["env.tr"] = x86.segment(TSS_SELECTOR, 0, 0x67, tss_flags)
-    loads = [(GDT_ADDRESS, _gdt([code_flags, data_flags], tss_flags)), *elf.loads]
+    loads = [(GDT_ADDRESS, _gdt([code_flags, data_flags], tss_flags))]
     cr0 = x86.CR0_PE | x86.CR0_ET
-    if elf.is_64:
+    if is_64:
         loads.append((PAGE_TABLES, _identity_map()))
         state["env.cr"] = [cr0 | x86.CR0_PG, 0, 0, PAGE_TABLES, x86.CR4_PAE]
         state["env.efer"] = x86.EFER_LME | x86.EFER_LMA
     else:
         state["env.cr"] = [cr0, 0, 0, 0, 0]
-    return BootImage(loads, state, elf.cleared)
+    return state, loads
 
 
 def _gdt(flat: list[int], tss: int) -> bytes:

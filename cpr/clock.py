@@ -19,15 +19,16 @@ class VirtualClock:
             return self._offset_ns
         return self._offset_ns + time.monotonic_ns() - self._started_ns
 
-    def enable(self) -> None:
-        """Lets it go on from now; `disable` is the inverse."""
+    def enable(self, now_ns: int | None = None) -> None:
+        """Lets it go on from `now_ns` of time.monotonic_ns(); `disable` is the inverse."""
         if not self.enabled:
-            self._started_ns = time.monotonic_ns()
+            self._started_ns = time.monotonic_ns() if now_ns is None else now_ns
             self.enabled = True
 
-    def disable(self) -> None:
+    def disable(self, now_ns: int | None = None) -> None:
         if self.enabled:
-            self._offset_ns = self.now()
+            now = time.monotonic_ns() if now_ns is None else now_ns
+            self._offset_ns += now - self._started_ns
             self.enabled = False
 
     def set(self, offset_ns: int) -> None:

@@ -5,13 +5,15 @@ The machine does not know whether it comes from an exec.
 
 from __future__ import annotations
 
+import time
 from _thread import RLock
 
-from cpr import report, runstate
+from cpr import boot, report, runstate
 from cpr.bus import IOBus, Region
 from cpr.clock import VirtualClock
 from cpr.constants import PAGE_SIZE
 from cpr.errors import CommandError, CprError
+from cpr.faults import point
 from cpr.memory import GuestMemory
 from cpr.runstate import RunState
 from cpr.vcpus import VCpuThread
@@ -43,6 +45,9 @@ class Machine:
     a vCPU's own thread and never with `lock` held.  What ends the VM is reported by
     `on_exit(status)`, set by whoever owns the process; `ended` is true from then on.
     `was_suspended`: a stopped guest slept before, and `cont` brings it back to that.
+    `advances_clock()`: the guest's clock is to go on while the guest stands still, which it does
+    since `stopped_at`, in ns of the host's wall clock (None: it has not run).  `catches_up`: the
+    guest comes from a VMM that wanted this.
     """
 
     def __init__(
@@ -68,10 +73,14 @@ class Machine:
         self.on_exit: Callable[[int], None] = lambda status: None
         self.frontends: list[tuple[Frontend, str | None]] = []
         self.irq_handlers: list[Callable[[int, bool], None]] = []
+        self.message_handler: Callable[[int, int], None] = accel.signal_message
         self.boot_image: Callable[[], BootImage] | None = None
         self._reset_requested: tuple[bool, str] | None = None
         self._shutdown_requested = False
         self.was_suspended = False
+        self.advances_clock: Callable[[], bool] = lambda: False
+        self.catches_up = False
+        self.stopped_at: int | None = None
         self._parked: list[bool] = []
         self._state_lock = RLock()
         self.ended = False
@@ -114,6 +123,9 @@ class Machine:
         for handler in self.irq_handlers:
             handler(gsi, level)
 
+    def signal_message(self, address: int, data: int) -> None:
+        self.message_handler(address, data)
+
     def current_vcpu(self) -> int:
         """The index of the vCPU whose thread is calling, or -1."""
         for thread in self.threads:
@@ -142,6 +154,10 @@ class Machine:
     def request_error(self, error: CprError) -> None:
         """Stops the VM in runstate internal-error; from any thread."""
         self._on_vcpu_error(error)
+
+    def request_stop(self, state: str) -> None:
+        """Stops the VM soon, in run state `state`; from any thread."""
+        self.loop.call_soon(lambda: self.stop(state))
 
     @property
     def suspended(self) -> bool:
@@ -185,12 +201,19 @@ class Machine:
     def resume_vcpus(self) -> None:
         """Lets the clock and the vCPUs go; `pause_vcpus` is the inverse.  No event is sent."""
         with self.lock:
-            self.clock.enable()
+            now, advance = time.monotonic_ns(), self._take_advance()
+            self.clock.enable(now - advance)
             for device in self.devices:
                 device.on_run()
-            self.accel.start_time()
+            self.accel.start_time(now, advance)
         for thread in self.threads:
             thread.resume()
+
+    def _take_advance(self) -> int:
+        """How far the guest's clock is ahead of where it was stopped, in ns, when it goes on."""
+        stopped_at, self.stopped_at = self.stopped_at, None
+        advances, self.catches_up = self.catches_up or self.advances_clock(), False
+        return max(0, time.time_ns() - stopped_at) if advances and stopped_at is not None else 0
 
     def pause_vcpus(self) -> None:
         """Nothing happens where they are paused, as those of a suspended guest are."""
@@ -201,26 +224,38 @@ class Machine:
         for thread in self.threads:
             thread.pause()
         with self.lock:
-            self.accel.stop_time()
-            self.clock.disable()
+            now = time.monotonic_ns()
+            self.accel.stop_time(now)
+            self.clock.disable(now)
+            self.stopped_at = time.time_ns()
             for device in self.devices:
                 device.on_stop()
 
     def park(self) -> None:
-        """Ends the vCPUs' threads for the moment of an exec; `unpark` is the inverse.
+        """Ends the vCPUs' threads, and those of devices, for the moment of an exec.
 
-        The guest does not notice: its clock goes on, and no device is told.
+        The guest does not notice: its clock goes on.  `unpark` is the inverse.
         """
         for thread in self.threads:
             thread.request_pause()
         self._parked = [thread.running for thread in self.threads]
         for thread in self.threads:
             thread.end()
+            point("park")
+        with self.lock:
+            for device in self.devices:
+                device.park()
 
     def unpark(self) -> None:
-        """Starts the threads again, and those vCPUs that ran."""
+        """Starts the threads again that have ended, and those vCPUs that ran."""
+        with self.lock:
+            for device in self.devices:
+                device.unpark()
         for thread, was_running in zip(self.threads, self._parked, strict=True):
-            thread.start()
+            if thread.has_ended:
+                thread.start()
+            else:
+                thread.pause()
             if was_running:
                 thread.resume()
 
@@ -264,23 +299,44 @@ class Machine:
                 self.events.emit("SUSPEND")
 
     def wakeup(self) -> None:
-        """system_wakeup: vCPUs and devices are reset, RAM is kept, and vCPU 0 boots from it.
+        """system_wakeup: vCPUs and devices are reset, and RAM is kept.
 
-        Raises CommandError where the guest is not asleep.
+        vCPU 0 goes on where the guest's ACPI tables say, else it boots.  Raises CommandError where
+        the guest is not asleep.
         """
         with self._state_lock:
             if self.runstate.current != runstate.SUSPENDED:
                 raise CommandError("Unable to wake up: guest is not in suspended state")
-            assert self.boot_image is not None
+            registers = self._waking_registers()
             with self.lock:
                 for device in self.devices:
                     device.reset()
-            self.vcpus[0].set_state(self.boot_image().registers)
+                for device in self.devices:
+                    device.on_wakeup()
+            self.vcpus[0].set_state(registers)
             self.accel.apply_state()
             self.was_suspended = False
             self.runstate.set(runstate.RUNNING)
             self.events.emit("WAKEUP")
             self.resume_vcpus()
+
+    def _waking_registers(self) -> dict:
+        from cpr.acpi.tables import FACS_ADDRESS, FACS_SIZE, waking_vector
+
+        vector = waking_vector(self.memory.read(FACS_ADDRESS, FACS_SIZE))
+        if vector:
+            return boot.waking_registers(vector)
+        assert self.boot_image is not None
+        return self.boot_image().registers
+
+    def acpi_tables(self) -> bytes:
+        """What the devices say of themselves, as it lies in the memory of a guest that asks."""
+        from cpr.acpi.tables import Acpi
+
+        acpi = Acpi()
+        for device in self.devices:
+            device.describe(acpi)
+        return acpi.build()
 
     def reset(self) -> None:
         """system_reset: asked for by the host, never turned into a shutdown."""

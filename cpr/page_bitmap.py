@@ -32,6 +32,11 @@ class PageBitmap:
         self.words = bytearray(bitmap_size(pages))
         self._words = ffi.from_buffer("uint64_t[]", self.words)
 
+    @property
+    def address(self) -> Any:
+        """Where the words are, for C; valid as long as the bitmap."""
+        return self._words
+
     def set(self, first: int, count: int) -> None:
         """Sets `count` bits from page `first` on; from any thread, also during `take`.
 

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 from cpr import boot, report
 from cpr.config.device_table import DEVICES
+from cpr.config.drive_options import NONE, VIRTIO
 from cpr.constants import GIB, MAX_CPUS
 from cpr.devices import isa_serial
 from cpr.devices.apic import ApicBus, LocalApic
 from cpr.devices.i8254 import I8254, PcSpeaker
 from cpr.devices.i8259 import I8259Pair
 from cpr.devices.ioapic import IOApic
+from cpr.devices.mc146818rtc import Mc146818Rtc
 from cpr.devices.pckbd import I8042
 from cpr.devices.piix4_pm import Piix4Pm
 from cpr.devices.port92 import Port92
-from cpr.devices.system import ParavirtualClock, Timers, VCpuState
+from cpr.devices.system import GuestClock, ParavirtualClock, Timers, VCpuState
 from cpr.errors import ConfigError, CprError
 from cpr.machine import Machine
 from cpr.memory import GuestMemory
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cpr.accel.base import Accelerator
-    from cpr.config import Config
+    from cpr.config import Config, DriveConfig, NetdevConfig
     from cpr.devices.iommufd import IommufdBackend
     from cpr.devices.pci import PciHost
     from cpr.devices.vfio import Type1
@@ -84,7 +86,7 @@ def build(
         for index in range(config.smp):
             machine.vcpus.append(accel.create_vcpu(index))
         _create_devices(Board(config, machine, fds))
-        machine.boot_image = lambda: boot.create(config)
+        machine.boot_image = lambda: boot.create(config, machine.acpi_tables)
         machine.create_threads()
     except CprError:
         machine.close()
@@ -183,9 +185,35 @@ class Board:
         self.config = config
         self.machine = machine
         self.fds = fds
+        self.is_incoming = bool(config.incoming)
+        self._drives_taken: set[str] = set()
+        self._netdevs_taken: list[str] = []
         self._pci_host: PciHost | None = None
         self._type1: Type1 | None = None
         self._iommufds: dict[str, IommufdBackend] = {}
+
+    def take_drive(self, name: str, owner: str) -> DriveConfig:
+        """The -drive of this id, for one device; errors name `owner`.  Raises ConfigError."""
+        drive = next((each for each in self.config.drives if each.id == name), None)
+        if drive is None:
+            raise ConfigError(f"Property '{owner}.drive' can't find value '{name}'")
+        if drive.interface not in (NONE, VIRTIO) or name in self._drives_taken:
+            raise ConfigError(f"Property '{owner}.drive' can't take value '{name}', it's in use")
+        self._drives_taken.add(name)
+        return drive
+
+    def take_netdev(self, name: str, owner: str) -> tuple[NetdevConfig, int]:
+        """The -netdev of this id, for one card, and how many were taken before it.
+
+        Errors name `owner`.  Raises ConfigError.
+        """
+        netdev = next((each for each in self.config.netdevs if each.id == name), None)
+        if netdev is None:
+            raise ConfigError(f"Property '{owner}.netdev' can't find value '{name}'")
+        if name in self._netdevs_taken:
+            raise ConfigError(f"Property '{owner}.netdev' can't take value '{name}', it's in use")
+        self._netdevs_taken.append(name)
+        return netdev, len(self._netdevs_taken) - 1
 
     def pci_host(self) -> PciHost:
         """The PCI bus; a machine has one as soon as it has a PCI device."""
@@ -222,10 +250,12 @@ class Board:
 def _create_devices(board: Board) -> None:
     config, machine = board.config, board.machine
     machine.add_device(Timers())
+    machine.add_device(GuestClock())
     for vcpu in machine.vcpus:
         machine.add_device(VCpuState(vcpu))
     _create_interrupts(machine)
-    for device in (Port92(), I8042(), Piix4Pm()):
+    rtc = Mc146818Rtc(config.rtc.get("base", "utc"), config.rtc.get("clock", "host"))
+    for device in (Port92(), I8042(), Piix4Pm(), rtc):
         machine.add_device(device)
     for index, chardev in enumerate(config.serials):
         if chardev is not None:
@@ -257,5 +287,6 @@ def _create_interrupts(machine: Machine) -> None:
         machine.irq_handlers.append(accel.set_irq)
         return
     machine.irq_handlers += [pic.set_irq, ioapic.set_irq]
+    machine.message_handler = bus.signal_message
     for vcpu, apic in zip(machine.vcpus, apics, strict=True):
         vcpu.interrupt_source = apic

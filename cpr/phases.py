@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+from cpr.faults import point
+
 NAMES = (
     "prepare",  # asked for; the old image gets ready
     "exec",  # clone and execve, the interpreter, imports
@@ -25,6 +27,7 @@ times: dict[str, int] = {}
 def mark(name: str) -> None:
     """The phase `name` begins now.
 
-    The first mark of a name counts.
+    The first mark of a name counts.  Each is a fault point of this name.
     """
     times.setdefault(name, time.monotonic_ns())
+    point(name)

@@ -34,10 +34,13 @@ class RAMBlock:
     for all of it to be populated, `populated` bytes of it are by now.
 
     While a copy of the block is being made for another image, `copy_fd` is that copy's memfd, else
-    -1, and `written` a bitmap of the pages that this process itself writes, else None.
+    -1, and `written` a bitmap of the pages that this process itself writes, else None; for threads
+    in C `written_cell` points to that bitmap's words.
     """
 
     __slots__ = (
+        "_former",
+        "_written",
         "alignment",
         "backend",
         "copy_fd",
@@ -57,7 +60,7 @@ class RAMBlock:
         "shared",
         "size",
         "stale",
-        "written",
+        "written_cell",
     )
 
     def __init__(self, idstr: str, size: int, backend: str) -> None:
@@ -80,7 +83,19 @@ class RAMBlock:
         self.stale = False
         self.regenerated = False
         self.copy_fd = -1
-        self.written: PageBitmap | None = None
+        self.written_cell = ffi.new("uint64_t *[1]")
+        self._written: PageBitmap | None = None
+        self._former: PageBitmap | None = None
+
+    @property
+    def written(self) -> PageBitmap | None:
+        return self._written
+
+    @written.setter
+    def written(self, bitmap: PageBitmap | None) -> None:
+        self._former = self._written  # a thread may yet be setting a bit
+        self._written = bitmap
+        self.written_cell[0] = ffi.NULL if bitmap is None else bitmap.address
 
     def view(self, offset: int, size: int) -> memoryview:
         """[offset, offset+size) of the block, to be read; valid until `close`.

@@ -21,6 +21,10 @@ import sys
 
 from cpr.constants import PROGRAM, STDERR, STDIN, STDOUT
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 MAX_TEXT = 64 << 10
 """Bytes of one report; the rest is dropped."""
 
@@ -55,6 +59,14 @@ def exception_report(error: BaseException) -> None:
     except Exception:  # no memory, no descriptor for the import, an error that cannot be shown
         text = f"{PROGRAM}: internal error: {type(error).__name__}\n"
     _write(STDERR, text)
+
+
+def carefully(step: Callable[[], object]) -> None:
+    """Takes a step for which no guest that runs here already is to be lost."""
+    try:
+        step()
+    except Exception as error:
+        exception_report(error)
 
 
 def announce(text: str) -> None:

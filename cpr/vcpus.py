@@ -77,6 +77,7 @@ class VCpuThread:
         self._running = False
         self._work: list[tuple[Callable[[VCpu], Any], list, Any]] = []
         self._work_lock = allocate_lock()
+        self._ended = allocate_lock()
         self.start()
 
     def start(self) -> None:
@@ -84,6 +85,7 @@ class VCpuThread:
 
         After an `end` it is on the CPUs, and has the policy, that it had before.
         """
+        self._ended.acquire()  # there is never a second thread of one vCPU
         self._ending = False
         self._go = _semaphore()
         self._parked = _semaphore()
@@ -104,6 +106,11 @@ class VCpuThread:
     def running(self) -> bool:
         """Whether the vCPU was let go by `resume`."""
         return self._running
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is no thread any more, by `end`."""
+        return self._ending
 
     @property
     def is_current(self) -> bool:
@@ -173,6 +180,7 @@ class VCpuThread:
         while True:
             self._go.acquire()
             if self._ending:
+                self._ended.release()
                 return
             while not self._stopping:
                 self._run_once()

@@ -41,6 +41,21 @@ def missing_tcg() -> str | None:
     return None
 
 
+# What changes settings of the whole machine, such as huge pages, and the nested VM: one at a time.
+GROUPS = {
+    "host": ("conformance", "test_survives_staging.py", "test_page_thp.py", "test_ram.py"),
+    "nested": ("nested",),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        place = item.path.relative_to(ROOT / "tests").parts[0]
+        for name, places in GROUPS.items():
+            if place in places:
+                item.add_marker(pytest.mark.xdist_group(name))
+
+
 MISSING = {"kvm": missing_kvm, "tcg": missing_tcg}
 
 

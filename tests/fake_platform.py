@@ -143,6 +143,9 @@ class FakeVCpu:
     def interrupt(self) -> None:
         self.calls.append("interrupt")
 
+    def forget_code(self) -> None:
+        pass
+
     def init(self) -> None:
         self.calls.append("init")
 

@@ -196,10 +196,14 @@ def test_text_with_an_x_bit_does_not_cost_the_guest(start, accel, tmp_path):
 
 
 def test_spawn_denied_by_the_sandbox(start, accel):
+    """Refused before anything stops: there is no other way to become another program."""
+    text = "-sandbox spawn=deny forbids execve, with which this VMM is updated"
     vm = start.guest("heartbeat", accel, "-sandbox", "on,spawn=deny")
-    vm.qmp.command("cpr-exec")
-    wait_for(lambda: vm.qmp.command("query-migrate")["status"] == "failed", "the exec fails")
-    assert vm.qmp.command("query-migrate")["error-desc"].endswith("Operation not permitted")
+    for command in (None, ["/nonexistent"], [*vm.words]):
+        with pytest.raises(QmpError, match=text):
+            vm.qmp.command("cpr-exec", **({"command": command} if command else {}))
+    assert vm.qmp.command("cpr-exec", test=True)["refusals"] == [text]
+    assert not vm.qmp.events
     wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts on")
 
 

@@ -14,11 +14,12 @@ SECTOR = bytes(510) + b"\x55\xaa"
 
 
 def config(kernel=None, *drives, order="cad"):
-    return SimpleNamespace(kernel=kernel, drives=drives, boot_order=order)
+    boots = {"kernel": kernel, "drives": drives, "boot_order": order, "initrd": None}
+    return SimpleNamespace(**boots, devices=())
 
 
 def drive(path, interface="floppy"):
-    return SimpleNamespace(file=str(path), interface=interface)
+    return SimpleNamespace(file=str(path), interface=interface, id="d0")
 
 
 def test_boot_sector_starts_at_7c00_in_real_mode(tmp_path):

@@ -146,7 +146,7 @@ def elf(*segments: tuple[int, int, int]) -> bytes:
 
 
 def kernel(path: str) -> boot.BootImage:
-    return boot.create(SimpleNamespace(kernel=path, drives=(), boot_order="cad"))
+    return boot.create(SimpleNamespace(kernel=path, drives=(), boot_order="cad", initrd=None))
 
 
 def test_segments_of_4_gib(tmp_path: Any) -> None:

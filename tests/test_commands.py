@@ -765,3 +765,10 @@ def test_files_that_memory_cannot_be_saved_to(vmm, tmp_path, name):
     for path in (f"{tmp_path}/fifo", "a\0b", f"{tmp_path}/no/file", str(tmp_path)):
         answer = execute(vmm, name, {"val": 0x7C00, "size": 16, "filename": path})
         assert isinstance(answer, str) and answer.startswith("Could not open"), path
+
+
+def test_what_is_no_ram_is_saved_as_a_hole(vmm: FakeVmm, tmp_path: Path) -> None:
+    execute(vmm, "pmemsave", {"val": 0x1000, "size": 1 << 31, "filename": "saved"})
+    status = (tmp_path / "saved").stat()
+    assert status.st_size == 1 << 31
+    assert status.st_blocks * 512 < 2 << 20

@@ -17,10 +17,15 @@ from cpr.errors import MigrationError
 from cpr.events import EventBus
 from cpr.live import guard
 from cpr.mainloop import MainLoop
+from cpr.migration import hand_over, loadvm, savevm
+from cpr.migration.capabilities import Capabilities
+from cpr.migration.channel import Channel
 from cpr.migration.migration import Migration
+from cpr.migration.mode import KeepsRam
 from cpr.monitor.passed_fds import PassedFds
 from cpr.state.cpr_state import CprState
 from cpr.state.fds import PreservedFds
+from cpr.state.reader import StreamError
 from cpr.state.vmstate import VMStateDescription
 
 WORDS = (
@@ -116,12 +121,29 @@ def source(guests) -> Iterator[Source]:
     source.close()
 
 
-def test_order_where_the_exec_fails(source: Source) -> None:
+def test_order_where_the_exec_fails(source: Source, monkeypatch) -> None:
+    monkeypatch.setattr(guard, "wait_alone", lambda: None)  # what runs the tests has threads
     source.migration.start_cpr_exec(["/nonexistent"])
     source.run_to_the_end()
     assert source.migration.error == "execvp /nonexistent failed: No such file or directory"
     assert source.device.calls == ["stop", "prepare cpr-exec", "save", "rollback", "run"]
     assert source.machine.runstate.current == runstate.RUNNING
+
+
+@pytest.mark.parametrize(
+    ("version", "minimum", "text"),
+    [
+        (3, 0, "unsupported version 3 for 'recorder' v2"),
+        (0, 1, "version 0 of 'recorder' is too old: this VMM loads 1 to 2"),
+        (1, 1, ""),
+    ],
+)
+def test_versions_of_a_device_that_the_new_vmm_has_not(source, version, minimum, text) -> None:
+    wanted = hand_over.describe(source.machine)
+    (entry,) = [entry for entry in wanted["sections"] if entry[0] == "recorder"]
+    entry[2] = version
+    source.device.vmstate = VMStateDescription("recorder", 2, minimum, ())
+    assert hand_over.differences(source.machine, wanted) == ([text] if text else [])
 
 
 def test_device_that_refuses_when_it_is_asked(source: Source, tmp_path) -> None:
@@ -185,5 +207,43 @@ def test_device_takes_over_once_the_guest_is_this_vmms(source: Source, tmp_path,
         incoming.expect(False)
         incoming.load_now({"transport": "file", "filename": f"{tmp_path}/stream", "offset": 0})
         assert target.device.calls == ["restore", "commit", "take over", "run"]
+    finally:
+        target.close()
+
+
+def saved(source: Source, known: dict | None = None) -> tuple[int, dict]:
+    """A stream of the stopped machine's devices, in a memfd, and the bodies of their sections."""
+    fd = os.memfd_create("test-stream")
+    channel = Channel(os.dup(fd), "file")
+    saver = savevm.Saver(source.machine, Capabilities(), KeepsRam("cpr-exec"), channel)
+    saver.ram()
+    bodies = saver.devices(runstate.RUNNING, False, known=known)
+    channel.finish()
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd, bodies
+
+
+def test_a_section_that_is_known_is_left_out_and_not_missed(source: Source, guests) -> None:
+    source.machine.stop()
+    whole, bodies = saved(source)
+    known = {key: body for key, body in bodies.items() if key[0] != "serial"}
+    rest, again = saved(source, known)
+    assert again == bodies
+    assert b"\x06serial" in os.pread(rest, 1 << 20, 0)
+    assert b"\x08recorder" not in os.pread(rest, 1 << 20, 0)
+    target = Source(str(guests / "heartbeat.img"))
+    target.device.required = True
+    for block in target.machine.blocks:
+        block.kept = True
+    try:
+        loadvm.load(target.machine, Capabilities(), Channel(whole, "file"), described=False)
+        assert target.device.calls == ["restore"]
+        with pytest.raises(StreamError, match="no section 'recorder'"):
+            loadvm.load(target.machine, Capabilities(), Channel(os.dup(rest), "file"), False)
+        os.lseek(rest, 0, os.SEEK_SET)
+        loadvm.load(
+            target.machine, Capabilities(), Channel(rest, "file"), described=False, loaded=known
+        )
+        assert target.device.calls == ["restore"]
     finally:
         target.close()

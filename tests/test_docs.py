@@ -15,7 +15,14 @@ from test_layers import LAYERS
 
 from cpr import devices, runstate
 from cpr.accel.kvm import state
-from cpr.config import chardev_options, command_line, drive_options, machine_options, usage
+from cpr.config import (
+    chardev_options,
+    command_line,
+    drive_options,
+    machine_options,
+    netdev_options,
+    usage,
+)
 from cpr.config.device_table import DEVICES
 from cpr.config.object_options import DEFAULT_ONLY, OBJECTS
 from cpr.devices.base import Device
@@ -114,6 +121,10 @@ def test_keys_of_drives_and_chardevs():
     shown = [(row[0], row[1]) for row in REFERENCE.rows("Chardev backends")]
     backends = chardev_options.BACKENDS.items()
     assert sorted(shown) == sorted((name, key) for name, keys in backends for key in keys or [""])
+
+
+def test_keys_of_netdevs():
+    assert sorted(REFERENCE.column("Keys of -netdev")) == sorted(netdev_options.KEYS)
 
 
 def test_inspect_options():

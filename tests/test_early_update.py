@@ -171,3 +171,15 @@ def test_a_program_that_knows_no_protocol_cannot_be_rehearsed(start, accel):
     vm = start_vm(start, accel)
     assert vm.qmp.command("cpr-exec", test=True, command=["true"]) == {"refusals": []}
     assert "cannot be rehearsed" in vm.qmp.hmp("cpr-exec -t true")
+
+
+def test_another_version_of_the_hand_over_is_refused_before_anything_stops(start, accel, tmp_path):
+    later = [sys.executable, "-c", "print(7, 8)", "run"]
+    text = "the new program speaks version 7, 8 of the hand-over, this one 1"
+    vm = start_vm(start, accel)
+    assert text in vm.qmp.command("cpr-exec", test=True, command=later)["refusals"][0]
+    with pytest.raises(QmpError, match=text):
+        vm.qmp.command("cpr-exec", command=later)
+    assert vm.qmp.command("query-migrate") == {}
+    assert not vm.qmp.events
+    vm.update(command=vm.words)  # one that does speak it

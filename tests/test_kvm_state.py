@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -261,7 +262,7 @@ def test_tsc_deadline_is_set_whatever_comes_first(
         vm.accel.set_apic(vm.vcpu, bytes(page))
     vm.accel.apply_state()
     assert saved_msrs(vm)[msrs.TSC_DEADLINE] == FAR, "kept until it runs"
-    vm.accel.start_time()
+    vm.accel.start_time(time.monotonic_ns())
     assert kvm.get_msrs(vm.vcpu.fd, [msrs.TSC_DEADLINE]) == {msrs.TSC_DEADLINE: FAR}
     assert saved_msrs(vm)[msrs.TSC_DEADLINE] == FAR
 
@@ -277,8 +278,8 @@ def test_time_stands_still_and_goes_on_together(make: Callable[[], TestVm]) -> N
     source, target = make(), make()
     source.vcpu.set_state(source.vcpu.get_state() | {"env.tsc": FAR})
     source.accel.set_clock(FAR)
-    source.accel.start_time()
-    source.accel.stop_time()
+    source.accel.start_time(time.monotonic_ns())
+    source.accel.stop_time(time.monotonic_ns())
     state, clock = source.vcpu.get_state(), source.accel.get_clock()
     assert state["env.tsc"] > FAR < clock
     assert source.vcpu.get_state()["env.tsc"] == state["env.tsc"]
@@ -288,7 +289,7 @@ def test_time_stands_still_and_goes_on_together(make: Callable[[], TestVm]) -> N
     target.accel.apply_state()
     assert target.vcpu.get_state()["env.tsc"] == state["env.tsc"]
     assert target.accel.get_clock() == clock
-    target.accel.start_time()
+    target.accel.start_time(time.monotonic_ns())
     ticks = msrs.read_tsc(target.vcpu) - state["env.tsc"]
     ns = target.accel.get_clock() - clock
     assert ticks > 0

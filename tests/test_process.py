@@ -178,3 +178,15 @@ def test_help_and_version_go_to_stdout(option):
     done = subprocess.run([*VMM, option], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "cpr-vmm" in done.stdout
+
+
+def test_a_pidfile_overwrites_nothing_of_others(start, accel, tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("precious\n")
+    link.symlink_to(target)
+    vm = start("-accel", accel, *ARGUMENTS, "-pidfile", str(link))
+    assert int(link.read_text()) == vm.pid and not link.is_symlink()
+    words = [*VMM, "-accel", accel, *ARGUMENTS, "-pidfile", str(target)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1 and "has in it what is no PID" in done.stderr
+    assert target.read_text() == "precious\n"

@@ -438,9 +438,10 @@ def test_the_description_holds_no_nul_and_nothing_follows_it():
     writer.configuration(Configuration("pc"))
     writer.device(2, "dé\0v", 7, VMStateDescription("d", 1, 1, (u8("x"),)), {"x": 1})
     writer.eof()
-    writer.vmdescription()
+    writer.vmdescription("it")
     description = description_of(bytes(written))
-    assert list(description) == ["configuration", "page_size", "devices"]
+    assert list(description) == ["configuration", "page_size", "devices", "program"]
+    assert description["program"] == "it"
     assert description["page_size"] == 4096
     assert description["devices"] == [
         {

@@ -58,6 +58,35 @@ def test_runs_real_mode_until_kicked(guest: Guest) -> None:
         wait_for(lambda: guest.read(0x8000, 4) > count, "the counter, again")
 
 
+def test_code_that_another_has_written(guest: Guest) -> None:
+    """The test writes it, as another vCPU would, and says what its interrupt would say."""
+    counts = "ff 06 00 80 eb fa", "ff 06 10 80 eb fa"  # inc word [0x8000] or [0x8010]; jmp back
+    guest.start_real(code(counts[0]))
+    with guest.running():
+        wait_for(lambda: guest.read(0x8000, 2) > 1000, "the counter")
+    guest.write(REAL_CODE, code(counts[1]))
+    guest.vcpu.forget_code()
+    with guest.running():
+        wait_for(lambda: guest.read(0x8010, 2) > 1000, "the other counter")
+
+
+def test_a_breakpoint_that_another_has_taken_away(guest: Guest) -> None:
+    handler = 0x9000
+    guest.set_vector(3, handler)
+    guest.write(handler, code("ff 06 00 80 cf"))  # inc word [0x8000]; iret
+    guest.start_real(code("cc e6 f4 eb fb"))  # int3; out 0xf4, al; jmp back
+    for expected in (1, 2):
+        assert guest.run() == base.KICKED
+        assert guest.read(0x8000, 2) == expected
+    guest.write(REAL_CODE, b"\x90")
+    assert guest.run() == base.KICKED
+    assert guest.read(0x8000, 2) == 2
+    guest.write(REAL_CODE, b"\xcc")
+    guest.vcpu.forget_code()
+    assert guest.run() == base.KICKED
+    assert guest.read(0x8000, 2) == 3
+
+
 def test_kick_before_run_is_kept_once(guest: Guest) -> None:
     guest.start_real(COUNTER)
     guest.vcpu.kick()

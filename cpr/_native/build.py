@@ -3,7 +3,7 @@
 Kernel constants and structs come from the system's headers through `cdef.h`.  Each other header
 holds declarations only: it is both what C includes and what cffi parses, so that the two cannot
 differ.  A header *_abi.h holds what the system's headers may lack; cffi knows it through `cdef.h`
-too.  `raw_syscall.h` has code, and is for C only.
+too.  The headers of C_ONLY are for C alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 FOLDER = "cpr/_native"
 ABI = sorted(path.name for path in HERE.glob("*_abi.h"))
-C_ONLY = {"cdef.h", "raw_syscall.h", *ABI}
+C_ONLY = {"cdef.h", "raw_syscall.h", "virtio_blk_io.h", "virtio_chain.h", *ABI}
 HEADERS = sorted(path.name for path in HERE.glob("*.h") if path.name not in C_ONLY)
 SOURCES = sorted(path.name for path in HERE.glob("[!_]*.c"))
 
@@ -37,6 +37,12 @@ PRELUDE = """
 #include <linux/kcmp.h>
 #include <linux/kvm.h>
 #include <linux/vfio.h>
+#include <linux/virtio_blk.h>
+#include <linux/virtio_config.h>
+#include <linux/virtio_ids.h>
+#include <linux/virtio_net.h>
+#include <linux/virtio_pci.h>
+#include <linux/virtio_ring.h>
 """
 
 

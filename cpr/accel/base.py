@@ -69,6 +69,12 @@ class VCpu:
         From any thread; a kernel irqchip needs no telling.
         """
 
+    def forget_code(self) -> None:
+        """Another vCPU is about to interrupt this one, and may have written code before.
+
+        From any thread; a processor needs no telling.
+        """
+
     def get_state(self) -> dict:
         """The state by `x86.VMSTATE_CPU`."""
         raise NotImplementedError
@@ -169,14 +175,18 @@ class Accelerator:
         done it before.  Raises CprError where the state cannot be this VM's.
         """
 
-    def stop_time(self) -> None:
+    def stop_time(self, now_ns: int) -> None:
         """The vCPUs have stopped: what the guest sees of time stands still from now.
 
-        That is its TSCs, and the paravirtual clock; they are read at one instant.
+        That is its TSCs, and the paravirtual clock; they are read at one instant, which is
+        `now_ns` of time.monotonic_ns(), or as near to it as can be.
         """
 
-    def start_time(self) -> None:
-        """The vCPUs are about to run: the inverse of `stop_time`, and of a load or a reset."""
+    def start_time(self, now_ns: int, advance_ns: int = 0) -> None:
+        """The vCPUs are about to run: the inverse of `stop_time`, and of a load or a reset.
+
+        Time goes on `advance_ns` later than it was stopped or loaded.
+        """
 
     # The processor that the guest was told that it has.
 
@@ -235,6 +245,19 @@ class Accelerator:
 
     def signal_message(self, address: int, data: int) -> None:
         """Delivers one MSI now."""
+        raise NotImplementedError
+
+    ioeventfds = False
+    """Whether it has `add_ioeventfd`, and interrupts by eventfd."""
+
+    def add_ioeventfd(self, address: int, size: int, eventfd: int) -> None:
+        """Has a write of `size` bytes to guest-physical `address` write `eventfd`, and nothing
+        else happen.
+        """
+        raise NotImplementedError
+
+    def remove_ioeventfd(self, address: int, size: int, eventfd: int) -> None:
+        """The inverse of `add_ioeventfd`."""
         raise NotImplementedError
 
     def add_vfio_file(self, fd: int) -> None:

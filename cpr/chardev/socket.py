@@ -219,9 +219,9 @@ class SocketChardev(FdChardev):
                 raise ConfigError(f"Failed to unlink socket {address}: {error.strerror}") from None
         else:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
         if family == socket.AF_UNIX:
-            os.chmod(address, 0o600)  # before anybody can connect
+            os.fchmod(listener.fileno(), 0o600)  # bind gives it to the file
+        listener.bind(address)
         listener.listen(1)
         listener.setblocking(False)
         if family == socket.AF_UNIX:

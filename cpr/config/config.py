@@ -19,7 +19,7 @@ from cpr.config.chardev_options import ChardevConfig, Frontend, parse_chardev
 from cpr.config.command_line import read_command_line, strip_options
 from cpr.config.device_options import DeviceConfig, parse_devices, parse_global
 from cpr.config.draft import Draft
-from cpr.config.drive_options import DriveConfig, parse_drives
+from cpr.config.drive_options import VIRTIO, DriveConfig, parse_drives
 from cpr.config.frontend_options import (
     SHORT_FORM,
     ChardevTable,
@@ -39,6 +39,7 @@ from cpr.config.machine_options import (
     subtree,
     with_megabytes,
 )
+from cpr.config.netdev_options import NetdevConfig, parse_netdevs
 from cpr.config.object_options import ObjectConfig, parse_object
 from cpr.config.record import Record
 from cpr.errors import ConfigError
@@ -56,12 +57,14 @@ __all__ = [
     "DeviceConfig",
     "DriveConfig",
     "MonitorConfig",
+    "NetdevConfig",
     "ObjectConfig",
     "parse_command_line",
     "strip_options",
 ]
 
 ISA_SERIAL = "isa-serial"
+VIRTIO_DISK = "virtio-blk-pci"  # what -drive if=virtio makes
 DEBUGCON = "debugcon"
 DEBUGCON_PORT = 0xE9
 DEFAULT_ACTIONS = {
@@ -89,11 +92,12 @@ class Config(Record):
     incoming              each -incoming as given; `option_json.parse_channel` reads those that are
                           neither "defer" nor a URI
     machine               the properties of -machine that were given, e.g. "aux-ram-share": True,
-                          "memory-backend": "ram0"; without type, accel, kernel and append
+                          "memory-backend": "ram0"; without type, accel, kernel, initrd, append
     machine_type          "pc", for all of its names
     no_reboot, no_shutdown  whether actions say so
     ram_size              bytes; ram_size_given is whether -m says so, or else a memory backend or
                           the default of 128 MiB
+    rtc                   what -rtc gives: "base", "clock"
     sandbox               what was given: "enable" as bool, the others as "allow", "deny" or
                           "children"
     serials               chardev ids, by COM port (0 is COM1); None where -serial none is given
@@ -117,11 +121,13 @@ class Config(Record):
         "drives",
         "globals",
         "incoming",
+        "initrd",
         "kernel",
         "machine",
         "machine_type",
         "monitors",
         "name",
+        "netdevs",
         "no_reboot",
         "no_shutdown",
         "nodefaults",
@@ -131,6 +137,7 @@ class Config(Record):
         "process_name",
         "ram_size",
         "ram_size_given",
+        "rtc",
         "sandbox",
         "serials",
         "smp",
@@ -153,11 +160,13 @@ class Config(Record):
     drives: tuple[DriveConfig, ...]
     globals: tuple[tuple[str, str, str], ...]
     incoming: tuple[str, ...]
+    initrd: str | None
     kernel: str | None
     machine: dict[str, Any]
     machine_type: str
     monitors: tuple[MonitorConfig, ...]
     name: str | None
+    netdevs: tuple[NetdevConfig, ...]
     no_reboot: bool
     no_shutdown: bool
     nodefaults: bool
@@ -167,6 +176,7 @@ class Config(Record):
     process_name: str | None
     ram_size: int
     ram_size_given: bool
+    rtc: dict[str, str]
     sandbox: dict[str, Any]
     serials: tuple[str | None, ...]
     smp: int
@@ -192,13 +202,30 @@ def parse_command_line(argv: Sequence[str]) -> Config:
     fields = _settings(draft)
     fields.update(_board(draft))
     fields.update(_frontends(draft, fields))
+    drives = parse_drives(draft.groups["drive"])
+    fields["devices"] += tuple(
+        DeviceConfig(VIRTIO_DISK, None, {"drive": drive.id}, drive.location)
+        for drive in drives
+        if drive.interface == VIRTIO
+    )
     return Config(
         **fields,
         argv=tuple(argv),
-        drives=parse_drives(draft.groups["drive"]),
+        drives=drives,
         incoming=tuple(draft.incoming),
+        netdevs=_netdevs(draft, fields["devices"]),
         warnings=tuple(draft.warnings),
     )
+
+
+def _netdevs(draft: Draft, devices: tuple[DeviceConfig, ...]) -> tuple[NetdevConfig, ...]:
+    """Raises ConfigError; warns of what no card is on."""
+    netdevs = parse_netdevs(draft.groups["netdev"])
+    used = {device.properties.get("netdev") for device in devices}
+    for netdev in netdevs:
+        if netdev.id not in used:
+            draft.warnings.append(f"warning: netdev {netdev.id} has no peer")
+    return netdevs
 
 
 def _settings(draft: Draft) -> dict[str, Any]:
@@ -220,6 +247,7 @@ def _settings(draft: Draft) -> dict[str, Any]:
         "only_migratable": settings.get("only_migratable", False),
         "pidfile": settings.get("pidfile"),
         "process_name": name.get("process"),
+        "rtc": draft.single("rtc"),
         "sandbox": draft.single("sandbox"),
         "start_paused": settings.get("start_paused", False),
         "timestamps": draft.single("msg").get("timestamp", False),
@@ -232,16 +260,19 @@ def _board(draft: Draft) -> dict[str, Any]:
     objects = tuple(parse_object(group) for group in draft.groups["object"])
     values = draft.single("machine")
     machine = parse_machine(values)
-    kernel, append = machine.pop("kernel", None), machine.pop("append", None)
+    kernel, append, initrd = (machine.pop(name, None) for name in ("kernel", "append", "initrd"))
     if kernel == "":
         raise ConfigError("could not open kernel file '': No such file or directory")
     if append is not None and kernel is None:
         raise ConfigError("-append only allowed with -kernel option")
+    if initrd is not None and kernel is None:
+        raise ConfigError("-initrd only allowed with -kernel option")
     size = parse_memory(subtree(values, "memory", with_megabytes(draft.single("memory"))))
     return {
         "accels": draft.accels() or DEFAULT_ACCELS,
         "append": append,
         "boot_order": parse_boot(subtree(values, "boot", draft.single("boot-opts"))),
+        "initrd": initrd,
         "kernel": kernel,
         "machine": machine,
         "machine_type": MACHINE_TYPE,

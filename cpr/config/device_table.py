@@ -39,6 +39,15 @@ class DeviceModel(Record):
         self._fill(module, usage, properties, chardev, needs_chardev)
 
 
+VIRTIO: dict[str, Kind] = {
+    "addr": STRING,
+    "bus": STRING,
+    "disable-legacy": STRING,
+    "disable-modern": BOOL,
+    "vectors": INT,
+}
+"""What all virtio devices have; legacy is off whatever is said of it."""
+
 DEVICES: dict[str, DeviceModel] = {
     "isa-debug-exit": DeviceModel(
         "cpr.devices.debug_exit",
@@ -69,5 +78,38 @@ DEVICES: dict[str, DeviceModel] = {
         "cpr.devices.vfio_options",
         ",host=[DDDD:]BB:DD.F[,iommufd=ID][,addr=SLOT]",
         {"addr": STRING, "fd": STRING, "host": STRING, "iommufd": STRING, "sysfsdev": STRING},
+    ),
+    "virtio-blk-pci": DeviceModel(
+        "cpr.devices.virtio.blk",
+        ",drive=ID[,serial=TEXT][,num-queues=N][,addr=SLOT]",
+        {
+            **VIRTIO,
+            "bootindex": INT,
+            "drive": STRING,
+            "num-queues": INT,
+            "queue-size": INT,
+            "rerror": ("report", "ignore", "stop", "auto"),
+            "serial": STRING,
+            "werror": ("report", "ignore", "stop", "enospc", "auto"),
+        },
+    ),
+    "virtio-net-pci": DeviceModel(
+        "cpr.devices.virtio.net",
+        ",netdev=ID[,mac=ADDRESS][,addr=SLOT]",
+        {**VIRTIO, "bootindex": INT, "mac": STRING, "netdev": STRING, "romfile": STRING},
+    ),
+    "virtio-rng-pci": DeviceModel(
+        "cpr.devices.virtio.rng",
+        "[,max-bytes=N,period=MS][,addr=SLOT]",
+        {**VIRTIO, "max-bytes": INT, "period": INT},
+    ),
+    "virtio-serial-pci": DeviceModel(
+        "cpr.devices.virtio.serial", "[,addr=SLOT]", {**VIRTIO, "max_ports": INT}
+    ),
+    "virtconsole": DeviceModel(
+        "cpr.devices.virtio.console",
+        "[,chardev=ID]",
+        {"bus": STRING, "chardev": STRING, "name": STRING, "nr": INT},
+        chardev="virtconsole",
     ),
 }

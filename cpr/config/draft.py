@@ -29,6 +29,7 @@ GROUPS: dict[str, tuple[str, str | None]] = {
     "memory": (OPTS, "size"),
     "mon": (OPTS, "chardev"),
     "msg": (OPTS, None),
+    "netdev": (OPTS, "type"),
     "name": (OPTS, "guest"),
     "object": (OPTS, "qom-type"),
     "rtc": (OPTS, None),
@@ -37,8 +38,8 @@ GROUPS: dict[str, tuple[str, str | None]] = {
 }
 
 # Groups of which there may be many; of the others there is one, and what is given later wins.
-REPEATED = ("accel", "chardev", "device", "drive", "global", "mon", "object")
-IDENTIFIED = ("chardev", "device", "drive", "mon", "object")
+REPEATED = ("accel", "chardev", "device", "drive", "global", "mon", "netdev", "object")
+IDENTIFIED = ("chardev", "device", "drive", "mon", "netdev", "object")
 
 ALLOW_OR_DENY = ("allow", "deny")
 SANDBOX_WORDS = {

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     Slot = tuple[str, int, int]  # interface, bus, unit
 
-FLOPPY, IDE, NONE = "floppy", "ide", "none"
-INTERFACES = (FLOPPY, IDE, NONE, "scsi", "virtio", "sd", "mtd", "pflash", "xen")
+FLOPPY, IDE, NONE, VIRTIO = "floppy", "ide", "none", "virtio"
+INTERFACES = (FLOPPY, IDE, NONE, "scsi", VIRTIO, "sd", "mtd", "pflash", "xen")
+UNLIMITED = (NONE, VIRTIO)
 BUSES = {FLOPPY: 1, IDE: 2}
 UNITS = 2  # of one bus
 UNASSIGNED = -1
@@ -41,9 +42,12 @@ KEYS: dict[str, Kind] = {
     "cache": STRING,
     "aio": STRING,
     "discard": STRING,
+    "file.locking": STRING,
+    "rerror": STRING,
+    "werror": STRING,
 }
 
-# Checked, but without effect on what the guest sees.
+# Checked; of these only a disk on virtio makes something.
 ACCEPTED = {
     "media": (("disk", "cdrom"), "'{}' invalid media"),
     "cache": (
@@ -52,18 +56,30 @@ ACCEPTED = {
     ),
     "aio": (("threads", "native", "io_uring"), "invalid aio option"),
     "discard": (("ignore", "off", "unmap", "on"), "Invalid discard option"),
+    "file.locking": (("auto", "on", "off"), "Parameter 'locking' does not accept value '{}'"),
+    "rerror": (("report", "ignore", "stop"), "'{}' invalid read error action"),
+    "werror": (("report", "ignore", "stop", "enospc"), "'{}' invalid write error action"),
 }
 
 # What else QEMU accepts is not possible here.
 ONLY = {"media": "disk", "snapshot": False}
 
-DEFAULT_IDS = {FLOPPY: "floppy{unit}", IDE: "ide{bus}-hd{unit}", NONE: "none{unit}"}
+DEFAULT_IDS = {
+    FLOPPY: "floppy{unit}",
+    IDE: "ide{bus}-hd{unit}",
+    NONE: "none{unit}",
+    VIRTIO: "virtio{unit}",
+}
 
 
 class DriveConfig(Record):
-    """One drive.  `file` is None where no medium is in; `interface` is floppy, ide or none;
-    `index` is the slot, and the running number for none; `id` is as `info block` shows it;
+    """One drive.  `file` is None where no medium is in; `interface` is floppy, ide, virtio or none;
+    `index` is the slot, and the running number for the last two; `id` is as `info block` shows it;
     `location` is what an error about it begins with.
+
+    `cache` is QEMU's word; `discards`: blocks may be given back to the host's file system;
+    `locking`: other programs are kept away from the file; `rerror` and `werror` are what becomes of
+    a read and of a write that fails.
     """
 
     __slots__ = (  # noqa: RUF023 - the order of the constructor
@@ -74,6 +90,11 @@ class DriveConfig(Record):
         "readonly",
         "id",
         "location",
+        "cache",
+        "discards",
+        "locking",
+        "rerror",
+        "werror",
     )
     file: str | None
     format: str
@@ -82,6 +103,11 @@ class DriveConfig(Record):
     readonly: bool
     id: str
     location: str
+    cache: str
+    discards: bool
+    locking: bool
+    rerror: str
+    werror: str
 
     def __init__(
         self,
@@ -92,8 +118,16 @@ class DriveConfig(Record):
         readonly: bool = False,
         id: str = "",
         location: str = "",
+        cache: str = "writeback",
+        discards: bool = False,
+        locking: bool = True,
+        rerror: str = "report",
+        werror: str = "enospc",
     ) -> None:
-        self._fill(file, format, interface, index, readonly, id, location)
+        self._fill(
+            *(file, format, interface, index, readonly, id, location),
+            *(cache, discards, locking, rerror, werror),
+        )
 
 
 def parse_drives(groups: list[OptionGroup]) -> tuple[DriveConfig, ...]:
@@ -109,7 +143,9 @@ def parse_drives(groups: list[OptionGroup]) -> tuple[DriveConfig, ...]:
         if slot in slots and (group.base or not slots.pop(slot)[1]):
             index = _index(slot)
             raise group.error(f"drive with bus={bus}, unit={unit} (index={index}) exists")
-        if interface != NONE and not (0 <= bus < BUSES.get(interface, 0) and 0 <= unit < UNITS):
+        if interface not in UNLIMITED and not (
+            0 <= bus < BUSES.get(interface, 0) and 0 <= unit < UNITS
+        ):
             raise group.error(f"machine type does not support if={interface},bus={bus},unit={unit}")
         slots[slot] = _drive(group, values, slot), group.base
     return tuple(drive for drive, _ in slots.values())
@@ -171,9 +207,16 @@ def _drive(group: OptionGroup, values: dict[str, Any], slot: Slot) -> DriveConfi
     readonly = values.get("read-only", False)
     if file is None and image_format is not None:
         raise group.error('A block device must be specified for "file"')
-    if interface == IDE and file is None:
+    if interface in (IDE, VIRTIO) and file is None:
         raise ConfigError("Device needs media, but drive is empty")
     if interface == IDE and readonly:
         raise ConfigError("Block node is read-only")
     identifier = values.get("id") or DEFAULT_IDS[interface].format(bus=bus, unit=unit)
-    return DriveConfig(file, "raw", interface, _index(slot), readonly, identifier, group.location)
+    return DriveConfig(
+        *(file, "raw", interface, _index(slot), readonly, identifier, group.location),
+        cache=values.get("cache", "writeback"),
+        discards=values.get("discard") in ("unmap", "on"),
+        locking=values.get("file.locking") != "off",
+        rerror=values.get("rerror", "report"),
+        werror=values.get("werror", "enospc"),
+    )

@@ -38,9 +38,15 @@ The machine
   -uuid UUID, -name [guest=]NAME[,process=NAME], -boot [order=]LETTERS, -rtc base=...
 
 What it boots
-  -drive file=IMAGE,format=raw[,if=floppy|ide|none][,index=N][,readonly=on|off][,id=ID]
+  -drive file=IMAGE,format=raw[,if=floppy|ide|virtio|none][,index=N][,readonly=on|off][,id=ID]
+                 [,cache=MODE][,discard=unmap][,werror=...][,rerror=...][,file.locking=off]
   -fda, -fdb, -hda, -hdb, -hdc, -hdd IMAGE
-  -kernel FILE   a flat binary, ELF32 or ELF64; -append TEXT goes with it
+  -kernel FILE   a flat binary, ELF32, ELF64, or a bzImage of Linux
+  -initrd FILE, -append TEXT
+                 the first file system and the command line of Linux
+
+Network
+  -netdev tap,id=ID[,ifname=NAME][,fd=N][,script=no][,downscript=no]
 
 Character devices
   -chardev null|stdio|pty,id=ID
@@ -94,7 +100,6 @@ QEMU_ONLY = frozenset(
         "g",
         "gdb",
         "icount",
-        "initrd",
         "iscsi",
         "jitdump",
         "k",
@@ -102,7 +107,6 @@ QEMU_ONLY = frozenset(
         "mem-path",
         "mem-prealloc",
         "mtdblock",
-        "netdev",
         "no-fd-bootchk",
         "numa",
         "option-rom",

@@ -15,6 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from cpr.acpi.tables import Acpi
     from cpr.devices.base import Platform
 
 ADDRESS = 0xFEE00000
@@ -114,6 +115,11 @@ class LocalApic(Device):
                 self._platform.unregister_mmio(ADDRESS, SIZE)
         self._timer = None
         self._platform = None
+
+    def describe(self, acpi: Acpi) -> None:
+        acpi.add_local_apic(ADDRESS, self._index)
+        if self._index == 0:
+            acpi.add_nmi(1)
 
     def reset(self) -> None:
         self._clear()
@@ -408,12 +414,14 @@ class LocalApic(Device):
         shorthand = command >> SHORTHAND_SHIFT & 3
         if shorthand == NO_SHORTHAND:
             destination = self._registers[ICR_HIGH] >> 24
-            is_logical = bool(command & ICR_LOGICAL)
-            self._bus.deliver(destination, is_logical, mode, command & VECTOR, False)
-            return
-        apics = {
-            TO_SELF: [self],
-            TO_ALL: list(self._bus.apics),
-            TO_OTHERS: [apic for apic in self._bus.apics if apic is not self],
-        }[shorthand]
+            apics = self._bus.addressed(destination, bool(command & ICR_LOGICAL))
+        else:
+            apics = {
+                TO_SELF: [self],
+                TO_ALL: list(self._bus.apics),
+                TO_OTHERS: [apic for apic in self._bus.apics if apic is not self],
+            }[shorthand]
+        for apic in apics:
+            if apic is not self:
+                apic._vcpu.forget_code()
         self._bus.send(apics, mode, command & VECTOR, False)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 # Delivery modes of a message (Intel SDM vol. 3, 11.6.1).
 FIXED, LOWEST_PRIORITY, SMI, REMOTE_READ, NMI, INIT, START_UP, EXTINT = range(8)
 
+MESSAGE_ADDRESS = 0xFEE00000
+
 
 class ApicBus:
     """Local APICs enter themselves in `apics`, in the order of their vCPUs.
@@ -31,12 +33,10 @@ class ApicBus:
         self, destination: int, is_logical: bool, mode: int, vector: int, is_level: bool
     ) -> None:
         """Sends a message to the local APICs that it addresses."""
-        self.send(
-            [apic for apic in self.apics if apic.is_addressed(destination, is_logical)],
-            mode,
-            vector,
-            is_level,
-        )
+        self.send(self.addressed(destination, is_logical), mode, vector, is_level)
+
+    def addressed(self, destination: int, is_logical: bool) -> list[LocalApic]:
+        return [apic for apic in self.apics if apic.is_addressed(destination, is_logical)]
 
     def send(self, apics: list[LocalApic], mode: int, vector: int, is_level: bool) -> None:
         """Modes SMI, remote read and NMI are not there: such messages are dropped."""
@@ -49,6 +49,15 @@ class ApicBus:
                 apic.init()
             elif mode == START_UP:
                 apic.start_up(vector)
+
+    def signal_message(self, address: int, data: int) -> None:
+        """Delivers a message-signalled interrupt (Intel SDM vol. 3, 11.11); elsewhere it is no one.
+
+        In the address bits 19:12 are the destination, and bit 2 says that it is a logical one.
+        """
+        if address >> 20 == MESSAGE_ADDRESS >> 20:
+            destination, is_logical = address >> 12 & 0xFF, bool(address & 4)
+            self.deliver(destination, is_logical, data >> 8 & 7, data & 0xFF, bool(data >> 15 & 1))
 
     def acknowledge_pic(self) -> int:
         """Takes an interrupt out of the PIC and returns its vector."""

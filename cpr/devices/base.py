@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from cpr.accel.base import Accelerator, VCpu
+    from cpr.acpi.tables import Acpi
     from cpr.clock import VirtualClock
     from cpr.errors import CprError
     from cpr.events import EventBus
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
         accel: Accelerator
         memory: GuestMemory
         vcpus: list[VCpu]
+        advances_clock: Callable[[], bool]
+        catches_up: bool
+        stopped_at: int | None
 
         @property
         def suspended(self) -> bool:
@@ -74,6 +78,9 @@ if TYPE_CHECKING:
         def set_irq(self, gsi: int, level: bool) -> None:
             """Sets global system interrupt `gsi` (0..23; 0..15 are the ISA IRQs)."""
 
+        def signal_message(self, address: int, data: int) -> None:
+            """Delivers one message-signalled interrupt to the local APICs."""
+
         def current_vcpu(self) -> int:
             """The index of the vCPU whose thread is calling, or -1."""
 
@@ -84,6 +91,9 @@ if TYPE_CHECKING:
         def request_reset(self, guest: bool, reason: str) -> None: ...
         def request_error(self, error: CprError) -> None:
             """Stops the VM soon, in runstate internal-error."""
+
+        def request_stop(self, state: str) -> None:
+            """Stops the VM soon, in run state `state`."""
 
         def request_exit(self, status: int) -> None:
             """Ends the whole VMM with `status`, as isa-debug-exit does."""
@@ -129,6 +139,9 @@ class Device:
     def unrealize(self) -> None:
         """The inverse of `realize`."""
 
+    def describe(self, acpi: Acpi) -> None:
+        """Adds what a guest's ACPI tables say of this device; by default that is nothing."""
+
     def reset(self) -> None:
         """Puts the state to what it is at power-on."""
 
@@ -160,6 +173,18 @@ class Device:
 
     def on_stop(self) -> None:
         """The VM has stopped; called with the lock held, after the vCPUs stopped."""
+
+    def park(self) -> None:
+        """Ends the device's own threads, if it has any, for the moment of an exec.
+
+        The guest does not run, but is not told, and nothing may be lost by it.
+        """
+
+    def unpark(self) -> None:
+        """The inverse of `park`."""
+
+    def on_wakeup(self) -> None:
+        """The guest slept, the device has been reset, and the guest runs next."""
 
     def on_powerdown(self) -> None:
         """Somebody pressed the power button."""

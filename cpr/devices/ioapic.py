@@ -8,6 +8,7 @@ from cpr.state.vmstate import VMStateDescription, u8, u32, u64, unused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from cpr.acpi.tables import Acpi
     from cpr.devices.apic_bus import ApicBus
     from cpr.devices.base import Platform
 
@@ -69,6 +70,10 @@ class IOApic(Device):
             self._apic_bus.eoi_handlers.remove(self.end_of_interrupt)
             self._platform.unregister_mmio(ADDRESS, SIZE)
         self._platform = None
+
+    def describe(self, acpi: Acpi) -> None:
+        acpi.add_io_apic(ADDRESS, self.id)
+        acpi.add_override(0, TIMER_PIN)
 
     def reset(self) -> None:
         self._clear()

@@ -6,8 +6,10 @@
 
 There is one bus.  The host bridge has the ids and the PCIEXBAR register (60h) of Q35's, so that a
 guest finds ECAM in the usual way; there is no firmware that would move it, and so it does not move.
-RAM of this machine never reaches it.  INTx is wired as on the PIIX: pin and slot make one of four
-PIRQs, and these are where a PC's firmware puts them, on IRQ 10, 10, 11 and 11.
+RAM of this machine never reaches it.  Base addresses are the guest's to give: it learns from ACPI
+where there is room, which is around ECAM below 4 GiB, and above all RAM.  INTx is wired as on the
+PIIX: pin and slot make one of four PIRQs, and these are where a PC's firmware puts them, on IRQ 10,
+10, 11 and 11.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from cpr.state.vmstate import VMStateDescription, u32
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from cpr.acpi.tables import Acpi
     from cpr.devices.base import Platform
 
 CONFIG_ADDRESS = 0xCF8
@@ -27,6 +30,11 @@ ECAM_SIZE = 256 << 20
 FUNCTION_SIZE = 4096
 SLOTS = 32
 PIRQ_IRQS = (10, 10, 11, 11)
+
+BUSES = ECAM_SIZE >> 20
+IOAPIC_ADDRESS = 0xFEC00000  # from here on addresses below 4 GiB are the board's
+FIRST_GIB = 256  # of the addresses above RAM, and how many there are: both fit into 39 bits
+ALL_FUNCTIONS = 0xFFFF
 
 BRIDGE_IDS = 0x29C08086  # device and vendor
 BRIDGE_CLASS = 0x06000000  # host bridge, revision 0
@@ -75,6 +83,7 @@ class PciHost(Device):
         self._platform: Platform | None = None
         self._config_reg = 0
         self._functions: dict[int, PciFunction] = {0: HostBridge()}
+        self._raised: dict[int, set[int]] = {}  # the slots that hold a line up
 
     def realize(self, platform: Platform) -> None:
         self._platform = platform
@@ -113,6 +122,65 @@ class PciHost(Device):
     def irq_of(self, slot: int, pin: int) -> int:
         """The GSI of INTA…INTD (1…4) of the device in `slot`."""
         return PIRQ_IRQS[(slot - 1 + pin - 1) % len(PIRQ_IRQS)]
+
+    def set_intx(self, slot: int, pin: int, level: bool) -> None:
+        """Sets INTA…INTD (1…4) of the device in `slot`; a line is up while any of its devices has
+        it so.
+        """
+        irq = self.irq_of(slot, pin)
+        raised = self._raised.setdefault(irq, set())
+        before = bool(raised)
+        (raised.add if level else raised.discard)(slot)
+        if bool(raised) != before and self._platform is not None:
+            self._platform.set_irq(irq, bool(raised))
+
+    def describe(self, acpi: Acpi) -> None:
+        from cpr.acpi import aml
+        from cpr.acpi.tables import HIGH_LEVEL
+
+        mcfg = bytes(8) + ECAM_BASE.to_bytes(8, "little") + bytes((0, 0, 0, BUSES - 1)) + bytes(4)
+        acpi.add_table(b"MCFG", 1, mcfg)
+        for irq in sorted(set(PIRQ_IRQS)):
+            acpi.add_override(irq, irq, HIGH_LEVEL)
+        routes = [
+            aml.package(
+                aml.integer(slot << 16 | ALL_FUNCTIONS),
+                aml.integer(pin - 1),
+                aml.integer(0),
+                aml.integer(self.irq_of(slot, pin)),
+            )
+            for slot in range(1, SLOTS)
+            for pin in range(1, len(PIRQ_IRQS) + 1)
+        ]
+        bridge = aml.device(
+            "PCI0",
+            aml.name("_HID", aml.eisa_id("PNP0A08")),
+            aml.name("_CID", aml.eisa_id("PNP0A03")),
+            aml.name("_UID", aml.integer(0)),
+            aml.name("_CRS", aml.resources(*self._windows())),
+            aml.name("_PRT", aml.package(*routes)),
+        )
+        taken = aml.resources(aml.fixed_memory(ECAM_BASE, ECAM_SIZE))
+        board = (aml.name("_HID", aml.eisa_id("PNP0C02")), aml.name("_CRS", taken))
+        acpi.add_device(bridge, aml.device("MBRD", *board))
+
+    def _windows(self) -> list[bytes]:
+        """What the bridge passes on: buses, ports, and addresses that are nobody else's."""
+        from cpr.acpi import aml
+
+        assert self._platform is not None
+        ends = [section.start + section.size for section in self._platform.memory.sections]
+        low = max(end for end in ends if end <= ECAM_BASE)
+        high = max(FIRST_GIB << 30, *(-(-end >> 30) << 30 for end in ends))
+        return [
+            aml.bus_range(0, BUSES - 1),
+            aml.io_ports(CONFIG_ADDRESS, 8),
+            aml.io_range(0, CONFIG_ADDRESS - 1),
+            aml.io_range(CONFIG_DATA + 4, 0xFFFF),
+            *([aml.memory_range(low, ECAM_BASE - 1)] if low < ECAM_BASE else []),
+            aml.memory_range(ECAM_BASE + ECAM_SIZE, IOAPIC_ADDRESS - 1),
+            aml.memory_range(high, high + (FIRST_GIB << 30) - 1),
+        ]
 
     def reset(self) -> None:
         self._config_reg = 0

@@ -11,6 +11,7 @@ from cpr.state.vmstate import VMStateDescription, u16
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from cpr.acpi.tables import Acpi
     from cpr.devices.base import Platform
 
 BASE = 0x600
@@ -20,6 +21,7 @@ TIMER_HZ = 3_579_545
 SCI_IRQ = 9
 
 POWER_BUTTON = 1 << 8  # in PM1 status and enable (ACPI 6.5, 4.8.3.1)
+WAKE = 1 << 15  # in PM1 status
 SLEEP_TYPE_SHIFT = 10
 SLEEP_ENABLE = 1 << 13
 SLEEP_TYPE_OFF, SLEEP_TYPE_RAM = 0, 1  # S5 and S3 of this chip
@@ -49,6 +51,24 @@ class Piix4Pm(Device):
             self._platform.unregister_io(BASE, LENGTH)
             self._platform = None
 
+    def describe(self, acpi: Acpi) -> None:
+        from cpr.acpi import aml
+        from cpr.acpi.tables import HIGH_LEVEL
+
+        acpi.set_fadt(
+            SCI_INT=SCI_IRQ,
+            PM1a_EVT_BLK=BASE + PM1_STATUS,
+            PM1_EVT_LEN=4,
+            PM1a_CNT_BLK=BASE + PM1_CONTROL,
+            PM1_CNT_LEN=2,
+            PM_TMR_BLK=BASE + PM_TIMER,
+            PM_TMR_LEN=4,
+        )
+        acpi.add_override(SCI_IRQ, SCI_IRQ, HIGH_LEVEL)
+        for name, sleep_type in (("_S3", SLEEP_TYPE_RAM), ("_S5", SLEEP_TYPE_OFF)):
+            values = [aml.integer(value) for value in (sleep_type, sleep_type, 0, 0)]
+            acpi.add_object(aml.name(name, aml.package(*values)))
+
     def reset(self) -> None:
         self._status = self._enable = self._control = 0
 
@@ -63,6 +83,9 @@ class Piix4Pm(Device):
         self._status = state["ar.pm1.evt.sts"]
         self._enable = state["ar.pm1.evt.en"]
         self._control = state["ar.pm1.cnt.cnt"]
+
+    def on_wakeup(self) -> None:
+        self._status |= WAKE
 
     def on_powerdown(self) -> None:
         self._status |= POWER_BUTTON

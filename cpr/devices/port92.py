@@ -7,6 +7,7 @@ from cpr.state.vmstate import VMStateDescription, u8
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from cpr.acpi.tables import Acpi
     from cpr.devices.base import Platform
 
 PORT = 0x92
@@ -32,6 +33,9 @@ class Port92(Device):
         if self._platform is not None:
             self._platform.unregister_io(PORT, 1)
             self._platform = None
+
+    def describe(self, acpi: Acpi) -> None:
+        acpi.set_reset_register(PORT, FAST_RESET)
 
     def reset(self) -> None:
         self._outport &= ~FAST_RESET

@@ -14,10 +14,12 @@ from cpr.state.vmstate import VMStateDescription, boolean, buffer, i32, struct_,
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from cpr.acpi.tables import Acpi
     from cpr.chardev.base import Chardev
     from cpr.devices.base import Platform
     from cpr.mainloop import Timer
 
+PORT_COUNT = 8
 PORTS = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
 IRQS = (4, 3, 4, 3)
 FIFO_SIZE = 16
@@ -98,13 +100,24 @@ class Serial(Device):
 
     def realize(self, platform: Platform) -> None:
         self._platform = platform
-        platform.register_io(self.port, 8, self._read, self._write, f"serial{self.index}")
+        platform.register_io(self.port, PORT_COUNT, self._read, self._write, f"serial{self.index}")
 
     def unrealize(self) -> None:
         if self._platform is not None:
             self._stop_timer()
-            self._platform.unregister_io(self.port, 8)
+            self._platform.unregister_io(self.port, PORT_COUNT)
             self._platform = None
+
+    def describe(self, acpi: Acpi) -> None:
+        from cpr.acpi import aml
+
+        where = aml.resources(aml.io_ports(self.port, PORT_COUNT), aml.irq(self.irq))
+        names = (
+            aml.name("_HID", aml.eisa_id("PNP0501")),
+            aml.name("_UID", aml.integer(self.index + 1)),
+            aml.name("_CRS", where),
+        )
+        acpi.add_device(aml.device(f"COM{self.index + 1}", *names))
 
     def attach(self, chardev: Chardev | None) -> None:
         """Connects the host's end; the inverse is `detach`."""

@@ -36,6 +36,33 @@ class Timers(Device):
         self._clock.set(state["cpu_clock_offset"])
 
 
+class GuestClock(Device):
+    """When the guest was stopped, by the host's wall clock, for a clock that is to go on.
+
+    Saved and restored where the migration's parameter x-cpr-guest-clock is `advance`.
+    """
+
+    idstr = "x-cpr-guest-clock"
+    vmstate = VMStateDescription("x-cpr-guest-clock", 1, 1, (i64("stopped_at"),))
+
+    def realize(self, platform: Platform) -> None:
+        self._platform = platform
+
+    def needed(self) -> bool:
+        wanted = self._platform.catches_up or self._platform.advances_clock()
+        return wanted and self._platform.stopped_at is not None
+
+    def save(self) -> dict:
+        return {"stopped_at": self._platform.stopped_at or 0}
+
+    def check(self, state: dict) -> None:
+        check_range("stopped_at", state["stopped_at"], 0, 1 << 62)
+
+    def restore(self, state: dict) -> None:
+        self._platform.stopped_at = state["stopped_at"]
+        self._platform.catches_up = True
+
+
 class ParavirtualClock(Device):
     """The clock that the accelerator shows its guest; it stands still while the VM is stopped."""
 

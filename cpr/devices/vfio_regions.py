@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from cpr import report
 from cpr.constants import PAGE_SIZE
-from cpr.devices.pci import ECAM_BASE, ECAM_SIZE
-from cpr.devices.pci_config import Bar, overlaps
+from cpr.devices.pci_bars import is_free
+from cpr.devices.pci_config import Bar
 from cpr.errors import KernelError
 from cpr.uapi import vfio
 
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from cpr.devices.vfio_interrupts import Interrupts
     from cpr.uapi.fd import Fd
     from cpr.uapi.vfio import RegionInfo
-
-# I/O APIC, local APICs, KVM's own pages and the BIOS: no BAR can be put over these.
-RESERVED = ((ECAM_BASE, ECAM_SIZE), (0xFEC00000, 0x100000000 - 0xFEC00000))
-MAX_ADDRESS = 1 << 46  # a BAR that is being sized has all of its bits set
 
 
 class BarRegion:
@@ -81,16 +77,8 @@ class BarRegion:
         if base == self._base:
             return
         self.remove()
-        if base is not None and self._is_free(base):
+        if base is not None and (self.bar.is_io or is_free(self._platform, base, self.bar.size)):
             self._place(base)
-
-    def _is_free(self, base: int) -> bool:
-        if self.bar.is_io:
-            return True
-        if base + self.bar.size > MAX_ADDRESS:
-            return False
-        taken = [(s.start, s.size) for s in self._platform.memory.sections]
-        return not any(overlaps(base, self.bar.size, *each) for each in (*RESERVED, *taken))
 
     def _place(self, base: int) -> None:
         self._base = base

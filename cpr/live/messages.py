@@ -13,6 +13,8 @@ import os
 import socket
 from typing import Any
 
+from cpr.live import sealed
+
 INLINE, MEMFD, MORE = b"i", b"m", b"+"
 MOST_INLINE = 16 << 10  # bytes; far below what a socket buffer takes
 MOST_TEXT = 16 << 20  # bytes
@@ -51,9 +53,10 @@ def send(sock: socket.socket, kind: str, body: dict[str, Any], fds: list[int]) -
     memfd = -1
     try:
         if len(text) > MOST_INLINE:
-            memfd = os.memfd_create("cpr-message")
+            memfd = sealed.create("cpr-message")
             with open(memfd, "wb", closefd=False) as file:
                 file.write(text)
+            sealed.seal(memfd)
             fds, mark, text = [memfd, *fds], MEMFD, b""
         else:
             mark = INLINE
@@ -109,7 +112,7 @@ def _decode(packet: bytes, fds: list[int]) -> Message:
     if mark == MEMFD:
         memfd = fds.pop(0)
         try:
-            text = os.pread(memfd, min(os.fstat(memfd).st_size, MOST_TEXT), 0)
+            text = os.pread(memfd, sealed.check(memfd, MOST_TEXT), 0)
         finally:
             os.close(memfd)
     body = json.loads(text)

@@ -107,6 +107,7 @@ class Update:
         interrupted: Callable[[], bool] = lambda: False,
         holds_signals: bool = False,
         park: Callable[[], None] = lambda: None,
+        unpark: Callable[[], None] = lambda: None,
     ) -> None:
         """Becomes `argv` under this PID; `keep` are descriptors that go over besides.
 
@@ -116,14 +117,18 @@ class Update:
 
         With `holds_signals` the new image has the signals ENDING blocked, for as long as it has no
         handler for them; it is one that unblocks them then.
-        `park()` ends the other threads; it is called last thing, and may raise.
+        `park()` ends the other threads; it is called last thing, and may raise.  `unpark()` is its
+        inverse, called wherever the old image goes on after that.
         `interrupted()` tells of one that the old image has taken, and would not come to.
 
         With `state_fd` the program is one that knows nothing of this, and gets only `keep`.  `drop`
         are descriptors that a late exec closes here too; `dropped` says that it has.
         """
+        parked = False
 
         def ready() -> None:
+            nonlocal parked
+            parked = True
             park()
             self._guard.wait_alone()
             if interrupted():
@@ -157,6 +162,8 @@ class Update:
             raise UpdateError(f"execvp {name} failed: {text}") from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            if parked:
+                unpark()
         self.pid, self.pidfd = returned.pid, returned.pidfd
         self.dropped = returned.dropped
         assert self._theirs is not None

@@ -6,6 +6,8 @@ import os
 
 from cpr.constants import PROGRAM_VERSION
 from cpr.errors import MigrationError
+from cpr.faults import point
+from cpr.live import sealed
 from cpr.live.transaction import END, HAND_OVER, READY, REHEARSE, STATE, UpdateError
 from cpr.migration import loadvm
 from cpr.migration.capabilities import Capabilities
@@ -13,10 +15,14 @@ from cpr.migration.channel import Channel
 from cpr.migration.hand_over import decode_state, differences
 from cpr.migration.placement import Placement
 
+MOST_STREAM = 64 << 20
+"""Bytes of a hand-over's stream, which has no RAM in it."""
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from cpr.live.messages import Message
     from cpr.live.new_image import Predecessor
     from cpr.machine import Machine
     from cpr.state.fds import PreservedFds
@@ -41,6 +47,7 @@ class Arrival:
 
     def receive_state(self, fds: PreservedFds) -> None:
         """Asks for the CPR state and takes it over.  Raises CprError."""
+        point("ask")
         self._predecessor.hello(PROGRAM_VERSION)
         message = self._predecessor.receive(STATE)
         self._guest, self._cpu = message.body["guest"], message.body["cpu"]
@@ -48,7 +55,7 @@ class Arrival:
         self.failure = str(message.body["failure"])
         self._sections = {(idstr, instance) for idstr, instance in message.body["sections"]}
         if self._sections:
-            self._stream = message.fds.pop(0)
+            self._stream = _take_stream(message)
         fds.take_over(decode_state(message))
 
     def check(self, machine: Machine) -> None:
@@ -83,7 +90,7 @@ class Arrival:
         """
         self._predecessor.send(READY)
         message = self._predecessor.receive(HAND_OVER)
-        stream = message.fds.pop(0)
+        stream = _take_stream(message)
         os.lseek(stream, 0, os.SEEK_SET)
         if message.body["changed"]:
             renewed = {(name, id) for name, id in message.body["renewed"]}
@@ -100,3 +107,16 @@ class Arrival:
         except UpdateError:
             self._predecessor.receive(END)
             raise
+
+
+def _take_stream(message: Message) -> int:
+    """The memfd in front of a message's descriptors, the caller's.
+
+    Raises MigrationError for one that could still change; then no descriptor stays open.
+    """
+    try:
+        sealed.check(message.fds[0], MOST_STREAM)
+    except ValueError as error:
+        message.close()
+        raise MigrationError(str(error)) from None
+    return message.fds.pop(0)

@@ -15,8 +15,9 @@ import os
 
 from cpr.constants import NS_PER_MS
 from cpr.errors import MigrationError
+from cpr.faults import point
 from cpr.live.old_image import Update
-from cpr.live.transaction import UpdateError
+from cpr.live.transaction import PROTOCOL, UpdateError
 from cpr.migration.mode import EXEC, KeepsRam
 from cpr.migration.parameters import Parameters
 from cpr.migration.process import Process
@@ -26,6 +27,7 @@ from cpr.migration.program import (
     incoming_uri,
     knows_protocol,
     own_command,
+    spoken_versions,
 )
 
 TYPE_CHECKING = False
@@ -78,11 +80,21 @@ class Exec(KeepsRam):
         if not self.command:
             raise MigrationError("cpr-exec mode requires setting cpr-exec-command")
 
+    def blockers(self, machine: Machine) -> list[str]:
+        reasons = super().blockers(machine)
+        sandbox = machine.config.sandbox
+        if sandbox.get("enable") and sandbox.get("spawn") == "deny":
+            reasons.append("-sandbox spawn=deny forbids execve, with which this VMM is updated")
+        return reasons
+
     def early_exec(self, *settings: str) -> Exec | None:
-        """Not with RAM that is staged, nor with a program that knows no hand-over."""
+        """Not with RAM that is staged, nor with a program that knows no hand-over.
+
+        Raises MigrationError for one that knows another version of it.
+        """
         if self.stages or self._page_size or self._overlap not in settings:
             return None
-        self.prepare()
+        self._knows_protocol = knows_protocol(self.command, self._files)
         return self if self._knows_protocol else None
 
     def prepare(self) -> None:
@@ -91,12 +103,13 @@ class Exec(KeepsRam):
         One that has no idea of that has the guest when it has read its CPR state.
         """
         if self._knows_protocol is None:
-            self._knows_protocol = knows_protocol(self.command, self._files)
+            self._knows_protocol = PROTOCOL in spoken_versions(self.command, self._files)
 
     def begin(self, go_on: Callable[[], None]) -> bool:
         """Writes the CPR state to a memfd, which the environment names."""
         self._fds.persist()
         self._persists = True
+        point("begin")
         return False
 
     def finish(self, machine: Machine) -> None:
@@ -104,6 +117,7 @@ class Exec(KeepsRam):
 
         The guard waits: where the new program does not take over, this one goes on.
         """
+        point("finish")
         self._process.before_exec()
         self._fds.refresh()
         update = Update([(block.host, block.max_length) for block in machine.blocks])
@@ -116,9 +130,19 @@ class Exec(KeepsRam):
         except UpdateError as error:
             update.close()
             raise self._failed(error) from None
-        self._process.on_new_pid()
+        except Exception:
+            update.close()
+            raise
+        try:
+            point("refused")
+            self._process.on_new_pid()
+            self._give_back(self, update, reason)
+        except Exception:
+            if not update.take_back():
+                update.leave()
+            update.close()
+            raise
         self.gives_back = True
-        self._give_back(self, update, reason)
         raise MigrationError(f"the new program refused: {reason}")
 
     def _execute(self, update: Update, keep: list[int]) -> str:
@@ -126,7 +150,6 @@ class Exec(KeepsRam):
 
         Either way this process has all its threads and sockets again.
         """
-        self._park()
         try:
             update.execute(
                 self.command,
@@ -138,10 +161,11 @@ class Exec(KeepsRam):
                 drop=self._process.exec_fds(),
                 interrupted=self._process.interrupted,
                 holds_signals=True,
+                park=self._park,
+                unpark=self._process.unpark,
             )
         finally:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            self._process.unpark()
             if update.dropped:
                 self._process.reopen()
         try:

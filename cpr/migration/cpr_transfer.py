@@ -21,6 +21,7 @@ from contextlib import suppress
 
 from cpr.constants import NS_PER_S
 from cpr.errors import CommandError, MigrationError, StateError
+from cpr.faults import point
 from cpr.migration.address import check_unix_path
 from cpr.migration.listener import listen_at
 from cpr.migration.mode import TRANSFER, KeepsRam
@@ -71,6 +72,7 @@ class Transfer(KeepsRam):
             self._socket.connect(path)
             for data, fd in cpr_channel.messages(self._fds.state()):
                 socket.send_fds(self._socket, [data], [fd] if fd >= 0 else [])
+            point("send")
             self._socket.shutdown(socket.SHUT_WR)
         except OSError as error:
             raise MigrationError(f"Failed to connect to '{path}': {error.strerror}") from None
@@ -84,6 +86,7 @@ class Transfer(KeepsRam):
 
     def finish(self, machine: Machine) -> None:
         give_guest_away(machine)
+        point("given-away")
         super().finish(machine)
 
     def rollback(self) -> None:
@@ -129,6 +132,7 @@ class CprListener:
         """
         data, descriptors = bytearray(), []
         try:
+            point("receive")
             while True:
                 piece, fds, _, _ = socket.recv_fds(self._connection, MESSAGE_SIZE, MAX_DESCRIPTORS)
                 descriptors += fds

@@ -19,6 +19,8 @@ import time
 from cpr import runstate
 from cpr.constants import NS_PER_MS
 from cpr.errors import CprError, MigrationError
+from cpr.faults import point
+from cpr.live import sealed
 from cpr.live.old_image import Update
 from cpr.live.transaction import (
     BACK,
@@ -97,32 +99,23 @@ class EarlyUpdate:
 
     def execute(self) -> None:
         """Becomes the command, and goes on in the guard; or the update fails."""
-        parked = False
-
-        def park() -> None:
-            nonlocal parked
-            parked = True
-            self._process.park()
-
-        self._placement.keep_away()
         try:
+            self._placement.keep_away()
             self._update.execute(
                 self._mode.command,
                 os.environ,
                 early=True,
                 timeout_ns=0,
                 holds_signals=True,
-                park=park,
+                park=self._process.park,
+                unpark=self._process.unpark,
             )
         except Exception as error:  # the guest must not be lost to a bug here
             if not isinstance(error, CprError):
                 exception_report(error)
             self._placement.give_back()
-            if parked:
-                self._process.unpark()
             self._fail(str(error))
             return
-        self._process.unpark()
         self._watch()
 
     def give_back(self, reason: str) -> None:
@@ -197,6 +190,7 @@ class EarlyUpdate:
         self._guarded(self._hand_over)
 
     def _send_state(self, message: Message) -> None:
+        point("hello")
         check_protocol(message)
         machine, fds = self._machine, self._outgoing.fds
         self._sent = fds.serials()
@@ -206,6 +200,7 @@ class EarlyUpdate:
             if machine.runstate.current == runstate.RUNNING:
                 channel = Channel(os.dup(stream), "file")
                 self._known = savevm.save_running(machine, self._mode, channel)
+                sealed.seal(stream)
             send_state(
                 self._update,
                 machine,
@@ -238,11 +233,13 @@ class EarlyUpdate:
             self._state.set("device")
             bodies = saver.devices(outgoing.old_state, False, known=self._known)
             channel.finish()
+            sealed.seal(stream)
             serials = fds.serials()
             changed = serials != self._sent
             renewed = [key for key in serials if serials[key] != self._sent.get(key, 0)]
             kept = [key for key, body in bodies.items() if self._known.get(key) == body]
             body = {"changed": changed, "renewed": renewed, "kept": kept}
+            point("hand-over")
             state = fds.state() if changed else None
             send(self._update, HAND_OVER, body, state, stream)
             self._placement.keep_away()  # nothing here goes before the new image from now on
@@ -254,6 +251,7 @@ class EarlyUpdate:
 
     def _on_commit(self, events: int) -> None:
         """The new image has the guest: nothing more is done here than to say so."""
+        point("leave")
         self._state.set("completed")
         self._process.before_exec()
         self._update.leave()
@@ -267,6 +265,7 @@ class EarlyUpdate:
         self._returns += 1
         self._run_on()
         self._placement.keep_away()
+        point("give-back")
         self._state.set("setup")
         body = {"argv": own_command(), "cwd": os.getcwd(), "environment": dict(os.environ)}
         self._update.send(BACK, body)
@@ -353,6 +352,6 @@ class EarlyUpdate:
 def _stream_memfd() -> int:
     """The caller's.  Raises MigrationError."""
     try:
-        return os.memfd_create("cpr-stream")
+        return sealed.create("cpr-stream")
     except OSError as error:
         raise MigrationError(f"memfd of the hand-over: {error.strerror}") from None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import stat
 
 from cpr.constants import PROGRAM_VERSION
+from cpr.errors import StateError
 from cpr.live.transaction import PROTOCOL, STATE, UpdateError
 from cpr.state import cpr_channel
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from cpr.machine import Machine
     from cpr.migration.placement import Placement
     from cpr.state.cpr_state import CprState
+
+IDENTITY = ("device", "inode", "type", "size")
 
 
 def describe(machine: Machine) -> dict[str, Any]:
@@ -48,22 +52,29 @@ def differences(machine: Machine, wanted: dict[str, Any]) -> list[str]:
             found.append(f'Unknown ramblock "{idstr}", cannot accept migration')
         elif blocks[idstr] != size:
             found.append(f"Size mismatch: {idstr}: {size:#x} != {blocks[idstr]:#x}")
-    versions = {(idstr, instance): version for idstr, instance, version in own["sections"]}
+    # Also those of which this guest makes no use.
+    described = {(d.idstr, d.instance_id): d.vmstate for d in machine.sections()}
     for idstr, instance, version in wanted["sections"]:
-        have = versions.get((idstr, instance))
-        if have is None:
+        vmstate = described.get((idstr, instance))
+        if vmstate is None:
             found.append(f"the guest has the device '{idstr}' {instance}, this VMM has none")
-        elif have < version:
-            found.append(f"unsupported version {version} for '{idstr}' v{have}")
+        elif vmstate.version_id < version:
+            found.append(f"unsupported version {version} for '{idstr}' v{vmstate.version_id}")
+        elif vmstate.minimum_version_id > version:
+            found.append(
+                f"version {version} of '{idstr}' is too old: this VMM loads "
+                f"{vmstate.minimum_version_id} to {vmstate.version_id}"
+            )
     return found
 
 
 def check_protocol(message: Message) -> None:
     """Raises UpdateError where the new program's hello is of another version than ours."""
-    version = message.body.get("protocol")
+    version, program = message.body.get("protocol"), message.body.get("program", "")
     if version != PROTOCOL:
         raise UpdateError(
-            f"the new program speaks version {version} of the hand-over, this one {PROTOCOL}"
+            f"the new program ({program}) speaks version {version} of the hand-over, this one "
+            f"{PROTOCOL}"
         )
 
 
@@ -98,15 +109,41 @@ def send(update: Update, kind: str, body: dict, state: CprState | None, stream: 
         for piece, fd in cpr_channel.messages(state):
             data += piece
             fds += [fd] if fd >= 0 else []
+        body = {**body, "descriptors": [identify(fd) for _, _, fd in state.fds]}
     update.send(kind, {**body, "cpr": data.hex()}, fds)
 
 
+def identify(fd: int) -> list[int]:
+    """What a descriptor is: device, inode, type and size of what it is open on."""
+    status = os.fstat(fd)
+    return [status.st_dev, status.st_ino, stat.S_IFMT(status.st_mode), status.st_size]
+
+
 def decode_state(message: Message) -> CprState:
-    """The CPR state of a message, whose descriptors are the caller's from now on."""
+    """The CPR state of a message, whose descriptors are the caller's from now on.
+
+    Raises StateError where one is not what the sender says; then none stays open.
+    """
     descriptors, message.fds = message.fds, []
     try:
-        return cpr_channel.decode(bytes.fromhex(message.body["cpr"]), descriptors)
+        state = cpr_channel.decode(bytes.fromhex(message.body["cpr"]), descriptors)
+        _check_identities(state, message.body["descriptors"])
+        return state
     except Exception:
         for fd in descriptors:
             os.close(fd)
         raise
+
+
+def _check_identities(state: CprState, recorded: list[list[int]]) -> None:
+    if len(recorded) != len(state.fds):
+        raise StateError(
+            f"the hand-over has {len(state.fds)} descriptors, and says what {len(recorded)} are"
+        )
+    for (name, id, fd), wanted in zip(state.fds, recorded, strict=True):
+        for what, was, now in zip(IDENTITY, wanted, identify(fd), strict=True):
+            if was != now:
+                raise StateError(
+                    f"CPR fd '{name}' id {id} is not what was handed over: its {what} is {now:#x} "
+                    f"in place of {was:#x}"
+                )

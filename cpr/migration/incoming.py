@@ -11,11 +11,12 @@ from _thread import allocate_lock, start_new_thread
 
 from cpr import runstate
 from cpr.errors import ConfigError, CprError, MigrationError
+from cpr.faults import point
 from cpr.migration import address as addresses
 from cpr.migration import channel, loadvm
 from cpr.migration.capabilities import Capabilities
 from cpr.phases import mark
-from cpr.report import error_report, exception_report
+from cpr.report import carefully, error_report, exception_report
 from cpr.state.reader import StreamError
 
 TYPE_CHECKING = False
@@ -273,13 +274,17 @@ class Incoming:
 
     def _bring_up(self, old_state: str) -> None:
         """The guest is this VMM's, and goes on."""
+        point("commit")
         self.commit()
-        self._machine.take_over()
-        mark("resume")
-        self._come_up(old_state)
-        mark("run")
-        self._set_status("completed")
-        self.on_running()
+        for step in (  # there is nobody any more to go back to
+            self._machine.take_over,
+            lambda: mark("resume"),
+            lambda: self._come_up(old_state),
+            lambda: mark("run"),
+            lambda: self._set_status("completed"),
+            self.on_running,
+        ):
+            carefully(step)
 
     def _come_up(self, old_state: str) -> None:
         machine = self._machine

@@ -101,8 +101,8 @@ def listen_at(path: str) -> socket:
         pass
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        os.fchmod(listener.fileno(), 0o600)  # bind gives it to the file
         listener.bind(path)
-        os.chmod(path, 0o600)  # before anybody can connect
         listener.listen(1)
     except BaseException:
         listener.close()

@@ -60,6 +60,7 @@ class Migration:
         self.loop = loop
         self.state = MigrationState(loop, events)
         self.parameters = self.state.parameters
+        machine.advances_clock = lambda: self.parameters.get("x-cpr-guest-clock") == "advance"
         self.capabilities = self.state.capabilities
         self.process = Process(machine)
         self.files = ProgramFiles()
@@ -204,13 +205,12 @@ class Migration:
         from cpr.migration import savevm
         from cpr.migration.early import EarlyUpdate
 
-        savevm.prepare()
-        mode.remove_directory()
         try:
+            savevm.prepare()
+            mode.remove_directory()
             outgoing.early = early = EarlyUpdate(outgoing, mode, self.process, self.files)
-        except CprError as error:
-            outgoing.fail(error)
-            raise
+        except Exception as error:
+            raise outgoing.fail_by(error) from None
 
         def execute() -> None:
             if outgoing.early is early:  # and not cancelled meanwhile
@@ -239,8 +239,11 @@ class Migration:
             reasons = []
         reasons += [reason for reason in mode.blockers(self.machine) if reason not in reasons]
         reasons += check_command(command)
-        if reasons or not self.can_rehearse(command):
-            return Rehearsed(reasons, None)
+        try:
+            if reasons or not self.can_rehearse(command):
+                return Rehearsed(reasons, None)
+        except MigrationError as error:
+            return Rehearsed([str(error)], None)
         return rehearse(self.machine, self.fds, self.loop, words, mode.timeout_ms)
 
     def can_rehearse(self, command: list[str] | None) -> bool:

@@ -11,6 +11,7 @@ from _thread import LockType, allocate_lock, start_new_thread
 
 from cpr import runstate
 from cpr.errors import CprError, MigrationError
+from cpr.faults import point
 from cpr.migration import address as addresses
 from cpr.migration import channel, savevm
 from cpr.migration.mode import EXEC, TRANSFER
@@ -106,16 +107,15 @@ class Outgoing:
         """Begins what the mode does, and then the thread.  Raises CprError; then it has failed."""
         mode = self._mode
         assert mode is not None
-        mode.prepare()
         try:
+            mode.prepare()
             savevm.prepare()
             self._staging = stage(self.machine, self.fds, self.state, mode, self.ram)
             waits = mode.begin(lambda: self._go_on(address))
             if not waits and not addresses.connects_in_background(address):
                 self._open(address)
-        except CprError as error:
-            self.fail(error)
-            raise
+        except Exception as error:
+            raise self.fail_by(error) from None
         self._waits_for_target = waits
         if not waits:
             self._run_soon(None if self._channel is not None else address)
@@ -196,17 +196,18 @@ class Outgoing:
             else:
                 self.fail(error)
         except Exception as error:  # the guest must not be lost to a bug here
-            exception_report(error)
-            self.fail(MigrationError(f"internal error: {error}"))
+            self.fail_by(error)
 
     def _copy_ram(self, staging: Staging, address: dict | None) -> None:
         """The RAM that is staged: while the guest runs, and what is left when it has stopped."""
         self.times.set_up()
+        point("pass")
         staging.live()
         self._check_cancel()
         if address is not None:  # not before: who is connected to does nothing but read
             self._open(address)
         self.stop_guest()
+        point("last-pass")
         staging.finish()
         self._check_cancel()
 
@@ -240,6 +241,7 @@ class Outgoing:
 
     def _write_all(self) -> None:
         assert self._channel is not None and self._saver is not None
+        point("devices")
         saver = self._saver
         self._write(lambda: saver.devices(self.old_state))
         capabilities = self.state.capabilities
@@ -300,6 +302,7 @@ class Outgoing:
         if self.machine.ended:  # the guest has shut itself down meanwhile
             return
         try:
+            point("complete")
             if mode.ends_process:
                 self.state.set("completed")
             mode.finish(self.machine)
@@ -316,6 +319,14 @@ class Outgoing:
             self._staging.hand_over()
         self.state.set("completed")
         self.state.call_back()
+
+    def fail_by(self, error: Exception) -> CprError:
+        """Ends as failed by what was raised, expected or not; what is to be told of it."""
+        if not isinstance(error, CprError):
+            exception_report(error)
+            error = MigrationError(f"internal error: {error}")
+        self.fail(error)
+        return error
 
     def fail(self, error: CprError) -> None:
         self.state.set("failing")

@@ -122,6 +122,8 @@ EXTENSIONS: tuple[Parameter, ...] = (
     Parameter("x-cpr-exec-overlap", ENUM, "auto", values=("off", "on", "auto")),
     # How long a new image has until it must have the guest; 0 is for ever.
     Parameter("x-cpr-exec-timeout", SIZE, 30_000, " ms"),
+    # Whether the guest's clock goes on while the guest stands still, in an update or otherwise.
+    Parameter("x-cpr-guest-clock", ENUM, "stop", values=("stop", "advance")),
     # cpr-exec and cpr-transfer copy RAM that is not shared, while the guest runs.
     Parameter("x-cpr-ram-staging", BOOL, False),
     # They copy RAM to pages of this size, whatever it has; 0 is as it is.

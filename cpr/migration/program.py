@@ -1,8 +1,8 @@
 """The programs of an update: this one's command line and files, what another one knows.
 
 A program says what it knows when its verb `run` is replaced: `python -m cpr.vmm protocol` prints
-the version of what old and new image say to each other.  What is not asked, because its command has
-no such verb, or does not answer, is updated in QEMU's way.
+the versions of what old and new image say to each other, one a line.  What is not asked, because
+its command has no such verb, or does not answer, is updated in QEMU's way.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 VERB = "run"
 PROTOCOL_VERB = "protocol"
 ANSWER_TIMEOUT = 10.0  # s
+MOST_ANSWER = 200  # bytes
 INCOMING = frozenset({"-incoming", "--incoming"})
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SUFFIXES = (".py", ".so")
@@ -81,15 +82,17 @@ def check_command(command: list[str] | None) -> list[str]:
     return []
 
 
-def knows_protocol(command: Sequence[str], files: ProgramFiles) -> bool:
-    """Whether the program of `command` updates as this one does.  Takes a program's start."""
+def spoken_versions(command: Sequence[str], files: ProgramFiles) -> list[int]:
+    """The versions of the hand-over that the program of `command` speaks; none where it has no
+    idea of that.  Takes a program's start, unless it is this very one.
+    """
     words = list(command)
     if VERB not in words:
-        return False
+        return []
     program = words[: words.index(VERB)]
     own = own_command()
     if program == own[: own.index(VERB)] and not files.changed():
-        return True
+        return [PROTOCOL]
     import subprocess
 
     try:
@@ -102,8 +105,26 @@ def knows_protocol(command: Sequence[str], files: ProgramFiles) -> bool:
             check=False,
         )
     except (OSError, ValueError, subprocess.SubprocessError):
-        return False
-    return answer.returncode == 0 and answer.stdout.strip() == str(PROTOCOL).encode()
+        return []
+    words_of_it = answer.stdout[:MOST_ANSWER].split()
+    if answer.returncode != 0 or not all(word.isdigit() for word in words_of_it):
+        return []
+    return [int(word) for word in words_of_it]
+
+
+def knows_protocol(command: Sequence[str], files: ProgramFiles) -> bool:
+    """Whether the program of `command` updates as this one does.
+
+    Raises MigrationError where it has a hand-over too, but not this one's.
+    """
+    versions = spoken_versions(command, files)
+    if versions and PROTOCOL not in versions:
+        theirs = ", ".join(map(str, versions))
+        raise MigrationError(
+            f"the new program speaks version {theirs} of the hand-over, this one {PROTOCOL}: "
+            "x-cpr-exec-overlap=off updates it in QEMU's way"
+        )
+    return bool(versions)
 
 
 class ProgramFiles:

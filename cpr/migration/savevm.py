@@ -10,6 +10,7 @@ import os
 
 from cpr import runstate
 from cpr.accel.x86 import VMSTATE_CPU
+from cpr.constants import PROGRAM_VERSION
 from cpr.errors import KernelError
 from cpr.migration.capabilities import Capabilities
 from cpr.migration.globalstate import (
@@ -163,7 +164,7 @@ class Saver:
         writer.device(last_id, VMSTATE_GLOBALSTATE.name, 0, VMSTATE_GLOBALSTATE, state)
         writer.eof()
         if described:
-            writer.vmdescription()
+            writer.vmdescription(PROGRAM_VERSION)
         return bodies
 
 

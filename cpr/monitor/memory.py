@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cpr.constants import PAGE_SIZE
 from cpr.errors import CommandError
 from cpr.monitor import registers
 from cpr.monitor.schema import Session
@@ -105,7 +104,7 @@ def save_virtual(
     if not 0 <= index < len(vmm.machine.vcpus):
         raise CommandError("Parameter 'cpu-index' expects a CPU number")
 
-    def chunks() -> Iterator[bytes]:
+    def chunks() -> Iterator[bytes | int]:
         for at, piece in _pieces(val, size):
             try:
                 yield vmm.machine.read_virtual(index, at, piece)
@@ -120,38 +119,50 @@ def save_physical(vmm: Any, val: int, size: int, filename: str) -> None:
     if val + size > PHYSICAL_END:
         raise CommandError(f"Invalid addr 0x{val:016x}/size {size} specified")
 
-    def chunks() -> Iterator[bytes]:
-        for at, piece in _pieces(val, size):
-            try:
-                yield vmm.machine.read_physical(at, piece)
-            except CommandError:
-                yield b"".join(_page_or_zeros(vmm, *page) for page in _pieces(at, piece, PAGE_SIZE))
+    def chunks() -> Iterator[bytes | int]:
+        at = val
+        for first, last in _memory(vmm):
+            begin, end = max(at, first), min(val + size, last + 1)
+            if begin < end:
+                yield begin - at
+                yield from (
+                    vmm.machine.read_physical(*each) for each in _pieces(begin, end - begin)
+                )
+                at = end
+        yield val + size - at
 
     _save(filename, chunks())
 
 
-def _page_or_zeros(vmm: Any, address: int, size: int) -> bytes:
-    try:
-        data: bytes = vmm.machine.read_physical(address, size)
-    except CommandError:
-        return bytes(size)
-    return data
+def _memory(vmm: Any) -> list[tuple[int, int]]:
+    """The first and the last address of each piece of RAM or ROM, ascending."""
+    regions = vmm.machine.regions()
+    return sorted((first, last) for first, last, _, kind, _ in regions if kind in ("ram", "rom"))
 
 
-def _pieces(address: int, size: int, unit: int = SAVE_CHUNK) -> Iterator[tuple[int, int]]:
-    """[address, address+size) in pieces that do not cross a multiple of `unit`."""
+def _pieces(address: int, size: int) -> Iterator[tuple[int, int]]:
+    """[address, address+size) in pieces that do not cross a multiple of SAVE_CHUNK."""
     end = address + size
     while address < end:
-        piece = min(end - address, unit - address % unit)
+        piece = min(end - address, SAVE_CHUNK - address % SAVE_CHUNK)
         yield address % (1 << 64), piece
         address += piece
 
 
-def _save(filename: str, chunks: Iterator[bytes]) -> None:
+def _save(filename: str, chunks: Iterator[bytes | int]) -> None:
+    """A number is that many zeros: a hole, where the file can have one."""
     try:
         with open(filename, "wb", opener=_open) as file:
             for chunk in chunks:
-                file.write(chunk)
+                if isinstance(chunk, bytes):
+                    file.write(chunk)
+                elif file.seekable():
+                    file.seek(chunk, os.SEEK_CUR)
+                else:
+                    for _, piece in _pieces(0, chunk):
+                        file.write(bytes(piece))
+            if file.seekable():
+                file.truncate()
     except OSError as error:
         if error.filename is not None:
             raise CommandError(f"Could not open '{filename}': {error.strerror}") from None

@@ -152,8 +152,11 @@ class StreamWriter:
     def eof(self) -> None:
         self.write(bytes([EOF]))
 
-    def vmdescription(self) -> None:
-        """The description of the configuration and of all the devices written before."""
+    def vmdescription(self, program: str = "") -> None:
+        """The description of the configuration and of all the devices written before.
+
+        `program` is who has written them, and is in it if it is given.
+        """
         import json
 
         description: dict = {}
@@ -165,6 +168,8 @@ class StreamWriter:
             {"name": idstr, "instance_id": instance_id, **vmsd.describe(state)}
             for idstr, instance_id, vmsd, state in self._devices
         ]
+        if program:
+            description["program"] = program
         text = json.dumps(description).encode()
         self.write(struct.pack(">BI", VMDESCRIPTION, len(text)) + text)
 

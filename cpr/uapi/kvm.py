@@ -192,6 +192,29 @@ def msr_array(entries: list[tuple[int, int]]) -> Any:
     return msrs
 
 
+def get_tsc_offset(vcpu: Fd) -> int:
+    """What the vCPU's TSC is ahead of the host's, modulo 2^64.
+
+    Raises KernelError before Linux 5.16.
+    """
+    offset = ffi.new("uint64_t *")
+    _tsc_offset(vcpu, offset, lib.KVM_GET_DEVICE_ATTR, "KVM_GET_DEVICE_ATTR of the TSC's offset")
+    return int(offset[0])
+
+
+def set_tsc_offset(vcpu: Fd, offset: int) -> None:
+    """The inverse of `get_tsc_offset`."""
+    value = ffi.new("uint64_t *", offset)
+    _tsc_offset(vcpu, value, lib.KVM_SET_DEVICE_ATTR, "KVM_SET_DEVICE_ATTR of the TSC's offset")
+
+
+def _tsc_offset(vcpu: Fd, value: Any, request: int, operation: str) -> None:
+    attribute = ffi.new("struct kvm_device_attr *", {"group": lib.KVM_VCPU_TSC_CTRL})
+    attribute.attr = lib.KVM_VCPU_TSC_OFFSET
+    attribute.addr = int(ffi.cast("uintptr_t", value))
+    vcpu.ioctl(request, operation, attribute)
+
+
 # Interrupts by eventfd, and VFIO.
 
 
@@ -208,6 +231,18 @@ def assign_irqfd(vm: Fd, gsi: int, eventfd: int, resamplefd: int = -1) -> None:
 def deassign_irqfd(vm: Fd, gsi: int, eventfd: int) -> None:
     """The inverse of `assign_irqfd`; when it returns, no interrupt comes any more."""
     _irqfd(vm, gsi, eventfd, -1, lib.KVM_IRQFD_FLAG_DEASSIGN)
+
+
+def assign_ioeventfd(vm: Fd, address: int, size: int, eventfd: int) -> None:
+    """Has a guest's write of `size` bytes to `address` write `eventfd`, which stays the caller's,
+    instead of ending KVM_RUN.
+    """
+    _ioeventfd(vm, address, size, eventfd, 0)
+
+
+def deassign_ioeventfd(vm: Fd, address: int, size: int, eventfd: int) -> None:
+    """The inverse of `assign_ioeventfd`."""
+    _ioeventfd(vm, address, size, eventfd, lib.KVM_IOEVENTFD_FLAG_DEASSIGN)
 
 
 def set_gsi_routing(
@@ -256,6 +291,12 @@ def _irqfd(vm: Fd, gsi: int, eventfd: int, resamplefd: int, flags: int) -> None:
         request.flags |= lib.KVM_IRQFD_FLAG_RESAMPLE
         request.resamplefd = resamplefd
     vm.ioctl(lib.KVM_IRQFD, f"KVM_IRQFD of GSI {gsi}", request)
+
+
+def _ioeventfd(vm: Fd, address: int, size: int, eventfd: int, flags: int) -> None:
+    request = ffi.new("struct kvm_ioeventfd *", {"addr": address, "len": size, "flags": flags})
+    request.fd = eventfd
+    vm.ioctl(lib.KVM_IOEVENTFD, f"KVM_IOEVENTFD at {address:#x}", request)
 
 
 def _vfio_file(vfio: Fd, fd: int, attribute: int, operation: str) -> None:

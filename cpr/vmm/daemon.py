@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _signal as signal  # `signal` itself makes enums, which a late update would wait for
+import errno
 import fcntl
 import os
 import select
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from cpr.vmm.vmm import Vmm
 
 READY = b"\0"
+MOST_PID = 32  # bytes of a PID file that are looked at; more than a PID has
 
 
 def daemonize() -> Callable[[], None]:
@@ -50,21 +52,30 @@ def daemonize() -> Callable[[], None]:
 class Pidfile:
     """The file of -pidfile: has this process's PID, and is locked by it.
 
-    Owns the descriptor; `remove` is the inverse.
+    A symbolic link there is replaced, and what it names stays as it is.  Owns the descriptor;
+    `remove` is the inverse.
     """
 
     def __init__(self, path: str) -> None:
-        """Raises ConfigError where the file cannot be opened, or is another process's."""
+        """Raises ConfigError where the file cannot be opened, is another process's, or has in it
+        what is no PID.
+        """
         self._path = os.path.abspath(path)
-        flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            self._fd = os.open(path, flags, 0o600)
+            self._fd = _open_pidfile(path)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigError(
                 f"cannot create PID file: Could not create '{path}': {reason}"
             ) from None
         try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found = os.pread(self._fd, MOST_PID, 0)
+            if found.strip() and not found.strip().isdigit():
+                raise ConfigError(
+                    f"cannot create PID file: '{path}' has in it what is no PID, and would be "
+                    "lost: remove it, or name another file"
+                )
             self._write()
         except OSError as error:
             os.close(self._fd)
@@ -72,6 +83,9 @@ class Pidfile:
                 f"cannot create PID file: Cannot lock '{path}': {error.strerror}: is it another "
                 "VMM's?"
             ) from None
+        except ConfigError:
+            os.close(self._fd)
+            raise
 
     def _write(self) -> None:
         fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,6 +108,17 @@ class Pidfile:
         except OSError:
             pass
         os.close(self._fd)
+
+
+def _open_pidfile(path: str) -> int:
+    flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags, 0o600)
+    except OSError as error:
+        if error.errno != errno.ELOOP or not os.path.islink(path):
+            raise
+    os.unlink(path)
+    return os.open(path, flags | os.O_EXCL, 0o600)
 
 
 class Signals:

@@ -20,6 +20,7 @@ MODULES = (
     "cpr.config.option_json",
     "cpr.config.readconfig",
     "cpr.config.usage",
+    "cpr.linux_boot",
     "cpr.live.messages",
     "cpr.migration.child",
     "cpr.migration.cpr_exec",

@@ -15,6 +15,7 @@ from cpr.config import parse_command_line
 from cpr.constants import NS_PER_S, STDERR
 from cpr.errors import ConfigError, MigrationError
 from cpr.events import EventBus
+from cpr.faults import point
 from cpr.live.new_image import find_predecessor
 from cpr.live.transaction import EARLY, LATE
 from cpr.mainloop import MainLoop
@@ -25,7 +26,7 @@ from cpr.migration.mode import EXEC, KeepsRam
 from cpr.migration.statistics import UpdateTimes
 from cpr.monitor.passed_fds import PassedFds
 from cpr.phases import mark
-from cpr.report import error_report, exception_report, info_report, output, warn_report
+from cpr.report import carefully, error_report, info_report, output, warn_report
 from cpr.state.cpr_state import STATE_NAME
 from cpr.state.fds import PreservedFds
 from cpr.vmm import daemon
@@ -34,7 +35,6 @@ from cpr.vmm.vmm import Vmm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
     from cpr.config import Config
@@ -81,7 +81,7 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
         vmm, ready = _start(config, fds, predecessor)
     fds.incoming = False
     if after_exec:
-        vmm.reap()
+        carefully(vmm.reap)
     signals.attach(vmm)
     if config.pidfile:
         vmm.pidfile = _write_pidfile(config.pidfile, after_exec)
@@ -112,7 +112,10 @@ def _start(config: Config, fds: PreservedFds, predecessor: Predecessor | None) -
     _confine(config)
     if isinstance(sources.main, dict) and not connects_in_background(sources.main):
         _load(vmm, sources.main, sources.option)
-        vmm.create_frontends(after_exec)
+        if after_exec:
+            carefully(lambda: vmm.create_frontends(True))
+        else:
+            vmm.create_frontends(False)
         preload()
     else:
         if after_exec:
@@ -121,7 +124,7 @@ def _start(config: Config, fds: PreservedFds, predecessor: Predecessor | None) -
             preload()
         vmm.create_frontends(after_exec)
         _boot(vmm, sources.main, sources.option)
-    vmm.start_populating()
+    carefully(vmm.start_populating)
     return vmm, ready
 
 
@@ -132,7 +135,7 @@ def _commit(vmm: Vmm, predecessor: Predecessor) -> None:
     then = incoming.on_running
 
     def on_running() -> None:
-        _carefully(lambda: _end_update(vmm, predecessor))
+        carefully(lambda: _end_update(vmm, predecessor))
         then()
 
     incoming.on_running = on_running
@@ -149,6 +152,7 @@ def _end_update(vmm: Vmm, predecessor: Predecessor) -> None:
         phases.times,
     )
     vmm.migration.update_times = times
+    point("end")
     predecessor.close()
     if not os.isatty(STDERR):  # a user at the terminal asks `info migrate`
         info_report(times.text())
@@ -188,17 +192,9 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
         arrival.placement.give_back,
         vmm.start_populating,  # what there was no time for
     ):
-        _carefully(step)
+        carefully(step)
     gc.enable()
     return vmm
-
-
-def _carefully(step: Callable[[], None]) -> None:
-    """Takes a step for which no guest that runs here already is to be lost."""
-    try:
-        step()
-    except Exception as error:
-        exception_report(error)
 
 
 def _report(vmm: Vmm, arrival: Arrival) -> None:

@@ -6,10 +6,11 @@ import os
 
 from cpr.constants import NS_PER_MS
 from cpr.errors import ConfigError, CprError
+from cpr.faults import point
 from cpr.live import guard
 from cpr.mainloop import READ
 from cpr.migration.process import Process
-from cpr.report import error_report
+from cpr.report import error_report, exception_report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -107,12 +108,17 @@ class Vmm(Process):
 
         for config in self.config.chardevs:
             try:
+                point("chardev")
                 self.chardevs[config.id] = create(config, self.loop, after_exec)
             except CprError as error:
                 text = f"{config.location}: {error}"
                 if not after_exec:
                     raise ConfigError(text) from None
                 error_report(text)
+            except Exception as error:
+                if not after_exec:
+                    raise
+                exception_report(error)
         for device, chardev_id in self.machine.frontends:
             device.attach(self.chardevs.get(chardev_id) if chardev_id else None)
         self._create_monitors()

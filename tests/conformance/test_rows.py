@@ -9,8 +9,12 @@ from .row import Row
 from .rows import ROWS
 from .target import Target
 
+BOOTED_ELSEWHERE = ("linux-prompt",)  # by test_linux.py, on this VMM, which takes 10 s
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.id not in BOOTED_ELSEWHERE], ids=lambda row: row.id
+)
 def test_row(row: Row, target: Target) -> None:
     try:
         row.run(target)

@@ -92,7 +92,10 @@ static const char *locate_registers(struct tcg_cpu *cpu)
         return unknown_layout;
     }
     cpu->exception = (struct tcg_exception *)(place - offsetof(struct tcg_exception, dr));
-    return cpu->exception->dr[1] == dr1 ? NULL : unknown_layout;
+    if (cpu->exception->dr[1] != dr1 || cpu->exception->being_delivered != TCG_NO_VECTOR) {
+        return unknown_layout;
+    }
+    return NULL;
 }
 
 const char *tcg_cpu_open(struct tcg_cpu *cpu, const struct tcg_ram_map *ram)
@@ -141,10 +144,15 @@ void tcg_cpu_store(struct tcg_cpu *cpu)
     unicorn.reg_write(cpu->uc, UC_X86_REG_RFLAGS, &cpu->rflags);
 }
 
+void tcg_cpu_forget_code(struct tcg_cpu *cpu)
+{
+    unicorn.ctl(cpu->uc, UC_CTL_TB_FLUSH);
+}
+
 void tcg_cpu_flush(struct tcg_cpu *cpu)
 {
     unicorn.ctl(cpu->uc, UC_CTL_TLB_FLUSH);
-    unicorn.ctl(cpu->uc, UC_CTL_TB_FLUSH);
+    tcg_cpu_forget_code(cpu);
 }
 
 static uint32_t segment_hflags(const struct tcg_cpu *cpu)
@@ -230,6 +238,7 @@ void tcg_cpu_set_state(struct tcg_cpu *cpu, const struct cpr_tcg_state *state)
     r->idt = state->idt;
     memcpy(r->cr, state->cr, sizeof(state->cr));
     memcpy(cpu->exception->dr, state->dr, sizeof(state->dr));
+    cpu->exception->being_delivered = TCG_NO_VECTOR;
     r->efer = state->efer;
     r->a20_mask = state->a20 ? ~0 : ~A20;
     r->hflags &= ~(uint32_t)HFLAG_INHIBIT_IRQ;

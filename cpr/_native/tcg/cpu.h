@@ -41,12 +41,17 @@ struct tcg_registers {
     uint64_t efer;
 };
 
-/* The part of that structure around the debug registers. */
+enum { TCG_NO_VECTOR = -1 };
+
+/* The part of that structure around the debug registers.  `being_delivered` is the vector of an
+   exception during whose delivery another one would be a double fault, or -1. */
 struct tcg_exception {
     int32_t error_code;
     int32_t is_software;
     uint64_t next_rip;
     uint64_t dr[8];
+    uint64_t breakpoints[4];
+    int32_t being_delivered;
 };
 
 /* An engine.  `registers` and `exception` point into `context`, a copy of the engine's CPU that
@@ -90,6 +95,8 @@ void tcg_cpu_load(struct tcg_cpu *cpu);
 void tcg_cpu_store(struct tcg_cpu *cpu);
 /* Recomputes in the copy what the engine derives from segments, control registers and EFER. */
 void tcg_cpu_derive(struct tcg_cpu *cpu);
+/* Forgets translated code. */
+void tcg_cpu_forget_code(struct tcg_cpu *cpu);
 /* Forgets translated code and cached translations of addresses. */
 void tcg_cpu_flush(struct tcg_cpu *cpu);
 

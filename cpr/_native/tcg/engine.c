@@ -4,13 +4,14 @@
 #include <time.h>
 
 #include "interrupt.h"
+#include "memory.h"
 #include "syscall.h"
 #include "unicorn_api.h"
 #include "vm.h"
 
 enum { RFLAGS_IF = 1 << 9, HFLAG_INHIBIT_IRQ = 1 << 3 };
 enum { MSR_TSC_AUX = 0xc0000103u };
-enum { NO_VECTOR = -1 };
+enum { CS = 1, VECTOR_BREAKPOINT = 3, OPCODE_INT3 = 0xcc, OPCODE_INT = 0xcd };
 enum { STOP = CPR_TCG_KICK | CPR_TCG_INIT | CPR_TCG_SIPI | TCG_YIELD };
 
 uint64_t tcg_now_ns(void)
@@ -253,19 +254,22 @@ static int on_rdtscp(void *uc, void *user)
     return on_rdtsc(uc, user);
 }
 
-/* Leaf 1 has the APIC ID in EBX, which to the library is always 0. */
+/* Most leaves are as the library has them. */
 static int on_cpuid(void *uc, void *user)
 {
     static const int results[4] = {UC_X86_REG_RAX, UC_X86_REG_RBX, UC_X86_REG_RCX, UC_X86_REG_RDX};
     const struct tcg_engine *engine = user;
-    uint64_t leaf, value;
+    uint64_t number, subleaf, value;
+    uint32_t registers[4];
 
-    unicorn.reg_read(uc, UC_X86_REG_RAX, &leaf);
-    if ((uint32_t)leaf != 1) {
+    unicorn.reg_read(uc, UC_X86_REG_RAX, &number);
+    unicorn.reg_read(uc, UC_X86_REG_RCX, &subleaf);
+    if (!tcg_cpuid_get(&engine->cpuid, *engine->vcpu_count, (uint32_t)number, (uint32_t)subleaf,
+                       registers)) {
         return 0;
     }
     for (int i = 0; i < 4; i++) {
-        value = engine->cpuid_1[i];
+        value = registers[i];
         unicorn.reg_write(uc, results[i], &value);
     }
     return 1;
@@ -293,6 +297,7 @@ static int add_hooks(struct tcg_engine *engine)
         {UC_HOOK_INSN, UC_X86_INS_OUT, (void *)on_out},
         {UC_HOOK_INSN, UC_X86_INS_SYSCALL, (void *)on_syscall},
         {UC_HOOK_INSN, UC_X86_INS_SYSENTER, (void *)on_sysenter},
+        {UC_HOOK_INSN, UC_X86_INS_CPUID, (void *)on_cpuid},
         {UC_HOOK_INSN, UC_X86_INS_RDTSC, (void *)on_rdtsc},
         {UC_HOOK_INSN, UC_X86_INS_RDTSCP, (void *)on_rdtscp},
     };
@@ -304,30 +309,6 @@ static int add_hooks(struct tcg_engine *engine)
     return error;
 }
 
-/* Asks the library for CPUID leaf 1 by running the instruction, and puts the APIC ID into it. */
-static int set_apic_id(struct tcg_engine *engine, uint32_t apic_id)
-{
-    const uint8_t code[] = {0x0f, 0xa2, 0xf4}; /* cpuid; hlt */
-    const uint64_t leaf = 1;
-    const uint64_t *regs = engine->cpu.registers->regs;
-    void *uc = engine->cpu.uc;
-    int error = unicorn.mem_map(uc, 0, 4096, UC_PROT_ALL);
-
-    if (error) {
-        return error;
-    }
-    unicorn.mem_write(uc, 0, code, sizeof(code));
-    unicorn.reg_write(uc, UC_X86_REG_RAX, &leaf);
-    error = unicorn.emu_start(uc, 0, 0, 0, 0);
-    tcg_cpu_load(&engine->cpu);
-    engine->cpuid_1[0] = (uint32_t)regs[0];
-    engine->cpuid_1[1] = ((uint32_t)regs[3] & 0x00ffffff) | apic_id << 24;
-    engine->cpuid_1[2] = (uint32_t)regs[1];
-    engine->cpuid_1[3] = (uint32_t)regs[2];
-    unicorn.mem_unmap(uc, 0, 4096);
-    return error ? error : add_hook(engine, UC_HOOK_INSN, (void *)on_cpuid, UC_X86_INS_CPUID);
-}
-
 const char *tcg_engine_open(struct tcg_engine *engine, const struct tcg_ram_map *ram,
                             uint32_t apic_id)
 {
@@ -337,7 +318,7 @@ const char *tcg_engine_open(struct tcg_engine *engine, const struct tcg_ram_map 
     if (problem) {
         return problem;
     }
-    error = apic_id ? set_apic_id(engine, apic_id) : 0;
+    error = tcg_cpuid_read(&engine->cpuid, &engine->cpu, apic_id);
     if (!error) {
         error = add_hooks(engine);
     }
@@ -367,6 +348,32 @@ static enum tcg_end end_of_delivery(int result)
     return result < 0 ? TCG_END_SHUTDOWN : TCG_END_REQUEST;
 }
 
+/* Whether the breakpoint exception is of an INT3 that another vCPU has taken away meanwhile: each
+   engine has translations of its own, and learns of no other's writes. */
+static int is_stale_breakpoint(struct tcg_engine *engine)
+{
+    struct tcg_cpu *cpu = &engine->cpu;
+    const uint64_t end = cpu->registers->segs[CS].base + cpu->registers->rip;
+    struct tcg_fault ignored;
+    uint8_t code[2] = {0, 0};
+
+    return engine->vector == VECTOR_BREAKPOINT && cpu->exception->is_software &&
+           tcg_read(cpu, end - 2, code, sizeof(code), &ignored) == 0 && code[1] != OPCODE_INT3 &&
+           !(code[0] == OPCODE_INT && code[1] == VECTOR_BREAKPOINT);
+}
+
+/* Goes back to the instruction that is there now. */
+static enum tcg_end retry_breakpoint(struct tcg_engine *engine)
+{
+    struct tcg_cpu *cpu = &engine->cpu;
+
+    cpu->registers->rip--;
+    cpu->exception->being_delivered = TCG_NO_VECTOR;
+    tcg_cpu_store(cpu);
+    tcg_cpu_forget_code(cpu);
+    return TCG_END_REQUEST;
+}
+
 /* Does what the hooks left undone when uc_emu_start returned `error`. */
 static enum tcg_end finish_slice(struct tcg_engine *engine, int error)
 {
@@ -379,8 +386,11 @@ static enum tcg_end finish_slice(struct tcg_engine *engine, int error)
         engine->problem = unicorn.strerror(error);
         return TCG_END_ERROR;
     }
-    if (engine->vector != NO_VECTOR) {
+    if (engine->vector != TCG_NO_VECTOR) {
         tcg_cpu_load(cpu);
+        if (is_stale_breakpoint(engine)) {
+            return retry_breakpoint(engine);
+        }
         return end_of_delivery(
             tcg_deliver(cpu, cpu->exception->is_software ? TCG_SOFTWARE : TCG_EXCEPTION,
                         (uint32_t)engine->vector, (uint32_t)cpu->exception->error_code));
@@ -397,9 +407,12 @@ enum tcg_end tcg_engine_run(struct tcg_engine *engine)
     int error = map_memory(engine);
 
     engine->stopped = 0;
-    engine->vector = NO_VECTOR;
+    engine->vector = TCG_NO_VECTOR;
     engine->system_call = NULL;
     if (!error) {
+        if (tcg_take_requests(engine, CPR_TCG_CODE)) {
+            tcg_cpu_forget_code(cpu);
+        }
         tcg_cpu_load(cpu);
         if (cpu->registers->hflags & HFLAG_INHIBIT_IRQ) {
             tcg_add_requests(engine, TCG_SHADOW);

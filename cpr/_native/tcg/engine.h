@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "cpu.h"
+#include "cpuid.h"
 #include "ram.h"
 
 enum { TCG_ROM_WRITES_MAX = 256 };
@@ -43,8 +44,9 @@ struct tcg_engine {
     struct tcg_cpu cpu;
     void *handle;                /* for the functions that Python defines */
     const uint64_t *tsc_offset;  /* what the TSC is ahead of CLOCK_MONOTONIC in ns */
+    const uint32_t *vcpu_count;
     uint32_t requests;           /* bits, atomic */
-    uint32_t cpuid_1[4];
+    struct tcg_cpuid cpuid;
     const char *problem;
 
     struct tcg_mapping mappings[TCG_MAPPINGS_MAX];
@@ -60,8 +62,8 @@ struct tcg_engine {
     int (*system_call)(struct tcg_cpu *cpu);
 };
 
-/* `engine` is zeroed but for what the caller sets: handle and tsc_offset.  NULL, or what is wrong
-   in static storage, and nothing stays open. */
+/* `engine` is zeroed but for what the caller sets: handle, tsc_offset, vcpu_count.  NULL, or what is
+   wrong in static storage, and nothing stays open. */
 const char *tcg_engine_open(struct tcg_engine *engine, const struct tcg_ram_map *ram,
                             uint32_t apic_id);
 void tcg_engine_close(struct tcg_engine *engine);

@@ -437,6 +437,7 @@ int tcg_deliver(struct tcg_cpu *cpu, enum tcg_event_kind kind, uint32_t vector,
             return -1;
         }
     } while (failed);
+    cpu->exception->being_delivered = TCG_NO_VECTOR; /* the engine leaves that to its hook */
     tcg_cpu_derive(cpu);
     tcg_cpu_store(cpu);
     return 0;

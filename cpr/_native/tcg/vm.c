@@ -20,6 +20,7 @@ static const uint64_t second_ns = 1000000000;
 struct cpr_tcg {
     pthread_mutex_t lock;
     struct tcg_ram_map ram;
+    uint32_t vcpu_count;
 
     /* Who may run guest code.  Tickets make it fair. */
     pthread_cond_t turn_changed;
@@ -27,8 +28,8 @@ struct cpr_tcg {
     uint64_t serving;
     struct cpr_tcg_vcpu *holder;
 
-    /* The TSC, which stands still while no vCPU is in cpr_tcg_run: then it is `tsc`. */
-    uint32_t running;
+    /* The TSC, which is `tsc` while time stands still. */
+    int time_runs;
     uint64_t tsc;
     uint64_t tsc_offset;
 };
@@ -100,30 +101,22 @@ static void give_turn(struct cpr_tcg *tcg)
 
 static uint64_t read_tsc_locked(const struct cpr_tcg *tcg)
 {
-    return tcg->running ? tcg_now_ns() + tcg->tsc_offset : tcg->tsc;
+    return tcg->time_runs ? tcg_now_ns() + tcg->tsc_offset : tcg->tsc;
 }
 
-static void set_tsc_locked(struct cpr_tcg *tcg, uint64_t tsc)
-{
-    tcg->tsc = tsc;
-    tcg->tsc_offset = tsc - tcg_now_ns();
-}
-
-static void start_tsc(struct cpr_tcg *tcg)
+void cpr_tcg_start_time(struct cpr_tcg *tcg, uint64_t now_ns)
 {
     pthread_mutex_lock(&tcg->lock);
-    if (!tcg->running) {
-        set_tsc_locked(tcg, tcg->tsc);
-    }
-    tcg->running++;
+    tcg->tsc_offset = tcg->tsc - now_ns;
+    tcg->time_runs = 1;
     pthread_mutex_unlock(&tcg->lock);
 }
 
-static void stop_tsc(struct cpr_tcg *tcg)
+void cpr_tcg_stop_time(struct cpr_tcg *tcg, uint64_t now_ns)
 {
     pthread_mutex_lock(&tcg->lock);
-    tcg->tsc = read_tsc_locked(tcg);
-    tcg->running--;
+    tcg->tsc = now_ns + tcg->tsc_offset;
+    tcg->time_runs = 0;
     pthread_mutex_unlock(&tcg->lock);
 }
 
@@ -193,11 +186,9 @@ int cpr_tcg_run(struct cpr_tcg_vcpu *vcpu)
 {
     int result;
 
-    start_tsc(vcpu->tcg);
     do {
         result = run_step(vcpu);
     } while (result == CONTINUE);
-    stop_tsc(vcpu->tcg);
     return result;
 }
 
@@ -254,12 +245,14 @@ struct cpr_tcg_vcpu *cpr_tcg_vcpu_new(struct cpr_tcg *tcg, uint32_t index, void 
     vcpu->tcg = tcg;
     vcpu->engine.handle = handle;
     vcpu->engine.tsc_offset = &tcg->tsc_offset;
+    vcpu->engine.vcpu_count = &tcg->vcpu_count;
     *problem = tcg_engine_open(&vcpu->engine, &tcg->ram, index);
     if (*problem) {
         free(vcpu);
         return NULL;
     }
     pthread_cond_init(&vcpu->wake, NULL);
+    tcg->vcpu_count++;
     return vcpu;
 }
 
@@ -284,7 +277,9 @@ void cpr_tcg_set_state(struct cpr_tcg_vcpu *vcpu, const struct cpr_tcg_state *st
     tcg_cpu_set_state(&vcpu->engine.cpu, state);
     vcpu->mp_state = state->mp_state;
     pthread_mutex_lock(&vcpu->tcg->lock);
-    set_tsc_locked(vcpu->tcg, state->tsc);
+    if (!vcpu->tcg->time_runs) { /* else it is a SIPI or an INIT, and all vCPUs have one TSC */
+        vcpu->tcg->tsc = state->tsc;
+    }
     request_locked(vcpu, CPR_TCG_INTERRUPT);
     pthread_mutex_unlock(&vcpu->tcg->lock);
 }

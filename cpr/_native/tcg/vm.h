@@ -22,7 +22,8 @@ enum {
     CPR_TCG_KICK = 1 << 0,
     CPR_TCG_INTERRUPT = 1 << 1, /* its InterruptSource may have an interrupt */
     CPR_TCG_INIT = 1 << 2,
-    CPR_TCG_SIPI = 1 << 3
+    CPR_TCG_SIPI = 1 << 3,
+    CPR_TCG_CODE = 1 << 4       /* another vCPU may have written code that this one has translated */
 };
 
 /* NULL when memory is short.  The vCPUs are freed before the VM. */
@@ -34,6 +35,11 @@ void cpr_tcg_free(struct cpr_tcg *tcg);
 int cpr_tcg_map_ram(struct cpr_tcg *tcg, uint64_t address, uint64_t size, uint64_t host,
                     int readonly);
 int cpr_tcg_unmap_ram(struct cpr_tcg *tcg, uint64_t address, uint64_t size);
+
+/* The TSC counts ns from `now_ns` on, and stands still from `now_ns` on; by CLOCK_MONOTONIC.  A new
+   VM's stands still. */
+void cpr_tcg_start_time(struct cpr_tcg *tcg, uint64_t now_ns);
+void cpr_tcg_stop_time(struct cpr_tcg *tcg, uint64_t now_ns);
 
 /* `handle` is passed to the functions below that Python defines.  NULL with *problem, in static
    storage, on failure. */

@@ -11,6 +11,8 @@ import errno
 from cpr._native._cpr import ffi, lib
 from cpr.accel import base
 from cpr.accel.kvm import chips, cpuid, msrs, state
+from cpr.accel.kvm.clocks import Clocks
+from cpr.accel.kvm.interrupts import KvmInterrupts
 from cpr.accel.kvm.vcpu import KvmVCpu
 from cpr.constants import PAGE_SIZE
 from cpr.errors import KernelError
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from cpr.accel.kvm.cpuid import Cpuid
-    from cpr.accel.kvm.interrupts import KvmInterrupts
 
 # Three pages for KVM's own TSS and one for its identity map, below the BIOS, as on every PC VMM.
 IDENTITY_MAP_ADDRESS = 0xFEFFC000
@@ -52,10 +53,7 @@ class Memslot:
 
 
 class KvmAccelerator(base.Accelerator):
-    """One KVM VM; owns /dev/kvm and the VM descriptor.
-
-    `held_clock` is what the paravirtual clock shows while the VM is stopped; None while it goes.
-    """
+    """One KVM VM; owns /dev/kvm and the VM descriptor."""
 
     name = "kvm"
     kernel_irqchip = True
@@ -64,9 +62,9 @@ class KvmAccelerator(base.Accelerator):
     def __init__(self) -> None:
         self.vcpus: list[KvmVCpu] = []
         self._slots: dict[tuple[int, int], Memslot] = {}
-        self._interrupts: KvmInterrupts | None = None
-        self.held_clock: int | None = None
+        self.clocks: Clocks = Clocks(self)
         self._given_chips: dict[str, dict] = {}
+        self._host_tsc_khz: int | None = None
         self._supported_cpuid: Cpuid | None = None
         self._msr_indices: list[int] | None = None
         self._initial_msrs: dict[int, int] | None = None
@@ -76,6 +74,7 @@ class KvmAccelerator(base.Accelerator):
         except KernelError:
             self.device.close()
             raise
+        self.interrupts = KvmInterrupts(self.vm)
         self.run_size = kvm.vcpu_mmap_size(self.device)
         self.vm.ioctl(lib.KVM_SET_TSS_ADDR, "KVM_SET_TSS_ADDR", TSS_ADDRESS)
         identity = ffi.new("uint64_t *", IDENTITY_MAP_ADDRESS)
@@ -125,6 +124,7 @@ class KvmAccelerator(base.Accelerator):
         self.vm.ioctl(lib.KVM_CREATE_IRQCHIP, "KVM_CREATE_IRQCHIP")
         config = ffi.new("struct kvm_pit_config *", {"flags": lib.KVM_PIT_SPEAKER_DUMMY})
         self.vm.ioctl(lib.KVM_CREATE_PIT2, "KVM_CREATE_PIT2", config)
+        self.interrupts.set_routing()
 
     def create_vcpu(self, index: int) -> KvmVCpu:
         self.vcpus.append(KvmVCpu(self, index))
@@ -182,10 +182,10 @@ class KvmAccelerator(base.Accelerator):
         vcpu.set_apic(registers)
 
     def get_clock(self) -> int:
-        return chips.get_clock(self)
+        return self.clocks.get()
 
     def set_clock(self, ns: int) -> None:
-        self.held_clock = ns
+        self.clocks.held = ns
 
     def apply_state(self) -> None:
         for vcpu in self.vcpus:
@@ -193,22 +193,23 @@ class KvmAccelerator(base.Accelerator):
         given, self._given_chips = self._given_chips, {}
         state.write_chips(self.vm, given)
 
-    def stop_time(self) -> None:
+    def stop_time(self, now_ns: int) -> None:
         state.hold_time(self)
 
-    def start_time(self) -> None:
+    def start_time(self, now_ns: int, advance_ns: int = 0) -> None:
         self.apply_state()
-        state.release_time(self)
+        state.release_time(self, advance_ns)
 
-    # Interrupts by eventfd; the module is imported where there is a device that has them.
+    def host_tsc_khz(self) -> int:
+        """The frequency of a TSC that KVM does not scale; 0 where it does not tell."""
+        if self._host_tsc_khz is None:
+            try:
+                self._host_tsc_khz = self.vm.ioctl(lib.KVM_GET_TSC_KHZ, "KVM_GET_TSC_KHZ")
+            except KernelError:
+                self._host_tsc_khz = 0
+        return self._host_tsc_khz
 
-    @property
-    def interrupts(self) -> KvmInterrupts:
-        if self._interrupts is None:
-            from cpr.accel.kvm.interrupts import KvmInterrupts
-
-            self._interrupts = KvmInterrupts(self.vm)
-        return self._interrupts
+    # Interrupts by eventfd.
 
     def check_irqfds(self) -> None:
         for name, capability in IRQFD_CAPABILITIES:
@@ -233,6 +234,17 @@ class KvmAccelerator(base.Accelerator):
     def signal_message(self, address: int, data: int) -> None:
         kvm.signal_msi(self.vm, address, data)
 
+    @property
+    def ioeventfds(self) -> bool:  # type: ignore[override]
+        wanted = (*IRQFD_CAPABILITIES, ("KVM_CAP_IOEVENTFD", lib.KVM_CAP_IOEVENTFD))
+        return all(kvm.check_extension(self.vm, number) > 0 for _, number in wanted)
+
+    def add_ioeventfd(self, address: int, size: int, eventfd: int) -> None:
+        kvm.assign_ioeventfd(self.vm, address, size, eventfd)
+
+    def remove_ioeventfd(self, address: int, size: int, eventfd: int) -> None:
+        kvm.deassign_ioeventfd(self.vm, address, size, eventfd)
+
     def add_vfio_file(self, fd: int) -> None:
         self.interrupts.add_vfio_file(fd)
 
@@ -240,7 +252,6 @@ class KvmAccelerator(base.Accelerator):
         self.interrupts.remove_vfio_file(fd)
 
     def close(self) -> None:
-        if self._interrupts is not None:
-            self._interrupts.close()
+        self.interrupts.close()
         self.vm.close()
         self.device.close()

@@ -1,4 +1,4 @@
-"""The chips that KVM has for all vCPUs of a VM, by the fields of their devices' vmstate; its clock.
+"""The chips that KVM has for all vCPUs of a VM, by the fields of their devices' vmstate.
 
 KVM does not tell when channel 0 of its PIT was loaded, and begins its whole count anew when the PIT
 is written: a period is longer once, and a count that ends once ends once more.  Of the other
@@ -13,7 +13,6 @@ from cpr.uapi import kvm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from cpr.accel.kvm.accelerator import KvmAccelerator
     from cpr.uapi.fd import Fd
 
 IOAPIC_ADDRESS = 0xFEC00000
@@ -98,23 +97,3 @@ def _set_pit(vm: Fd, state: dict) -> None:
         for name in PIT_FIELDS:
             setattr(channel, name, saved[name])
     vm.ioctl(lib.KVM_SET_PIT2, "KVM_SET_PIT2", pit)
-
-
-def get_clock(accel: KvmAccelerator) -> int:
-    """ns that KVM's paravirtual clock shows; while the VM is stopped, when it was stopped."""
-    if accel.held_clock is not None:
-        return accel.held_clock
-    clock = kvm.get_struct(accel.vm, "kvm_clock_data", "KVM_GET_CLOCK", lib.KVM_GET_CLOCK)
-    return int(clock.clock)
-
-
-def hold_clock(accel: KvmAccelerator) -> None:
-    accel.held_clock = get_clock(accel)
-
-
-def release_clock(accel: KvmAccelerator) -> None:
-    """A VM that has never run and was not loaded keeps the clock that KVM began with it."""
-    if accel.held_clock is not None:
-        clock = ffi.new("struct kvm_clock_data *", {"clock": accel.held_clock})
-        accel.vm.ioctl(lib.KVM_SET_CLOCK, "KVM_SET_CLOCK", clock)
-        accel.held_clock = None

@@ -24,8 +24,13 @@ if TYPE_CHECKING:
 
 FIELDS = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
 FIRST_REGISTER = FIELDS.index("eax")
-APIC_ID_LEAF = 1
+APIC_ID_LEAF = FEATURES_LEAF = 1
 TOPOLOGY_LEAVES = (0xB, 0x1F)
+ECX = FIELDS.index("ecx")
+HYPERVISOR, TSC_DEADLINE = 1 << 31, 1 << 24
+"""Of leaf 1, ecx: what KVM can, and does not tell of in KVM_GET_SUPPORTED_CPUID.  Without the first
+a Linux guest does not ask for KVM's clock."""
+
 OSXSAVE, OSPKE = 1 << 27, 1 << 4  # copies of CR4's, in leaf 1 and leaf 7
 
 # (function, index, register, mask): the words whose bits are features, each of which the host has
@@ -63,10 +68,19 @@ FEATURE_WORDS = (
 
 
 def supported(device: Fd) -> Cpuid:
-    """All that this host can give a guest."""
+    """All that this host can give a guest whose local APICs are KVM's."""
     cpuid = kvm.supported_cpuid(device)
-    entries = (cpuid.entries[i] for i in range(cpuid.nent))
-    return tuple(tuple(getattr(entry, name) for name in FIELDS) for entry in entries)
+    natives = (cpuid.entries[i] for i in range(cpuid.nent))
+    entries = [tuple(getattr(entry, name) for name in FIELDS) for entry in natives]
+    untold = HYPERVISOR
+    if kvm.check_extension(device, lib.KVM_CAP_TSC_DEADLINE_TIMER) > 0:
+        untold |= TSC_DEADLINE
+    return tuple(
+        (*entry[:ECX], entry[ECX] | untold, *entry[ECX + 1 :])
+        if entry[0] == FEATURES_LEAF
+        else entry
+        for entry in entries
+    )
 
 
 def for_vcpu(model: Cpuid, index: int) -> Cpuid:

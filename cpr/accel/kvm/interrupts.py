@@ -1,7 +1,8 @@
 """Interrupts that devices raise by eventfd, without the VMM: irqfds, message routes, KVM-VFIO.
 
-KVM's table of routes is replaced as a whole at every change.  It keeps the wiring of the in-kernel
-chips as KVM made it: GSI n is pin n of the I/O APIC, and below 16 also of the PICs.
+KVM's table of routes is replaced as a whole at every change.  GSI n is pin n of the I/O APIC, and
+below 16 also of the PICs; but GSI 0, the timer's, is pin 2 there, as ACPI tells the guest, and
+GSI 2, by which one PIC is connected to the other, is none.  KVM's own table has the timer at pin 0.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 IOAPIC_PINS = 24
 PIC_PINS = 8
 FIRST_MESSAGE_GSI = IOAPIC_PINS
+TIMER_GSI, TIMER_PIN = 0, 2
 
 
 class KvmInterrupts:
@@ -68,13 +70,18 @@ class KvmInterrupts:
         if self._messages == before:
             return
         try:
-            self._set_routing()
+            self.set_routing()
         except KernelError:
             self._messages = before
             raise
 
-    def _set_routing(self) -> None:
-        pins = [(gsi, lib.KVM_IRQCHIP_IOAPIC, gsi) for gsi in range(IOAPIC_PINS)]
+    def set_routing(self) -> None:
+        """Gives KVM the whole table."""
+        pins = [
+            (gsi, lib.KVM_IRQCHIP_IOAPIC, TIMER_PIN if gsi == TIMER_GSI else gsi)
+            for gsi in range(IOAPIC_PINS)
+            if gsi != TIMER_PIN
+        ]
         pins += [(gsi, lib.KVM_IRQCHIP_PIC_MASTER, gsi) for gsi in range(PIC_PINS)]
         pins += [(PIC_PINS + pin, lib.KVM_IRQCHIP_PIC_SLAVE, pin) for pin in range(PIC_PINS)]
         messages = [(gsi, address, data) for gsi, (address, data) in self._messages.items()]

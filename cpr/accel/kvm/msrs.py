@@ -87,15 +87,12 @@ def read_tsc(vcpu: KvmVCpu) -> int:
     return kvm.get_msrs(vcpu.fd, [TSC])[TSC]
 
 
-def write_tsc(vcpu: KvmVCpu) -> None:
+def write_tsc(vcpu: KvmVCpu, value: int) -> None:
     """Only one that was loaded: a TSC that is set back a little would be taken for another's.
 
     KVM takes a value within a second of what it expects for an attempt to synchronize TSCs.
     """
-    if vcpu.is_tsc_loaded and vcpu.held_tsc is not None:
-        kvm.set_msrs(vcpu.fd, [(TSC, vcpu.held_tsc)])
-    vcpu.held_tsc = None
-    vcpu.is_tsc_loaded = False
+    kvm.set_msrs(vcpu.fd, [(TSC, value)])
 
 
 def write_deadline(vcpu: KvmVCpu) -> None:

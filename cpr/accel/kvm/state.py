@@ -47,7 +47,7 @@ class TimeStep:
         self,
         name: str,
         hold: Callable[[KvmAccelerator], None],
-        release: Callable[[KvmAccelerator], None],
+        release: Callable[[KvmAccelerator, int], None],
         why: str,
     ) -> None:
         self.name = name
@@ -150,27 +150,27 @@ CHIP_STEPS = (
 TIME_STEPS = (
     TimeStep(
         "clock",
-        chips.hold_clock,
-        chips.release_clock,
-        "Just before the TSCs, because a guest takes the one for the other's base; what lies "
-        "between the two is time that one has and the other has not.",
+        lambda accel: accel.clocks.hold_clock(),
+        lambda accel, advance_ns: accel.clocks.release_clock(advance_ns),
+        "Before the TSCs, because KVM tells with it the instant for which theirs are reckoned, and "
+        "where it does not, just before them: a guest takes the one for the other's base.",
     ),
     TimeStep(
         "tsc",
-        lambda accel: _hold_tscs(accel.vcpus),
-        lambda accel: _each(accel.vcpus, msrs.write_tsc),
+        lambda accel: accel.clocks.hold_tscs(),
+        lambda accel, advance_ns: accel.clocks.release_tscs(advance_ns),
         "One right after the other: KVM gives TSCs that are written within a second one offset.",
     ),
     TimeStep(
         "deadline",
         lambda accel: None,  # it is an MSR that does not move
-        lambda accel: _each(accel.vcpus, msrs.write_deadline),
+        lambda accel, advance_ns: _each(accel.vcpus, msrs.write_deadline),
         "After the TSC against which it counts, and after the APIC's mode.",
     ),
     TimeStep(
         "stopped",
         lambda accel: None,
-        lambda accel: _each(accel.vcpus, lambda vcpu: kvm.tell_stopped(vcpu.fd)),
+        lambda accel, advance_ns: _each(accel.vcpus, lambda vcpu: kvm.tell_stopped(vcpu.fd)),
         "With the clock and the TSCs as they are to be: the guest takes the time in between for no "
         "lockup of its own (Documentation/virt/kvm/api.rst).",
     ),
@@ -204,16 +204,13 @@ def hold_time(accel: KvmAccelerator) -> None:
         step.hold(accel)
 
 
-def release_time(accel: KvmAccelerator) -> None:
-    """The VM is about to run: lets everything go on from where it was stopped or loaded."""
+def release_time(accel: KvmAccelerator, advance_ns: int) -> None:
+    """The VM is about to run: lets everything go on from where it was stopped or loaded.
+
+    The clock and the TSCs are to have gone on for `advance_ns` meanwhile.
+    """
     for step in TIME_STEPS:
-        step.release(accel)
-
-
-def _hold_tscs(vcpus: list[KvmVCpu]) -> None:
-    for vcpu in vcpus:
-        if not vcpu.is_tsc_loaded:
-            vcpu.held_tsc = msrs.read_tsc(vcpu)
+        step.release(accel, advance_ns)
 
 
 def _each(vcpus: list[KvmVCpu], function: Callable[[KvmVCpu], None]) -> None:

@@ -6,7 +6,7 @@ import errno
 
 from cpr._native._cpr import ffi, lib
 from cpr.accel import base, x86
-from cpr.accel.kvm import cpuid, msrs, registers
+from cpr.accel.kvm import cpuid, registers
 from cpr.accel.kvm.exits import serve
 from cpr.accel.kvm.state import read_vcpu, write_vcpu
 from cpr.errors import KernelError
@@ -74,8 +74,6 @@ class KvmVCpu(base.VCpu):
 
     def run(self, bus: Bus) -> str:
         self.apply_state()
-        msrs.write_tsc(self)
-        msrs.write_deadline(self)
         exit_ = self._exit
         self._thread = lib.cpr_vcpu_thread_enter()
         try:
@@ -111,6 +109,9 @@ class KvmVCpu(base.VCpu):
         thread = self._thread
         if thread:
             lib.cpr_vcpu_thread_kick(thread)
+
+    def tsc_khz(self) -> int:
+        return self._fd.ioctl(lib.KVM_GET_TSC_KHZ, "KVM_GET_TSC_KHZ")
 
     # State: given in parts (the sections of the stream, the devices of a reset), written as one.
 

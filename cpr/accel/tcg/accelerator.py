@@ -46,6 +46,12 @@ class TcgAccelerator(base.Accelerator):
     def create_vcpu(self, index: int) -> TcgVCpu:
         return TcgVCpu(self._vm, index)
 
+    def start_time(self, now_ns: int, advance_ns: int = 0) -> None:
+        lib.cpr_tcg_start_time(self._vm, now_ns - advance_ns)
+
+    def stop_time(self, now_ns: int) -> None:
+        lib.cpr_tcg_stop_time(self._vm, now_ns)
+
     def close(self) -> None:
         lib.cpr_tcg_free(self._vm)
         self._vm = ffi.NULL

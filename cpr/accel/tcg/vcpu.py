@@ -70,6 +70,9 @@ class TcgVCpu(base.VCpu):
     def interrupt(self) -> None:
         lib.cpr_tcg_request(self._vcpu, lib.CPR_TCG_INTERRUPT)
 
+    def forget_code(self) -> None:
+        lib.cpr_tcg_request(self._vcpu, lib.CPR_TCG_CODE)
+
     def init(self) -> None:
         """The INIT signal: the registers are reset, and all but vCPU 0 wait for SIPI.
 

@@ -9,6 +9,7 @@ from . import (
     cpr_state,
     failed_exec,
     incoming,
+    linux,
     memory,
     migrate,
     order,
@@ -43,5 +44,6 @@ ROWS: list[Row] = [
     *failed_exec.ROWS,
     *transfer.ROWS,
     *reboot.ROWS,
+    *linux.ROWS,
 ]
 """In the order of the parts, as far as a module belongs to one part of it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 
 from ..lab import Lab
-from ..match import Mismatch, expect, has
+from ..match import Mismatch, expect, has, like
 from ..messages import maybe
 from ..row import Row, Steps, step
 from ..steps import (
@@ -184,12 +184,22 @@ ROWS = [
         boot(guest("-sandbox on,spawn=deny")),
         counting(),
         parameters(mode="cpr-exec", cpr_exec_command=["/bin/true"]),
-        qmp("migrate", {"uri": FILE}, {}),
-        migration_comes_to(
-            {"status": "failed", "error-desc": "execvp /bin/true failed: Operation not permitted"}
-        ),
-        comes_to("running"),
-        counting(),
+        qemu=[
+            qmp("migrate", {"uri": FILE}, {}),
+            migration_comes_to(
+                {
+                    "status": "failed",
+                    "error-desc": "execvp /bin/true failed: Operation not permitted",
+                }
+            ),
+            comes_to("running"),
+            counting(),
+        ],
+        cpr=[
+            refused("migrate", {"uri": FILE}, like("-sandbox spawn=deny forbids execve.*")),
+            running(),
+            counting(),
+        ],
     ),
     *(
         Row(

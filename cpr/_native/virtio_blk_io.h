@@ -1,0 +1,25 @@
+/* One request of a disk; for C only. */
+#ifndef CPR_VIRTIO_BLK_IO_H
+#define CPR_VIRTIO_BLK_IO_H
+
+#include "virtio_blk.h"
+#include "virtio_chain.h"
+
+/* What a request has come to. `error` is an errno of the file's, 0 for none; `status` is the
+   guest's (VIRTIO_BLK_S_…), unless there is an error; `problem` is set for a chain that is no
+   request, a constant text. */
+struct cpr_blk_result {
+    int error;
+    bool is_write;
+    uint8_t status;
+    uint8_t *place; /* of the status in the guest's RAM */
+    uint32_t written; /* bytes of the chain, the status included */
+    const char *problem;
+};
+
+/* Does the request in `chain`, whose pieces it uses up. The status is not written. */
+void cpr_blk_execute(const struct cpr_blk_options *options, bool write_through,
+                     const struct cpr_virtio_memory *memory, struct cpr_chain *chain,
+                     struct cpr_blk_result *result);
+
+#endif

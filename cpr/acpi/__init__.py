@@ -1,0 +1,1 @@
+"""ACPI: what the devices tell of themselves, as the tables that a guest reads."""
