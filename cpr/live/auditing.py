@@ -114,15 +114,20 @@ def _children() -> list[Finding]:
         return []
     import psutil
 
-    pids = [child.pid for child in psutil.Process().children()]
     awaited = _awaited()
     found = []
-    for pid in pids:
-        if pid in awaited:
-            fate = "lives on, and nobody waits for it: the Popen is lost"
+    for child in psutil.Process().children():
+        try:
+            has_ended = child.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:  # a thread has waited for it
+            continue
+        is_awaited = child.pid in awaited
+        fate = "has ended" if has_ended else "lives on"
+        if is_awaited:
+            fate += ", and nobody waits for it: the Popen is lost"
         else:
-            fate = "lives on as a child of the new program; nobody's if the update fails"
-        found.append(Finding(CHILD, str(pid), fate, pid not in awaited))
+            fate += " as a child of the new program; nobody's if the update fails"
+        found.append(Finding(CHILD, str(child.pid), fate, not is_awaited))
     return found
 
 
