@@ -37,7 +37,7 @@ demo: setup
 	@$(BIN)/python -m benchmarks.demo $(ARGS)
 
 test: setup-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 # The library's echo server through 100 updates, of which every third fails.
 test-live: setup-dev

@@ -48,12 +48,18 @@ GROUPS = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        place = item.path.relative_to(ROOT / "tests").parts[0]
-        for name, places in GROUPS.items():
-            if place in places:
-                item.add_marker(pytest.mark.xdist_group(name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One file at a time, and one group, goes to each of the processes that run the tests."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByPlace(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            place = Path(file).relative_to("tests").parts[0]
+            return next((name for name, places in GROUPS.items() if place in places), file)
+
+    return ByPlace(config, log)
 
 
 MISSING = {"kvm": missing_kvm, "tcg": missing_tcg}
