@@ -73,7 +73,7 @@ class VCpuThread:
         self._on_guest_reset = on_guest_reset
         self._on_error = on_error
         self._stopping = True
-        self._ending = False
+        self._ending = True  # there is no thread yet
         self._running = False
         self._work: list[tuple[Callable[[VCpu], Any], list, Any]] = []
         self._work_lock = allocate_lock()
@@ -86,13 +86,17 @@ class VCpuThread:
         After an `end` it is on the CPUs, and has the policy, that it had before.
         """
         self._ended.acquire()  # there is never a second thread of one vCPU
-        self._ending = False
         self._go = _semaphore()
         self._parked = _semaphore()
         self._woken = _semaphore()
         self._started = _semaphore()
         self._thread_id = 0
-        self._ident = start_new_thread(self._main, ())
+        try:
+            self._ident = start_new_thread(self._main, ())
+        except RuntimeError:  # RLIMIT_NPROC
+            self._ended.release()
+            raise
+        self._ending = False
 
     @property
     def thread_id(self) -> int:
@@ -101,6 +105,13 @@ class VCpuThread:
             with self._started:
                 pass
         return self._thread_id
+
+    def schedule(self, scheduling: Scheduling) -> None:
+        """Has the thread scheduled as one before it was; a warning where that is refused."""
+        try:
+            scheduling.give(self.thread_id)
+        except OSError as error:
+            warn_report(f"vCPU {self.vcpu.index} is not scheduled as before: {error.strerror}")
 
     @property
     def running(self) -> bool:
@@ -152,7 +163,12 @@ class VCpuThread:
         return result[0]
 
     def end(self) -> None:
-        """Pauses the vCPU and ends the thread, soon; the inverse of `start`."""
+        """Pauses the vCPU and ends the thread, soon; the inverse of `start`.
+
+        Nothing happens where there is none.
+        """
+        if self._ending:
+            return
         self.pause()
         try:
             self._scheduling = Scheduling.of(self.thread_id)
@@ -173,10 +189,7 @@ class VCpuThread:
         self._thread_id = get_native_id()
         self._started.release()
         if self._scheduling is not None:
-            try:
-                self._scheduling.give(0)
-            except OSError as error:
-                warn_report(f"vCPU {self.vcpu.index} is not scheduled as before: {error.strerror}")
+            self.schedule(self._scheduling)
         while True:
             self._go.acquire()
             if self._ending:

@@ -223,6 +223,17 @@ def saved(source: Source, known: dict | None = None) -> tuple[int, dict]:
     return fd, bodies
 
 
+def test_a_section_that_is_known_is_there_where_it_is_not_needed_any_more(source: Source) -> None:
+    """What the other side has loaded before would stay there else."""
+    source.machine.stop()
+    known = {("recorder", 0): b"another"}
+    source.device.is_needed = False
+    fd, bodies = saved(source, known)
+    assert bodies["recorder", 0] == b""
+    assert b"\x08recorder" in os.pread(fd, 1 << 20, 0)
+    os.close(fd)
+
+
 def test_a_section_that_is_known_is_left_out_and_not_missed(source: Source, guests) -> None:
     source.machine.stop()
     whole, bodies = saved(source)

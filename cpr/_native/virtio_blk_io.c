@@ -195,8 +195,8 @@ void cpr_blk_execute(const struct cpr_blk_options *options, bool write_through,
                      const struct cpr_virtio_memory *memory, struct cpr_chain *chain,
                      struct cpr_blk_result *result)
 {
-    struct cpr_cursor out = {chain->pieces, chain->out_count};
-    struct cpr_cursor in = {chain->pieces + chain->out_count, chain->in_count};
+    struct cpr_cursor out = cpr_chain_out(chain);
+    struct cpr_cursor in = cpr_chain_in(chain);
     struct virtio_blk_outhdr header;
     uint64_t out_bytes = chain->out_bytes - sizeof(header), in_bytes = chain->in_bytes - 1;
     uint8_t name[CPR_BLK_SERIAL_SIZE];

@@ -75,6 +75,17 @@ struct cpr_cursor {
     uint32_t count;
 };
 
+/* What the device reads of a chain, and what it writes. */
+static inline struct cpr_cursor cpr_chain_out(struct cpr_chain *chain)
+{
+    return (struct cpr_cursor){chain->pieces, chain->out_count};
+}
+
+static inline struct cpr_cursor cpr_chain_in(struct cpr_chain *chain)
+{
+    return (struct cpr_cursor){chain->pieces + chain->out_count, chain->in_count};
+}
+
 /* Copies up to `size` bytes from the cursor to `target`, and moves it on; returns how many. */
 uint64_t cpr_cursor_read(struct cpr_cursor *cursor, void *target, uint64_t size);
 

@@ -137,7 +137,7 @@ static int deliver(struct cpr_net *net)
         if (!cpr_virtqueue_again(queue, heads[i], &net->chain)) {
             return 0; /* the guest has changed it: the queue is broken */
         }
-        in = (struct cpr_cursor){net->chain.pieces + net->chain.out_count, net->chain.in_count};
+        in = cpr_chain_in(&net->chain);
         part = cpr_cursor_write(&in, cpr_virtqueue_memory(queue), net->frame + done,
                                 net->frame_size - done);
         cpr_virtqueue_fill(queue, i, heads[i], (uint32_t)part);
@@ -183,7 +183,7 @@ static bool receive(struct cpr_net *net)
 /* Writes one frame to the tap; false where that has no room. What the tap refuses is dropped. */
 static bool write_frame(struct cpr_net *net)
 {
-    struct cpr_cursor out = {net->chain.pieces, net->chain.out_count};
+    struct cpr_cursor out = cpr_chain_out(&net->chain);
     uint8_t header[CPR_NET_HEADER];
 
     if (!net->has_header) {

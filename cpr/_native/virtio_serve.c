@@ -29,7 +29,7 @@ int64_t cpr_virtqueue_receive(struct cpr_virtqueue *queue, uint8_t *buffer, uint
     cpr_virtqueue_lock(queue);
     result = take(queue);
     if (!result) {
-        cursor = (struct cpr_cursor){chain->pieces, chain->out_count};
+        cursor = cpr_chain_out(chain);
         if (chain->out_bytes > room) {
             cpr_virtqueue_break(queue, "a buffer is longer than the device takes");
             result = -EPROTO;
@@ -51,7 +51,7 @@ int64_t cpr_virtqueue_send(struct cpr_virtqueue *queue, const uint8_t *data, uin
     cpr_virtqueue_lock(queue);
     result = take(queue);
     if (!result) {
-        cursor = (struct cpr_cursor){chain->pieces + chain->out_count, chain->in_count};
+        cursor = cpr_chain_in(chain);
         result = (int64_t)cpr_cursor_write(&cursor, cpr_virtqueue_memory(queue), data, size);
         give_back(queue, (uint32_t)result);
     }
@@ -70,7 +70,7 @@ int64_t cpr_virtqueue_send_random(struct cpr_virtqueue *queue, uint32_t most)
     if (!result) {
         uint8_t bytes[256]; /* getrandom gives so many without being interrupted */
 
-        cursor = (struct cpr_cursor){chain->pieces + chain->out_count, chain->in_count};
+        cursor = cpr_chain_in(chain);
         while (result < most && cursor.count) {
             uint32_t part = most - (uint32_t)result;
 

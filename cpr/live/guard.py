@@ -110,12 +110,12 @@ def execute(
     """Executes `argv`, looked up in PATH, with the descriptors `keep` and a guard.
 
     `ready()` is called when all is prepared; from then on the caller is this process's only thread.
-    `mappings` are (address, bytes) of memory that is
-    freed piece by piece after a commit.  `state_fd`, one of `keep`, is for a program that knows no
-    token: it has taken over when it has closed that and lives on.  `drop` are descriptors that a
-    late exec is to close for good, in the old image as in the new one.  `unblock` are signals that
-    the caller blocks and the program is not to; `ending` are those that the program blocks until it
-    can take them: one that does not for a while is killed.
+    `mappings` are (address, bytes) of memory that is freed piece by piece after a commit.
+    `state_fd`, one of `keep`, is for a program that knows no token: it has taken over when it has
+    closed that and lives on.  `drop` are descriptors that a late exec is to close for good, in the
+    old image as in the new one.  `unblock` are signals that the caller blocks and the program is
+    not to; `ending` are those that the program blocks until it can take them: one that does not for
+    a while is killed.
 
     Comes back in the old image only.  Raises OSError of execve where it is the same process as
     before, and nothing has changed.

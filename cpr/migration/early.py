@@ -54,9 +54,8 @@ if TYPE_CHECKING:
 MOST_RETURNS = 1
 NONE = Capabilities()  # those that the user has set are about streams to anybody
 DEATH_MS = 1000  # between the end of a process's descriptors and its own
-SIGNAL_NS = (
-    50 * NS_PER_MS
-)  # how often it is looked whether the new image was sent one that ends the VM
+SIGNAL_NS = 50 * NS_PER_MS
+"""How often it is looked whether the new image was sent a signal that ends the VM."""
 
 
 class EarlyUpdate:

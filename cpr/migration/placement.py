@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 
+from cpr.live.token import PROCESSOR_FIELD, STATE_FIELD, read_stat
 from cpr.report import warn_report
 from cpr.vcpus import Scheduling
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
     from cpr.vcpus import VCpuThread
 
-STATE_FIELD = 0  # of /proc/PID/stat after the name: 3 in proc_pid_stat(5), less three
-PROCESSOR_FIELD = 36
 RUNNING = "R"
 
 
@@ -63,13 +62,7 @@ class Placement:
     def place(self, threads: Sequence[VCpuThread]) -> None:
         """Has vCPU threads scheduled as the old VMM's were."""
         for thread, wanted in zip(threads, self._vcpus, strict=True):
-            try:
-                wanted.give(thread.thread_id)
-            except OSError as error:
-                warn_report(
-                    f"vCPU {thread.vcpu.index} is not scheduled as before the update: "
-                    f"{error.strerror}"
-                )
+            thread.schedule(wanted)
 
 
 def _move(cpus: set[int], thread_id: int = 0) -> None:
@@ -84,6 +77,5 @@ def _move(cpus: set[int], thread_id: int = 0) -> None:
 
 def _busy_cpu(thread_id: int) -> int:
     """The CPU that a thread runs on, or -1 where it does not: its vCPU has halted."""
-    with open(f"/proc/self/task/{thread_id}/stat") as file:
-        fields = file.read().rpartition(")")[2].split()
+    fields = read_stat(f"/proc/self/task/{thread_id}/stat")[1]
     return int(fields[PROCESSOR_FIELD]) if fields[STATE_FIELD] == RUNNING else -1

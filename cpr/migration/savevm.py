@@ -141,7 +141,8 @@ class Saver:
         """The devices, the run state and, if it is `described`, the description: all the rest.
 
         `old_state` is the runstate that the machine was in before it was stopped.  A section of
-        which the reader has the same body already, in `known`, is left out.  Returns the bodies of
+        which the reader has the same body already, in `known`, is left out; one of which it has
+        another is there also where the device no longer needs it.  Returns the bodies of
         all the devices' sections by idstr and instance.
         `devices` are all of the machine's, where nothing else is said.
         """
@@ -151,13 +152,18 @@ class Saver:
         writer.end(RAM_SECTION_ID, ram_section.END)
         with machine.lock:
             every = machine.sections() if devices is None else devices
-            saved = [device for device in every if device.needed()]
+            known = known or {}
+            saved = [
+                device
+                for device in every
+                if device.needed() or (device.idstr, device.instance_id) in known
+            ]
             for number, device in enumerate(saved):
                 vmstate, state = device.vmstate, device.save()
                 assert vmstate is not None
                 key = (device.idstr, device.instance_id)
                 bodies[key] = body = vmstate.encode(state)
-                if known is None or known.get(key) != body:
+                if known.get(key) != body:
                     writer.device(FIRST_DEVICE_ID + number, *key, vmstate, state, body)
         last_id = FIRST_DEVICE_ID + len(saved)
         state = encode_runstate(old_state, machine.was_suspended)

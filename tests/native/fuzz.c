@@ -13,13 +13,8 @@
 #include "page_ops.h"
 #include "page_pool.h"
 
-#define CHECK(condition) \
-    do { \
-        if (!(condition)) { \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-            abort(); \
-        } \
-    } while (0)
+#define CHECK_FAILED() abort()
+#include "check.h"
 
 enum { PAGES = 8, BLOCKS = 2, SIZE = PAGES * CPR_PAGE_SIZE, FEW = 3 };
 
@@ -66,16 +61,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 }
 
 #ifdef OWN_LOOP
-static uint64_t state;
-
-static uint64_t random_number(void)
-{
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return state;
-}
-
 static size_t put(uint8_t *to, uint64_t head, const char *name, size_t body)
 {
     size_t used = 0, length = name ? strlen(name) : 0;
@@ -100,7 +85,7 @@ int main(int argc, char **argv)
     time_t end = time(NULL) + (argc > 1 ? atoi(argv[1]) : 1);
     uint64_t runs = 0;
 
-    state = argc > 2 ? strtoull(argv[2], NULL, 10) | 1 : 1;
+    random_state = argc > 2 ? strtoull(argv[2], NULL, 10) | 1 : 1;
     for (; time(NULL) < end; runs++) {
         size_t size = 0;
 

@@ -21,29 +21,13 @@
 #include "page_load.h"
 #include "page_records.h"
 
+#include "check.h"
+
 #define PAGES 1500 /* not a multiple of anything */
 #define WORDS ((PAGES + 63) / 64)
 #define SIZE ((size_t)PAGES * CPR_PAGE_SIZE)
 #define STREAM_SIZE (SIZE + PAGES * 8 + 300)
 #define NAME "ram0"
-
-#define CHECK(condition)                                                                           \
-    do {                                                                                           \
-        if (!(condition)) {                                                                        \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                        \
-            exit(1);                                                                               \
-        }                                                                                          \
-    } while (0)
-
-static uint64_t random_state;
-
-static uint64_t random_number(void)
-{
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return random_state;
-}
 
 static void fill_random(uint8_t *data, size_t size)
 {

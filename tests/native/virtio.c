@@ -22,6 +22,8 @@
 #include "virtio_net.h"
 #include "virtio_ring.h"
 
+#include "check.h"
+
 #define LOW_SIZE 0x8000
 #define HIGH_SIZE 0x4000
 #define HIGH_START LOW_SIZE /* the two ranges meet, and are not neighbours here */
@@ -32,25 +34,8 @@
 #define SECTORS 64
 #define ROUNDS 3000
 
-#define CHECK(condition)                                                                           \
-    do {                                                                                           \
-        if (!(condition)) {                                                                        \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                        \
-            exit(1);                                                                               \
-        }                                                                                          \
-    } while (0)
-
-static uint64_t random_state;
 static uint8_t *low, *high;
 static uint64_t *written;
-
-static uint64_t random_number(void)
-{
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return random_state;
-}
 
 static uint64_t below(uint64_t limit)
 {
