@@ -26,11 +26,12 @@ STREAM = 4 << 20
 DISK = 32 << 20
 SECONDS = 60
 
-# Each block is written, read back, and its checksum kept.
+# Each block is written, read back, and its checksum kept.  A guest that goes to sleep cuts a read of
+# /dev/urandom short.
 WRITER = f"""
 i=0
 while [ ! -e /tmp/stop ]; do
-  dd if=/dev/urandom of=/tmp/block bs={BLOCK} count=1 2>/dev/null
+  dd if=/dev/urandom of=/tmp/block bs={BLOCK} count=1 iflag=fullblock 2>/dev/null
   md5sum </tmp/block >/tmp/sum.$i
   dd if=/tmp/block of=/dev/vda bs={BLOCK} seek=$i oflag=direct 2>/dev/null
   dd if=/dev/vda bs={BLOCK} skip=$i count=1 iflag=direct 2>/dev/null | md5sum |
