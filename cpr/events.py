@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from _thread import allocate_lock
 
 from cpr.constants import US_PER_S
 
@@ -11,18 +12,33 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+MOST_KEPT = 1000  # a guest can cause them, and memory is the host's
+
+
 class EventBus:
     """Delivers events to its subscribers, in the order in which they are emitted.
 
     A subscriber is called in the emitting thread with the whole event,
     {"timestamp": {"seconds", "microseconds"}, "event": NAME[, "data": {…}]}, and must not block.
+
+    Until `forget` it keeps the first MOST_KEPT, for clients that were there before this image.
     """
 
     def __init__(self) -> None:
         self._subscribers: list[Callable[[dict], None]] = []
+        self._lock = allocate_lock()
+        self._past: list[dict] | None = []
 
-    def subscribe(self, subscriber: Callable[[dict], None]) -> None:
-        self._subscribers.append(subscriber)
+    def subscribe(self, subscriber: Callable[[dict], None], from_start: bool = False) -> None:
+        """`from_start`: it also gets all that has been emitted before."""
+        with self._lock:
+            for event in (self._past or []) if from_start else []:
+                subscriber(event)
+            self._subscribers.append(subscriber)
+
+    def forget(self) -> None:
+        """There is nobody any more who would want to know what has been emitted before."""
+        self._past = None
 
     def unsubscribe(self, subscriber: Callable[[dict], None]) -> None:
         self._subscribers.remove(subscriber)
@@ -35,5 +51,9 @@ class EventBus:
         }
         if data is not None:
             event["data"] = data
-        for subscriber in list(self._subscribers):
+        with self._lock:
+            if self._past is not None and len(self._past) < MOST_KEPT:
+                self._past.append(event)
+            subscribers = list(self._subscribers)
+        for subscriber in subscribers:
             subscriber(event)

@@ -19,6 +19,7 @@ MOST_NAME = 15  # characters of an interface's name
 KEYS: dict[str, Kind] = {
     "type": STRING,
     "id": STRING,
+    "cpr": BOOL,
     "downscript": STRING,
     "fd": STRING,
     "ifname": STRING,
@@ -72,6 +73,8 @@ def _parse(group: OptionGroup) -> NetdevConfig:
         raise group.error("a tap has one queue here: leave queues= out")
     if values.get("vhost"):
         raise group.error("vhost=on is not supported: leave it out, and the VMM carries the frames")
+    if not values.get("cpr", True):
+        raise group.error("cpr=off is not supported: a tap goes over every update; leave it out")
     ifname = values.get("ifname", "")
     if len(ifname.encode()) > MOST_NAME:
         raise group.error(f"ifname={ifname} is longer than the {MOST_NAME} characters of a name")

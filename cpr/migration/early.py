@@ -27,6 +27,7 @@ from cpr.live.transaction import (
     ENDING,
     HAND_OVER,
     HELLO,
+    KEEPS,
     READY,
     UpdateError,
 )
@@ -34,11 +35,12 @@ from cpr.mainloop import READ, WRITE
 from cpr.migration import savevm
 from cpr.migration.capabilities import Capabilities
 from cpr.migration.channel import Channel
+from cpr.migration.connections import send_all
 from cpr.migration.hand_over import check_protocol, send, send_state
 from cpr.migration.mode import EXEC, device_blockers
 from cpr.migration.placement import Placement
 from cpr.migration.program import own_command
-from cpr.report import error_report, exception_report
+from cpr.report import carefully, error_report, exception_report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ class EarlyUpdate:
         self._failure = ""
         self._sent: dict[tuple[str, int], int] = {}
         self._known: dict[tuple[str, int], bytes] = {}
+        self._keeps = False
         self._stopped = False
         self._closed = False
         self._placement = Placement.of(self._machine.threads)
@@ -191,6 +194,7 @@ class EarlyUpdate:
     def _send_state(self, message: Message) -> None:
         point("hello")
         check_protocol(message)
+        self._keeps = KEEPS in message.body.get("versions", [])
         machine, fds = self._machine, self._outgoing.fds
         self._sent = fds.serials()
         self._known = {}
@@ -253,6 +257,8 @@ class EarlyUpdate:
         point("leave")
         self._state.set("completed")
         self._process.before_exec()
+        if self._keeps:
+            carefully(lambda: send_all(self._update, self._process.connections()))
         self._update.leave()
 
     def _on_refusal(self, reason: str) -> None:
