@@ -36,7 +36,8 @@ class FileChardev(FdChardev):
 
     def save(self) -> Kept:
         kept = super().save()
-        kept.fds["file"] = self.out_fd
+        if self.out_fd >= 0:
+            kept.fds["file"] = self.out_fd
         return kept
 
 

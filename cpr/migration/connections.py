@@ -14,7 +14,7 @@ from cpr.constants import NS_PER_S
 from cpr.errors import KernelError, StateError
 from cpr.live import sealed
 from cpr.live.transaction import CONNECTIONS
-from cpr.migration.hand_over import decode_state, send
+from cpr.migration.hand_over import IDENTITY, decode_state, send
 from cpr.state import connections
 from cpr.state.connections import MOST, NAME, Kept
 from cpr.state.cpr_state import CprState
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cpr.state.fds import PreservedFds
 
 USED = 1
+UNSIZED = IDENTITY[:-1]  # somebody else may write to a file meanwhile
 HANG_UP_NS = 2 * NS_PER_S
 
 
@@ -52,7 +53,7 @@ def receive(predecessor: Predecessor) -> dict[str, Kept]:
             data = _read(memfd)
         finally:
             os.close(memfd)
-        return connections.decode(data, decode_state(message).fds)
+        return connections.decode(data, decode_state(message, UNSIZED).fds)
     finally:
         message.close()
 
