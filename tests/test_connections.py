@@ -28,7 +28,8 @@ from cpr.state import connections
 from cpr.state.connections import Kept
 
 TIMEOUT = 20.0
-MUCH = bytes(range(256)) * 4096  # more than a socket's buffers take
+MUCH = bytes(range(256)) * 4096  # more than small buffers take
+SMALL = 4096
 
 
 class Config:
@@ -68,15 +69,14 @@ def take_input(chardev: Chardev) -> bytearray:
 
 
 def read_all(fd: int, loop: MainLoop, size: int) -> bytes:
-    data = bytearray()
-
-    def step() -> bool:
+    data = b""
+    deadline = time.monotonic() + TIMEOUT
+    while len(data) < size:
+        assert time.monotonic() < deadline, f"{len(data)} of {size}"
         if select.select([fd], [], [], 0)[0]:
-            data.extend(os.read(fd, 1 << 16))
-        return len(data) >= size
-
-    until(loop, step)
-    return bytes(data)
+            data += os.read(fd, 1 << 16)
+        loop.iterate(0)
+    return data
 
 
 def end(*chardevs: Chardev) -> None:
@@ -93,6 +93,8 @@ def test_a_server_with_a_client_that_does_not_read(loops, tmp_path, kind) -> Non
     listener = socket.socket(fileno=os.dup(old.exec_fds()[0]))
     address = listener.getsockname()
     client, second = socket.socket(listener.family), socket.socket(listener.family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
     with listener, client, second:
         client.connect(address)
         until(loops[0], lambda: old.connected)
@@ -152,7 +154,8 @@ def test_a_pty_stays_the_same(loops, capfd) -> None:
     path = old.describe().removeprefix("pty:")
     slave = os.open(path, os.O_RDWR | os.O_NOCTTY)
     until(loops[0], lambda: old.connected)
-    old.write(MUCH)
+    much = MUCH[: 64 << 10]
+    old.write(much)
     assert old.waiting
     capfd.readouterr()
     new = create(config, loops[1], True, over(old.save()))
@@ -161,7 +164,7 @@ def test_a_pty_stays_the_same(loops, capfd) -> None:
     data = take_input(new)
     os.write(slave, b"typed")
     until(loops[1], lambda: data == b"typed")
-    assert read_all(slave, loops[1], len(MUCH)) == MUCH
+    assert read_all(slave, loops[1], len(much)) == much
     os.close(slave)
     old.start_over()  # it must not write again what waits
     end(new, old)
@@ -310,7 +313,7 @@ class Hmp:
         return shown.decode()
 
 
-FLOOD = 2000
+FLOOD = 100  # commands with long answers
 
 
 class Clients:
@@ -365,10 +368,7 @@ class Clients:
         self.new.sendall(b'{"execute": "no-such')
         requests = range(self.asked, self.asked + FLOOD)
         flood = "".join(
-            json.dumps({"execute": "query-commands", "id": number})
-            if number % 100 == 0
-            else json.dumps({"execute": "query-version", "id": number})
-            for number in requests
+            json.dumps({"execute": "query-commands", "id": number}) for number in requests
         ).encode()
         self.asked += FLOOD
         threading.Thread(target=self.deaf.send_raw, args=(flood,), daemon=True).start()
@@ -416,13 +416,12 @@ def test_clients_of_every_kind_go_on(start, accel, tmp_path) -> None:
     assert sets[0]["fds"] == [{"fd": told["return"]["fd"]}]
     typist.start()
     path = os.ttyname(clients.slave)
-    own, refused = [*VMM, *vm.words[len(VMM) :]], [*VMM, *vm.words[len(VMM) :], "-smp", "2"]
-    for way, command, status in (
-        ("early", own, "completed"),
-        ("late", own, "completed"),
-        ("early", refused, "failed"),
-        ("late", refused, "failed"),
-    ):
+    own = [*VMM, *vm.words[len(VMM) :]]
+    refused = [*own, "-no-such-option"]
+    ways = [("early", own, "completed"), ("late", own, "completed")]
+    if accel == "kvm":
+        ways += [("early", refused, "failed"), ("late", refused, "failed")]
+    for way, command, status in ways:
         clients.begin()
         answered = typist.answered
         pid, fd = vm.pid, vm.qmp
@@ -446,7 +445,7 @@ def test_clients_of_every_kind_go_on(start, accel, tmp_path) -> None:
     assert clients.half.events == clients.deaf.events, "one has missed an event"
     names = [event["event"] for event in clients.half.events]
     assert names == ["STOP", "RESUME"] * (len(names) // 2)
-    assert len(names) // 2 >= 4
+    assert len(names) // 2 >= len(ways)
     clients.close()
 
 
@@ -467,7 +466,7 @@ def test_what_the_new_vmm_has_otherwise(start, accel, tmp_path) -> None:
     for client, path in zip(clients, paths, strict=True):
         client.connect(path)
         client.settimeout(TIMEOUT)
-        assert client.recv(4096)
+        Hmp(client.fileno(), client.fileno()).wait("(qemu) ")
     base = ["examples/heartbeat.cfg", "-accel", accel, "-monitor", "none"]
     qmp = ["-qmp", f"unix:{vm.socket},{server}"]
     vm.update(command=[*VMM, *base, *monitors(stays, ("moves", paths[1] + "2")), *qmp])
