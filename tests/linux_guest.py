@@ -37,7 +37,7 @@ class LinuxGuest:
     def __init__(self, start, folder: Path, *arguments: str, seconds: float = BOOT_SECONDS) -> None:
         self._path = f"{folder}/console.sock"
         self._state = f"{folder}/state"
-        console = f"socket,id=com1,path={self._path},server=on,wait=off"
+        console = f"socket,id=com1,path={self._path},server=on,wait=off,cpr=on"
         self.vm: Vm = start(
             "examples/linux.cfg", "-monitor", "none", "-chardev", console, *arguments
         )
@@ -91,9 +91,7 @@ class LinuxGuest:
         return self.read_until(f"end-{number}\n").strip()
 
     def update(self, way: str) -> None:
-        """An update, "early" or "late"; the console is connected again."""
-        assert self._socket is not None
-        self._socket.close()
+        """An update, "early" or "late"; the console stays connected."""
         if way == "early":
             self.vm.update()
         else:
@@ -101,7 +99,6 @@ class LinuxGuest:
             self.vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=command)
             self.vm.qmp.command("migrate", uri=f"file:{self._state}")
             self.vm.reconnect()
-        self._connect()
 
     def troubles(self) -> list[str]:
         """Lines of the kernel's log that tell of trouble with time."""

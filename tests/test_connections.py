@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -477,3 +478,52 @@ def test_what_the_new_vmm_has_otherwise(start, accel, tmp_path) -> None:
     assert clients[0].recv(4096)
     for client in clients:
         client.close()
+
+
+OLDER = """
+import sys
+from cpr.live import transaction
+transaction.VERSIONS = (transaction.PROTOCOL,)
+from cpr.vmm.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_a_program_that_knows_nothing_of_it_gets_none(start, overlap) -> None:
+    """An older version: clients connect again, as ever."""
+    vm = start.guest(
+        *("heartbeat", "kvm", "-global", f"migration.x-cpr-exec-overlap={overlap}"),
+        *("-chardev", "stdio,id=kept,cpr=on", "-mon", "kept"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    person = Hmp(vm.process.stdout.fileno(), vm.process.stdin.fileno())
+    person.wait("help' for more information\r\n(qemu) ")
+    first = vm.qmp
+    vm.update(command=[sys.executable, "-c", OLDER, "run", *vm.words[len(VMM) :]])
+    assert vm.qmp is not first
+    person.wait("help' for more information\r\n(qemu) ")
+    assert vm.qmp.command("query-status")["running"]
+    assert "cpr-connections" not in str(vm.descriptors())
+    vm.update()
+    assert vm.complaints == ""
+    for stream in (vm.process.stdin, vm.process.stdout):
+        stream.close()
+
+
+def test_clients_of_a_new_vmm_that_then_fails(start, tmp_path) -> None:
+    """With -incoming defer it talks to them before it has the guest: they connect again."""
+    server = f"unix:{tmp_path}/kept,server=on,wait=off,cpr=on"
+    vm = start.guest("heartbeat", "kvm", "-qmp", server)
+    client = Qmp(f"{tmp_path}/kept")
+    words = [*VMM, *vm.words[len(VMM) :], "-incoming", "defer"]
+    client.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=words)
+    client.command("migrate", uri=f"file:{tmp_path}/stream")
+    wait_for(lambda: client.command("query-status")["status"] == "inmigrate", "it asks")
+    client.send("migrate-incoming", uri=f"file:{tmp_path}/nothing")
+    client.wait_closed()
+    client = Qmp(f"{tmp_path}/kept")
+    wait_for(lambda: client.command("query-migrate")["status"] == "failed", "the old one has it")
+    assert client.command("query-status")["running"]
+    client.close()

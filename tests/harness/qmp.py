@@ -84,6 +84,10 @@ class Qmp:
     ) -> dict[str, Any]:
         """The reply to a command: a dict with "return" or "error"."""
         self.send(name, arguments, fds, **keywords)
+        return self.read_reply()
+
+    def read_reply(self) -> dict[str, Any]:
+        """The next message that is no event."""
         while "event" in (message := self.read()):
             self.events.append(message)
         return message

@@ -105,7 +105,7 @@ class Vm:
         """
         deadline = time.monotonic() + self._timeout
         try:
-            while self.qmp.command("query-migrate")["status"] not in ENDED:
+            while self.qmp.command("query-migrate").get("status") not in ENDED:
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"the update has not ended in {self._timeout:.0f} s")
                 self.qmp.wait_event("RESUME", ASK_AGAIN)
