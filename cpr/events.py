@@ -28,6 +28,8 @@ class EventBus:
         self._subscribers: list[Callable[[dict], None]] = []
         self._lock = allocate_lock()
         self._past: list[dict] | None = []
+        self.last_us = 0
+        """When the last event was emitted, of the host's wall clock."""
 
     def subscribe(self, subscriber: Callable[[dict], None], from_start: bool = False) -> None:
         """`from_start`: it also gets all that has been emitted before."""
@@ -35,6 +37,15 @@ class EventBus:
             for event in (self._past or []) if from_start else []:
                 subscriber(event)
             self._subscribers.append(subscriber)
+
+    def not_before(self, last_us: int) -> None:
+        """The old image has emitted its last event then, maybe when this one's guest ran already:
+        no client is told of one that is older than the one before it."""
+        with self._lock:
+            for event in self._past or []:
+                stamp = event["timestamp"]
+                if stamp["seconds"] * US_PER_S + stamp["microseconds"] < last_us:
+                    event["timestamp"] = _timestamp(last_us)
 
     def forget(self) -> None:
         """There is nobody any more who would want to know what has been emitted before."""
@@ -44,11 +55,8 @@ class EventBus:
         self._subscribers.remove(subscriber)
 
     def emit(self, name: str, data: dict | None = None) -> None:
-        now_us = time.time_ns() // 1000
-        event: dict = {
-            "timestamp": {"seconds": now_us // US_PER_S, "microseconds": now_us % US_PER_S},
-            "event": name,
-        }
+        self.last_us = time.time_ns() // 1000
+        event: dict = {"timestamp": _timestamp(self.last_us), "event": name}
         if data is not None:
             event["data"] = data
         with self._lock:
@@ -57,3 +65,7 @@ class EventBus:
             subscribers = list(self._subscribers)
         for subscriber in subscribers:
             subscriber(event)
+
+
+def _timestamp(us: int) -> dict[str, int]:
+    return {"seconds": us // US_PER_S, "microseconds": us % US_PER_S}

@@ -447,6 +447,8 @@ def test_clients_of_every_kind_go_on(start, accel, tmp_path) -> None:
     names = [event["event"] for event in clients.half.events]
     assert names == ["STOP", "RESUME"] * (len(names) // 2)
     assert len(names) // 2 >= len(ways)
+    times = [tuple(event["timestamp"].values()) for event in clients.half.events]
+    assert times == sorted(times)
     clients.close()
 
 

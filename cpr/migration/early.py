@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 MOST_RETURNS = 1
 NONE = Capabilities()  # those that the user has set are about streams to anybody
+HOLD_NS = 200 * NS_PER_MS  # for a new image that has the guest and has not taken it
 DEATH_MS = 1000  # between the end of a process's descriptors and its own
 SIGNAL_NS = 50 * NS_PER_MS
 """How often it is looked whether the new image was sent a signal that ends the VM."""
@@ -87,6 +88,7 @@ class EarlyUpdate:
         self._sent: dict[tuple[str, int], int] = {}
         self._known: dict[tuple[str, int], bytes] = {}
         self._keeps = False
+        self._hold_timer: Timer | None = None
         self._stopped = False
         self._closed = False
         self._placement = Placement.of(self._machine.threads)
@@ -246,11 +248,24 @@ class EarlyUpdate:
             state = fds.state() if changed else None
             send(self._update, HAND_OVER, body, state, stream)
             self._placement.keep_away()  # nothing here goes before the new image from now on
+            self._hold_commands()
         except OSError as error:
             raise MigrationError(f"memfd of the hand-over: {error.strerror}") from None
         finally:
             os.close(stream)
         self._loop.watch(self._update.token, WRITE, self._on_commit)
+
+    def _hold_commands(self) -> None:
+        """What a client says now is for the new image, but not for ever."""
+        if self._keeps:
+            self._process.hold_commands(True)
+            self._hold_timer = self._loop.call_later(HOLD_NS, self._let_commands_go)
+
+    def _let_commands_go(self) -> None:
+        if self._hold_timer is not None:
+            self._hold_timer.cancel()
+            self._hold_timer = None
+            self._process.hold_commands(False)
 
     def _on_commit(self, events: int) -> None:
         """The new image has the guest: nothing more is done here than to say so."""
@@ -317,6 +332,7 @@ class EarlyUpdate:
 
     def _run_on(self) -> None:
         """Takes the guest back from a hand-over that did not happen."""
+        self._let_commands_go()
         if self._stopped:
             self._stopped = False
             self._machine.accel.saves_cpu_model = True
@@ -345,6 +361,7 @@ class EarlyUpdate:
         if self._closed:
             return
         self._closed = True
+        self._let_commands_go()
         self._placement.give_back()
         self._stop_timer()
         if self._signal_timer is not None:

@@ -36,6 +36,9 @@ class Process:
     def reopen(self) -> None:
         """Makes those of `exec_fds` again, where an exec has failed after it closed them."""
 
+    def hold_commands(self, on: bool) -> None:
+        """While it is on, what monitors are told waits: it may be for the new image."""
+
     def connections(self) -> dict[str, Kept]:
         """All that an early update keeps; the descriptors stay this process's."""
         return {}

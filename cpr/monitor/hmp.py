@@ -33,6 +33,7 @@ class HmpMonitor:
         self._vmm = vmm
         self._suspended = False
         self._executes = False
+        self._held = False
         self._readline = Readline(chardev.write, self._on_line, self._complete, PROMPT)
         self._session = Session(chardev.take_fd)
         self._session.history = self._history
@@ -61,7 +62,13 @@ class HmpMonitor:
 
     def _can_receive(self) -> int:
         """One byte at a time: what comes after a command that suspends stays in the chardev."""
-        return 0 if self._suspended or self._chardev.waiting > MAX_UNREAD else 1
+        waits = self._held or self._suspended or self._chardev.waiting > MAX_UNREAD
+        return 0 if waits else 1
+
+    def hold(self, on: bool) -> None:
+        """While it is on nothing is read."""
+        self._held = on
+        self._chardev.accept_input()
 
     def _receive(self, data: bytes) -> None:
         for byte in data:

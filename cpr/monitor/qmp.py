@@ -43,6 +43,7 @@ class QmpMonitor:
         self._vmm = vmm
         self._indent = 4 if pretty else None
         self._session = Session(chardev.take_fd)
+        self._held = False
         self._start()
         if kept is not None:
             self._restore(kept)
@@ -61,6 +62,7 @@ class QmpMonitor:
             "mode": self.mode,
             "negotiated": self._negotiated,
             "oob": self._oob,
+            "last-event": self._vmm.events.last_us,
             "stream": self._stream.save(),
             "requests": [
                 {"error": str(each)} if isinstance(each, CprError) else {"request": each}
@@ -70,6 +72,7 @@ class QmpMonitor:
 
     def _restore(self, kept: dict[str, Any]) -> None:
         self._negotiated, self._oob = kept["negotiated"], kept["oob"]
+        self._vmm.events.not_before(kept["last-event"])
         self._stream.restore(kept["stream"])
         for each in kept["requests"]:
             error = each.get("error")
@@ -102,7 +105,14 @@ class QmpMonitor:
         self._chardev.write(text.encode() + b"\r\n")
 
     def _can_receive(self) -> int:
-        return 0 if self._requests or self._chardev.waiting > MAX_UNREAD else ROOM
+        waits = self._held or self._requests or self._chardev.waiting > MAX_UNREAD
+        return 0 if waits else ROOM
+
+    def hold(self, on: bool) -> None:
+        """While it is on no further command is read or executed."""
+        self._held = on
+        if not on:
+            self._vmm.loop.call_soon(self._go_on)  # a command of this client may be the reason
 
     def _receive(self, data: bytes) -> None:
         self._requests += self._stream.feed(data)
@@ -111,7 +121,7 @@ class QmpMonitor:
     def _go_on(self) -> None:
         """Executes what has come, as long as the client reads the answers."""
         requests = self._requests
-        while requests and self._chardev.waiting <= MAX_UNREAD:
+        while requests and not self._held and self._chardev.waiting <= MAX_UNREAD:
             self._current, self._executes = requests.popleft(), True
             answer = self._answer(self._current)
             if requests is not self._requests:

@@ -89,6 +89,10 @@ class Vmm(Process):
         for chardev in self.chardevs.values():
             chardev.expect_another()
 
+    def hold_commands(self, on: bool) -> None:
+        for _, monitor in self.monitors:
+            monitor.hold(on)
+
     def connections(self) -> dict[str, Kept]:
         from cpr.vmm.connections import save
 
