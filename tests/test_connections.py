@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from harness.qmp import Qmp
 from harness.vm import VMM, Vm
-from waiting import wait_for
+from waiting import wait_for, wait_for_change
 
 from cpr.chardev.base import Chardev, create, fits
 from cpr.chardev.socket import forget
@@ -214,7 +214,8 @@ def test_a_line_that_is_cut_anywhere() -> None:
     keys = b"one\rtw\xc3\xa4\x1b[Do\x1b[3~\x01x\x1b[A\x1b[B\x1b[A!\r"
 
     def editor() -> tuple[Readline, bytearray, list[str]]:
-        screen, lines = bytearray(), []
+        screen = bytearray()
+        lines: list[str] = []
         return Readline(screen.extend, lines.append, lambda line: ([], 0), ">"), screen, lines
 
     whole, screen, lines = editor()
@@ -424,7 +425,6 @@ def test_clients_of_every_kind_go_on(start, accel, tmp_path) -> None:
         ways += [("early", refused, "failed"), ("late", refused, "failed")]
     for way, command, status in ways:
         clients.begin()
-        answered = typist.answered
         pid, fd = vm.pid, vm.qmp
         if way == "early":
             vm.qmp.command("cpr-exec", command=command)
@@ -436,7 +436,7 @@ def test_clients_of_every_kind_go_on(start, accel, tmp_path) -> None:
         assert vm.follow() == pid
         assert (vm.qmp is fd) == (way == "early"), "its monitor has no cpr=on"
         clients.finish()
-        wait_for(lambda answered=answered: typist.answered > answered, "the guest answers")
+        wait_for_change(lambda: typist.answered, "the guest answers")
         assert f"pty: filename=pty:{path}" in vm.qmp.hmp("info chardev")
         assert clients.half.command("query-fdsets") == sets
     typist.end()
