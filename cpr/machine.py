@@ -215,12 +215,16 @@ class Machine:
         advances, self.catches_up = self.catches_up or self.advances_clock(), False
         return max(0, time.time_ns() - stopped_at) if advances and stopped_at is not None else 0
 
+    def request_pause(self) -> None:
+        """The vCPUs leave the guest soon; `stop` comes next, and waits for that."""
+        for thread in self.threads:
+            thread.request_pause()
+
     def pause_vcpus(self) -> None:
         """Nothing happens where they are paused, as those of a suspended guest are."""
         if not self.clock.enabled:
             return
-        for thread in self.threads:
-            thread.request_pause()
+        self.request_pause()
         for thread in self.threads:
             thread.pause()
         with self.lock:
