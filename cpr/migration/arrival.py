@@ -32,6 +32,7 @@ class Arrival:
         self._sections: set[tuple[str, int]] = set()
         self._stream = b""
         self._loader: Loader | None = None
+        self._native = False
         self.placement = Placement((), (), ())
         self.failure = ""
         """Why an update failed whose old command this is; empty for a new program."""
@@ -58,6 +59,8 @@ class Arrival:
         if reasons:
             raise MigrationError("; ".join(reasons))
         machine.accel.adopt_cpu_model(self._cpu)
+        layout = machine.accel.native_layout()
+        self._native = layout is not None and layout == self._guest.get("native")
         self.placement.place(machine.threads)
 
     def rehearsed(self) -> None:
@@ -79,7 +82,7 @@ class Arrival:
         """
         loader = self._loader
         assert loader is not None
-        self._predecessor.send(READY)
+        self._predecessor.send(READY, {"native": self._native})
         message = self._predecessor.receive(HAND_OVER)
         if message.body["changed"]:
             renewed = {(name, id) for name, id in message.body["renewed"]}

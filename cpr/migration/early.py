@@ -83,6 +83,7 @@ class EarlyUpdate:
         self._failure = ""
         self._sent: dict[tuple[str, int], int] = {}
         self._known: dict[tuple[str, int], bytes] = {}
+        self._native = False
         self._stopped = False
         self._closed = False
         self._placement = Placement.of(self._machine.threads)
@@ -174,6 +175,7 @@ class EarlyUpdate:
         if message.kind == HELLO:
             self._send_state(message)
         elif message.kind == READY:
+            self._native = bool(message.body.get("native"))
             self._state.set("active")
             if self._state.capabilities.enabled("pause-before-switchover"):
                 self._stop_timer()
@@ -215,6 +217,7 @@ class EarlyUpdate:
         saver.ram()
         gc.disable()
         machine.accel.saves_cpu_model = False
+        machine.accel.saves_native = self._native
         self._placement.bring(self._update.pid)
         self._update.page.struct.stopped_ns = time.monotonic_ns()
         self._stopped = True
@@ -303,6 +306,7 @@ class EarlyUpdate:
         if self._stopped:
             self._stopped = False
             self._machine.accel.saves_cpu_model = True
+            self._machine.accel.saves_native = False
             gc.enable()
             self._loop.unwatch(self._update.token)
             self._machine.events.release()

@@ -36,6 +36,7 @@ def describe(machine: Machine) -> dict[str, Any]:
             for device in machine.sections()
             if device.vmstate is not None and device.needed()
         ],
+        "native": machine.accel.native_layout(),
     }
 
 

@@ -160,10 +160,12 @@ class Saver:
         writer.end(RAM_SECTION_ID, ram_section.END)
         with machine.lock:
             known = known or {}
+            native = machine.accel.saves_native
             saved = [
                 device
                 for device in self._devices
-                if device.needed() or (device.idstr, device.instance_id) in known
+                if not (native and device.of_accel)
+                and (device.needed() or (device.idstr, device.instance_id) in known)
             ]
             for number, device in enumerate(saved):
                 vmstate, state = device.vmstate, device.save()
