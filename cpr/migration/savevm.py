@@ -71,7 +71,7 @@ class Saver:
         self._devices = machine.sections() if devices is None else devices
 
     def ram(self) -> None:
-        """The header, the list of blocks, and the pages that the mode sends."""
+        """The header and all of RAM: the list of blocks, and the pages that the mode sends."""
         writer = self._writer
         writer.header()
         machine_type = self._machine.config.machine_type
@@ -98,6 +98,8 @@ class Saver:
             self._place_pages(sent, dict(zip([b.idstr for b in blocks], layouts, strict=True)))
         else:
             self._write_pages(sent)
+        writer.command(stream.SWITCHOVER_START)
+        writer.end(RAM_SECTION_ID, ram_section.END)
 
     def _place_pages(self, blocks: list[RAMBlock], layouts: dict[str, mapped_ram.Layout]) -> None:
         """mapped-ram: every page that is not zero at its place in the file, and the bitmaps."""
@@ -156,8 +158,6 @@ class Saver:
         """
         writer, machine = self._writer, self._machine
         bodies: dict[tuple[str, int], bytes] = {}
-        writer.command(stream.SWITCHOVER_START)
-        writer.end(RAM_SECTION_ID, ram_section.END)
         with machine.lock:
             known = known or {}
             native = machine.accel.saves_native
