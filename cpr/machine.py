@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
         def attach(self, chardev: Chardev | None) -> None: ...
 
+
 VCPUS_FIRST = 100e-6
-"""For how long, in s, who lets the vCPUs go leaves the interpreter, and its CPU, to their threads."""
+"""For how long, in s, who lets the vCPUs go leaves the interpreter and the CPU to their threads."""
 
 
 class Machine:
