@@ -29,10 +29,40 @@ VCPU_SIZE = ffi.sizeof("struct cpr_kvm_vcpu")
 VM_SIZE = ffi.sizeof("struct cpr_kvm_vm")
 
 
-class NativeVCpu:
-    """What reads and writes one vCPU, which has not run, or is not running."""
+class Part:
+    """What reads and writes a part of a VM that is stopped."""
+
+    def __init__(self) -> None:
+        self._given: bytes | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of `get`."""
+        raise NotImplementedError
+
+    def get(self) -> bytes:
+        """Raises KernelError."""
+        raise NotImplementedError
+
+    def give(self, data: bytes) -> None:
+        """Takes over `data` of `get`; in force with `apply`."""
+        self._given = data
+
+    def apply(self) -> None:
+        """Writes what was given; nothing happens where nothing was.  Raises KernelError."""
+        data, self._given = self._given, None
+        if data is not None:
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        raise NotImplementedError
+
+
+class NativeVCpu(Part):
+    """One vCPU, which has not run, or is not running."""
 
     def __init__(self, vcpu: KvmVCpu) -> None:
+        super().__init__()
         self._vcpu = vcpu
         self._state = ffi.new("struct cpr_kvm_vcpu *")
         initial = vcpu.initial_msrs()
@@ -45,7 +75,6 @@ class NativeVCpu:
         self._entries = ffi.buffer(self._msrs.entries)
         self._gets: Calls = self._calls(True)
         self._sets: Calls = self._calls(False)
-        self._given: bytes | None = None
 
     def _calls(self, reading: bool) -> Calls:
         calls = []
@@ -60,11 +89,9 @@ class NativeVCpu:
 
     @property
     def size(self) -> int:
-        """Bytes of `get`."""
         return VCPU_SIZE + len(self._entries)
 
     def get(self) -> bytes:
-        """Raises KernelError."""
         vcpu, state = self._vcpu, self._state
         self._msrs.nmsrs = len(self.indices)
         done = self._gets.run(lib.KVM_GET_MSRS)
@@ -76,15 +103,7 @@ class NativeVCpu:
         state.tsc_khz = vcpu.tsc_khz()
         return bytes(ffi.buffer(state)) + bytes(self._entries)
 
-    def give(self, data: bytes) -> None:
-        """Takes `data` of `get` over; in force with `apply`."""
-        self._given = data
-
-    def apply(self) -> None:
-        """Writes what was given; nothing happens where nothing was.  Raises KernelError."""
-        data, self._given = self._given, None
-        if data is None:
-            return
+    def _write(self, data: bytes) -> None:
         vcpu, state = self._vcpu, self._state
         ffi.buffer(state)[:] = data[:VCPU_SIZE]
         self._entries[:] = data[VCPU_SIZE:]
@@ -106,12 +125,13 @@ class NativeVCpu:
         return msrs.refusal(f"{operation} of MSR {index:#x} on {self._vcpu.fd.name}")
 
 
-class NativeVm:
-    """What reads and writes the clock and the chips of a VM."""
+class NativeVm(Part):
+    """The clock and the chips; they are written after the vCPUs."""
 
     size = VM_SIZE
 
     def __init__(self, accel: KvmAccelerator) -> None:
+        super().__init__()
         self._accel = accel
         self._state = ffi.new("struct cpr_kvm_vm *")
         read, write = [], []
@@ -121,25 +141,15 @@ class NativeVm:
             read.append((accel.vm, "KVM_GET_IRQCHIP", lib.KVM_GET_IRQCHIP, pointer))
             write.append((accel.vm, "KVM_SET_IRQCHIP", lib.KVM_SET_IRQCHIP, pointer))
         self._gets, self._sets = kvm.Calls(read), kvm.Calls(write)
-        self._given: bytes | None = None
 
     def get(self) -> bytes:
-        """While the VM is stopped.  Raises KernelError."""
         state, accel = self._state, self._accel
         self._gets.run()
         state.clock = accel.clocks.get()
         state.pit = accel.pit.get()[0]
         return bytes(ffi.buffer(state))
 
-    def give(self, data: bytes) -> None:
-        """As of NativeVCpu."""
-        self._given = data
-
-    def apply(self) -> None:
-        """Writes what was given, after the vCPUs; nothing happens where nothing was."""
-        data, self._given = self._given, None
-        if data is None:
-            return
+    def _write(self, data: bytes) -> None:
         state, accel = self._state, self._accel
         ffi.buffer(state)[:] = data
         self._sets.run()
@@ -152,7 +162,7 @@ class Native:
 
     def __init__(self, accel: KvmAccelerator) -> None:
         self._vcpus = [NativeVCpu(vcpu) for vcpu in accel.vcpus]
-        self.parts: list[NativeVCpu | NativeVm] = [*self._vcpus, NativeVm(accel)]
+        self.parts: list[Part] = [*self._vcpus, NativeVm(accel)]
 
     def layout(self) -> Any:
         """What two VMs must have in common, as plain data."""
