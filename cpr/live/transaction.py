@@ -31,7 +31,7 @@ from cpr.errors import CprError
 
 VARIABLE = "CPR_LIVE"
 EARLY, LATE, REHEARSE = "early", "late", "rehearse"
-PROTOCOL = 2
+PROTOCOL = 1
 """The version of what is said; a program that has another one is updated late."""
 
 HELLO, STATE, READY, HAND_OVER = "hello", "state", "ready", "hand-over"
