@@ -30,6 +30,23 @@ class EventBus:
         self._past: list[dict] | None = []
         self.last_us = 0
         """When the last event was emitted, of the host's wall clock."""
+        self._held: list[dict] | None = None
+
+    def hold(self) -> None:
+        """Keeps what is emitted, for as long as nobody may wait for a subscriber.
+
+        `release` is the inverse.
+        """
+        self._held = []
+
+    def release(self) -> None:
+        """Delivers what was kept; nothing happens where nothing is."""
+        with self._lock:
+            held, self._held = self._held, None
+            subscribers = list(self._subscribers)
+        for event in held or ():
+            for subscriber in subscribers:
+                subscriber(event)
 
     def subscribe(self, subscriber: Callable[[dict], None], from_start: bool = False) -> None:
         """`from_start`: it also gets all that has been emitted before."""
@@ -62,6 +79,9 @@ class EventBus:
         with self._lock:
             if self._past is not None and len(self._past) < MOST_KEPT:
                 self._past.append(event)
+            if self._held is not None:
+                self._held.append(event)
+                return
             subscribers = list(self._subscribers)
         for subscriber in subscribers:
             subscriber(event)

@@ -33,8 +33,8 @@ HANG_UP_NS = 2 * NS_PER_S
 
 def send_all(update: Update, kept: dict[str, Kept]) -> None:
     """Early, the old VMM, as its last: nothing is read from a client here any more."""
-    state = CprState(connections.descriptors(kept), [])
-    send(update, CONNECTIONS, {}, state, _memfd(kept))
+    entries = [(NAME, 0, _memfd(kept)), *connections.descriptors(kept)]
+    send(update, CONNECTIONS, {}, CprState(entries, []), b"")
 
 
 def receive(predecessor: Predecessor) -> dict[str, Kept]:
@@ -48,12 +48,12 @@ def receive(predecessor: Predecessor) -> dict[str, Kept]:
     try:
         if message.kind != CONNECTIONS:
             raise StateError(f"the old VMM sent '{message.kind}' when this one had the guest")
-        memfd = message.fds.pop(0)
+        (_, _, memfd), *entries = decode_state(message, UNSIZED).fds
         try:
             data = _read(memfd)
         finally:
             os.close(memfd)
-        return connections.decode(data, decode_state(message, UNSIZED).fds)
+        return connections.decode(data, entries)
     finally:
         message.close()
 
