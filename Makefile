@@ -9,7 +9,7 @@ NATIVE := $(wildcard $(addprefix cpr/_native/,[!_]*.c *.h tcg/*.c tcg/*.h)) cpr/
 GUEST ?= examples/heartbeat.cfg
 ARGS ?=
 PYTHONS ?= 3.11 3.12 3.13 3.14
-LIVE_NEEDS := pytest pytest-timeout hypothesis cffi psutil uvicorn setuptools
+LIVE_NEEDS := pytest pytest-timeout pytest-xdist hypothesis cffi psutil uvicorn setuptools
 
 .PHONY: setup setup-dev guests compiled run linux demo test test-nested test-nested-iommufd nested-guests \
 	test-live test-pythons conformance sanitize soak-failures release-data fuzz faults soak states lint format bench clean
@@ -43,17 +43,10 @@ test: setup-dev
 test-live: setup-dev
 	LIVE_UPDATES=100 $(BIN)/python -m pytest tests/test_live_examples.py --timeout 1200 $(ARGS)
 
-# The library on other Pythons, which uv finds or fetches: versions, or paths of programs.
+# The library on other Pythons, versions or paths of programs: those that uv finds or fetches, else
+# Debian's, unpacked into a folder.
 test-pythons: setup-dev
-	@command -v uv >/dev/null || $(BIN)/python -m pip install -q uv
-	@set -e; export PATH="$$PATH:$(abspath $(BIN))"; for version in $(PYTHONS); do \
-		echo "Python $$version"; \
-		folder="$(VENV)/python-$$(echo $$version | tr / _)"; \
-		uv venv -q --allow-existing --seed --python $$version "$$folder" \
-			|| { echo "uv has no Python $$version"; continue; }; \
-		"$$folder/bin/python" -m pip install -q $(LIVE_NEEDS); \
-		"$$folder/bin/python" -m pytest -q tests/test_live_*.py $(ARGS); \
-	done
+	@$(BIN)/python -m tests.pythons $(addprefix --needs ,$(LIVE_NEEDS)) $(PYTHONS) -- -n 2 $(ARGS)
 
 # VFIO, IOMMUFD and KVM on the real kernel interfaces, inside a VM: with Debian's kernel, and with
 # one that has iommufd, which is built once.  QEMU_ROOT=FOLDER: a QEMU there is compared with.

@@ -258,7 +258,7 @@ guard.wait_alone()
 tell(text=text, thread=thread.native_id)
 """)
     )
-    assert f"{told['thread']} (python" in told["text"]
+    assert f"the threads {told['thread']} (" in told["text"]
 
 
 @pytest.mark.parametrize("fd", ["none", "small"])

@@ -11,10 +11,10 @@ TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 class Kept:
     """From before an exec, in the old process, to `restore` in the guard, or where there is none.
 
-    asyncio forgets its running loop in a child, and from Python 3.14 on its tasks; `random` takes a
-    new seed there.  The interval timers of setitimer(2) and alarm(2) are no child's, but would go on
-    in the new program, which they would end.  The descriptor of set_wakeup_fd is set again, for it
-    warns of what it cannot write.
+    In a child asyncio forgets its running loop, and from Python 3.14 on its tasks; `random` takes a
+    new seed there.  The interval timers of setitimer(2) and alarm(2) are no child's, but would go
+    on in the new program, which they would end.  The descriptor of set_wakeup_fd is set again, for
+    it warns of what it cannot write.
     """
 
     def __init__(self) -> None:
