@@ -12,7 +12,7 @@ PYTHONS ?= 3.11 3.12 3.13 3.14
 LIVE_NEEDS := pytest pytest-timeout pytest-xdist hypothesis cffi psutil uvicorn setuptools
 
 .PHONY: setup setup-dev guests compiled run linux demo test test-nested test-nested-iommufd nested-guests \
-	test-live test-pythons conformance sanitize soak-failures release-data fuzz faults soak states lint format bench clean
+	test-live test-pythons bench-live conformance sanitize soak-failures release-data fuzz faults soak states lint format bench clean
 
 setup: $(VENV)/.built guests compiled
 
@@ -47,6 +47,11 @@ test-live: setup-dev
 # Debian's, unpacked into a folder.
 test-pythons: setup-dev
 	@$(BIN)/python -m tests.pythons $(addprefix --needs ,$(LIVE_NEEDS)) $(PYTHONS) -- -n 2 $(ARGS)
+
+# The library beside what else there is, on a Python that all of it runs on.
+bench-live: setup-dev
+	@$(BIN)/python -m tests.pythons $(addprefix --needs ,$(LIVE_NEEDS) gunicorn tableflip) \
+		--module benchmarks.live $(lastword $(PYTHONS)) -- $(ARGS)
 
 # VFIO, IOMMUFD and KVM on the real kernel interfaces, inside a VM: with Debian's kernel, and with
 # one that has iommufd, which is built once.  QEMU_ROOT=FOLDER: a QEMU there is compared with.

@@ -1,10 +1,10 @@
-"""Runs the tests of cpr.live on several Pythons: `make test-pythons`.
+"""Runs the tests of cpr.live, or a module, on several Pythons: `make test-pythons`.
 
-    python -m tests.pythons [--venvs FOLDER] [--needs PACKAGE]... VERSION... [-- PYTEST ARGUMENT...]
+    python -m tests.pythons [--needs PACKAGE]... [--module NAME] VERSION... [-- ARGUMENT...]
 
-VERSION is one such as 3.14, or the path of a program.  A version is the one that uv finds, pyenv's
-too, else one that uv can download, else Debian's.  The exit status is 1 where a test has failed, or
-where a version could not be had.
+The arguments are pytest's, or the module's.  VERSION is one such as 3.14, or the path of a program:
+what uv finds, pyenv's too, else what uv can download, else Debian's.  The exit status is 1 where
+something has failed, or where a version could not be had.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from . import debian
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TESTS = ("tests/test_live_*.py", "tests/test_guard*.py")
+VENVS = ROOT / ".venv"
 UV = Path(sys.executable).with_name("uv")
 
 
-def find(version: str, venvs: Path) -> Path:
+def find(version: str) -> Path:
     """The interpreter of a version.  Raises LookupError naming why there is none."""
     if "/" in version:
         return Path(version)
     if found := _ask_uv(version) or (_download_with_uv(version) and _ask_uv(version)):
         return Path(found)
     try:
-        return debian.fetch(version, venvs / f"debian-{version}")
+        return debian.fetch(version, VENVS / f"debian-{version}")
     except (LookupError, OSError, subprocess.SubprocessError) as error:
         raise LookupError(f"uv has no Python {version}, and Debian neither: {error}") from None
 
@@ -51,37 +52,40 @@ def _download_with_uv(version: str) -> bool:
     return subprocess.run(words, env=variables, capture_output=True).returncode == 0
 
 
-def run(version: str, venvs: Path, needs: list[str], arguments: list[str]) -> bool:
+def run(version: str, needs: list[str], module: str, arguments: list[str]) -> bool:
     """Whether there is this Python and all tests pass on it."""
     try:
-        interpreter = find(version, venvs)
+        interpreter = find(version)
     except LookupError as error:
         print(f"Python {version}: {error}", flush=True)
         return False
-    venv = venvs / f"python-{version.replace('/', '_')}"
+    venv = VENVS / f"python-{version.replace('/', '_')}"
     python = str(venv / "bin/python")
     make = [str(UV), "venv", "-q", "--allow-existing", "--seed", "--python", str(interpreter)]
     subprocess.run([*make, str(venv)], check=True)
     subprocess.run([python, "-m", "pip", "install", "-q", *needs], check=True)
     told = subprocess.run([python, "-VV"], check=True, capture_output=True, text=True).stdout
     print(f"{told.strip()}, {interpreter}", flush=True)
-    files = [str(path.relative_to(ROOT)) for each in TESTS for path in sorted(ROOT.glob(each))]
-    words = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *arguments]
-    return subprocess.run(words, cwd=ROOT).returncode == 0
+    words = [module]
+    if not module:
+        files = [str(path.relative_to(ROOT)) for each in TESTS for path in sorted(ROOT.glob(each))]
+        words = ["pytest", "-q", "-p", "no:cacheprovider", *files]
+    return subprocess.run([python, "-m", *words, *arguments], cwd=ROOT).returncode == 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.pythons", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("versions", nargs="+", metavar="VERSION")
-    parser.add_argument("--venvs", type=Path, default=ROOT / ".venv", metavar="FOLDER")
     parser.add_argument("--needs", action="append", default=[], metavar="PACKAGE")
+    parser.add_argument("--module", default="", metavar="NAME")
     words = sys.argv[1:]
     at = words.index("--") if "--" in words else len(words)
     options, arguments = parser.parse_args(words[:at]), words[at + 1 :]
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "uv"], check=True)
-    venvs = options.venvs.absolute()
-    failed = [each for each in options.versions if not run(each, venvs, options.needs, arguments)]
+    failed = [
+        each for each in options.versions if not run(each, options.needs, options.module, arguments)
+    ]
     if failed:
         print(f"not passed: {', '.join(failed)}")
     return 1 if failed else 0
