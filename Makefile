@@ -5,6 +5,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+# compat: a path for Python to look in, and no finder, whose imports each start of it would wait for.
+INSTALL := $(BIN)/python -m pip install -q --config-settings editable_mode=compat
 NATIVE := $(wildcard $(addprefix cpr/_native/,[!_]*.c *.h tcg/*.c tcg/*.h)) cpr/_native/build.py
 GUEST ?= examples/heartbeat.cfg
 ARGS ?=
@@ -141,7 +143,7 @@ $(BIN)/python: | $(VENV)/.checked
 # What `.built` has made goes first: its suffix wins over that of what pip builds.
 $(VENV)/.installed: pyproject.toml setup.py | $(BIN)/python
 	@rm -f cpr/_native/_*.so
-	$(BIN)/python -m pip install -q -e '.[tcg]'
+	$(INSTALL) -e '.[tcg]'
 	@touch $@ $(VENV)/.built
 
 # Installing builds the C; afterwards only the C is built again when it has changed.
@@ -150,9 +152,9 @@ $(VENV)/.built: $(NATIVE) | $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -e '.[tcg,dev,bench]'
+	$(INSTALL) -e '.[tcg,dev,bench]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -e '.[tcg,bench]'
+	$(INSTALL) -e '.[tcg,bench]'
 	@touch $@
