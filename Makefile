@@ -140,7 +140,7 @@ $(VENV)/.checked:
 $(BIN)/python: | $(VENV)/.checked
 	$(PYTHON) -m venv $(VENV)
 
-# What `.built` has made goes first: its suffix wins over that of what pip builds.
+# A module with the suffix of one Python only, of an earlier build, would win over today's.
 $(VENV)/.installed: pyproject.toml setup.py | $(BIN)/python
 	@rm -f cpr/_native/_*.so
 	$(INSTALL) -e '.[tcg]'
