@@ -4,17 +4,20 @@
 
 #include <stdint.h>
 
+#include "code_pages.h"
 #include "cpu.h"
 #include "cpuid.h"
 #include "ram.h"
 
 enum { TCG_ROM_WRITES_MAX = 256 };
+enum { TCG_STALE_MAX = 256 };
 enum { TCG_MAPPINGS_MAX = 65 }; /* all RAM slots, and the gaps around them */
 
 /* What is asked of an engine beside the requests of vm.h. */
 enum {
     TCG_YIELD = 1 << 16,    /* another vCPU has waited for a whole time slice */
     TCG_UNDO_ROM = 1 << 17, /* there are writes to ROM to undo */
+    TCG_STALE = 1 << 19,    /* a device has written code */
     TCG_SHADOW = 1 << 18    /* the first block is the instruction in an interrupt shadow */
 };
 
@@ -53,6 +56,12 @@ struct tcg_engine {
     uint32_t mapping_count;
     uint32_t ram_version;
 
+    struct tcg_code_pages code_pages;
+    /* Pages of code that devices have written, by their addresses; under the VM's lock.  Where there
+       are too many the count is past the end, and stands for all. */
+    uint64_t stale[TCG_STALE_MAX];
+    uint32_t stale_count;
+
     struct tcg_rom_write rom_writes[TCG_ROM_WRITES_MAX];
     uint32_t rom_write_count;
 
@@ -70,6 +79,9 @@ void tcg_engine_close(struct tcg_engine *engine);
 
 /* Runs guest code until a request ends it at the start of a block, or until it ends otherwise. */
 enum tcg_end tcg_engine_run(struct tcg_engine *engine);
+
+/* Has the engine, between its runs, forget the translations of pages that devices have written. */
+void tcg_engine_forget_stale(struct tcg_engine *engine);
 
 /* Whether an interrupt may be delivered now, by RFLAGS.IF and the interrupt shadow. */
 int tcg_engine_is_interruptible(struct tcg_engine *engine);
