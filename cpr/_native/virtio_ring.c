@@ -364,11 +364,13 @@ void cpr_virtqueue_ask(struct cpr_virtqueue *queue, bool wanted)
         return;
     }
     if (queue->event_idx) {
-        /* The guest notifies when it passes this index; an old one is a wish for nothing. */
+        /* The guest notifies when it passes this index; an old one is a wish for nothing.  Where
+           there are chains, but too few, it is of those to come. */
         if (wanted) {
             uint16_t *event = (uint16_t *)&queue->used_ring->ring[queue->size];
+            uint16_t index = __atomic_load_n(&queue->available->idx, __ATOMIC_RELAXED);
 
-            __atomic_store_n(event, queue->next, __ATOMIC_RELAXED);
+            __atomic_store_n(event, index, __ATOMIC_RELAXED);
             cpr_virtio_written(queue->memory, event, sizeof(*event));
         }
     } else if (queue->suppressed == wanted) {
