@@ -109,6 +109,13 @@ class Accelerator:
         """The inverse of `map_ram`, with the same range."""
         raise NotImplementedError
 
+    def write_listener(self) -> tuple[int, int] | None:
+        """Whom threads in C tell of each write of theirs to RAM; None for nobody.
+
+        The address of a function void (void *of, const void *place, uint64_t size), and its `of`.
+        """
+        return None
+
     def start_dirty_log(self) -> None:
         """Begins to log the guest's writes to all RAM that is mapped and not read-only.
 

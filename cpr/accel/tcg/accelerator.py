@@ -43,6 +43,11 @@ class TcgAccelerator(base.Accelerator):
         if error:
             raise KernelError(f"unmapping {size:#x} bytes of guest RAM at {address:#x}", -error)
 
+    def write_listener(self) -> tuple[int, int]:
+        """The engines, which have translated code."""
+        function = ffi.cast("uintptr_t", ffi.addressof(lib, "cpr_tcg_written"))
+        return int(function), int(ffi.cast("uintptr_t", self._vm))
+
     def create_vcpu(self, index: int) -> TcgVCpu:
         return TcgVCpu(self._vm, index)
 

@@ -13,6 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from cpr.accel.base import Accelerator
     from cpr.memory import GuestMemory
 
 MOST_DESCRIPTORS = lib.CPR_VIRTQUEUE_MOST
@@ -21,9 +22,14 @@ MOST_DESCRIPTORS = lib.CPR_VIRTQUEUE_MOST
 class DeviceMemory:
     """All RAM of `memory` that is not read-only; to be freed after the queues that use it."""
 
-    def __init__(self, memory: GuestMemory) -> None:
-        """Raises KernelError."""
+    def __init__(self, memory: GuestMemory, accel: Accelerator) -> None:
+        """Tells `accel` what is written, if it wants to know.  Raises KernelError."""
         self.pointer = _made(lib.cpr_virtio_memory_new())
+        listener = accel.write_listener()
+        if listener is not None:
+            function, of = (ffi.cast("void *", value) for value in listener)
+            function = ffi.cast("void (*)(void *, const void *, uint64_t)", function)
+            lib.cpr_virtio_memory_tell(self.pointer, function, of)
         self._blocks = list(memory.blocks)  # whose bitmap cells it points to
         for section in memory.sections:
             if section.readonly:

@@ -102,7 +102,7 @@ class VirtioPci(Device, PciFunction):
         self._error_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         platform.loop.watch(self._error_fd, 1, lambda events: self._on_broken())
         try:
-            self._memory = DeviceMemory(platform.memory)
+            self._memory = DeviceMemory(platform.memory, platform.accel)
             for _ in sizes:
                 self.queues.append(Queue(self._memory, self.device.kicks))
             self.device.realize(self)
