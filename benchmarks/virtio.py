@@ -18,7 +18,7 @@ from benchmarks.machines import FAILURES, reason
 from benchmarks.peer import Peer
 from benchmarks.report import table
 from benchmarks.rounds import Progress
-from benchmarks.virtio_guest import DISK, GUEST, HOST, own_network, start
+from benchmarks.virtio_guest import DISK, HOST, own_network, start
 from examples.linux.build import Unavailable
 
 TURN_SECONDS = 60.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -93,13 +94,16 @@ def test_code_that_a_disk_is_read_over(tmp_path: Path) -> None:
         data = rig.driver.read(0x8000, 4)
         return int.from_bytes(data[:2], "little"), int.from_bytes(data[2:], "little")
 
+    def is_seen(number: int) -> bool:
+        return seen()[0] == number
+
     with ThreadPoolExecutor(1) as thread:
         thread.submit(vcpu.run, Bus())
         try:
             wait_for(lambda: seen()[1], "the code to be executed")
-            for sector in range(8):
-                assert rig.do(IN, sector, 512) == OK
-                wait_for(lambda sector=sector: seen()[0] == sector + 1, "the new code")
+            for number in range(1, 9):
+                assert rig.do(IN, number - 1, 512) == OK
+                wait_for(functools.partial(is_seen, number), "the new code")
         finally:
             vcpu.kick()
     vcpu.close()

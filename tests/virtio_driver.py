@@ -32,7 +32,7 @@ Piece = tuple[int, int, bool]  # address, size, whether the device writes it
 
 
 class FakeAccel:
-    ioeventfds = False
+    has_irqfds = ioeventfds = False
 
     def write_listener(self) -> tuple[int, int] | None:
         return None

@@ -254,8 +254,10 @@ class Accelerator:
         """Delivers one MSI now."""
         raise NotImplementedError
 
+    has_irqfds = False
+    """Whether it has the above."""
     ioeventfds = False
-    """Whether it has `add_ioeventfd`, and interrupts by eventfd."""
+    """Whether it has the following."""
 
     def add_ioeventfd(self, address: int, size: int, eventfd: int) -> None:
         """Has a write of `size` bytes to guest-physical `address` write `eventfd`, and nothing

@@ -54,7 +54,9 @@ static void on_mmio_write(void *uc, uint64_t offset, unsigned int size, uint64_t
     const struct tcg_mapping *mapping = user;
 
     (void)uc;
-    cpr_tcg_mmio_write(mapping->handle, mapping->address + offset, size, value);
+    if (!tcg_notify_write(mapping->notifies, mapping->address + offset, size)) {
+        cpr_tcg_mmio_write(mapping->handle, mapping->address + offset, size, value);
+    }
 }
 
 /* Maps RAM, or the bus where `ram` is NULL. */
@@ -68,6 +70,7 @@ static int add_mapping(struct tcg_engine *engine, uint64_t address, uint64_t siz
         return 0;
     }
     mapping->handle = engine->handle;
+    mapping->notifies = engine->notifies;
     mapping->address = address;
     mapping->size = size;
     if (ram) {

@@ -7,6 +7,7 @@
 #include "code_pages.h"
 #include "cpu.h"
 #include "cpuid.h"
+#include "notify.h"
 #include "ram.h"
 
 enum { TCG_ROM_WRITES_MAX = 256 };
@@ -32,6 +33,7 @@ enum tcg_end {
 /* A range that the engine has mapped; for the bus's, `address` is the base of the offsets. */
 struct tcg_mapping {
     void *handle;
+    struct tcg_notifies *notifies;
     uint64_t address;
     uint64_t size;
 };
@@ -48,6 +50,7 @@ struct tcg_engine {
     void *handle;                /* for the functions that Python defines */
     const uint64_t *tsc_offset;  /* what the TSC is ahead of CLOCK_MONOTONIC in ns */
     const uint32_t *vcpu_count;
+    struct tcg_notifies *notifies;
     uint32_t requests;           /* bits, atomic */
     struct tcg_cpuid cpuid;
     const char *problem;
@@ -71,8 +74,8 @@ struct tcg_engine {
     int (*system_call)(struct tcg_cpu *cpu);
 };
 
-/* `engine` is zeroed but for what the caller sets: handle, tsc_offset, vcpu_count.  NULL, or what is
-   wrong in static storage, and nothing stays open. */
+/* `engine` is zeroed but for what the caller sets: handle, tsc_offset, vcpu_count, notifies.  NULL, or
+   what is wrong in static storage, and nothing stays open. */
 const char *tcg_engine_open(struct tcg_engine *engine, const struct tcg_ram_map *ram,
                             uint32_t apic_id);
 void tcg_engine_close(struct tcg_engine *engine);

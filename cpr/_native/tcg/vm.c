@@ -21,6 +21,7 @@ static const uint64_t page_size = 4096;
 struct cpr_tcg {
     pthread_mutex_t lock;
     struct tcg_ram_map ram;
+    struct tcg_notifies notifies;
     uint32_t vcpu_count;
     struct cpr_tcg_vcpu *vcpus; /* the newest one */
 
@@ -214,6 +215,7 @@ struct cpr_tcg *cpr_tcg_new(void)
         return NULL;
     }
     pthread_mutex_init(&tcg->lock, NULL);
+    pthread_mutex_init(&tcg->notifies.lock, NULL);
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_cond_init(&tcg->turn_changed, &monotonic);
@@ -225,6 +227,7 @@ void cpr_tcg_free(struct cpr_tcg *tcg)
 {
     tcg_ram_clear(&tcg->ram);
     pthread_cond_destroy(&tcg->turn_changed);
+    pthread_mutex_destroy(&tcg->notifies.lock);
     pthread_mutex_destroy(&tcg->lock);
     free(tcg);
 }
@@ -240,6 +243,20 @@ int cpr_tcg_map_ram(struct cpr_tcg *tcg, uint64_t address, uint64_t size, uint64
 int cpr_tcg_unmap_ram(struct cpr_tcg *tcg, uint64_t address, uint64_t size)
 {
     return tcg_ram_remove(&tcg->ram, address, size);
+}
+
+int cpr_tcg_add_notify(struct cpr_tcg *tcg, uint64_t address, uint32_t size, int fd)
+{
+    const struct tcg_notify notify = {address, size, fd};
+
+    return tcg_notify_add(&tcg->notifies, &notify);
+}
+
+int cpr_tcg_remove_notify(struct cpr_tcg *tcg, uint64_t address, uint32_t size, int fd)
+{
+    const struct tcg_notify notify = {address, size, fd};
+
+    return tcg_notify_remove(&tcg->notifies, &notify);
 }
 
 /* A device has written a page from which the vCPUs of `bits` have translated code. */
@@ -299,6 +316,7 @@ struct cpr_tcg_vcpu *cpr_tcg_vcpu_new(struct cpr_tcg *tcg, uint32_t index, void 
     vcpu->engine.handle = handle;
     vcpu->engine.tsc_offset = &tcg->tsc_offset;
     vcpu->engine.vcpu_count = &tcg->vcpu_count;
+    vcpu->engine.notifies = &tcg->notifies;
     *problem = tcg_engine_open(&vcpu->engine, &tcg->ram, index);
     if (*problem) {
         free(vcpu);
