@@ -114,7 +114,7 @@ def measure(
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Each kind on each VMM (`modes`: "cpr", "qemu") in turn; one entry for each of both."""
-    entries = {
+    entries: dict[tuple[str, str], dict[str, Any]] = {
         (kind, mode): {"kind": kind, "mode": mode, "accel": accel, "rates": [], "skipped": ""}
         for kind in kinds
         for mode in modes
@@ -150,9 +150,7 @@ def line(entry: dict[str, Any]) -> str:
 
 def markdown(entries: list[dict[str, Any]]) -> str:
     """A row for each kind, with this VMM's rate over QEMU's."""
-    found = {
-        (entry["kind"], entry["mode"]): entry["rates"] for entry in entries if entry["rates"]
-    }
+    found = {(entry["kind"], entry["mode"]): entry["rates"] for entry in entries if entry["rates"]}
     accels = {entry["kind"]: entry["accel"] for entry in entries}
     rows = []
     for kind, accel in accels.items():

@@ -91,6 +91,7 @@ DEVICES: dict[str, DeviceModel] = {
             "rerror": ("report", "ignore", "stop", "auto"),
             "serial": STRING,
             "werror": ("report", "ignore", "stop", "enospc", "auto"),
+            "write-cache": ("on", "off", "auto"),
         },
     ),
     "virtio-net-pci": DeviceModel(
