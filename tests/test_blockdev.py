@@ -22,7 +22,7 @@ def drives(line: str) -> tuple[DriveConfig, ...]:
         f"-blockdev {FILE},node-name=f -blockdev driver=raw,file=f,node-name=d",
         f"-blockdev {FILE},node-name=d",
         "-blockdev driver=raw,node-name=d,file.driver=file,file.filename=/tmp/d.img",
-        "-blockdev raw,node-name=d,file.driver=host_device,file.filename=/tmp/d.img,file.aio=native",
+        "-blockdev raw,node-name=d,file.driver=host_device,file.filename=/tmp/d.img,file.aio=native",  # noqa: E501
         """-blockdev '{"driver": "raw", "node-name": "d", "read-only": false,
             "file": {"driver": "file", "filename": "/tmp/d.img", "auto-read-only": true}}'""",
     ],

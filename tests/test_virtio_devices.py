@@ -20,7 +20,7 @@ from cpr.devices.virtio.rng import VirtioRng
 from cpr.devices.virtio.serial import VirtioSerial
 from cpr.errors import ConfigError
 from cpr.state.fds import PreservedFds
-from cpr.uapi import tap
+from cpr.uapi import tap, vhost
 
 HEADER = 12
 MRG_RXBUF = 1 << 15
@@ -340,3 +340,17 @@ def test_registers_take_anything(device: Any, seed: int, capfd: pytest.CaptureFi
     assert rig.driver.status & 4
     capfd.readouterr()
     rig.close()
+
+
+def test_vhost_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/nested/inside/test_vhost.py has what there is."""
+    monkeypatch.setattr(tap, "query", lambda fd: ("tap0", True))
+    wire, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    fds = PreservedFds()
+    monkeypatch.setattr(vhost, "DEVICE", "/dev/no-vhost")
+    card = VirtioNet(NetdevConfig("n0", str(end.detach()), "", vhost=True), fds, MAC)
+    with pytest.raises(ConfigError, match="tap: open vhost char device failed: No such file"):
+        card.open()
+    assert wire.recv(1) == b""  # the tap is closed
+    assert fds.entries() == []
+    wire.close()

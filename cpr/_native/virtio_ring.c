@@ -125,6 +125,30 @@ void cpr_virtqueue_position(struct cpr_virtqueue *queue, struct cpr_virtqueue_st
     pthread_mutex_unlock(&queue->lock);
 }
 
+bool cpr_virtqueue_places(struct cpr_virtqueue *queue, uint64_t places[3])
+{
+    bool enabled;
+
+    pthread_mutex_lock(&queue->lock);
+    enabled = queue->enabled;
+    places[0] = (uintptr_t)queue->descriptors;
+    places[1] = (uintptr_t)queue->available;
+    places[2] = (uintptr_t)queue->used_ring;
+    pthread_mutex_unlock(&queue->lock);
+    return enabled;
+}
+
+void cpr_virtqueue_moved(struct cpr_virtqueue *queue, uint16_t next)
+{
+    pthread_mutex_lock(&queue->lock);
+    if (queue->enabled) {
+        queue->next = next;
+        queue->used = queue->signalled =
+            __atomic_load_n(&queue->used_ring->idx, __ATOMIC_ACQUIRE);
+    }
+    pthread_mutex_unlock(&queue->lock);
+}
+
 void cpr_virtqueue_notifiers(struct cpr_virtqueue *queue, int call, int error)
 {
     pthread_mutex_lock(&queue->lock);

@@ -74,6 +74,14 @@ class VirtioDevice:
     def stop(self) -> None:
         """The inverse of `start`: when it returns, no chain is under way."""
 
+    def on_notifiers(self) -> None:
+        """The eventfds of the queues may have become others."""
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with chains that something else than a queue has looked at, or ""."""
+        return ""
+
     def save(self) -> dict:
         return {}
 
@@ -96,3 +104,6 @@ class VirtioDevice:
 
     def take_over(self) -> None:
         pass
+
+    def copy_blocker(self) -> str | None:
+        return None
