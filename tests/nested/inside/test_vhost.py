@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from test_virtio_devices import BUFFERS, HEADER, MAC, Rig
 from virtio_driver import F_EVENT_IDX, F_VERSION_1, NEEDS_RESET, RAM_SIZE
+from waiting import wait_for
 
 from cpr.config import NetdevConfig
 from cpr.devices.virtio.net import VirtioNet
@@ -73,10 +74,14 @@ def frame(number: int) -> bytes:
     return (b"\xff" * 6 + MAC + KIND + number.to_bytes(4, "big")).ljust(60, b"\0")
 
 
-@pytest.fixture
-def rig() -> Iterator[VhostRig]:
+@pytest.fixture(autouse=True)
+def there_is_vhost() -> None:
     if not Path(vhost.DEVICE).exists():
         pytest.skip(f"this kernel has no {vhost.DEVICE}")
+
+
+@pytest.fixture
+def rig() -> Iterator[VhostRig]:
     rig = VhostRig()
     rig.start()
     yield rig
@@ -155,3 +160,30 @@ def test_a_hostile_chain(rig: VhostRig, capfd: pytest.CaptureFixture) -> None:
     assert "virtio-net: vhost has met" in capfd.readouterr().err
     rig.start()
     rig.send(1)
+
+
+def test_its_descriptor_goes_over_updates(start) -> None:
+    """Early, late, and with a program that fails; tests of Linux have frames on the way."""
+    netdev = f"tap,id=n0,ifname={NAME},script=no,downscript=no,vhost=on"
+    vm = start(
+        *("examples/heartbeat.cfg", "-monitor", "none", "-accel", "kvm"),
+        *("-netdev", netdev, "-device", "virtio-net-pci,netdev=n0"),
+    )
+
+    def kept() -> list[tuple[int, str]]:
+        files = {fd: name for fd, name in vm.descriptors().items() if name.startswith("/dev/")}
+        found = [os.stat(f"/proc/{vm.pid}/fd/{fd}").st_ino for fd in files]
+        names = [name for name in files.values() if name in (vhost.DEVICE, "/dev/net/tun")]
+        assert sorted(names) == ["/dev/net/tun", vhost.DEVICE]
+        return sorted(zip(found, files.values(), strict=True))
+
+    before = kept()
+    for overlap in ("on", "off"):
+        vm.qmp.command("migrate-set-parameters", {"x-cpr-exec-overlap": overlap})
+        vm.update()
+        assert kept() == before
+    vm.qmp.command("cpr-exec", command=["/bin/false"])
+    wait_for(lambda: vm.ask("query-migrate").get("status") == "failed", "the update to fail")
+    vm.follow()
+    assert kept() == before
+    assert vm.ask("query-status")["status"] == "running"
