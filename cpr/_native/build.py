@@ -38,6 +38,7 @@ PRELUDE = """
 #include <linux/kvm.h>
 #include <linux/vfio.h>
 #include <linux/vhost.h>
+#include <linux/virtio_balloon.h>
 #include <linux/virtio_blk.h>
 #include <linux/virtio_config.h>
 #include <linux/virtio_ids.h>

@@ -61,6 +61,9 @@ const char *cpr_virtqueue_problem(struct cpr_virtqueue *queue);
    is longer makes the queue broken. */
 int64_t cpr_virtqueue_receive(struct cpr_virtqueue *queue, uint8_t *buffer, uint32_t room);
 
+/* The same, but the chain stays where it is. */
+int64_t cpr_virtqueue_peek(struct cpr_virtqueue *queue, uint8_t *buffer, uint32_t room);
+
 /* Copies at most `size` bytes from `data` into the guest's buffer; returns how many fitted. */
 int64_t cpr_virtqueue_send(struct cpr_virtqueue *queue, const uint8_t *data, uint32_t size);
 

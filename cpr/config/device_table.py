@@ -99,6 +99,11 @@ DEVICES: dict[str, DeviceModel] = {
         ",netdev=ID[,mac=ADDRESS][,addr=SLOT]",
         {**VIRTIO, "bootindex": INT, "mac": STRING, "netdev": STRING, "romfile": STRING},
     ),
+    "virtio-balloon-pci": DeviceModel(
+        "cpr.devices.virtio.balloon",
+        "[,deflate-on-oom=on][,addr=SLOT]",
+        {**VIRTIO, "deflate-on-oom": BOOL},
+    ),
     "virtio-rng-pci": DeviceModel(
         "cpr.devices.virtio.rng",
         "[,max-bytes=N,period=MS][,addr=SLOT]",

@@ -41,6 +41,7 @@ class VirtioDevice:
     kicks = False
     vmstate: VMStateDescription | None = None
     transport: Transport
+    is_balloon = False
 
     def realize(self, transport: Transport) -> None:
         """Makes what it needs, with the queues there.  Raises CprError; then nothing is left."""

@@ -140,6 +140,12 @@ class Queue:
         count = lib.cpr_virtqueue_receive(self.pointer, ffi.from_buffer(buffer), most)
         return bytes(buffer[:count]) if count >= 0 else None
 
+    def peek(self, most: int) -> bytes | None:
+        """As `receive`, but the chain stays the next one."""
+        buffer = bytearray(most)
+        count = lib.cpr_virtqueue_peek(self.pointer, ffi.from_buffer(buffer), most)
+        return bytes(buffer[:count]) if count >= 0 else None
+
     def send(self, data: bytes) -> int:
         """Puts as much of `data` as fits into the guest's next chain; -1 where there is none."""
         return max(-1, int(lib.cpr_virtqueue_send(self.pointer, data, len(data))))

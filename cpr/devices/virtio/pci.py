@@ -362,6 +362,10 @@ class VirtioPci(Device, PciFunction):
     def cpr_blocker(self, mode: str) -> str | None:
         return self.device.cpr_blocker(mode)
 
+    @property
+    def balloon(self) -> Any:
+        return self.device if self.device.is_balloon else None
+
     def copy_blocker(self) -> str | None:
         return self.device.copy_blocker()
 
