@@ -30,7 +30,7 @@ def linux_image() -> Path:
 
 
 class LinuxGuest(Console):
-    """examples/linux.cfg with its console on a socket.  `close` is the Vm's."""
+    """examples/linux.cfg with its console on a socket; `vm` is closed by `start`."""
 
     def __init__(self, start, folder: Path, *arguments: str, seconds: float = BOOT_SECONDS) -> None:
         path = f"{folder}/console.sock"
