@@ -40,6 +40,8 @@ The machine
 What it boots
   -drive file=IMAGE,format=raw[,if=floppy|ide|virtio|none][,index=N][,readonly=on|off][,id=ID]
                  [,cache=MODE][,discard=unmap][,werror=...][,rerror=...][,file.locking=off]
+  -blockdev driver=raw|file|host_device,node-name=NAME[,file=NODE][,filename=IMAGE]...
+                 or the same in JSON; -device virtio-blk-pci,drive=NAME has the node
   -fda, -fdb, -hda, -hdb, -hdc, -hdd IMAGE
   -kernel FILE   a flat binary, ELF32, ELF64, or a bzImage of Linux
   -initrd FILE, -append TEXT
@@ -85,7 +87,6 @@ QEMU_ONLY = frozenset(
         "audio",
         "audiodev",
         "bios",
-        "blockdev",
         "cdrom",
         "compat",
         "d",
