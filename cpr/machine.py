@@ -198,6 +198,18 @@ class Machine:
         self.vcpus[0].set_state(registers)
         self.accel.apply_state()
 
+    def keep_boot_image(self) -> None:
+        """Reads the boot image for all resets to come: its file will be out of reach.
+
+        One that cannot be read is none that a reset could use later either.
+        """
+        assert self.boot_image is not None
+        try:
+            image = self.boot_image()
+        except CprError:
+            return
+        self.boot_image = lambda: image
+
     def resume_vcpus(self) -> None:
         """Lets the clock and the vCPUs go; `pause_vcpus` is the inverse.  No event is sent."""
         with self.lock:

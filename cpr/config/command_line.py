@@ -37,6 +37,7 @@ OPTIONS = {
     "netdev": "netdev",
     "object": "object",
     "rtc": "rtc",
+    "run-with": "run-with",
     "sandbox": "sandbox",
     "smp": "smp-opts",
 }

@@ -29,6 +29,7 @@ from cpr.migration.program import (
     own_command,
     spoken_versions,
 )
+from cpr.migration.run_with import obstacles
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Exec(KeepsRam):
         sandbox = machine.config.sandbox
         if sandbox.get("enable") and sandbox.get("spawn") == "deny":
             reasons.append("-sandbox spawn=deny forbids execve, with which this VMM is updated")
-        return reasons
+        return reasons + obstacles(self.command, machine.accel.name)
 
     def early_exec(self, *settings: str) -> Exec | None:
         """Not with RAM that is staged, nor with a program that knows no hand-over.

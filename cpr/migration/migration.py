@@ -227,7 +227,7 @@ class Migration:
         from cpr.migration.rehearsal import Rehearsed, rehearse
 
         words = command or own_command()
-        mode = self._create_exec(command or [""])
+        mode = self._create_exec(words)
         try:
             self._check({"transport": "file"}, mode)
             staging = stage(self.machine, self.fds, self.state, mode, RamCounters())

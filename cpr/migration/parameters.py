@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cpr.constants import MIB, MODES, NORMAL, PAGE_SIZE, U64_LIMIT
 from cpr.errors import CommandError
+from cpr.migration import deprecated
 from cpr.migration.parameter import (
     BOOL,
     ENUM,
@@ -160,7 +161,11 @@ class Parameters:
         }
 
     def set(self, changes: Mapping[str, Any]) -> None:
-        """Sets all of `changes`.  Raises CommandError, and then has changed none."""
+        """Sets all of `changes`.  Raises CommandError, and then has changed none.
+
+        Those that did something once are taken, with a warning, and forgotten.
+        """
+        given, changes = changes, deprecated.without(changes)
         new = dict(self._values)
         for parameter in self._table.values():
             if parameter.name in changes:
@@ -176,12 +181,14 @@ class Parameters:
                 "cpu-throttle-initial to 99"
             )
         self._values = new
+        deprecated.warn(given)
 
     def set_from_string(self, name: str, text: str) -> None:
         """`migrate_set_parameter`: `text` is the rest of the line.  Raises CommandError."""
-        if name not in self._table:
+        parameter = self._table.get(name) or deprecated.PARAMETERS.get(name)
+        if parameter is None:
             raise CommandError(f"invalid parameter value: {name}")
-        self.set({name: self._table[name].parse(text)})
+        self.set({name: parameter.parse(text)})
 
     def info_lines(self) -> list[str]:
         """The lines of `info migrate_parameters`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 
 from cpr import launcher
@@ -74,12 +75,19 @@ def check_command(command: list[str] | None) -> list[str]:
         candidates = [name]
     else:
         candidates = [os.path.join(folder, name) for folder in os.get_exec_path()]
-    existing = [path for path in candidates if os.path.isfile(path)]
-    if not existing:
-        return [f"execvp {name} failed: {os.strerror(errno.ENOENT)}"]
-    if not any(os.access(path, os.X_OK) for path in existing):
-        return [f"execvp {name} failed: {os.strerror(errno.EACCES)}"]
-    return []
+    problem = errno.ENOENT
+    for path in candidates:
+        try:
+            found = os.stat(path)
+        except PermissionError:
+            problem = errno.EACCES
+        except (OSError, ValueError):
+            continue
+        else:
+            if stat.S_ISREG(found.st_mode) and os.access(path, os.X_OK):
+                return []
+            problem = errno.EACCES
+    return [f"execvp {name} failed: {os.strerror(problem)}"]
 
 
 def spoken_versions(command: Sequence[str], files: ProgramFiles) -> list[int]:
