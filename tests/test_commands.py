@@ -126,6 +126,7 @@ SAVED = {"val": 0x7C00, "size": 16, "filename": "saved"}
 # QMP: each command's arguments, and the return value or the error's text; None: not looked at.
 QMP: dict[str, tuple[dict, Any]] = {
     "query-commands": ({}, None),
+    "query-qmp-schema": ({}, None),
     "human-monitor-command": ({"command-line": "info name"}, "guest\r\n"),
     "query-version": (
         {},

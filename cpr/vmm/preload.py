@@ -32,6 +32,7 @@ MODULES = (
     "cpr.migration.staging",
     "cpr.migration.text",
     "cpr.monitor.hmp",
+    "cpr.monitor.introspect",
     "cpr.monitor.qmp",
     "cpr.pages",
     "cpr.vmm.populate",
