@@ -438,6 +438,9 @@ def test_saving_memory(vmm: FakeVmm, session: Session, tmp_path: Path) -> None:
     assert execute(vmm, "pmemsave", {"val": 0, "size": -1, "filename": "x"}) == (
         "Invalid addr 0x0000000000000000/size 18446744073709551615 specified"
     )
+    assert execute(vmm, "memsave", {"val": 0, "size": 1 << 33, "filename": "x"}) == (
+        "Invalid addr 0x0000000000000000/size 8589934592 specified"
+    )
     if os.path.exists("/dev/full"):
         assert run(vmm, session, 'pmemsave 0 16 "/dev/full"') == (
             "Error: writing memory to '/dev/full' failed: No space left on device\n"
