@@ -45,6 +45,8 @@ def _percentage(name: str, default: int, high: int) -> Parameter:
     return Parameter(name, UINT8, default, "", _between(1, high), complaint)
 
 
+MAX_POLL_MS = (1 << 31) - 1  # of poll(2)
+
 PARAMETERS = (
     Parameter(
         "announce-initial", SIZE, 50, " ms", _between(0, 100000), "a value between 0 and 100000"
@@ -122,7 +124,14 @@ EXTENSIONS: tuple[Parameter, ...] = (
     # Whether the guest runs on while the new image starts: auto is on for the command cpr-exec.
     Parameter("x-cpr-exec-overlap", ENUM, "auto", values=("off", "on", "auto")),
     # How long a new image has until it must have the guest; 0 is for ever.
-    Parameter("x-cpr-exec-timeout", SIZE, 30_000, " ms"),
+    Parameter(
+        "x-cpr-exec-timeout",
+        SIZE,
+        30_000,
+        " ms",
+        _between(0, MAX_POLL_MS),
+        f"a value between 0 and {MAX_POLL_MS}",
+    ),
     # Whether the guest's clock goes on while the guest stands still, in an update or otherwise.
     Parameter("x-cpr-guest-clock", ENUM, "stop", values=("stop", "advance")),
     # cpr-exec and cpr-transfer copy RAM that is not shared, while the guest runs.

@@ -23,6 +23,7 @@ MODULES = (
     "cpr.linux_boot",
     "cpr.live.messages",
     "cpr.migration.child",
+    "cpr.migration.connect",
     "cpr.migration.cpr_exec",
     "cpr.migration.cpr_transfer",
     "cpr.migration.early",

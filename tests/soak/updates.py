@@ -2,11 +2,15 @@
 
 The guest churns through its memory, a client has the serial port and another the monitor; then
 ten VMs are updated at once.  Prints what is left over now and then, and whether it is flat.
+
+With --lock FILE it has a shared lock (flock(2)) on that file while it runs, and gives it up once a
+minute, with the guest stopped: whoever needs the machine for a while takes an exclusive one.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import socket
 import statistics
@@ -36,6 +40,35 @@ DEADLINE_MS = 4000  # for those that hang; a good one under load is done before
 KINDS = ("early", "late", "early", "failing", "late", "failing")
 SAMPLES = 10
 MANY, LONG_MS = 10, 60_000
+PIECE_S, BREAK_S = 60, 1
+
+
+class Turns:
+    """Whether the soak may run now; `lock` is the path of a file, or None: always."""
+
+    def __init__(self, lock: str | None) -> None:
+        self._file = open(lock, "a") if lock is not None else None  # noqa: SIM115
+        self._until = 0.0
+
+    def __enter__(self) -> Turns:
+        if self._file is not None:
+            fcntl.flock(self._file, fcntl.LOCK_SH)
+            self._until = time.monotonic() + PIECE_S
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def over(self, vm: Vm) -> None:
+        """Between two updates: has somebody else's turn, if it is time."""
+        if self._file is None or time.monotonic() < self._until:
+            return
+        vm.ask("stop")
+        self.__exit__()
+        time.sleep(BREAK_S)
+        self.__enter__()
+        vm.ask("cont")
 
 
 class Client:
@@ -109,7 +142,7 @@ def settled(vm: Vm) -> dict[str, int]:
     return {**measure(vm), "files": len(os.listdir(vm.directory))}
 
 
-def run(accel: str, count: int) -> bool:
+def run(accel: str, count: int, turns: Turns) -> bool:
     print(f"{accel}: {count} updates, each third of them failing")
     began = time.monotonic()
     pauses: dict[str, list[int]] = {"early": [], "late": []}
@@ -127,6 +160,7 @@ def run(accel: str, count: int) -> bool:
             took = one(vm, kind, ways, number, folder)
             if took:
                 pauses[kind].append(took)
+            turns.over(vm)
             if number % max(1, count // SAMPLES) == 0:
                 samples.append(settled(vm))
                 show(number, samples[-1])
@@ -201,10 +235,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-n", type=int, default=1000, help="updates of each VM")
     parser.add_argument("--accel", nargs="*", default=["kvm", "tcg"])
+    parser.add_argument("--lock", metavar="FILE", help="run only with a shared lock on it")
     words = parser.parse_args()
     os.chdir(Path(__file__).parents[2])
-    good = [run(accel, words.n) for accel in words.accel]
-    good += [run_many(accel, max(2, words.n // 100)) for accel in words.accel]
+    good, turns = [], Turns(words.lock)
+    for accel in words.accel:
+        with turns:
+            good.append(run(accel, words.n, turns))
+        with turns:
+            good.append(run_many(accel, max(2, words.n // 100)))
     return 0 if all(good) else 1
 
 
