@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from test_device_updates import Source
 from waiting import wait_for
 
 from cpr.errors import MigrationError
+from cpr.live.transaction import PROTOCOL
 from cpr.mainloop import MainLoop
 from cpr.migration import incoming, outgoing
 from cpr.migration.cancellation import Cancellation
 from cpr.migration.connect import connect
 from cpr.migration.cpr_transfer import Transfer
+from cpr.migration.program import ANSWER_TIMEOUT
 from cpr.state.cpr_state import CprState
 
 
@@ -176,3 +179,20 @@ def test_a_thread_that_cannot_start_fails_the_migration(monkeypatch, guests, tmp
     target.loop.iterate(None)
     assert (target.migration.status, target.migration.error) == ("failed", incoming.NO_THREAD)
     target.close()
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_program_that_is_only_asked_and_hangs(start, tmp_path, answers):
+    """When it is asked what it knows, and when it is rehearsed: SIGTERM ends the VMM."""
+    program = tmp_path / "program"
+    answer = f'[ "$1" = protocol ] && echo {PROTOCOL} && exit' if answers else ""
+    program.write_text(f"#!/bin/sh\n{answer}\ntouch {tmp_path}/hangs\nexec sleep 1000\n")
+    program.chmod(0o755)
+    vm: Vm = start.guest("heartbeat", "tcg")
+    vm.qmp.send("cpr-exec", command=[str(program), "run"], test=True)
+    wait_for((tmp_path / "hangs").exists, "it hangs")
+    began = time.monotonic()
+    vm.process.send_signal(signal.SIGTERM)
+    assert vm.process.wait(60) == 0
+    assert time.monotonic() - began < ANSWER_TIMEOUT / 2
+    assert not vm.processes()

@@ -47,7 +47,8 @@ class Exec(KeepsRam):
     `process` is what executes, `files` are its program's, and `park()` ends all its threads but
     the caller's.  `directory` is the private temporary
     directory with the new image's state, which this owns, or None.  `give_back(self, update,
-    reason)` goes on after a new image has refused; the update is its own.
+    reason)` goes on after a new image has refused; the update is its own.  `serve()` is called
+    while a program is asked what it knows, and true where nobody waits for that any more.
     """
 
     ends_process = True
@@ -61,6 +62,7 @@ class Exec(KeepsRam):
         files: ProgramFiles,
         park: Callable[[], None],
         give_back: Callable[[Exec, Update, str], None],
+        serve: Callable[[], bool],
         directory: str | None = None,
     ) -> None:
         super().__init__(EXEC, bool(parameters.get("x-cpr-ram-staging")))
@@ -73,6 +75,7 @@ class Exec(KeepsRam):
         self._files = files
         self._park = park
         self._give_back = give_back
+        self._serve = serve
         self._directory = directory
         self._knows_protocol: bool | None = None
         self._persists = False
@@ -95,7 +98,7 @@ class Exec(KeepsRam):
         """
         if self.stages or self._page_size or self._overlap not in settings:
             return None
-        self._knows_protocol = knows_protocol(self.command, self._files)
+        self._knows_protocol = knows_protocol(self.command, self._files, self._serve)
         return self if self._knows_protocol else None
 
     def prepare(self) -> None:
@@ -104,7 +107,9 @@ class Exec(KeepsRam):
         One that has no idea of that has the guest when it has read its CPR state.
         """
         if self._knows_protocol is None:
-            self._knows_protocol = PROTOCOL in spoken_versions(self.command, self._files)
+            self._knows_protocol = PROTOCOL in spoken_versions(
+                self.command, self._files, self._serve
+            )
 
     def begin(self, go_on: Callable[[], None]) -> bool:
         """Writes the CPR state to a memfd, which the environment names."""
