@@ -18,6 +18,7 @@
 #include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -42,6 +43,8 @@
 #define TIMERS 3                      /* ITIMER_REAL, _VIRTUAL, _PROF */
 #define TEXT_SIZE 256
 #define SIGNALS 64
+#define NOTIFY_MS 1000 /* for so long a manager that reads nothing is waited for */
+#define NOTIFY_SIZE 64
 #define LOWEST 19 /* nice value (setpriority(2)) */
 
 /* What the clone and the exec take away from the thread that goes on. */
@@ -60,6 +63,7 @@ static struct {
     volatile int pid;
     uint32_t alive; /* CLONE_CHILD_CLEARTID */
     int outcome;
+    char own_pid_text[NOTIFY_SIZE];
 } self;
 
 /* ---- in the guard: raw system calls, on its own stack ---- */
@@ -179,6 +183,22 @@ CPR_IN_CHILD static void committed(void)
     cpr_guard_end(self.guard->mappings, self.guard->mapping_count);
 }
 
+/* What the service's manager is told (sd_notify(3)). */
+CPR_IN_CHILD static void tell(const char *text)
+{
+    struct pollfd manager = {.fd = self.guard->notify_fd, .events = POLLOUT};
+    long size = 0;
+
+    if (manager.fd < 0) {
+        return;
+    }
+    while (text[size]) {
+        size++;
+    }
+    cpr_syscall3(SYS_poll, &manager, 1, NOTIFY_MS);
+    cpr_syscall3(SYS_write, manager.fd, text, size);
+}
+
 /* Comes back when the exec is done; false where the process has ended before. */
 CPR_IN_CHILD static int wait_for_exec(void)
 {
@@ -227,6 +247,7 @@ CPR_IN_CHILD static int watch(void)
         if (guard->consumed) { /* there is no other sign: what lives on has the guest */
             consumed_ns = consumed_ns ? consumed_ns : now;
             if (now - consumed_ns > GRACE_NS) {
+                tell(self.own_pid_text); /* the new program knows nothing of a manager either */
                 committed();
             }
             continue;
@@ -309,6 +330,7 @@ __attribute__((noinline)) static long attempt(void)
 {
     static struct sigaction actions[SIGNALS + 1];
     uint64_t before = cpr_monotonic_ns(), mask = self.mask & ~self.guard->unblock;
+    char guard_pid_text[NOTIFY_SIZE];
     long error;
 
     self.alive = 1;
@@ -318,6 +340,8 @@ __attribute__((noinline)) static long attempt(void)
         return -errno;
     }
     *self.guard->guard_pid = (uint32_t)self.pid;
+    snprintf(guard_pid_text, sizeof(guard_pid_text), "MAINPID=%d", self.pid);
+    tell(guard_pid_text); /* the new image may end at once, and is not to end the service */
     self.guard->clone_ns = cpr_monotonic_ns() - before;
     set_cloexec(0); /* not earlier: nothing else that is started may inherit them */
     set_default(actions, 1);
@@ -357,6 +381,7 @@ static int remember(void)
         return -errno;
     }
     self.guard->old_pid = getpid();
+    snprintf(self.own_pid_text, sizeof(self.own_pid_text), "MAINPID=%d\nREADY=1", getpid());
     self.guard->consumed = self.guard->dropped = 0;
     sigaltstack(NULL, &self.altstack);
     for (int i = 0; i < TIMERS; i++) {

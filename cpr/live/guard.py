@@ -105,6 +105,7 @@ def execute(
     drop: Sequence[int] = (),
     unblock: Sequence[int] = (),
     ending: Sequence[int] = (),
+    notify_fd: int = -1,
     ready: Callable[[], None] = lambda: None,
 ) -> Returned:
     """Executes `argv`, looked up in PATH, with the descriptors `keep` and a guard.
@@ -115,7 +116,8 @@ def execute(
     closed that and lives on.  `drop` are descriptors that a late exec is to close for good, in the
     old image as in the new one.  `unblock` are signals that the caller blocks and the program is
     not to; `ending` are those that the program blocks until it can take them: one that does not for
-    a while is killed.
+    a while is killed.  `notify_fd` is a socket to the service's manager: it hears that the
+    guard is the main process before the exec, and that the PID is, of a program without a token.
 
     Comes back in the old image only.  Raises OSError of execve where it is the same process as
     before, and nothing has changed.
@@ -137,7 +139,7 @@ def execute(
     request.keep, request.keep_count = keep_array, len(keep)
     request.mappings, request.mapping_count = mapping_array, len(mappings)
     request.drop, request.drop_count = drop_array, len(drop)
-    request.token_fd, request.socket_fd = token, socket
+    request.token_fd, request.socket_fd, request.notify_fd = token, socket, notify_fd
     request.early, request.timeout_ns = early, timeout_ns
     request.unblock = sum(1 << (number - 1) for number in unblock)
     if ending:

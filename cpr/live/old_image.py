@@ -135,7 +135,10 @@ class Update:
                 raise UpdateError("a signal that ends what is updated has come before the exec")
             mark("exec")
 
+        from cpr.live import notify
+
         held = holds_signals and state_fd < 0
+        manager = notify.connect()
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
             returned = self._guard.execute(
@@ -154,6 +157,7 @@ class Update:
                 drop=drop,
                 unblock=() if held else ENDING,
                 ending=ENDING if held else (),
+                notify_fd=manager.fileno() if manager is not None else -1,
                 ready=ready,
             )
         except (OSError, ValueError) as error:
@@ -162,6 +166,8 @@ class Update:
             raise UpdateError(f"execvp {name} failed: {text}") from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            if manager is not None:
+                manager.close()
             if parked:
                 unpark()
         self.pid, self.pidfd = returned.pid, returned.pidfd
