@@ -90,6 +90,17 @@ class LinuxGuest:
         self.read_until(f"begin-{number}\n")
         return self.read_until(f"end-{number}\n").strip()
 
+    def write(self, path: str, text: str) -> None:
+        """Makes a file of lines, none of which has a ' in it."""
+        for line in text.strip().splitlines():
+            self.ask(f"echo '{line}' >>{path}")
+
+    def uptime(self) -> tuple[float, float, float]:
+        """The guest's CLOCK_MONOTONIC, between the host's before and after it was read; s."""
+        before = time.monotonic()
+        uptime = float(self.ask("cat /proc/uptime").split()[0])
+        return before, uptime, time.monotonic()
+
     def update(self, way: str) -> None:
         """An update, "early" or "late"; the console is connected again."""
         assert self._socket is not None

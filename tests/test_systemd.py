@@ -152,5 +152,7 @@ def test_the_example_unit(systemd: Systemd, tmp_path: Path) -> None:
     assert guard != pid
 
     assert systemd.ctl("stop", UNIT) == ""
-    assert systemd.show("ActiveState") == "inactive", systemd.ctl("status", "-l", UNIT) + systemd.ctl("show", UNIT)
+    assert systemd.show("ActiveState") == "inactive", systemd.ctl(
+        "status", "-l", UNIT
+    ) + systemd.ctl("show", UNIT)
     assert systemd.show("Result") == "success"

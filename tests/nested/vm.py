@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import subprocess
 import tempfile
@@ -16,12 +17,13 @@ from .kernels import Kernel
 
 QEMU = "qemu-system-x86_64"
 MEMORY_MIB = 1024
+DISK = 64 << 20  # bytes of the NVMe controller's namespace
 # Each device is an IOMMU group of its own, but the two functions of slot 9, which share one; the
 # addresses are those of inside/machine.py.
 DEVICES = (
     "-device edu,addr=4",
     "-device e1000e,addr=5",
-    "-drive if=none,id=d0,driver=null-co,size=1M -device nvme,serial=x,drive=d0,addr=7",
+    "-drive if=none,id=d0,driver=raw,file={disk} -device nvme,serial=x,drive=d0,addr=7",
     "-device edu,addr=8",
     "-device edu,addr=9.0,multifunction=on -device edu,addr=9.1",
 )
@@ -48,11 +50,13 @@ class NestedVm:
         self._started = time.monotonic()
         self._limit = BOOT_SECONDS
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._disk = tempfile.NamedTemporaryFile(prefix="cpr-nvme-")  # noqa: SIM115
+        os.truncate(self._disk.name, DISK)
         machine = f"-accel tcg -cpu {CPU} -m {MEMORY_MIB} -smp 1 -machine q35 -no-reboot"
         machine += " -device intel-iommu,intremap=on -nodefaults -display none"
         share = f"local,path=/,mount_tag={MOUNT_TAG},security_model=none,readonly=on"
         command = ["setpriv", "--pdeathsig", "KILL", QEMU]
-        command += " ".join((machine, *DEVICES)).split()
+        command += " ".join((machine, *DEVICES)).format(disk=self._disk.name).split()
         command += ["-virtfs", f"{share},multidevs=remap"]
         command += ["-serial", f"file:{console}", "-serial", "stdio", "-monitor", "none"]
         command += ["-kernel", str(kernel.image), "-initrd", str(initramfs)]
@@ -136,3 +140,4 @@ class NestedVm:
         assert self._process.stdout is not None
         self._process.stdout.close()
         self._errors.close()
+        self._disk.close()

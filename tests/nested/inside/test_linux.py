@@ -11,13 +11,14 @@ from waiting import wait_for_change
 
 __all__ = ["linux_image"]
 
+SECONDS = 300.0
 UPDATES = ("early", "late") * 5
 COMMAND_LINE = "console=ttyS0 panic=-1 mitigations=off nokaslr quiet noxsave"
 
 
 def test_a_shell_lives_through_updates(start, linux_image, tmp_path) -> None:
     guest = LinuxGuest(
-        start, tmp_path, "-accel", "kvm", "-smp", "2", "-append", COMMAND_LINE, seconds=300
+        start, tmp_path, "-accel", "kvm", "-smp", "2", "-append", COMMAND_LINE, seconds=SECONDS
     )
     assert "tsc" in guest.ask("dmesg -c")
     guest.ask("word=kept; clockwatch /tmp/clock & true")
