@@ -19,7 +19,7 @@ from waiting import wait_for
 SYSTEMD = "/lib/systemd/systemd"
 EXAMPLE = ROOT / "examples" / "systemd" / "cpr-vmm@.service"
 UNIT = "cpr-vmm@heartbeat"
-SECONDS = 30.0
+SECONDS = 60.0
 # Nothing that systemd writes comes to the host: its own /run and cgroups, all else read-only but
 # for the folder of the test, which is also the TMPDIR of the unit.
 BOOT = f"""

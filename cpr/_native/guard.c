@@ -178,11 +178,6 @@ CPR_IN_CHILD static void go_back(int outcome)
     __builtin_longjmp(self.context, 1); /* on the caller's stack */
 }
 
-CPR_IN_CHILD static void committed(void)
-{
-    cpr_guard_end(self.guard->mappings, self.guard->mapping_count);
-}
-
 /* What the service's manager is told (sd_notify(3)). */
 CPR_IN_CHILD static void tell(const char *text)
 {
@@ -197,6 +192,12 @@ CPR_IN_CHILD static void tell(const char *text)
     }
     cpr_syscall3(SYS_poll, &manager, 1, NOTIFY_MS);
     cpr_syscall3(SYS_write, manager.fd, text, size);
+}
+
+CPR_IN_CHILD static void committed(void)
+{
+    tell(self.own_pid_text); /* before its end is seen, and where the new program says nothing */
+    cpr_guard_end(self.guard->mappings, self.guard->mapping_count);
 }
 
 /* Comes back when the exec is done; false where the process has ended before. */
@@ -247,7 +248,6 @@ CPR_IN_CHILD static int watch(void)
         if (guard->consumed) { /* there is no other sign: what lives on has the guest */
             consumed_ns = consumed_ns ? consumed_ns : now;
             if (now - consumed_ns > GRACE_NS) {
-                tell(self.own_pid_text); /* the new program knows nothing of a manager either */
                 committed();
             }
             continue;
@@ -334,8 +334,9 @@ __attribute__((noinline)) static long attempt(void)
     long error;
 
     self.alive = 1;
-    self.pid = clone(run_guard, self.stack + STACK_SIZE, CLONE_VM | CLONE_CHILD_CLEARTID, NULL, NULL,
-                     NULL, &self.alive);
+    self.pid = clone(run_guard, self.stack + STACK_SIZE,
+                     CLONE_VM | CLONE_CHILD_CLEARTID | (self.guard->sibling ? CLONE_PARENT : 0), NULL,
+                     NULL, NULL, &self.alive);
     if (self.pid < 0) {
         return -errno;
     }

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 EARLY, DIED, KILLED, MESSAGE = 1, 2, 3, 4  # as in _native/guard.h
+SIBLINGS = False
 VERSION = 1  # CPR_LIVE_VERSION
 SIZE = 40  # bytes of struct cpr_live_page
 WALL = 0x40000000  # __WALL of wait(2): also children that were cloned without a signal
@@ -116,9 +117,13 @@ def execute(
     unblock: Sequence[int] = (),
     ending: Sequence[int] = (),
     notify_fd: int = -1,
+    sibling: bool = False,
     ready: Callable[[], None] = lambda: None,
 ) -> Returned:
-    """As guard.execute; `mappings`, `state_fd` and `drop` must be empty.  Raises OSError."""
+    """As guard.execute; `mappings`, `state_fd` and `drop` must be empty.  Raises OSError.
+
+    There is no fork() with which the guard could be a `sibling`: it is a child.
+    """
     if mappings or drop or state_fd >= 0:
         raise ValueError("a guard that was forked has no mappings and no CPR state")
     paths = candidates(argv[0], environment) if argv else []

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 FIRST_FD = 3  # SD_LISTEN_FDS_START
 SEND_TIMEOUT = 1.0  # s; a manager that reads nothing is not to hold up the service
 
+EXEC_PID = "SYSTEMD_EXEC_PID"
+
+_own_pid = ""
 _passed: dict[str, list[int]] | None = None
 _stored: set[str] = set()
 
@@ -82,6 +85,26 @@ def main_pid(pid: int | None = None) -> bool:
 def status(text: str) -> bool:
     """A line for systemctl status; `text` may be anybody's, and have several."""
     return send("STATUS=" + "; ".join(text.splitlines()))
+
+
+def is_child() -> bool:
+    """Whether this process is the manager's own child: systemd.exec(5), $SYSTEMD_EXEC_PID.
+
+    A guard that is one too is a main process like any other: its end is waited for.
+    """
+    pid = os.getpid()
+    return pid != 1 and str(pid) in (os.environ.get(EXEC_PID), _own_pid)
+
+
+def became_child() -> None:
+    """This process is a guard that is the manager's child."""
+    global _own_pid
+    _own_pid = str(os.getpid())
+
+
+def handed_over(pid: int) -> None:
+    """What a guard says before it ends: it is the main process until then."""
+    send(f"MAINPID={pid}", "READY=1")
 
 
 def stopping() -> bool:

@@ -139,6 +139,9 @@ class Update:
 
         held = holds_signals and state_fd < 0
         manager = notify.connect()
+        sibling = manager is not None and notify.is_child()
+        if sibling:
+            environment = {**environment, notify.EXEC_PID: str(os.getpid())}
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
             returned = self._guard.execute(
@@ -158,6 +161,7 @@ class Update:
                 unblock=() if held else ENDING,
                 ending=ENDING if held else (),
                 notify_fd=manager.fileno() if manager is not None else -1,
+                sibling=sibling,
                 ready=ready,
             )
         except (OSError, ValueError) as error:
@@ -170,6 +174,8 @@ class Update:
                 manager.close()
             if parked:
                 unpark()
+        if sibling and self._guard.SIBLINGS:
+            notify.became_child()
         self.pid, self.pidfd = returned.pid, returned.pidfd
         self.dropped = returned.dropped
         assert self._theirs is not None
@@ -346,6 +352,9 @@ class Update:
 
     def leave(self) -> None:
         """The new image has committed: this process ends here."""
+        from cpr.live import notify
+
+        notify.handed_over(self.pid)
         self._guard.end(self._mappings)
 
     def close(self) -> None:

@@ -32,8 +32,8 @@ DEVICES = (
 CPU = "EPYC,+svm,-cx16"
 COMMAND_LINE = "console=ttyS0 intel_iommu=on iommu=nopt no_timer_check panic=-1 quiet"
 
-BOOT_SECONDS = 300.0  # until the first event of pytest, on a loaded host
-SILENCE_SECONDS = 120.0  # the inner pytest says every few seconds that it is alive
+BOOT_SECONDS = 600.0  # until the first event of pytest, on a loaded host
+SILENCE_SECONDS = 400.0  # the inner pytest says every few seconds that it is alive
 CONSOLE_LINES = 25
 
 
