@@ -70,6 +70,7 @@ def run(start, folder: Path, fact: Callable[[str], None]) -> None:
         start,
         folder,
         *("-accel", "kvm", "-smp", "2", "-append", COMMAND_LINE),
+        *("-global", "migration.x-cpr-exec-timeout=200000"),  # the host may be loaded
         *device_words("type1", NVME),
         *("-drive", f"file={disk},format=raw,if=virtio"),
         *("-netdev", "tap,id=n0,ifname=tap0,script=no,downscript=no"),
