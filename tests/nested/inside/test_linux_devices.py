@@ -12,11 +12,12 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from linux_guest import LinuxGuest, linux_image
 from test_linux_virtio import GUEST, HOST, STREAM, WRITER, Stream, check_blocks, own_network
-from waiting import wait_for
+from waiting import wait_for_change
 
 from cpr.constants import NS_PER_MS
 
@@ -94,14 +95,13 @@ def run(start, folder: Path, fact: Callable[[str], None]) -> None:
 
     pauses = []
     for _ in range(UPDATES):
-        blocks, files = count(guest, "/tmp/count"), count(guest, "/tmp/files")
         began, before, _ = guest.uptime()
         guest.update("early")
         pauses.append(guest.vm.qmp.command("query-migrate")["x-cpr-downtime-ns"] / NS_PER_MS)
         _, after, ended = guest.uptime()
         assert before <= after <= before + (ended - began) * (1 + DRIFT) + TICK, "the clock"
-        wait_for(lambda n=blocks: count(guest, "/tmp/count") > n, "the writer goes on", SECONDS)
-        wait_for(lambda n=files: count(guest, "/tmp/files") > n, "the files go on", SECONDS)
+        for path in ("/tmp/count", "/tmp/files"):
+            wait_for_change(partial(count, guest, path), "the writer goes on")
     fact(f"Linux: it stood still for {', '.join(f'{ms:.1f}' for ms in pauses)} ms")
     assert guest.ask("echo $word $$") == f"kept {shell}"
     assert command(NVME) == enabled
