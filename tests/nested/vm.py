@@ -41,11 +41,26 @@ class Ended(Exception):
     """The VM ended or stopped answering before it had delivered what was asked of it."""
 
 
+def emulator(root: str | None) -> list[str]:
+    """The words that run this host's QEMU, or that of the Debian in the folder `root`."""
+    if root is None:
+        return [QEMU]
+    libraries = f"{root}/usr/lib/x86_64-linux-gnu"
+    return [
+        *("env", f"QEMU_MODULE_DIR={libraries}/qemu", f"{root}/lib64/ld-linux-x86-64.so.2"),
+        *("--library-path", libraries, f"{root}/usr/bin/{QEMU}"),
+        *("-L", f"{root}/usr/share/qemu", "-L", f"{root}/usr/share/seabios"),
+    ]
+
+
 class NestedVm:
     """One run of the VM; `close` ends it, and so does the end of this process."""
 
-    def __init__(self, kernel: Kernel, initramfs: Path, console: Path, log: Path) -> None:
-        """Starts QEMU.  The kernel's console goes to `console`, each event also to `log`."""
+    def __init__(
+        self, kernel: Kernel, initramfs: Path, console: Path, log: Path, root: str | None = None
+    ) -> None:
+        """Starts QEMU, that of `root`.  The kernel's console goes to `console`, each event also to
+        `log`."""
         self.console = console
         self._started = time.monotonic()
         self._limit = BOOT_SECONDS
@@ -55,7 +70,7 @@ class NestedVm:
         machine = f"-accel tcg -cpu {CPU} -m {MEMORY_MIB} -smp 1 -machine q35 -no-reboot"
         machine += " -device intel-iommu,intremap=on -nodefaults -display none"
         share = f"local,path=/,mount_tag={MOUNT_TAG},security_model=none,readonly=on"
-        command = ["setpriv", "--pdeathsig", "KILL", QEMU]
+        command = ["setpriv", "--pdeathsig", "KILL", *emulator(root)]
         command += " ".join((machine, *DEVICES)).format(disk=self._disk.name).split()
         command += ["-virtfs", f"{share},multidevs=remap"]
         command += ["-serial", f"file:{console}", "-serial", "stdio", "-monitor", "none"]

@@ -79,7 +79,7 @@ def run(start, folder: Path, fact: Callable[[str], None]) -> None:
         seconds=SECONDS,
     )
     fact(f"Linux: a prompt after {time.monotonic() - began:.0f} s")
-    guest.ask("dmesg -c >/dev/null; clockwatch /tmp/clock & true")
+    guest.ask("dmesg -c >/dev/null; (clockwatch /tmp/clock &)")
     guest.ask(f"ip link set eth0 up; ip addr add {GUEST}/24 dev eth0")
     guest.ask(
         "mkdir /mnt; mke2fs /dev/nvme0n1 >/dev/null && mount /dev/nvme0n1 /mnt || echo no mount"
