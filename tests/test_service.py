@@ -86,13 +86,16 @@ def test_a_manager_always_knows_who_has_the_guest(start, manager: Manager) -> No
     done = verb(vm)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("early update: the guest stood still for ")
-    wait_for(lambda: "STATUS" in manager.hear()[-1][1][0], "the update's end is told")
+    wait_for(lambda: len(manager.hear()) == 6, "the update's end is told")
     (_, reloading), (sender, guard), *rest = manager.said
     assert reloading[0] == "RELOADING=1"
     assert reloading[1].startswith("MONOTONIC_USEC=")
     assert sender == pid, "it is told before the exec"
     assert guard[0] != f"MAINPID={pid}"
-    assert [fields for _, fields in rest[:2]] == [[f"MAINPID={pid}"], ["READY=1"]]
+    assert (int(guard[0].partition("=")[2]), [f"MAINPID={pid}", "READY=1"]) in rest
+    told = [fields[0] for sender, fields in rest if sender == pid]
+    assert told[:2] == [f"MAINPID={pid}", "READY=1"]
+    assert told[2].startswith("STATUS=early update: the guest stood still for ")
     manager.said.clear()
 
     refused = verb(vm, *VMM, *vm.words[len(VMM) :], "-smp", "2")
