@@ -20,6 +20,20 @@ class EventBus:
 
     def __init__(self) -> None:
         self._subscribers: list[Callable[[dict], None]] = []
+        self._held: list[dict] | None = None
+
+    def hold(self) -> None:
+        """Keeps what is emitted, for as long as nobody may wait for a subscriber.
+
+        `release` is the inverse.
+        """
+        self._held = []
+
+    def release(self) -> None:
+        """Delivers what was kept; nothing happens where nothing is."""
+        held, self._held = self._held, None
+        for event in held or ():
+            self._deliver(event)
 
     def subscribe(self, subscriber: Callable[[dict], None]) -> None:
         self._subscribers.append(subscriber)
@@ -35,5 +49,11 @@ class EventBus:
         }
         if data is not None:
             event["data"] = data
+        if self._held is not None:
+            self._held.append(event)
+        else:
+            self._deliver(event)
+
+    def _deliver(self, event: dict) -> None:
         for subscriber in list(self._subscribers):
             subscriber(event)

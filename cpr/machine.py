@@ -38,6 +38,10 @@ if TYPE_CHECKING:
         def attach(self, chardev: Chardev | None) -> None: ...
 
 
+VCPUS_FIRST = 100e-6
+"""For how long, in s, who lets the vCPUs go leaves the interpreter and the CPU to their threads."""
+
+
 class Machine:
     """One VM: its RAM, accelerator, vCPUs and devices.  Owns all of them.
 
@@ -208,6 +212,7 @@ class Machine:
             self.accel.start_time(now, advance)
         for thread in self.threads:
             thread.resume()
+        time.sleep(VCPUS_FIRST)
 
     def _take_advance(self) -> int:
         """How far the guest's clock is ahead of where it was stopped, in ns, when it goes on."""
@@ -215,12 +220,16 @@ class Machine:
         advances, self.catches_up = self.catches_up or self.advances_clock(), False
         return max(0, time.time_ns() - stopped_at) if advances and stopped_at is not None else 0
 
+    def request_pause(self) -> None:
+        """The vCPUs leave the guest soon; `stop` comes next, and waits for that."""
+        for thread in self.threads:
+            thread.request_pause()
+
     def pause_vcpus(self) -> None:
         """Nothing happens where they are paused, as those of a suspended guest are."""
         if not self.clock.enabled:
             return
-        for thread in self.threads:
-            thread.request_pause()
+        self.request_pause()
         for thread in self.threads:
             thread.pause()
         with self.lock:

@@ -24,7 +24,7 @@ from cpr.devices.mc146818rtc import Mc146818Rtc
 from cpr.devices.pckbd import I8042
 from cpr.devices.piix4_pm import Piix4Pm
 from cpr.devices.port92 import Port92
-from cpr.devices.system import GuestClock, ParavirtualClock, Timers, VCpuState
+from cpr.devices.system import GuestClock, NativeState, ParavirtualClock, Timers, VCpuState
 from cpr.errors import ConfigError, CprError
 from cpr.machine import Machine
 from cpr.memory import GuestMemory
@@ -250,6 +250,9 @@ class Board:
 def _create_devices(board: Board) -> None:
     config, machine = board.config, board.machine
     machine.add_device(Timers())
+    if machine.accel.kernel_irqchip:
+        for part in range(len(machine.vcpus) + 1):
+            machine.add_device(NativeState(part))
     machine.add_device(GuestClock())
     for vcpu in machine.vcpus:
         machine.add_device(VCpuState(vcpu))

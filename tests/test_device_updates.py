@@ -252,9 +252,8 @@ def test_a_section_that_is_known_is_left_out_and_not_missed(source: Source, gues
         with pytest.raises(StreamError, match="no section 'recorder'"):
             loadvm.load(target.machine, Capabilities(), Channel(os.dup(rest), "file"), False)
         os.lseek(rest, 0, os.SEEK_SET)
-        loadvm.load(
-            target.machine, Capabilities(), Channel(rest, "file"), described=False, loaded=known
-        )
+        loader = loadvm.Loader(target.machine, Capabilities())
+        loader.load(Channel(rest, "file"), described=False, loaded=known)
         assert target.device.calls == ["restore"]
     finally:
         target.close()

@@ -35,7 +35,7 @@ from cpr.monitor.commands import COMMANDS
 from cpr.monitor.qmp import NEGOTIATE
 from cpr.state import stream
 from cpr.state.cpr_state import STATE_NAME
-from cpr.state.fields import Field, FixedField, StructField
+from cpr.state.fields import Field, FixedField, StructField, VariableBuffer
 from cpr.state.vmstate import VMStateDescription
 
 DOCUMENTS = {path.name: path for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -294,6 +294,8 @@ def field_type(field: Field) -> str:
     if isinstance(field, StructField):
         count = field.count or field.count_name
         return f"struct {field.vmsd.name}" + (f"[{count}]" if count else "")
+    if isinstance(field, VariableBuffer):
+        return f"buffer[{field.size_name}]"
     assert isinstance(field, FixedField)
     if field.kind == "unused_buffer":
         return str(field.size)

@@ -26,7 +26,8 @@ STREAM = 4 << 20
 DISK = 32 << 20
 SECONDS = 60
 
-# Each block is written, read back, and its checksum kept.  Sleep cuts a read of /dev/urandom short.
+# Each block is written, read back, and its checksum kept.  A guest that goes to sleep cuts a read
+# of /dev/urandom short.
 WRITER = f"""
 i=0
 while [ ! -e /tmp/stop ]; do

@@ -98,6 +98,8 @@ class Accelerator:
     """True: PIC, IOAPIC, PIT and local APICs are the accelerator's; False: the machine emulates."""
     saves_cpu_model = True
     """Whether a vCPU's state says what it can do; not where the receiver has been told before."""
+    saves_native = False
+    """Whether what is saved next is for one that has the same `native_layout`."""
     dirty_log = False
     """Whether it can tell what the guest writes to its RAM while it runs."""
 
@@ -144,7 +146,8 @@ class Accelerator:
     def get_irqchip(self, chip: str) -> dict:
         """The state of 'i8259-0', 'i8259-1', 'ioapic' or 'i8254', by the device's vmstate.
 
-        Only where `kernel_irqchip` is true, as all up to `set_clock`.
+        Only where `kernel_irqchip` is true, as all up to `set_clock`.  Times are in ns from now;
+        while the VM is stopped, from when it was stopped.
         """
         raise NotImplementedError
 
@@ -166,6 +169,28 @@ class Accelerator:
 
     def set_clock(self, ns: int) -> None:
         """The inverse of `get_clock`, while the VM is stopped."""
+        raise NotImplementedError
+
+    # All of that at once, as the kernel has it: part 0 is that of vCPU 0 and so on, the last one
+    # that of what all vCPUs share.
+
+    def native_layout(self) -> Any:
+        """Equal, as plain data, for two accelerators that take each other's parts.
+
+        None where there is no such thing; where there is, the first call makes what it needs.
+        """
+        return None
+
+    def native_size(self, part: int) -> int:
+        """The bytes of a part."""
+        raise NotImplementedError
+
+    def get_native(self, part: int) -> bytes:
+        """Reads a part while the VM is stopped.  Raises KernelError."""
+        raise NotImplementedError
+
+    def set_native(self, part: int, data: bytes) -> None:
+        """The inverse of `get_native`, in force with `apply_state`."""
         raise NotImplementedError
 
     def apply_state(self) -> None:

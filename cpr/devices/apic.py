@@ -101,6 +101,10 @@ class LocalApic(Device):
         if self._index == 0:
             self._registers[LVT_LINT0] = EXTINT << MODE_SHIFT
 
+    @property
+    def of_accel(self) -> bool:
+        return self._platform is not None and self._platform.accel.kernel_irqchip
+
     def realize(self, platform: Platform) -> None:
         self._platform = platform
         if not platform.accel.kernel_irqchip:
@@ -130,7 +134,8 @@ class LocalApic(Device):
             self._platform.accel.set_apic(self._vcpu, self._page())
 
     def save(self) -> dict:
-        if self._platform is not None and self._platform.accel.kernel_irqchip:
+        if self.of_accel:
+            assert self._platform is not None
             registers = self._platform.accel.get_apic(self._vcpu)
         else:
             registers = self._page()

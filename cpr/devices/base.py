@@ -133,6 +133,11 @@ class Device:
     of_vcpu = False
     """Whether its state can be read only while the vCPU does not run."""
 
+    @property
+    def of_accel(self) -> bool:
+        """Whether its state is the accelerator's own, and among what that gives at once."""
+        return False
+
     def realize(self, platform: Platform) -> None:
         """Registers the device with the machine; its resources are freed by `unrealize`."""
 

@@ -6,8 +6,6 @@ are not run: what they hold follows from the time at which they were loaded.
 
 from __future__ import annotations
 
-import time
-
 from cpr.constants import NS_PER_S
 from cpr.devices.base import Device, check_range, check_time
 from cpr.devices.virtual_timer import LEAST_PERIOD_NS, VirtualTimer
@@ -219,6 +217,10 @@ class I8254(Device):
         self._platform: Platform | None = None
         self._timer: VirtualTimer | None = None
 
+    @property
+    def of_accel(self) -> bool:
+        return self._platform is not None and self._platform.accel.kernel_irqchip
+
     def realize(self, platform: Platform) -> None:
         self._platform = platform
         if not platform.accel.kernel_irqchip:
@@ -237,8 +239,12 @@ class I8254(Device):
             channel.reset(self.now(), number != 2)
         self.irq_disabled = 0
         self._set_timer()
+        if self.of_accel:
+            self.load_into_kernel()
 
     def save(self) -> dict:
+        if self.of_accel:
+            self._take_from_kernel()
         return {
             "channels[0].irq_disabled": self.irq_disabled,
             "channels": [
@@ -265,18 +271,16 @@ class I8254(Device):
             channel.count = channel.count or MOST_COUNT
         self.channels[0].next_transition_time = state["channels[0].next_transition_time"]
         self._set_timer()
+        if self.of_accel:
+            self.load_into_kernel()
 
     def on_run(self) -> None:
         if self._timer is not None:
             self._timer.start()
-        else:
-            self._load_into_kernel()
 
     def on_stop(self) -> None:
         if self._timer is not None:
             self._timer.stop()
-        else:
-            self._take_from_kernel()
 
     def now(self) -> int:
         return self._platform.clock.now() if self._platform is not None else 0
@@ -286,26 +290,27 @@ class I8254(Device):
         if self.channels[number].set_gate(gate, self.now()) and number == 0:
             self._update_irq(self.now())
 
-    def _load_into_kernel(self) -> None:
-        """Gives the in-kernel PIT this state; its times are of CLOCK_MONOTONIC."""
+    def load_into_kernel(self) -> None:
+        """Gives the in-kernel PIT this state; its times are from now."""
         assert self._platform is not None
-        offset = time.monotonic_ns() - self._platform.clock.now()
+        now = self.now()
         flags = KVM_HPET_LEGACY if self.irq_disabled else 0
         flags |= KVM_SPEAKER_DATA if self.speaker_data else 0
-        channels = self.save()["channels"]
-        for channel in channels:
-            channel["count_load_time"] += offset
+        channels = [
+            {name: getattr(channel, name) for name in Channel.__slots__}
+            | {"count_load_time": channel.count_load_time - now}
+            for channel in self.channels
+        ]
         self._platform.accel.set_irqchip("i8254", {"channels": channels, "flags": flags})
 
     def _take_from_kernel(self) -> None:
         assert self._platform is not None
-        now = self._platform.clock.now()
-        offset = now - time.monotonic_ns()
         state = self._platform.accel.get_irqchip("i8254")
+        now = self.now()
         for channel, saved in zip(self.channels, state["channels"], strict=True):
             for name, value in saved.items():
                 setattr(channel, name, value)
-            channel.count_load_time += offset
+            channel.count_load_time += now
             channel.next_transition_time = channel.transition_after(now)
         self.irq_disabled = int(bool(state["flags"] & KVM_HPET_LEGACY))
         self.speaker_data = int(bool(state["flags"] & KVM_SPEAKER_DATA))
@@ -384,6 +389,7 @@ class PcSpeaker(Device):
     def reset(self) -> None:
         self._pit.speaker_data = 0
         self._refresh = 0
+        self._pit_changed()
 
     def save(self) -> dict:
         return {"data_on": self._pit.speaker_data, "dummy_refresh_clock": self._refresh}
@@ -391,6 +397,11 @@ class PcSpeaker(Device):
     def restore(self, state: dict) -> None:
         self._pit.speaker_data = state["data_on"]
         self._refresh = state["dummy_refresh_clock"]
+        self._pit_changed()
+
+    def _pit_changed(self) -> None:
+        if self._pit.of_accel:
+            self._pit.load_into_kernel()
 
     def _read(self, offset: int, size: int) -> int:
         channel = self._pit.channels[2]

@@ -69,6 +69,10 @@ class I8259(Device):
         self._platform: Platform | None = None
         self._initialize()
 
+    @property
+    def of_accel(self) -> bool:
+        return self._platform is not None and self._platform.accel.kernel_irqchip
+
     def realize(self, platform: Platform) -> None:
         self._platform = platform
         if not platform.accel.kernel_irqchip:
@@ -86,16 +90,19 @@ class I8259(Device):
     def reset(self) -> None:
         self.elcr = 0
         self._initialize()
-        if self._platform is not None and self._platform.accel.kernel_irqchip:
+        if self.of_accel:
+            assert self._platform is not None
             self._platform.accel.set_irqchip(self._chip, self._fields())
 
     def save(self) -> dict:
-        if self._platform is not None and self._platform.accel.kernel_irqchip:
+        if self.of_accel:
+            assert self._platform is not None
             return self._platform.accel.get_irqchip(self._chip)
         return self._fields()
 
     def restore(self, state: dict) -> None:
-        if self._platform is not None and self._platform.accel.kernel_irqchip:
+        if self.of_accel:
+            assert self._platform is not None
             self._platform.accel.set_irqchip(self._chip, state)
             return
         for name in PIC_FIELDS:

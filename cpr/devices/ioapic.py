@@ -59,6 +59,10 @@ class IOApic(Device):
         self.irr = 0
         self.ioredtbl = [MASKED] * PINS
 
+    @property
+    def of_accel(self) -> bool:
+        return self._platform is not None and self._platform.accel.kernel_irqchip
+
     def realize(self, platform: Platform) -> None:
         self._platform = platform
         if not platform.accel.kernel_irqchip:
@@ -77,16 +81,19 @@ class IOApic(Device):
 
     def reset(self) -> None:
         self._clear()
-        if self._platform is not None and self._platform.accel.kernel_irqchip:
+        if self.of_accel:
+            assert self._platform is not None
             self._platform.accel.set_irqchip(CHIP, self._fields())
 
     def save(self) -> dict:
-        if self._platform is not None and self._platform.accel.kernel_irqchip:
+        if self.of_accel:
+            assert self._platform is not None
             return self._platform.accel.get_irqchip(CHIP)
         return self._fields()
 
     def restore(self, state: dict) -> None:
-        if self._platform is not None and self._platform.accel.kernel_irqchip:
+        if self.of_accel:
+            assert self._platform is not None
             self._platform.accel.set_irqchip(CHIP, state)
             return
         self.id = state["id"]

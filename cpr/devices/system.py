@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from cpr.accel import x86
 from cpr.devices.base import Device, check_range, check_time
-from cpr.state.vmstate import VMStateDescription, i64, u64, unused
+from cpr.state.vmstate import VMStateDescription, i64, u32, u64, unused, vbuffer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,6 +72,10 @@ class ParavirtualClock(Device):
     def realize(self, platform: Platform) -> None:
         self._accel = platform.accel
 
+    @property
+    def of_accel(self) -> bool:
+        return True
+
     def save(self) -> dict:
         return {"clock": self._accel.get_clock()}
 
@@ -89,6 +93,10 @@ class VCpuState(Device):
     def __init__(self, vcpu: VCpu) -> None:
         self.instance_id = vcpu.index
         self._vcpu = vcpu
+
+    @property
+    def of_accel(self) -> bool:
+        return True
 
     def reset(self) -> None:
         self._vcpu.set_state(x86.reset_state(self._vcpu.index))
@@ -113,3 +121,36 @@ def _segment(state: dict, name: str) -> dict:
     array, bracket, index = name.partition("[")
     segment: dict = state[array][int(index.rstrip("]"))] if bracket else state[array]
     return segment
+
+
+class NativeState(Device):
+    """A part of the accelerator's state as the kernel has it, for a VM on the same host.
+
+    It takes the place of the sections of the devices that are `of_accel`.
+    """
+
+    idstr = "x-cpr-native"
+    of_vcpu = True
+    vmstate = VMStateDescription("x-cpr-native", 1, 1, (u32("size"), vbuffer("data", "size")))
+
+    def __init__(self, part: int) -> None:
+        self.instance_id = part
+
+    def realize(self, platform: Platform) -> None:
+        self._accel = platform.accel
+
+    def needed(self) -> bool:
+        return self._accel.saves_native
+
+    def save(self) -> dict:
+        data = self._accel.get_native(self.instance_id)
+        return {"size": len(data), "data": data}
+
+    def check(self, state: dict) -> None:
+        if self._accel.native_layout() is None:
+            raise ValueError(f"-accel {self._accel.name} has no native state")
+        size = self._accel.native_size(self.instance_id)
+        check_range("size", state["size"], size, size)
+
+    def restore(self, state: dict) -> None:
+        self._accel.set_native(self.instance_id, state["data"])

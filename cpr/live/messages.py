@@ -1,8 +1,9 @@
 """What old and new image say to each other: JSON with descriptors beside it, over a socketpair.
 
-A message is one packet (SOCK_SEQPACKET): a byte that says where its text is, in the packet or, if
-it is long, in a memfd that is its first descriptor, then the text.  Descriptors that do not fit
-into one packet go before it, in packets of their own.
+A message is one packet (SOCK_SEQPACKET): a byte that says where its content is, in the packet or,
+if it is long, in a memfd that is its first descriptor, then the content.  That is the JSON and, if
+the message has bytes besides, a NUL and these.  Descriptors that do not fit into one packet go
+before it, in packets of their own.
 """
 
 from __future__ import annotations
@@ -16,20 +17,25 @@ from typing import Any
 from cpr.live import sealed
 
 INLINE, MEMFD, MORE = b"i", b"m", b"+"
-MOST_INLINE = 16 << 10  # bytes; far below what a socket buffer takes
-MOST_TEXT = 16 << 20  # bytes
+END_OF_TEXT = b"\0"  # which JSON never has
+MOST_INLINE = 64 << 10  # bytes; far below what a socket buffer takes
+MOST_CONTENT = 64 << 20  # bytes
 MOST_FDS = 200  # of one packet; the kernel's limit is 253 (SCM_MAX_FD)
 MOST_PACKETS = 6000  # of one message: 1200000 descriptors, more than a process has (fs.nr_open)
 ROOM = socket.CMSG_LEN((MOST_FDS + 1) * array.array("i").itemsize)
 
 
 class Message:
-    """`kind` and the other members of the JSON; `fds` are the receiver's, close-on-exec."""
+    """`kind` and the other members of the JSON, and the bytes besides.
 
-    def __init__(self, kind: str, body: dict[str, Any], fds: list[int]) -> None:
+    `fds` are the receiver's, close-on-exec.
+    """
+
+    def __init__(self, kind: str, body: dict[str, Any], fds: list[int], data: bytes = b"") -> None:
         self.kind = kind
         self.body = body
         self.fds = fds
+        self.data = data
 
     def close(self) -> None:
         """Closes the descriptors that nobody has taken out of `fds`."""
@@ -47,23 +53,27 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def send(sock: socket.socket, kind: str, body: dict[str, Any], fds: list[int]) -> None:
+def send(
+    sock: socket.socket, kind: str, body: dict[str, Any], fds: list[int], data: bytes = b""
+) -> None:
     """Sends one message; `fds` stay the caller's.  Raises Ended where nobody takes it."""
-    text = json.dumps({"kind": kind, **body}).encode()
+    content = json.dumps({"kind": kind, **body}).encode()
+    if data:
+        content += END_OF_TEXT + data
     memfd = -1
     try:
-        if len(text) > MOST_INLINE:
+        if len(content) > MOST_INLINE:
             memfd = sealed.create("cpr-message")
             with open(memfd, "wb", closefd=False) as file:
-                file.write(text)
+                file.write(content)
             sealed.seal(memfd)
-            fds, mark, text = [memfd, *fds], MEMFD, b""
+            fds, mark, content = [memfd, *fds], MEMFD, b""
         else:
             mark = INLINE
         while len(fds) > MOST_FDS:
             socket.send_fds(sock, [MORE], fds[:MOST_FDS])
             fds = fds[MOST_FDS:]
-        socket.send_fds(sock, [mark + text], fds)
+        socket.send_fds(sock, [mark + content], fds)
     except OSError as error:
         raise Ended(f"the other side takes nothing: {error.strerror}") from None
     finally:
@@ -106,17 +116,18 @@ def _receive_packet(sock: socket.socket, fds: list[int]) -> tuple[bytes, int]:
 
 
 def _decode(packet: bytes, fds: list[int]) -> Message:
-    mark, text = packet[:1], packet[1:]
+    mark, content = packet[:1], packet[1:]
     if not mark:
         raise Ended("the other side has hung up")
     if mark == MEMFD:
         memfd = fds.pop(0)
         try:
-            text = os.pread(memfd, sealed.check(memfd, MOST_TEXT), 0)
+            content = os.pread(memfd, sealed.check(memfd, MOST_CONTENT), 0)
         finally:
             os.close(memfd)
+    text, _, data = content.partition(END_OF_TEXT)
     body = json.loads(text)
-    return Message(str(body.pop("kind")), body, fds)
+    return Message(str(body.pop("kind")), body, fds, data)
 
 
 def _close(fds: list[int]) -> None:

@@ -265,13 +265,19 @@ class Update:
         except OSError:
             return False
 
-    def send(self, kind: str, body: dict[str, Any] | None = None, fds: Sequence[int] = ()) -> None:
+    def send(
+        self,
+        kind: str,
+        body: dict[str, Any] | None = None,
+        fds: Sequence[int] = (),
+        data: bytes = b"",
+    ) -> None:
         """Sends one message; `fds` stay the caller's.  Raises UpdateError."""
         from cpr.live import messages
 
         assert self._socket is not None
         try:
-            messages.send(self._socket, kind, body or {}, list(fds))
+            messages.send(self._socket, kind, body or {}, list(fds), data)
         except messages.Ended as error:
             raise UpdateError(str(error)) from None
         if kind == HAND_OVER:

@@ -173,6 +173,27 @@ class Channel:
                 os.close(fd)
 
 
+class MemoryChannel:
+    """What is written to it, or `data` to read from it, without a descriptor."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self._data = data
+        self._pieces: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self._pieces.append(data)
+
+    def written(self) -> bytes:
+        return b"".join(self._pieces)
+
+    def read(self, size: int) -> bytes:
+        data, self._data = self._data[:size], self._data[size:]
+        return data
+
+    def close(self) -> None:
+        pass
+
+
 def open_outgoing(address: dict, handed: Handed) -> Channel:
     """Opens the channel for writing; the caller owns it.
 

@@ -20,7 +20,6 @@ from cpr import runstate
 from cpr.constants import NS_PER_MS
 from cpr.errors import CprError, MigrationError
 from cpr.faults import point
-from cpr.live import sealed
 from cpr.live.old_image import Update
 from cpr.live.transaction import (
     BACK,
@@ -33,7 +32,7 @@ from cpr.live.transaction import (
 from cpr.mainloop import READ, WRITE
 from cpr.migration import savevm
 from cpr.migration.capabilities import Capabilities
-from cpr.migration.channel import Channel
+from cpr.migration.channel import MemoryChannel
 from cpr.migration.hand_over import check_protocol, send, send_state
 from cpr.migration.mode import EXEC, device_blockers
 from cpr.migration.placement import Placement
@@ -84,6 +83,7 @@ class EarlyUpdate:
         self._failure = ""
         self._sent: dict[tuple[str, int], int] = {}
         self._known: dict[tuple[str, int], bytes] = {}
+        self._native = False
         self._stopped = False
         self._closed = False
         self._placement = Placement.of(self._machine.threads)
@@ -175,6 +175,7 @@ class EarlyUpdate:
         if message.kind == HELLO:
             self._send_state(message)
         elif message.kind == READY:
+            self._native = bool(message.body.get("native"))
             self._state.set("active")
             if self._state.capabilities.enabled("pause-before-switchover"):
                 self._stop_timer()
@@ -193,59 +194,50 @@ class EarlyUpdate:
         check_protocol(message)
         machine, fds = self._machine, self._outgoing.fds
         self._sent = fds.serials()
-        self._known = {}
-        stream = _stream_memfd()
-        try:
-            if machine.runstate.current == runstate.RUNNING:
-                channel = Channel(os.dup(stream), "file")
-                self._known = savevm.save_running(machine, self._mode, channel)
-                sealed.seal(stream)
-            send_state(
-                self._update,
-                machine,
-                fds.state(),
-                self._failure,
-                self._placement,
-                self._known,
-                stream if self._known else -1,
-            )
-        finally:
-            os.close(stream)
+        stream, self._known = b"", {}
+        if machine.runstate.current == runstate.RUNNING:
+            stream, self._known = savevm.save_running(machine, self._mode)
+        send_state(
+            self._update,
+            machine,
+            fds.state(),
+            self._failure,
+            self._placement,
+            self._known,
+            stream,
+        )
 
     def _hand_over(self) -> None:
         """Stops the guest and sends what is left of it."""
         outgoing, machine, fds = self._outgoing, self._machine, self._outgoing.fds
         for reason in device_blockers(machine, EXEC):
             raise MigrationError(reason)
-        stream = _stream_memfd()
-        try:
-            channel = Channel(os.dup(stream), "file")
-            saver = savevm.Saver(machine, NONE, self._mode, channel)
-            saver.ram()
-            gc.disable()
-            machine.accel.saves_cpu_model = False
-            self._placement.hand_over(self._update.pid)
-            self._update.page.struct.stopped_ns = time.monotonic_ns()
-            self._stopped = True
-            outgoing.stop_guest()
-            machine.cpr_prepare(EXEC)
-            self._state.set("device")
-            bodies = saver.devices(outgoing.old_state, False, known=self._known)
-            channel.finish()
-            sealed.seal(stream)
-            serials = fds.serials()
-            changed = serials != self._sent
-            renewed = [key for key in serials if serials[key] != self._sent.get(key, 0)]
-            kept = [key for key, body in bodies.items() if self._known.get(key) == body]
-            body = {"changed": changed, "renewed": renewed, "kept": kept}
-            point("hand-over")
-            state = fds.state() if changed else None
-            send(self._update, HAND_OVER, body, state, stream)
-            self._placement.keep_away()  # nothing here goes before the new image from now on
-        except OSError as error:
-            raise MigrationError(f"memfd of the hand-over: {error.strerror}") from None
-        finally:
-            os.close(stream)
+        channel = MemoryChannel()
+        saver = savevm.Saver(machine, NONE, self._mode, channel)
+        saver.ram()
+        gc.disable()
+        machine.accel.saves_cpu_model = False
+        machine.accel.saves_native = self._native
+        self._placement.bring(self._update.pid)
+        self._update.page.struct.stopped_ns = time.monotonic_ns()
+        self._stopped = True
+        machine.events.hold()
+        machine.request_pause()
+        self._placement.hand_over()
+        outgoing.stop_guest()
+        machine.cpr_prepare(EXEC)
+        self._state.set("device")
+        bodies = saver.devices(outgoing.old_state, False, known=self._known)
+        serials = fds.serials()
+        changed = serials != self._sent
+        renewed = [key for key in serials if serials[key] != self._sent.get(key, 0)]
+        kept = [key for key, body in bodies.items() if self._known.get(key) == body]
+        body = {"changed": changed, "renewed": renewed, "kept": kept}
+        point("hand-over")
+        state = fds.state() if changed else None
+        send(self._update, HAND_OVER, body, state, channel.written())
+        self._placement.keep_away()  # nothing here goes before the new image from now on
+        machine.events.release()
         self._loop.watch(self._update.token, WRITE, self._on_commit)
 
     def _on_commit(self, events: int) -> None:
@@ -314,8 +306,10 @@ class EarlyUpdate:
         if self._stopped:
             self._stopped = False
             self._machine.accel.saves_cpu_model = True
+            self._machine.accel.saves_native = False
             gc.enable()
             self._loop.unwatch(self._update.token)
+            self._machine.events.release()
             self._outgoing.run_on()
 
     def cancel(self) -> None:
@@ -346,11 +340,3 @@ class EarlyUpdate:
         for fd in (self._update.fileno(), self._update.pidfd, self._update.token):
             self._loop.unwatch(fd)
         self._update.close()
-
-
-def _stream_memfd() -> int:
-    """The caller's.  Raises MigrationError."""
-    try:
-        return sealed.create("cpr-stream")
-    except OSError as error:
-        raise MigrationError(f"memfd of the hand-over: {error.strerror}") from None

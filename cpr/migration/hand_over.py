@@ -36,6 +36,7 @@ def describe(machine: Machine) -> dict[str, Any]:
             for device in machine.sections()
             if device.vmstate is not None and device.needed()
         ],
+        "native": machine.accel.native_layout(),
     }
 
 
@@ -85,11 +86,11 @@ def send_state(
     failure: str,
     placement: Placement,
     sections: Iterable[tuple[str, int]] = (),
-    stream: int = -1,
+    stream: bytes = b"",
 ) -> None:
     """Sends what a new VMM builds its machine from; `failure` is why the one before has failed.
 
-    `stream` is a memfd with the `sections` that could be saved while the guest runs, if there are.
+    `stream` has the `sections` that could be saved while the guest runs, if there are.
     """
     body = {
         "program": PROGRAM_VERSION,
@@ -102,15 +103,15 @@ def send_state(
     send(update, STATE, body, state, stream)
 
 
-def send(update: Update, kind: str, body: dict, state: CprState | None, stream: int = -1) -> None:
-    """Sends a message of this kind with a CPR state, and the stream's memfd in front of it."""
-    data, fds = b"", [stream] if stream >= 0 else []
+def send(update: Update, kind: str, body: dict, state: CprState | None, stream: bytes) -> None:
+    """Sends a message of this kind with a CPR state, if there is one, and the stream."""
+    data, fds = b"", []
     if state is not None:
         for piece, fd in cpr_channel.messages(state):
             data += piece
             fds += [fd] if fd >= 0 else []
         body = {**body, "descriptors": [identify(fd) for _, _, fd in state.fds]}
-    update.send(kind, {**body, "cpr": data.hex()}, fds)
+    update.send(kind, {**body, "cpr": data.hex()}, fds, stream)
 
 
 def identify(fd: int) -> list[int]:

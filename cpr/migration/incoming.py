@@ -14,16 +14,13 @@ from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.faults import point
 from cpr.migration import address as addresses
 from cpr.migration import channel, loadvm
-from cpr.migration.capabilities import Capabilities
 from cpr.phases import mark
 from cpr.report import carefully, error_report, exception_report
 from cpr.state.reader import StreamError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Sequence
-
-    Sections = Container[tuple[str, int]]
+    from collections.abc import Callable, Sequence
 
     from cpr.machine import Machine
     from cpr.mainloop import MainLoop
@@ -135,7 +132,7 @@ class Incoming:
             source = channel.open_incoming(address, self._handed)
         except MigrationError as error:
             raise ConfigError(str(error)) from None
-        self.load(source)
+        self._load(source)
 
     def start(self, address: dict, exit_on_error: bool) -> None:
         """Waits for a source on a socket, or opens the channel, and loads.
@@ -161,7 +158,7 @@ class Incoming:
         self._hang_up()
         self.started = True
         # After this round of the loop: the answer to migrate-incoming goes out before `active`.
-        self._loop.call_soon(lambda: self._or_exit(lambda: self.load(source), exit_on_error))
+        self._loop.call_soon(lambda: self._or_exit(lambda: self._load(source), exit_on_error))
 
     def check(self) -> None:
         """Raises MigrationError where migrate-incoming has no place."""
@@ -189,7 +186,7 @@ class Incoming:
         source = self._source = listener.accept()
         if self._closing:  # which has not seen this source
             source.shutdown()
-        return self._read(source)
+        return self._read_stream(source)
 
     def _end_on_loop(self, step: Callable[[], None]) -> None:
         if not self._closing:
@@ -239,32 +236,33 @@ class Incoming:
             error_report(text)
             self._machine.request_exit(1)
 
-    def load(self, source: channel.Channel, loaded: Sections | None = None) -> None:
-        """Loads the stream and brings the VM up as it was.  On the main loop, or before it runs.
+    def take(self, load: Callable[[], str]) -> None:
+        """Brings the VM up by what `load()` loads, which returns the state that the guest was in.
 
-        One that is handed over by an old image has no description, no capabilities, and no section
-        that was `loaded` before and has not changed.
+        On the main loop, or before it runs.
         """
-        self._bring_up(self._read(source, loaded))
+        self._bring_up(self._read(load))
 
-    def _read(self, source: channel.Channel, loaded: Sections | None = None) -> str:
+    def _load(self, source: channel.Channel) -> None:
+        self._bring_up(self._read_stream(source))
+
+    def _read_stream(self, source: channel.Channel) -> str:
         """Loads the stream and closes it; returns the state in which the guest was."""
+        try:
+            return self._read(lambda: loadvm.load(self._machine, self._state.capabilities, source))
+        finally:
+            source.close()
+
+    def _read(self, load: Callable[[], str]) -> str:
         mark("load")
         self._set_status("active")
         try:
-            if loaded is None:
-                old_state = loadvm.load(self._machine, self._state.capabilities, source)
-            else:
-                old_state = loadvm.load(
-                    self._machine, Capabilities(), source, described=False, loaded=loaded
-                )
+            old_state = load()
         except StreamError as error:
             for line in error.stderr:
                 error_report(line)
             text = f"{PREFIX}{os.strerror(error.errno)}: {error}"
             raise MigrationError(text) from None
-        finally:
-            source.close()
         self._fds.incoming = False
         if self.listener is not None:
             from cpr.migration.cpr_transfer import HAND_OVER_NS, take_guest

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from cpr import report
 from cpr.errors import ConfigError
+from cpr.migration.channel import Channel, MemoryChannel
 from cpr.migration.globalstate import (
     VMSTATE_GLOBALSTATE,
     decode_runstate,
@@ -25,67 +26,95 @@ if TYPE_CHECKING:
     from cpr.devices.base import Device
     from cpr.machine import Machine
     from cpr.migration.capabilities import Capabilities
-    from cpr.migration.channel import Channel
+
+
+class Loader:
+    """Loads streams into a stopped machine, whose devices are all there when it is made."""
+
+    def __init__(self, machine: Machine, capabilities: Capabilities) -> None:
+        self._machine = machine
+        self._capabilities = capabilities
+        self._enabled = {entry["capability"]: entry["state"] for entry in capabilities.query()}
+        self._devices = {(d.idstr, d.instance_id): d for d in machine.sections()}
+        self._versions = {
+            key: device.vmstate.version_id
+            for key, device in self._devices.items()
+            if device.vmstate is not None
+        }
+        self._versions[ram_section.IDSTR, ram_section.INSTANCE_ID] = ram_section.VERSION_ID
+        self._versions[VMSTATE_GLOBALSTATE.name, 0] = VMSTATE_GLOBALSTATE.version_id
+        self._required = [key for key, device in self._devices.items() if device.required]
+
+    def load(
+        self,
+        channel: Channel | MemoryChannel,
+        described: bool = True,
+        complete: bool = True,
+        loaded: Container[tuple[str, int]] = (),
+    ) -> str:
+        """Returns the run state that the source was in.
+
+        `described`: the description that only tools read is expected at the stream's end.
+        `complete`: every device that requires it has its section, here or in what was `loaded`
+        before.  Raises StreamError for a stream that is not this machine's; then no device has
+        changed.
+        """
+        machine = self._machine
+        reader = StreamReader(channel.read)
+        reader.header()
+        warnings = reader.configuration().check(
+            machine.config.machine_type, self._enabled, encode_uuid(machine)
+        )
+        states, had_pages = self._read(reader, channel)
+        check_content(machine, had_pages)
+        for key in self._required if complete else ():
+            if key not in states and key not in loaded:
+                raise StreamError(f"there is no section '{key[0]}' instance {key[1]} in the stream")
+        if described:
+            reader.vmdescription()
+        for warning in (*warnings, *reader.warnings):
+            report.error_report(warning)
+        _apply(machine, states)
+        return decode_runstate(machine, states.get((VMSTATE_GLOBALSTATE.name, 0)))
+
+    def _read(
+        self, reader: StreamReader, channel: Channel | MemoryChannel
+    ) -> tuple[dict[tuple[str, int], dict], bool]:
+        """The devices' states, checked, and whether there were pages, which are in RAM now."""
+        machine, capabilities = self._machine, self._capabilities
+        states: dict[tuple[str, int], dict] = {}
+        ignored = capabilities.enabled("x-ignore-shared")
+        ram = ram_section.RamDecoder(list_blocks(machine), ignored)
+        bulk, had_pages = BulkLoader(machine.blocks), False
+        ram.bulk = bulk.take
+        if isinstance(channel, Channel) and capabilities.enabled("mapped-ram"):
+            cleared = {b.idstr for b in machine.blocks if b.stale and not (ignored and b.reopened)}
+            ram.mapped = MappedLoader(machine.blocks, cleared, channel).take
+        try:
+            for section in reader.sections(self._versions):
+                key = (section.idstr, section.instance_id)
+                device = self._devices.get(key)
+                try:
+                    if section.idstr == ram_section.IDSTR:
+                        had_pages |= load_pages(machine, ram, reader, section.version_id)
+                        continue
+                    vmstate = VMSTATE_GLOBALSTATE if device is None else device.vmstate
+                    assert vmstate is not None
+                    states[key] = vmstate.decode(reader, section.version_id)
+                    if device is not None:
+                        _check(device, states[key])
+                except StreamError as error:
+                    raise section.failure(error) from None
+        finally:
+            bulk.close()
+        return states, had_pages
 
 
 def load(
-    machine: Machine,
-    capabilities: Capabilities,
-    channel: Channel,
-    described: bool = True,
-    complete: bool = True,
-    loaded: Container[tuple[str, int]] = (),
+    machine: Machine, capabilities: Capabilities, channel: Channel, described: bool = True
 ) -> str:
-    """Loads a stream into a stopped machine; returns the run state that the source was in.
-
-    `described`: the description that only tools read is expected at its end.  `complete`: every
-    device that requires it has its section, here or in what was `loaded` before.
-
-    Raises StreamError for a stream that is not this machine's; then no device has changed.
-    """
-    reader = StreamReader(channel.read)
-    reader.header()
-    configuration = reader.configuration()
-    enabled = {entry["capability"]: entry["state"] for entry in capabilities.query()}
-    warnings = configuration.check(machine.config.machine_type, enabled, encode_uuid(machine))
-    devices = {(d.idstr, d.instance_id): d for d in machine.sections()}
-    versions = {key: d.vmstate.version_id for key, d in devices.items() if d.vmstate is not None}
-    versions[ram_section.IDSTR, ram_section.INSTANCE_ID] = ram_section.VERSION_ID
-    versions[VMSTATE_GLOBALSTATE.name, 0] = VMSTATE_GLOBALSTATE.version_id
-    states: dict[tuple[str, int], dict] = {}
-    ram = ram_section.RamDecoder(list_blocks(machine), capabilities.enabled("x-ignore-shared"))
-    bulk, had_pages = BulkLoader(machine.blocks), False
-    ram.bulk = bulk.take
-    if capabilities.enabled("mapped-ram"):
-        ignored = capabilities.enabled("x-ignore-shared")
-        cleared = {b.idstr for b in machine.blocks if b.stale and not (ignored and b.reopened)}
-        ram.mapped = MappedLoader(machine.blocks, cleared, channel).take
-    try:
-        for section in reader.sections(versions):
-            key = (section.idstr, section.instance_id)
-            try:
-                if section.idstr == ram_section.IDSTR:
-                    had_pages |= load_pages(machine, ram, reader, section.version_id)
-                else:
-                    vmstate = devices[key].vmstate if key in devices else VMSTATE_GLOBALSTATE
-                    assert vmstate is not None
-                    states[key] = vmstate.decode(reader, section.version_id)
-                    if key in devices:
-                        _check(devices[key], states[key])
-            except StreamError as error:
-                raise section.failure(error) from None
-    finally:
-        bulk.close()
-    check_content(machine, had_pages)
-    for key, device in devices.items():
-        if complete and device.required and key not in states and key not in loaded:
-            raise StreamError(f"there is no section '{key[0]}' instance {key[1]} in the stream")
-    if described:
-        reader.vmdescription()
-    for warning in (*warnings, *reader.warnings):
-        report.error_report(warning)
-    _apply(machine, states)
-    return decode_runstate(machine, states.get((VMSTATE_GLOBALSTATE.name, 0)))
+    """Loads a whole stream, as Loader.load."""
+    return Loader(machine, capabilities).load(channel, described)
 
 
 def _check(device: Device, state: dict) -> None:

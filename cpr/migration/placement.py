@@ -48,12 +48,15 @@ class Placement:
         """Moves the caller's thread, and what it starts; the inverse is `give_back`."""
         _move(self._away)
 
-    def hand_over(self, new_image: int) -> None:
-        """Moves the caller's thread and the main thread of the new image, which waits, to the CPUs
-        of the guest, which is about to be stopped."""
+    def bring(self, new_image: int) -> None:
+        """Moves the main thread of the new image, which waits, to the CPUs of the guest."""
+        if self._away:
+            _move(self._own - self._away, new_image)
+
+    def hand_over(self) -> None:
+        """Moves the caller's thread to the CPUs of the guest, whose vCPUs are leaving them."""
         if self._away:
             _move(self._own - self._away)
-            _move(self._own - self._away, new_image)
 
     def give_back(self) -> None:
         """The caller's thread may run where the main thread might before the update."""

@@ -13,6 +13,7 @@ from cpr.accel.x86 import VMSTATE_CPU
 from cpr.constants import PROGRAM_VERSION
 from cpr.errors import KernelError
 from cpr.migration.capabilities import Capabilities
+from cpr.migration.channel import Channel, MemoryChannel
 from cpr.migration.globalstate import (
     VMSTATE_GLOBALSTATE,
     encode_runstate,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from cpr.devices.base import Device
     from cpr.machine import Machine
-    from cpr.migration.channel import Channel
     from cpr.migration.mode import Mode
     from cpr.ram import RAMBlock
 
@@ -45,14 +45,19 @@ def prepare() -> None:
 
 
 class Saver:
-    """Writes the stream of a machine, which is stopped before anything of the guest's is read."""
+    """Writes the stream of a machine, which is stopped before anything of the guest's is read.
+
+    `devices` are all of the machine's, where nothing else is said.  A stream in memory has no
+    pages.
+    """
 
     def __init__(
         self,
         machine: Machine,
         capabilities: Capabilities,
         mode: Mode,
-        channel: Channel,
+        channel: Channel | MemoryChannel,
+        devices: list[Device] | None = None,
     ) -> None:
         self.counters = RamCounters()
         self._channel = channel
@@ -63,9 +68,10 @@ class Saver:
         self._ignore_shared = capabilities.enabled("x-ignore-shared")
         self._mode = mode
         self._writer = StreamWriter(channel.write)
+        self._devices = machine.sections() if devices is None else devices
 
     def ram(self) -> None:
-        """The header, the list of blocks, and the pages that the mode sends."""
+        """The header and all of RAM: the list of blocks, and the pages that the mode sends."""
         writer = self._writer
         writer.header()
         machine_type = self._machine.config.machine_type
@@ -82,6 +88,7 @@ class Saver:
         for block in blocks:
             writer.write(ram_section.block_entry(block, ignore))
             if self._mapped:
+                assert isinstance(self._channel, Channel)
                 layouts.append(mapped_ram.Layout.at(self._channel.tell(), block.used_length))
                 writer.write(layouts[-1].header())
                 self._channel.seek(layouts[-1].end)
@@ -91,20 +98,24 @@ class Saver:
             self._place_pages(sent, dict(zip([b.idstr for b in blocks], layouts, strict=True)))
         else:
             self._write_pages(sent)
+        writer.command(stream.SWITCHOVER_START)
+        writer.end(RAM_SECTION_ID, ram_section.END)
 
     def _place_pages(self, blocks: list[RAMBlock], layouts: dict[str, mapped_ram.Layout]) -> None:
         """mapped-ram: every page that is not zero at its place in the file, and the bitmaps."""
         from cpr.pages import PagePool, Pages
 
+        channel = self._channel
+        assert isinstance(channel, Channel)
         with PagePool() as pool:
             for block in blocks:
                 layout, pages = layouts[block.idstr], Pages.of_block(block)
-                self._channel.call_on_shutdown(pages.cancel)
+                channel.call_on_shutdown(pages.cancel)
                 present = bytearray(layout.bitmap_size)
-                counts = pool.save(pages, self._channel.fd, layout.pages_offset, present)
+                counts = pool.save(pages, channel.fd, layout.pages_offset, present)
                 self.counters.duplicate += counts.zero
                 self.counters.normal += counts.normal
-                os.pwrite(self._channel.fd, present, layout.bitmap_offset)
+                os.pwrite(channel.fd, present, layout.bitmap_offset)
 
     def _write_pages(self, blocks: list[RAMBlock]) -> None:
         """Writes all the pages of `blocks`, from where they are to the channel's descriptor."""
@@ -113,6 +124,7 @@ class Saver:
         from cpr.pages import PagePool, Pages, RecordWriter
 
         writer, channel = self._writer, self._channel
+        assert isinstance(channel, Channel)
         with PagePool() as pool:
             for block in blocks:
                 pages = Pages.of_block(block)
@@ -135,7 +147,6 @@ class Saver:
         self,
         old_state: str,
         described: bool = True,
-        devices: list[Device] | None = None,
         known: Mapping[tuple[str, int], bytes] | None = None,
     ) -> dict[tuple[str, int], bytes]:
         """The devices, the run state and, if it is `described`, the description: all the rest.
@@ -144,19 +155,17 @@ class Saver:
         which the reader has the same body already, in `known`, is left out; one of which it has
         another is there also where the device no longer needs it.  Returns the bodies of
         all the devices' sections by idstr and instance.
-        `devices` are all of the machine's, where nothing else is said.
         """
         writer, machine = self._writer, self._machine
         bodies: dict[tuple[str, int], bytes] = {}
-        writer.command(stream.SWITCHOVER_START)
-        writer.end(RAM_SECTION_ID, ram_section.END)
         with machine.lock:
-            every = machine.sections() if devices is None else devices
             known = known or {}
+            native = machine.accel.saves_native
             saved = [
                 device
-                for device in every
-                if device.needed() or (device.idstr, device.instance_id) in known
+                for device in self._devices
+                if not (native and device.of_accel)
+                and (device.needed() or (device.idstr, device.instance_id) in known)
             ]
             for number, device in enumerate(saved):
                 vmstate, state = device.vmstate, device.save()
@@ -174,20 +183,20 @@ class Saver:
         return bodies
 
 
-def save_running(machine: Machine, mode: Mode, channel: Channel) -> dict[tuple[str, int], bytes]:
+def save_running(machine: Machine, mode: Mode) -> tuple[bytes, dict[tuple[str, int], bytes]]:
     """What of a machine can be saved while its guest runs: all but its vCPUs and host devices.
 
     Most of it stays as it is to the hand-over, and need not be sent again then.  It also makes that
-    run warm code.  Returns the bodies as `Saver.devices` does.
+    run warm code.  Returns the stream, and the bodies as `Saver.devices` does.
     """
     _check_no_ram(machine, mode)
-    saver = Saver(machine, Capabilities(), mode, channel)
-    saver.ram()
+    channel = MemoryChannel()
     devices = [device for device in machine.sections() if device.plain and not device.of_vcpu]
-    bodies = saver.devices(runstate.RUNNING, False, devices)
-    channel.finish()
+    saver = Saver(machine, Capabilities(), mode, channel, devices)
+    saver.ram()
+    bodies = saver.devices(runstate.RUNNING, False)
     VMSTATE_CPU.encode(machine.vcpu_state(0))
-    return bodies
+    return channel.written(), bodies
 
 
 def warm_up(machine: Machine, mode: Mode) -> None:
@@ -196,24 +205,16 @@ def warm_up(machine: Machine, mode: Mode) -> None:
     Nothing changes by that; a hand-over then does nothing for the first time, for which the guest
     would stand still: imports, caches, pages of memory.
     """
-    from cpr.migration import loadvm
-    from cpr.migration.channel import Channel
+    from cpr.migration.loadvm import Loader
 
     _check_no_ram(machine, mode)
-    fd = os.memfd_create("cpr-warm-up")
-    channel = Channel(os.dup(fd), "file")
-    source = Channel(fd, "file")
-    try:
-        saver = Saver(machine, Capabilities(), mode, channel)
-        saver.ram()
-        devices = [device for device in machine.sections() if device.plain]
-        saver.devices(runstate.RUNNING, False, devices)
-        channel.flush()
-        os.lseek(fd, 0, os.SEEK_SET)
-        loadvm.load(machine, Capabilities(), source, described=False, complete=False)
-    finally:
-        source.close()
-        channel.close()
+    channel = MemoryChannel()
+    devices = [device for device in machine.sections() if device.plain]
+    saver = Saver(machine, Capabilities(), mode, channel, devices)
+    saver.ram()
+    saver.devices(runstate.RUNNING, False)
+    source = MemoryChannel(channel.written())
+    Loader(machine, Capabilities()).load(source, described=False, complete=False)
 
 
 def _check_no_ram(machine: Machine, mode: Mode) -> None:

@@ -12,6 +12,7 @@ from cpr.uapi.fd import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
 DEVICE = "/dev/kvm"
@@ -134,11 +135,66 @@ def get_dirty_log(vm: Fd, slot: int, bitmap: bytearray) -> None:
     vm.ioctl(lib.KVM_GET_DIRTY_LOG, "KVM_GET_DIRTY_LOG", log)
 
 
-def get_struct(fd: Fd, name: str, operation: str, request: int) -> Any:
-    """Reads one fixed-size kernel struct, returned as an owning cdata pointer."""
-    struct = ffi.new(f"struct {name} *")
-    fd.ioctl(request, operation, struct)
-    return struct
+class StateStruct:
+    """A part of a VM's or a vCPU's state: a struct that KVM_GET_… reads and KVM_SET_… writes."""
+
+    __slots__ = ("_get", "_name", "_set", "kind")
+
+    def __init__(self, kind: str, name: str) -> None:
+        """`kind` is the struct's name in C, `name` what comes after KVM_GET_."""
+        self.kind = kind
+        self._name = name
+        self._get: int = getattr(lib, f"KVM_GET_{name}")
+        self._set: int = getattr(lib, f"KVM_SET_{name}")
+
+    def name(self, reading: bool) -> str:
+        return f"KVM_{'GET' if reading else 'SET'}_{self._name}"
+
+    def request(self, reading: bool) -> int:
+        return self._get if reading else self._set
+
+    def new(self) -> Any:
+        """An empty one, as an owning cdata pointer."""
+        return ffi.new(f"struct {self.kind} *")
+
+    def get(self, fd: Fd) -> Any:
+        """Reads it, into a new one."""
+        struct = self.new()
+        self.read(fd, struct)
+        return struct
+
+    def read(self, fd: Fd, struct: Any) -> None:
+        fd.ioctl(self._get, self.name(True), struct)
+
+    def set(self, fd: Fd, struct: Any) -> None:
+        fd.ioctl(self._set, self.name(False), struct)
+
+
+MSRS = StateStruct("kvm_msrs", "MSRS")
+
+
+class Calls:
+    """A list of ioctls that are called in their order, in one go; arguments are the caller's."""
+
+    def __init__(self, calls: Sequence[tuple[Fd, str, int, Any]]) -> None:
+        """(descriptor, name for errors, request, pointer) of each."""
+        self._names = [f"{name} on {fd.name}" for fd, name, _, _ in calls]
+        self._calls = ffi.new("struct cpr_ioctl[]", len(calls))
+        self._kept = [pointer for _, _, _, pointer in calls]
+        self._places = {request: place for place, (_, _, request, _) in enumerate(calls)}
+        for native, (fd, _, request, pointer) in zip(self._calls, calls, strict=True):
+            native.fd, native.request, native.argument = fd.number, request, pointer
+
+    def run(self, asked: int | None = None) -> int:
+        """Returns what the one with the request `asked` has returned.
+
+        Raises KernelError for the first that fails, after which none is called.
+        """
+        count = len(self._names)
+        done = lib.cpr_ioctls(self._calls, count)
+        if done < count:
+            raise KernelError(self._names[done], -self._calls[done].result)
+        return 0 if asked is None else int(self._calls[self._places[asked]].result)
 
 
 def supported_cpuid(device: Fd) -> Any:
@@ -192,27 +248,28 @@ def msr_array(entries: list[tuple[int, int]]) -> Any:
     return msrs
 
 
-def get_tsc_offset(vcpu: Fd) -> int:
-    """What the vCPU's TSC is ahead of the host's, modulo 2^64.
+class TscOffset:
+    """What a vCPU's TSC is ahead of the host's, modulo 2^64."""
 
-    Raises KernelError before Linux 5.16.
-    """
-    offset = ffi.new("uint64_t *")
-    _tsc_offset(vcpu, offset, lib.KVM_GET_DEVICE_ATTR, "KVM_GET_DEVICE_ATTR of the TSC's offset")
-    return int(offset[0])
+    def __init__(self, vcpu: Fd) -> None:
+        """`vcpu` stays the caller's.  Raises KernelError before Linux 5.16."""
+        self._vcpu = vcpu
+        self._value = ffi.new("uint64_t *")
+        self._attribute = ffi.new("struct kvm_device_attr *", {"group": lib.KVM_VCPU_TSC_CTRL})
+        self._attribute.attr = lib.KVM_VCPU_TSC_OFFSET
+        self._attribute.addr = int(ffi.cast("uintptr_t", self._value))
+        self.get()
 
+    def get(self) -> int:
+        self._call(lib.KVM_GET_DEVICE_ATTR, "KVM_GET_DEVICE_ATTR of the TSC's offset")
+        return int(self._value[0])
 
-def set_tsc_offset(vcpu: Fd, offset: int) -> None:
-    """The inverse of `get_tsc_offset`."""
-    value = ffi.new("uint64_t *", offset)
-    _tsc_offset(vcpu, value, lib.KVM_SET_DEVICE_ATTR, "KVM_SET_DEVICE_ATTR of the TSC's offset")
+    def set(self, offset: int) -> None:
+        self._value[0] = offset
+        self._call(lib.KVM_SET_DEVICE_ATTR, "KVM_SET_DEVICE_ATTR of the TSC's offset")
 
-
-def _tsc_offset(vcpu: Fd, value: Any, request: int, operation: str) -> None:
-    attribute = ffi.new("struct kvm_device_attr *", {"group": lib.KVM_VCPU_TSC_CTRL})
-    attribute.attr = lib.KVM_VCPU_TSC_OFFSET
-    attribute.addr = int(ffi.cast("uintptr_t", value))
-    vcpu.ioctl(request, operation, attribute)
+    def _call(self, request: int, operation: str) -> None:
+        self._vcpu.ioctl(request, operation, self._attribute)
 
 
 # Interrupts by eventfd, and VFIO.

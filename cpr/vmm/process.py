@@ -197,8 +197,7 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     savevm.warm_up(vmm.machine, KeepsRam(EXEC))
     arrival.load_sections(vmm.machine)
     mark("ready")
-    source, loaded = arrival.receive_guest(fds)
-    incoming.load(source, loaded)
+    incoming.take(arrival.receive_guest(fds))
     for step in (
         arrival.placement.keep_away,
         lambda: predecessor.wait_hang_up(HANG_UP_NS),

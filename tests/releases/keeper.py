@@ -48,6 +48,7 @@ def keep_hand_over(folder: Path) -> None:
         text: dict[str, Any] = {"body": message.body, "descriptors": len(message.fds)}
         text["sealed"] = [is_sealed(fd) for fd in message.fds]
         (folder / f"{message.kind}.json").write_text(json.dumps(text, indent=1) + "\n")
+        keep(folder / f"{message.kind}.stream.gz", message.data)
         keep_descriptors(folder, message)  # now that the guest stands still
     predecessor.refuse("everything is kept")
 

@@ -105,6 +105,7 @@ class HandOver:
                 self.ram = data
         if "descriptors" in body:
             body["descriptors"] = [identify(fd) for fd in fds[first:]]
-        self._update.send(body.pop("kind", kind), body, fds)
+        stream = content(self._folder / f"{kind}.stream.gz")
+        self._update.send(body.pop("kind", kind), body, fds, stream)
         for fd in fds:
             os.close(fd)

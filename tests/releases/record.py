@@ -55,7 +55,9 @@ def record_updates(accel: str, folder: Path) -> None:
         wait_for(lambda: status(vm) == "failed", "the late update has failed")
         compress(stream)
         vm.ask("cpr-exec", command=[*command, "run"])
-        wait_for(lambda: (folder / "hand-over.1.gz").exists() or status(vm) == "failed", "kept")
+        wait_for(
+            lambda: (folder / "hand-over.stream.gz").exists() or status(vm) == "failed", "kept"
+        )
         wait_for(lambda: status(vm) == "failed", "the early update has failed")
 
 

@@ -13,6 +13,8 @@ from cpr.accel import base
 from cpr.accel.kvm import chips, cpuid, msrs, state
 from cpr.accel.kvm.clocks import Clocks
 from cpr.accel.kvm.interrupts import KvmInterrupts
+from cpr.accel.kvm.native import Native
+from cpr.accel.kvm.pit import Pit
 from cpr.accel.kvm.vcpu import KvmVCpu
 from cpr.constants import PAGE_SIZE
 from cpr.errors import KernelError
@@ -64,6 +66,7 @@ class KvmAccelerator(base.Accelerator):
         self._slots: dict[tuple[int, int], Memslot] = {}
         self.clocks: Clocks = Clocks(self)
         self._given_chips: dict[str, dict] = {}
+        self._native: Native | None = None
         self._host_tsc_khz: int | None = None
         self._supported_cpuid: Cpuid | None = None
         self._msr_indices: list[int] | None = None
@@ -75,6 +78,7 @@ class KvmAccelerator(base.Accelerator):
             self.device.close()
             raise
         self.interrupts = KvmInterrupts(self.vm)
+        self.pit: Pit = Pit(self.vm)
         self.run_size = kvm.vcpu_mmap_size(self.device)
         self.vm.ioctl(lib.KVM_SET_TSS_ADDR, "KVM_SET_TSS_ADDR", TSS_ADDRESS)
         identity = ffi.new("uint64_t *", IDENTITY_MAP_ADDRESS)
@@ -168,10 +172,15 @@ class KvmAccelerator(base.Accelerator):
 
     def get_irqchip(self, chip: str) -> dict:
         self.apply_state()
+        if chip == "i8254":
+            return self.pit.get_fields()
         return chips.get_chip(self.vm, chip)
 
     def set_irqchip(self, chip: str, state: dict) -> None:
-        self._given_chips[chip] = state
+        if chip == "i8254":
+            self.pit.set_fields(state)
+        else:
+            self._given_chips[chip] = state
 
     def get_apic(self, vcpu: base.VCpu) -> bytes:
         assert isinstance(vcpu, KvmVCpu)
@@ -192,13 +201,36 @@ class KvmAccelerator(base.Accelerator):
             vcpu.apply_state()
         given, self._given_chips = self._given_chips, {}
         state.write_chips(self.vm, given)
+        if self._native is not None:
+            for each in self._native.parts:
+                each.apply()
+
+    @property
+    def native(self) -> Native:
+        """What reads and writes the whole state at once; made when it is first asked for."""
+        if self._native is None:
+            self._native = Native(self)
+        return self._native
+
+    def native_layout(self) -> Any:
+        return self.native.layout()
+
+    def native_size(self, part: int) -> int:
+        return self.native.parts[part].size
+
+    def get_native(self, part: int) -> bytes:
+        self.apply_state()
+        return self.native.parts[part].get()
+
+    def set_native(self, part: int, data: bytes) -> None:
+        self.native.parts[part].give(data)
 
     def stop_time(self, now_ns: int) -> None:
-        state.hold_time(self)
+        state.hold_time(self, now_ns)
 
     def start_time(self, now_ns: int, advance_ns: int = 0) -> None:
         self.apply_state()
-        state.release_time(self, advance_ns)
+        state.release_time(self, now_ns, advance_ns)
 
     def host_tsc_khz(self) -> int:
         """The frequency of a TSC that KVM does not scale; 0 where it does not tell."""

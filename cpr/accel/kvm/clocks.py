@@ -9,9 +9,8 @@ frequency), the TSC is read and written right after the clock, as an MSR.
 
 from __future__ import annotations
 
-from cpr._native._cpr import ffi, lib
+from cpr._native._cpr import lib
 from cpr.accel.kvm import msrs
-from cpr.errors import KernelError
 from cpr.uapi import kvm
 
 TYPE_CHECKING = False
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from cpr.accel.kvm.accelerator import KvmAccelerator
     from cpr.accel.kvm.vcpu import KvmVCpu
 
+CLOCK = kvm.StateStruct("kvm_clock_data", "CLOCK")
 KHZ_NS = 1_000_000
 """A clock of 1 kHz ticks once in so many ns."""
 
@@ -33,6 +33,7 @@ class Clocks:
 
     def __init__(self, accel: KvmAccelerator) -> None:
         self._accel = accel
+        self._clock = CLOCK.new()
         self.held: int | None = None
         self._instant: int | None = None  # of the host's TSC, or None where that is unknown
         self._elapsed_ns = 0  # since the clock was let go
@@ -42,7 +43,8 @@ class Clocks:
         return self._read() if self.held is None else self.held
 
     def _read(self) -> int:
-        clock = kvm.get_struct(self._accel.vm, "kvm_clock_data", "KVM_GET_CLOCK", lib.KVM_GET_CLOCK)
+        clock = self._clock
+        CLOCK.read(self._accel.vm, clock)
         self._instant = int(clock.host_tsc) if clock.flags & lib.KVM_CLOCK_HOST_TSC else None
         return int(clock.clock)
 
@@ -59,7 +61,7 @@ class Clocks:
         offset = self._offset(vcpu) if self._instant is not None else None
         if self._instant is None or offset is None:
             return msrs.read_tsc(vcpu)
-        return self._instant + offset & U64
+        return self._instant + offset.get() & U64
 
     def release_clock(self, advance_ns: int) -> None:
         """Lets the clock go, `advance_ns` ahead of where it was held.
@@ -68,8 +70,9 @@ class Clocks:
         """
         started = self.held
         if self.held is not None:
-            clock = ffi.new("struct kvm_clock_data *", {"clock": self.held + advance_ns})
-            self._accel.vm.ioctl(lib.KVM_SET_CLOCK, "KVM_SET_CLOCK", clock)
+            clock = CLOCK.new()
+            clock.clock = self.held + advance_ns
+            CLOCK.set(self._accel.vm, clock)
             self.held = None
         now = self._read()
         self._elapsed_ns = now - started if started is not None else 0
@@ -81,17 +84,12 @@ class Clocks:
             if held is None:
                 continue
             khz = vcpu.tsc_khz()
-            if self._instant is not None and self._offset(vcpu) is not None:
+            if self._instant is not None and (offset := self._offset(vcpu)) is not None:
                 tsc = held + self._elapsed_ns * khz // KHZ_NS
-                kvm.set_tsc_offset(vcpu.fd, tsc - self._instant & U64)
+                offset.set(tsc - self._instant & U64)
             elif was_loaded:
                 msrs.write_tsc(vcpu, held + advance_ns * khz // KHZ_NS)
 
-    def _offset(self, vcpu: KvmVCpu) -> int | None:
+    def _offset(self, vcpu: KvmVCpu) -> kvm.TscOffset | None:
         """What the vCPU's TSC is ahead of the host's, or None where that does not tell all."""
-        if vcpu.tsc_khz() != self._accel.host_tsc_khz():
-            return None
-        try:
-            return kvm.get_tsc_offset(vcpu.fd)
-        except KernelError:
-            return None
+        return vcpu.tsc_offset if vcpu.tsc_khz() == self._accel.host_tsc_khz() else None

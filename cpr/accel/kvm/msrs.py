@@ -66,8 +66,11 @@ def set_msrs(vcpu: KvmVCpu, state: dict) -> None:
     actual = kvm.get_msrs(vcpu.fd, refused)
     lost = [f"{index:#x}" for index in refused if actual.get(index, 0) != saved[index]]
     if lost:
-        operation = f"KVM_SET_MSRS of MSR {', '.join(lost)} on {vcpu.fd.name}"
-        raise KernelError(operation, errno.EINVAL, "this host's KVM lacks what the guest has set")
+        raise refusal(f"KVM_SET_MSRS of MSR {', '.join(lost)} on {vcpu.fd.name}")
+
+
+def refusal(operation: str) -> KernelError:
+    return KernelError(operation, errno.EINVAL, "this host's KVM lacks what the guest has set")
 
 
 def get_tsc(vcpu: KvmVCpu) -> dict:

@@ -20,6 +20,15 @@ GPR_NAMES = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi") + tuple(
     f"r{number}" for number in range(8, 16)
 )
 SEGMENT_NAMES = ("es", "cs", "ss", "ds", "fs", "gs")
+MP_STATE = kvm.StateStruct("kvm_mp_state", "MP_STATE")
+EVENTS = kvm.StateStruct("kvm_vcpu_events", "VCPU_EVENTS")
+LAPIC_REGISTERS = kvm.StateStruct("kvm_lapic_state", "LAPIC")
+DEBUG = kvm.StateStruct("kvm_debugregs", "DEBUGREGS")
+XSAVE = kvm.StateStruct("kvm_xsave", "XSAVE")
+XCRS = kvm.StateStruct("kvm_xcrs", "XCRS")
+SREGS = kvm.StateStruct("kvm_sregs2", "SREGS2")
+REGS = kvm.StateStruct("kvm_regs", "REGS")
+
 XCR0 = 0
 LAPIC = "apic.regs"
 """The local APIC's registers in a vCPU's whole state; their section in the stream is `apic`."""
@@ -56,19 +65,20 @@ def set_segment(segment: Any, state: dict) -> None:
 
 
 def get_tsc_khz(vcpu: KvmVCpu) -> dict:
-    return {"env.tsc_khz": vcpu.fd.ioctl(lib.KVM_GET_TSC_KHZ, "KVM_GET_TSC_KHZ")}
+    return {"env.tsc_khz": vcpu.tsc_khz()}
 
 
 def set_tsc_khz(vcpu: KvmVCpu, state: dict) -> None:
     """A guest that was saved without a frequency, or reset, keeps the host's."""
     wanted = state["env.tsc_khz"]
-    if wanted and wanted != get_tsc_khz(vcpu)["env.tsc_khz"]:
+    if wanted and wanted != vcpu.tsc_khz():
         remedy = f"the guest's TSC has {wanted} kHz, which this host cannot give it"
         vcpu.fd.ioctl(lib.KVM_SET_TSC_KHZ, "KVM_SET_TSC_KHZ", wanted, remedy)
+        vcpu.forget_tsc_khz()
 
 
 def get_regs(vcpu: KvmVCpu) -> dict:
-    regs = kvm.get_struct(vcpu.fd, "kvm_regs", "KVM_GET_REGS", lib.KVM_GET_REGS)
+    regs = REGS.get(vcpu.fd)
     return {
         "env.regs": [getattr(regs, name) for name in GPR_NAMES],
         "env.eip": regs.rip,
@@ -77,16 +87,16 @@ def get_regs(vcpu: KvmVCpu) -> dict:
 
 
 def set_regs(vcpu: KvmVCpu, state: dict) -> None:
-    regs = ffi.new("struct kvm_regs *")
+    regs = REGS.new()
     for name, value in zip(GPR_NAMES, state["env.regs"], strict=True):
         setattr(regs, name, value)
     regs.rip = state["env.eip"]
     regs.rflags = state["env.eflags"]
-    vcpu.fd.ioctl(lib.KVM_SET_REGS, "KVM_SET_REGS", regs)
+    REGS.set(vcpu.fd, regs)
 
 
 def get_sregs(vcpu: KvmVCpu) -> dict:
-    sregs = kvm.get_struct(vcpu.fd, "kvm_sregs2", "KVM_GET_SREGS2", lib.KVM_GET_SREGS2)
+    sregs = SREGS.get(vcpu.fd)
     return {
         "env.segs": [get_segment(getattr(sregs, name)) for name in SEGMENT_NAMES],
         "env.ldt": get_segment(sregs.ldt),
@@ -104,7 +114,7 @@ def get_sregs(vcpu: KvmVCpu) -> dict:
 
 
 def set_sregs(vcpu: KvmVCpu, state: dict) -> None:
-    sregs = ffi.new("struct kvm_sregs2 *")
+    sregs = SREGS.new()
     for name, segment in zip(SEGMENT_NAMES, state["env.segs"], strict=True):
         set_segment(getattr(sregs, name), segment)
     set_segment(sregs.ldt, state["env.ldt"])
@@ -120,11 +130,11 @@ def set_sregs(vcpu: KvmVCpu, state: dict) -> None:
     sregs.flags = state["env.sregs2_flags"]
     for i, value in enumerate(state["env.pdptrs"]):
         sregs.pdptrs[i] = value
-    vcpu.fd.ioctl(lib.KVM_SET_SREGS2, "KVM_SET_SREGS2", sregs)
+    SREGS.set(vcpu.fd, sregs)
 
 
 def get_xcr0(vcpu: KvmVCpu) -> dict:
-    xcrs = kvm.get_struct(vcpu.fd, "kvm_xcrs", "KVM_GET_XCRS", lib.KVM_GET_XCRS)
+    xcrs = XCRS.get(vcpu.fd)
     values = {xcrs.xcrs[i].xcr: xcrs.xcrs[i].value for i in range(xcrs.nr_xcrs)}
     return {"env.xcr0": values.get(XCR0, 1)}
 
@@ -133,49 +143,47 @@ def set_xcr0(vcpu: KvmVCpu, state: dict) -> None:
     xcrs = ffi.new("struct kvm_xcrs *", {"nr_xcrs": 1})
     xcrs.xcrs[0].xcr = XCR0
     xcrs.xcrs[0].value = state["env.xcr0"]
-    vcpu.fd.ioctl(lib.KVM_SET_XCRS, "KVM_SET_XCRS", xcrs)
+    XCRS.set(vcpu.fd, xcrs)
 
 
 def get_xsave(vcpu: KvmVCpu) -> dict:
-    xsave = kvm.get_struct(vcpu.fd, "kvm_xsave", "KVM_GET_XSAVE", lib.KVM_GET_XSAVE)
+    xsave = XSAVE.get(vcpu.fd)
     return {"env.xsave_buf": bytes(ffi.buffer(xsave)[0 : x86.XSAVE_SIZE])}
 
 
 def set_xsave(vcpu: KvmVCpu, state: dict) -> None:
-    xsave = ffi.new("struct kvm_xsave *")
+    xsave = XSAVE.new()
     ffi.buffer(xsave)[0 : x86.XSAVE_SIZE] = state["env.xsave_buf"]
-    vcpu.fd.ioctl(lib.KVM_SET_XSAVE, "KVM_SET_XSAVE", xsave)
+    XSAVE.set(vcpu.fd, xsave)
 
 
 def get_debug(vcpu: KvmVCpu) -> dict:
-    debug = kvm.get_struct(vcpu.fd, "kvm_debugregs", "KVM_GET_DEBUGREGS", lib.KVM_GET_DEBUGREGS)
+    debug = DEBUG.get(vcpu.fd)
     return {"env.dr": [*debug.db, 0, 0, debug.dr6, debug.dr7]}
 
 
 def set_debug(vcpu: KvmVCpu, state: dict) -> None:
-    debug = ffi.new("struct kvm_debugregs *")
+    debug = DEBUG.new()
     for i in range(4):
         debug.db[i] = state["env.dr"][i]
     debug.dr6, debug.dr7 = state["env.dr"][6:8]
-    vcpu.fd.ioctl(lib.KVM_SET_DEBUGREGS, "KVM_SET_DEBUGREGS", debug)
+    DEBUG.set(vcpu.fd, debug)
 
 
 def get_lapic(vcpu: KvmVCpu) -> dict:
-    lapic = kvm.get_struct(vcpu.fd, "kvm_lapic_state", "KVM_GET_LAPIC", lib.KVM_GET_LAPIC)
+    lapic = LAPIC_REGISTERS.get(vcpu.fd)
     return {LAPIC: bytes(ffi.buffer(lapic.regs))}
 
 
 def set_lapic(vcpu: KvmVCpu, state: dict) -> None:
-    lapic = ffi.new("struct kvm_lapic_state *")
+    lapic = LAPIC_REGISTERS.new()
     ffi.buffer(lapic.regs)[:] = state[LAPIC]
-    vcpu.fd.ioctl(lib.KVM_SET_LAPIC, "KVM_SET_LAPIC", lapic)
+    LAPIC_REGISTERS.set(vcpu.fd, lapic)
 
 
 def get_events(vcpu: KvmVCpu) -> dict:
     """Exceptions, interrupts and NMIs in flight, and what blocks them."""
-    events = kvm.get_struct(
-        vcpu.fd, "kvm_vcpu_events", "KVM_GET_VCPU_EVENTS", lib.KVM_GET_VCPU_EVENTS
-    )
+    events = EVENTS.get(vcpu.fd)
     return {
         "env.interrupt_shadow": events.interrupt.shadow,
         x86.VMSTATE_EVENTS.name: {"kvm_vcpu_events": bytes(ffi.buffer(events)[:])},
@@ -183,23 +191,27 @@ def get_events(vcpu: KvmVCpu) -> dict:
 
 
 def set_events(vcpu: KvmVCpu, state: dict) -> None:
+    events = EVENTS.new()
+    ffi.buffer(events)[:] = state[x86.VMSTATE_EVENTS.name]["kvm_vcpu_events"]
+    events.interrupt.shadow = state["env.interrupt_shadow"] or events.interrupt.shadow
+    make_settable(events)
+    EVENTS.set(vcpu.fd, events)
+
+
+def make_settable(events: Any) -> None:
     """The flags say which fields count; those for SMM and payloads stay what KVM had given.
 
     The vector of a SIPI is never among what KVM gives: reading mp_state makes it take the SIPI in.
     """
-    events = ffi.new("struct kvm_vcpu_events *")
-    ffi.buffer(events)[:] = state[x86.VMSTATE_EVENTS.name]["kvm_vcpu_events"]
-    events.interrupt.shadow = state["env.interrupt_shadow"] or events.interrupt.shadow
     events.flags &= ~lib.KVM_VCPUEVENT_VALID_SIPI_VECTOR
     events.flags |= lib.KVM_VCPUEVENT_VALID_NMI_PENDING | lib.KVM_VCPUEVENT_VALID_SHADOW
-    vcpu.fd.ioctl(lib.KVM_SET_VCPU_EVENTS, "KVM_SET_VCPU_EVENTS", events)
 
 
 def get_mp_state(vcpu: KvmVCpu) -> dict:
-    mp_state = kvm.get_struct(vcpu.fd, "kvm_mp_state", "KVM_GET_MP_STATE", lib.KVM_GET_MP_STATE)
+    mp_state = MP_STATE.get(vcpu.fd)
     return {"env.mp_state": mp_state.mp_state}
 
 
 def set_mp_state(vcpu: KvmVCpu, state: dict) -> None:
     mp_state = ffi.new("struct kvm_mp_state *", {"mp_state": state["env.mp_state"]})
-    vcpu.fd.ioctl(lib.KVM_SET_MP_STATE, "KVM_SET_MP_STATE", mp_state)
+    MP_STATE.set(vcpu.fd, mp_state)

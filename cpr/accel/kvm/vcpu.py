@@ -38,6 +38,7 @@ class KvmVCpu(base.VCpu):
 
     `held_tsc` is the TSC's value while the VM is stopped; `is_tsc_loaded` says that it was set and
     not read.  `loaded_deadline` is the TSC deadline that was set while the VM is stopped, or None.
+    `tsc_offset` is None where this kernel does not tell it.
     """
 
     def __init__(self, accel: KvmAccelerator, index: int) -> None:
@@ -46,11 +47,13 @@ class KvmVCpu(base.VCpu):
         self.is_tsc_loaded = False
         self.loaded_deadline: int | None = None
         self._accel = accel
+        self._tsc_khz: int | None = None
         self._given: dict = {}
         self._run_size = accel.run_size
         self._thread = 0
         self._fd = kvm.create_vcpu(accel.vm, index)
         self._run = kvm.map_run(self._fd, self._run_size)
+        self.tsc_offset = _tsc_offset(self._fd)
         self._exit = ffi.new("struct cpr_exit *")
         self.cpuid: Cpuid = cpuid.for_vcpu(accel.supported_cpuid(), index)
         cpuid.write(self._fd, self.cpuid)
@@ -111,7 +114,13 @@ class KvmVCpu(base.VCpu):
             lib.cpr_vcpu_thread_kick(thread)
 
     def tsc_khz(self) -> int:
-        return self._fd.ioctl(lib.KVM_GET_TSC_KHZ, "KVM_GET_TSC_KHZ")
+        if self._tsc_khz is None:
+            self._tsc_khz = self._fd.ioctl(lib.KVM_GET_TSC_KHZ, "KVM_GET_TSC_KHZ")
+        return self._tsc_khz
+
+    def forget_tsc_khz(self) -> None:
+        """It has been set."""
+        self._tsc_khz = None
 
     # State: given in parts (the sections of the stream, the devices of a reset), written as one.
 
@@ -155,3 +164,10 @@ class KvmVCpu(base.VCpu):
     def close(self) -> None:
         kvm.unmap_run(self._run, self._run_size)
         self._fd.close()
+
+
+def _tsc_offset(fd: Fd) -> kvm.TscOffset | None:
+    try:
+        return kvm.TscOffset(fd)
+    except KernelError:
+        return None
