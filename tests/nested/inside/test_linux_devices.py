@@ -23,7 +23,7 @@ from cpr.constants import NS_PER_MS
 
 from .guest import device_words
 from .machine import NVME, command
-from .test_linux import COMMAND_LINE, SECONDS
+from .test_linux import COMMAND_LINE, SECONDS, troubles
 
 __all__ = ["linux_image"]
 
@@ -127,7 +127,7 @@ def run(start, folder: Path, fact: Callable[[str], None]) -> None:
     )
     assert back == 0
     fact(f"Linux: its log since then: {guest.ask('dmesg')}")
-    assert guest.troubles() == []
+    assert troubles(guest) == []
     guest.vm.qmp.command("system_powerdown")
     assert guest.vm.process.wait(SECONDS) == 0
     assert guest.vm.complaints == ""
