@@ -204,6 +204,9 @@ class Migration:
         self.outgoing = Outgoing(
             self.machine, self.fds, self.loop, self.handed, self.state, mode, self._thread_done
         )
+        if mode.ends_process:
+            self.process.on_update()
+            self.add_finish_callback(lambda: self.process.on_update_failed(self.error or ""))
         return self.outgoing
 
     def _start_early(self, outgoing: Outgoing, mode: Exec) -> None:

@@ -22,6 +22,7 @@ MODULES = (
     "cpr.config.usage",
     "cpr.linux_boot",
     "cpr.live.messages",
+    "cpr.live.notify",
     "cpr.migration.child",
     "cpr.migration.connect",
     "cpr.migration.connections",

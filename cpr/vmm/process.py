@@ -91,6 +91,10 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
         vmm.pidfile = _rewrite_pidfile(config.pidfile)
     if ready is not None:
         ready()
+    if predecessor is None:
+        from cpr.live import notify
+
+        notify.started(pid_changed=ready is not None)
     vmm.loop.run()
     vmm.close()
     return vmm.exit_status
@@ -173,14 +177,24 @@ def _commit(vmm: Vmm, predecessor: Predecessor) -> None:
     then = incoming.on_running
 
     def on_running() -> None:
+        carefully(_say_up)
         carefully(lambda: _end_update(vmm, predecessor))
         then()
 
     incoming.on_running = on_running
 
 
+def _say_up() -> None:
+    """The PID has the guest: before the guard, which the service's manager watches so far, ends."""
+    from cpr.live import notify
+
+    notify.started(pid_changed=True)
+
+
 def _end_update(vmm: Vmm, predecessor: Predecessor) -> None:
     """The guest runs: says what that took, and gives up what the update needed."""
+    from cpr.live import notify
+
     page = predecessor.page.struct
     times = UpdateTimes(
         LATE if predecessor.mode == LATE else EARLY,
@@ -192,6 +206,7 @@ def _end_update(vmm: Vmm, predecessor: Predecessor) -> None:
     vmm.migration.update_times = times
     point("end")
     predecessor.close()
+    notify.status(times.text())
     if not os.isatty(STDERR):  # a user at the terminal asks `info migrate`
         info_report(times.text())
 
@@ -212,6 +227,7 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor, run_wit
     incoming = vmm.migration.incoming_side
     incoming.expect(config.start_paused)
     incoming.commit = arrival.commit
+    incoming.on_running = _say_up
     preload()
     mark("populate")
     populate_before(vmm.machine.blocks)
@@ -249,6 +265,9 @@ def _kept(fds: PreservedFds) -> dict[str, Kept]:
 def _report(vmm: Vmm, arrival: Arrival) -> None:
     """Says what has become of the update."""
     if arrival.failure:
+        from cpr.live import notify
+
+        notify.status(f"the update failed: {arrival.failure}")
         vmm.migration.state.error = arrival.failure
         vmm.migration.state.set("failed")
         error_report(
