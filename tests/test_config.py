@@ -97,7 +97,6 @@ def test_recorded_errors(line: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("-blockdev raw", "-blockdev: this option of QEMU is not supported; -help lists those"),
         ("-M pc,usb=on", "machine property 'usb=on' is not supported; leave it out"),
         ("-M pc,dtb=x", "machine property 'dtb' is not supported; leave it out"),
         (f"{MEMFD},policy=bind", "property 'policy' of memory-backend-memfd is not supported"),

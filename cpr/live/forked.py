@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import _signal as signal
 import errno
-import mmap
 import os
 import select
 import time
 
 from cpr.constants import NS_PER_S
+from cpr.live.page import Page
 from cpr.live.token import (
     Returned,
     candidates,
     is_readable,
+    is_writable,
     pending_signals,
     take_token,
     wait_status,
@@ -29,69 +30,11 @@ if TYPE_CHECKING:
     from typing import Any
 
 EARLY, DIED, KILLED, MESSAGE = 1, 2, 3, 4  # as in _native/guard.h
-VERSION = 1  # CPR_LIVE_VERSION
-SIZE = 40  # bytes of struct cpr_live_page
+SIBLINGS = False
 WALL = 0x40000000  # __WALL of wait(2): also children that were cloned without a signal
 PATIENCE_NS = NS_PER_S  # as in _native/guard.c
+NOTIFY_MS = 1000  # as in _native/guard.c
 TICK_MS = 50  # how often it is looked at the hold, which no descriptor tells
-
-
-class _Fields:
-    """struct cpr_live_page over the mapping."""
-
-    def __init__(self, memory: mmap.mmap) -> None:
-        self._words = memoryview(memory)[:SIZE].cast("I")
-        self._times = memoryview(memory)[:SIZE].cast("Q")
-
-    def release(self) -> None:
-        self._words.release()
-        self._times.release()
-
-
-def _field(view: str, index: int) -> Any:
-    return property(
-        lambda self: getattr(self, view)[index],
-        lambda self, value: getattr(self, view).__setitem__(index, value),
-    )
-
-
-for _view, _index, _name in (
-    ("_words", 0, "version"),
-    ("_words", 1, "hold"),
-    ("_words", 2, "guard_pid"),
-    ("_times", 2, "began_ns"),
-    ("_times", 3, "stopped_ns"),
-    ("_times", 4, "exec_ns"),
-):
-    setattr(_Fields, _name, _field(_view, _index))
-
-
-class Page:
-    """The page that both images see; owns its descriptor and its mapping until `close`."""
-
-    def __init__(self, fd: int = -1) -> None:
-        """A new one, or the one of `fd`, which becomes this object's.  Raises OSError."""
-        self.fd = os.memfd_create("cpr-live") if fd < 0 else fd
-        try:
-            if fd < 0:
-                os.ftruncate(self.fd, SIZE)
-            elif os.fstat(fd).st_size < SIZE:
-                raise OSError(errno.EINVAL, "the page of the update is too small")
-            self._memory = mmap.mmap(self.fd, SIZE)
-        except OSError:
-            if fd < 0:
-                os.close(self.fd)
-            raise
-        fields: Any = _Fields(self._memory)
-        self.struct = fields
-        if fd < 0:
-            fields.version = VERSION
-
-    def close(self) -> None:
-        self.struct.release()
-        self.struct = None
-        self._memory.close()
-        os.close(self.fd)
 
 
 def wait_alone() -> None:
@@ -113,9 +56,14 @@ def execute(
     drop: Sequence[int] = (),
     unblock: Sequence[int] = (),
     ending: Sequence[int] = (),
+    notify_fd: int = -1,
+    sibling: bool = False,
     ready: Callable[[], None] = lambda: None,
 ) -> Returned:
-    """As guard.execute; `mappings`, `state_fd` and `drop` must be empty.  Raises OSError."""
+    """As guard.execute; `mappings`, `state_fd` and `drop` must be empty.  Raises OSError.
+
+    There is no fork() with which the guard could be a `sibling`: it is a child.
+    """
     if mappings or drop or state_fd >= 0:
         raise ValueError("a guard that was forked has no mappings and no CPR state")
     paths = candidates(argv[0], environment) if argv else []
@@ -130,6 +78,7 @@ def execute(
         page.struct.exec_ns = time.monotonic_ns()
         if pid := _fork():
             page.struct.guard_pid = pid
+            _tell(notify_fd, f"MAINPID={pid}")
             _execute(paths, list(argv), dict(environment), keep, token, pid, mask - set(unblock))
         outcome = _guard(pidfd, exec_pipe, token, page, early, socket, timeout_ns, set(ending))
     except OSError:
@@ -149,6 +98,16 @@ def _fork() -> int:
     except OSError as error:
         text = f"there is no process for the guard: {error.strerror}"
         raise OSError(error.errno, text) from None
+
+
+def _tell(notify_fd: int, text: str) -> None:
+    """What the service's manager is told: the new image may end at once."""
+    if notify_fd >= 0:
+        try:
+            if is_writable(notify_fd, NOTIFY_MS):
+                os.write(notify_fd, text.encode())
+        except OSError:
+            pass
 
 
 def _execute(

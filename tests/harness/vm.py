@@ -13,8 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from harness.qmp import TIMEOUT, Qmp
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,12 +155,13 @@ class Vm:
     def processes(self) -> list[int]:
         """All processes that run this VM or its update: the VMM, a new image, a guard."""
         found = []
-        for process in psutil.process_iter(["cmdline", "status"]):
-            words = process.info["cmdline"] or []
-            if process.info["status"] != psutil.STATUS_ZOMBIE and any(
-                self._directory.name in word for word in words
-            ):
-                found.append(process.pid)
+        for name in filter(str.isdigit, os.listdir("/proc")):  # psutil reads much more
+            try:
+                words = Path("/proc", name, "cmdline").read_bytes()  # of a zombie: none
+            except OSError:  # it has ended meanwhile
+                continue
+            if os.fsencode(self._directory.name) in words:
+                found.append(int(name))
         return found
 
     def follow(self) -> int:
@@ -187,10 +186,11 @@ class Vm:
 
     def children(self) -> list[int]:
         """The PIDs of the VMM's children, such as the old image in an update."""
-        try:
-            return sorted(child.pid for child in psutil.Process(self.pid).children())
-        except psutil.NoSuchProcess:
-            return []
+        found: list[int] = []
+        for path in Path(f"/proc/{self.pid}/task").glob("*/children"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
+                found += map(int, path.read_text().split())
+        return sorted(found)
 
     def resident(self) -> int:
         """Bytes of shared memory in the VMM's page tables, huge pages included."""
