@@ -35,7 +35,7 @@ class LinuxGuest(Console):
     def __init__(self, start, folder: Path, *arguments: str, seconds: float = BOOT_SECONDS) -> None:
         path = f"{folder}/console.sock"
         self._state = f"{folder}/state"
-        console = f"socket,id=com1,path={path},server=on,wait=off"
+        console = f"socket,id=com1,path={path},server=on,wait=off,cpr=on"
         self.vm: Vm = start(
             "examples/linux.cfg", "-monitor", "none", "-chardev", console, *arguments
         )
@@ -43,8 +43,7 @@ class LinuxGuest(Console):
         self.read_until(PROMPT, seconds)
 
     def update(self, way: str) -> None:
-        """An update, "early" or "late"; the console is connected again."""
-        self.close()
+        """An update, "early" or "late"; the console stays connected."""
         if way == "early":
             self.vm.update()
         else:
@@ -52,7 +51,6 @@ class LinuxGuest(Console):
             self.vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=command)
             self.vm.qmp.command("migrate", uri=f"file:{self._state}")
             self.vm.reconnect()
-        self.connect()
 
     def troubles(self) -> list[str]:
         """Lines of the kernel's log that tell of trouble with time."""

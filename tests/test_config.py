@@ -389,6 +389,15 @@ def test_short_booleans_work_and_warn() -> None:
     )
 
 
+def test_connections_that_late_updates_keep() -> None:
+    config = parse(
+        "-nodefaults -serial unix:s,server=on,cpr=on -chardev pty,id=a,cpr=off -mon a,cpr=on"
+    )
+    assert [chardev.options["cpr"] for chardev in config.chardevs] == [False, True]
+    assert config.monitors[0].cpr is True
+    assert parse("-nodefaults -netdev tap,id=n,cpr=on").netdevs[0].id == "n"
+
+
 def test_actions() -> None:
     config = parse("-action reboot=shutdown,panic=none -action shutdown=pause")
     assert config.no_reboot and config.no_shutdown

@@ -70,6 +70,7 @@ def module(
         depends=[str(path.relative_to(HERE.parent.parent)) for path in sorted(HERE.rglob("*.h"))],
         extra_compile_args=FLAGS,
         libraries=["dl", "pthread"],
+        py_limited_api=True,  # one file for every Python, whoever builds it
     )
     return builder
 

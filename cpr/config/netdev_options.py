@@ -19,6 +19,7 @@ MOST_NAME = 15  # characters of an interface's name
 KEYS: dict[str, Kind] = {
     "type": STRING,
     "id": STRING,
+    "cpr": BOOL,
     "downscript": STRING,
     "fd": STRING,
     "ifname": STRING,
@@ -90,6 +91,8 @@ def _parse(group: OptionGroup) -> NetdevConfig:
             )
     if values.get("queues", 1) != 1:
         raise group.error("a tap has one queue here: leave queues= out")
+    if not values.get("cpr", True):
+        raise group.error("cpr=off is not supported: a tap goes over every update; leave it out")
     vhostfd = values.get("vhostfd")
     vhost = values.get("vhost", vhostfd is not None or values.get("vhostforce", False))
     if vhostfd is not None and not vhost:

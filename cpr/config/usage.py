@@ -51,7 +51,7 @@ Network
   -netdev tap,id=ID[,ifname=NAME][,fd=N][,script=no][,downscript=no]
 
 Character devices
-  -chardev null|stdio|pty,id=ID
+  -chardev null|stdio|pty,id=ID[,cpr=on|off]
   -chardev file,id=ID,path=PATH[,append=on|off]
   -chardev socket,id=ID,path=PATH[,server=on|off][,wait=on|off][,reconnect-ms=N]
   -chardev socket,id=ID,host=HOST,port=PORT[,server=on|off]...
@@ -59,7 +59,7 @@ Character devices
                  unix:PATH[,...], tcp:[HOST]:PORT[,...], chardev:ID, or none
   -debugcon DEV  what the guest writes to port 0xe9
   -monitor DEV, -qmp DEV, -qmp-pretty DEV
-  -mon [chardev=]ID[,mode=readline|control][,pretty=on|off]
+  -mon [chardev=]ID[,mode=readline|control][,pretty=on|off][,cpr=on|off]
 
 Start and end
   -incoming URI|defer|CHANNEL

@@ -188,8 +188,8 @@ def closefd(vmm: Any, fdname: str) -> None:
 def add_fd(
     vmm: Any, session: Session, fdset_id: int | None = None, opaque: str | None = None
 ) -> dict:
-    fd = _passed_fd(session)
-    return {"fdset-id": vmm.passed_fds.add_to_set(fdset_id, fd, opaque), "fd": fd}
+    set_id, number = vmm.passed_fds.add_to_set(fdset_id, _passed_fd(session), opaque)
+    return {"fdset-id": set_id, "fd": number}
 
 
 def remove_fd(vmm: Any, fdset_id: int, fd: int | None = None) -> None:

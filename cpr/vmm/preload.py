@@ -23,6 +23,7 @@ MODULES = (
     "cpr.linux_boot",
     "cpr.live.messages",
     "cpr.migration.child",
+    "cpr.migration.connections",
     "cpr.migration.cpr_exec",
     "cpr.migration.cpr_transfer",
     "cpr.migration.early",
@@ -34,6 +35,7 @@ MODULES = (
     "cpr.monitor.hmp",
     "cpr.monitor.qmp",
     "cpr.pages",
+    "cpr.vmm.connections",
     "cpr.vmm.populate",
 )
 """All that is imported in a function.
