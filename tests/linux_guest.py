@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,17 @@ class LinuxGuest(Console):
         )
         super().__init__(path)
         self.read_until(PROMPT, seconds)
+
+    def write(self, path: str, text: str) -> None:
+        """Makes a file of this text, of less than the 4096 characters that a terminal holds."""
+        self.type(f"cat >{path} <<'END'\n{text.strip()}\nEND")
+        self.ask("true")
+
+    def uptime(self) -> tuple[float, float, float]:
+        """The guest's CLOCK_MONOTONIC, between the host's before and after it was read; s."""
+        before = time.monotonic()
+        uptime = float(self.ask("cat /proc/uptime").split()[0])
+        return before, uptime, time.monotonic()
 
     def update(self, way: str) -> None:
         """An update, "early" or "late"; the console stays connected."""

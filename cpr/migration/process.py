@@ -29,6 +29,12 @@ class Process:
     def on_new_pid(self) -> None:
         """The VM goes on in another process than before."""
 
+    def on_update(self) -> None:
+        """An update begins that executes another program."""
+
+    def on_update_failed(self, reason: str) -> None:
+        """It has failed, and the VM goes on here."""
+
     def exec_fds(self) -> list[int]:
         """The sockets that QEMU's exec closes."""
         return []

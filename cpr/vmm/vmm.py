@@ -124,6 +124,17 @@ class Vmm(Process):
             if f"chardev:{label}" not in self._going
         ]
 
+    def on_update(self) -> None:
+        from cpr.live import notify
+
+        notify.reloading()
+
+    def on_update_failed(self, reason: str) -> None:
+        from cpr.live import notify
+
+        notify.failed()
+        notify.status(f"the update failed: {reason}")
+
     def exec_fds(self) -> list[int]:
         return [fd for chardev in self._staying() for fd in chardev.exec_fds()]
 
@@ -213,6 +224,9 @@ class Vmm(Process):
 
     def close(self) -> None:
         """Stops the guest and frees everything, the terminal's settings included."""
+        from cpr.live import notify
+
+        notify.stopping()
         self.migration.close(self.exit_status)
         if self.populator is not None:
             self.populator.close()

@@ -8,7 +8,9 @@ import socket
 import time
 from typing import Any
 
-TIMEOUT = 30.0
+from waiting import SLOW
+
+TIMEOUT = 30.0 * SLOW
 
 
 class Closed(ConnectionResetError):
