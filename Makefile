@@ -5,14 +5,16 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+# compat: a path for Python to look in, and no finder, whose imports each start of it would wait for.
+INSTALL := $(BIN)/python -m pip install -q --config-settings editable_mode=compat
 NATIVE := $(wildcard $(addprefix cpr/_native/,[!_]*.c *.h tcg/*.c tcg/*.h)) cpr/_native/build.py
 GUEST ?= examples/heartbeat.cfg
 ARGS ?=
 PYTHONS ?= 3.11 3.12 3.13 3.14
-LIVE_NEEDS := pytest pytest-timeout hypothesis cffi psutil uvicorn setuptools
+LIVE_NEEDS := pytest pytest-timeout pytest-xdist hypothesis cffi psutil uvicorn setuptools
 
 .PHONY: setup setup-dev guests compiled run linux demo test test-nested test-nested-iommufd nested-guests \
-	test-live test-pythons conformance sanitize soak-failures release-data fuzz faults soak states lint format bench clean
+	test-live test-pythons bench-live conformance sanitize soak-failures release-data fuzz faults soak states lint format bench clean
 
 setup: $(VENV)/.built guests compiled
 
@@ -43,17 +45,15 @@ test: setup-dev
 test-live: setup-dev
 	LIVE_UPDATES=100 $(BIN)/python -m pytest tests/test_live_examples.py --timeout 1200 $(ARGS)
 
-# The library on other Pythons, which uv finds or fetches: versions, or paths of programs.
+# The library on other Pythons, versions or paths of programs: those that uv finds or fetches, else
+# Debian's, unpacked into a folder.
 test-pythons: setup-dev
-	@command -v uv >/dev/null || $(BIN)/python -m pip install -q uv
-	@set -e; export PATH="$$PATH:$(abspath $(BIN))"; for version in $(PYTHONS); do \
-		echo "Python $$version"; \
-		folder="$(VENV)/python-$$(echo $$version | tr / _)"; \
-		uv venv -q --allow-existing --seed --python $$version "$$folder" \
-			|| { echo "uv has no Python $$version"; continue; }; \
-		"$$folder/bin/python" -m pip install -q $(LIVE_NEEDS); \
-		"$$folder/bin/python" -m pytest -q tests/test_live_*.py $(ARGS); \
-	done
+	@$(BIN)/python -m tests.pythons $(addprefix --needs ,$(LIVE_NEEDS)) $(PYTHONS) -- -n 2 $(ARGS)
+
+# The library beside what else there is, on a Python that all of it runs on.
+bench-live: setup-dev
+	@$(BIN)/python -m tests.pythons $(addprefix --needs ,$(LIVE_NEEDS) gunicorn tableflip) \
+		--module benchmarks.live $(lastword $(PYTHONS)) -- $(ARGS)
 
 # VFIO, IOMMUFD and KVM on the real kernel interfaces, inside a VM: with Debian's kernel, and with
 # one that has iommufd, which is built once.  QEMU_ROOT=FOLDER: a QEMU there is compared with.
@@ -140,10 +140,10 @@ $(VENV)/.checked:
 $(BIN)/python: | $(VENV)/.checked
 	$(PYTHON) -m venv $(VENV)
 
-# What `.built` has made goes first: its suffix wins over that of what pip builds.
+# A module with the suffix of one Python only, of an earlier build, would win over today's.
 $(VENV)/.installed: pyproject.toml setup.py | $(BIN)/python
 	@rm -f cpr/_native/_*.so
-	$(BIN)/python -m pip install -q -e '.[tcg]'
+	$(INSTALL) -e '.[tcg]'
 	@touch $@ $(VENV)/.built
 
 # Installing builds the C; afterwards only the C is built again when it has changed.
@@ -152,9 +152,9 @@ $(VENV)/.built: $(NATIVE) | $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -e '.[tcg,dev,bench]'
+	$(INSTALL) -e '.[tcg,dev,bench]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -e '.[tcg,bench]'
+	$(INSTALL) -e '.[tcg,bench]'
 	@touch $@

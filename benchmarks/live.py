@@ -1,6 +1,6 @@
 """cpr.live beside what people use: requests lost, the longest stall, what is kept.
 
-usage: python -m benchmarks.live [--updates N]
+usage: python -m benchmarks.live [--updates N]; make bench-live, with a Python that tableflip takes
 
 Each service answers HTTP with its PID and a count in its memory.  One client has a connection that
 is kept alive, one makes a new one for each request.  The table goes to stdout.
@@ -56,6 +56,28 @@ async def main():
     await server.serve_forever()
 asyncio.run(main())
 """
+TABLEFLIP = """
+from tableflip import Options, Upgrader
+async def upgrade(upgrader):
+    try:
+        await upgrader.upgrade()
+    except Exception as error:
+        print(error, file=sys.stderr)
+async def main():
+    upgrader = await Upgrader.new(Options(upgrade_timeout=10))
+    tasks = []
+    start = lambda: tasks.append(asyncio.create_task(upgrade(upgrader)))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, start)
+    sock = await upgrader.fds.listen("127.0.0.1", int(sys.argv[1]))
+    server = await asyncio.start_server(on_client, sock=sock)
+    await upgrader.ready()
+    await upgrader.exit().wait()
+    server.close()
+    await server.wait_closed()
+    await upgrader.wait_for_parent()
+    upgrader.stop()
+asyncio.run(main())
+"""
 WSGI = """
 import os
 count = 0
@@ -71,6 +93,7 @@ class Service:
     """A service in a folder; `update` gives it a new program, which is broken if asked for."""
 
     name = "cpr.live"
+    package = ""  # that it needs
     file = "server.py"
     source = HTTP + LIVE
 
@@ -144,10 +167,18 @@ class Listen(Service):
         self.sock.close()
 
 
+class Tableflip(Service):
+    """Cloudflare's tableflip in Python: a second process gets the listening socket."""
+
+    name = package = "tableflip"
+    source = HTTP + TABLEFLIP
+
+
 class Gunicorn(Service):
     """A second master by USR2, then QUIT to the first."""
 
     name = "gunicorn USR2"
+    package = "gunicorn"
     file = "web.py"
     source = WSGI
 
@@ -183,7 +214,7 @@ class Client(threading.Thread):
         self.port, self.keep = port, keep
         self.done = self.lost = self.pid = self.count = 0
         self.longest = 0.0
-        self.ended = False
+        self.ended = self.forgotten = False
 
     def run(self) -> None:
         connection = None
@@ -193,7 +224,9 @@ class Client(threading.Thread):
                 if connection is None:
                     connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
                 connection.request("GET", "/")
+                before = self.count
                 self.pid, self.count = map(int, connection.getresponse().read().split())
+                self.forgotten |= self.count < before
                 self.done += 1
             except (OSError, ValueError, http.client.HTTPException):
                 self.lost += 1
@@ -230,13 +263,12 @@ def measure(kind: type[Service], updates: int) -> list[str]:
             time.sleep(SETTLE)
             for client in clients:
                 client.lost, client.longest = 0, 0.0
-            pid, count, kept_pid, kept_count = clients[1].pid, clients[1].count, True, True
+            pid = clients[1].pid
             for _ in range(updates):
                 service.update(clients[1].pid)
                 time.sleep(SETTLE)
-                kept_pid &= clients[1].pid == pid
-                kept_count &= clients[1].count > count
-                count = clients[1].count
+            kept_pid = wait(lambda: clients[1].pid == pid, SETTLE)  # the guard serves meanwhile
+            kept_count = not clients[1].forgotten
             lost = [client.lost for client in clients]
             longest = max(client.longest for client in clients)
             service.path.write_text("no_such_name\n")
@@ -269,11 +301,9 @@ def main() -> None:
     print("| service | lost, kept alive | lost, new connections | longest request |", end="")
     print(" PID kept | memory kept | new program crashes |")
     print("|---|---|---|---|---|---|---|")
-    kinds = [Service, Listen]
-    if importlib.util.find_spec("gunicorn") is not None:
-        kinds.append(Gunicorn)
-    for kind in kinds:
-        print("|", " | ".join(measure(kind, updates)), "|", flush=True)
+    for kind in (Service, Listen, Tableflip, Gunicorn):
+        if not kind.package or importlib.util.find_spec(kind.package) is not None:
+            print("|", " | ".join(measure(kind, updates)), "|", flush=True)
 
 
 if __name__ == "__main__":

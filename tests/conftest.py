@@ -46,11 +46,20 @@ GROUPS = {
     "host": ("conformance", "test_survives_staging.py", "test_page_thp.py", "test_ram.py"),
     "nested": ("nested",),
 }
+# What has few tests that take long: begun last, one process would wait for the other's.
+FIRST = (
+    "nested",
+    *(f"tests/test_{name}.py" for name in ("linux_virtio", "linux", "linux_boot", "side_by_side")),
+    *(f"tests/test_{name}.py" for name in ("benchmarks_run", "populate", "survives_guest")),
+)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One file at a time, and one group, goes to each of the processes that run the tests."""
+    """One file at a time, and one group, goes to each of the processes that run the tests.
+
+    Those of FIRST come first, then those with the most tests.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByPlace(LoadScopeScheduling):
@@ -58,6 +67,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.split("::")[0]
             place = Path(file).relative_to("tests").parts[0]
             return next((name for name, places in GROUPS.items() if place in places), file)
+
+        def _assign_work_unit(self, node: Any) -> None:
+            for scope in reversed(FIRST):
+                if scope in self.workqueue:
+                    self.workqueue.move_to_end(scope, last=False)
+            super()._assign_work_unit(node)
 
     return ByPlace(config, log)
 

@@ -48,6 +48,7 @@ async def main():
             await live.aio.update(argv, **words)
         except live.UpdateError as error:
             say("failed", error.reason, error.pid_changed, beats > 5)
+        assert {task, asyncio.current_task()} < asyncio.all_tasks()
         task.cancel()
     say("second", (await client[0].readline()).decode())
     assert asyncio.get_running_loop() is loop

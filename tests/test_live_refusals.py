@@ -40,8 +40,14 @@ expect("child", [])
 child.kill()
 child.wait()
 
+from multiprocessing import resource_tracker
+resource_tracker.ensure_running()
+expect("tracker", [])
+resource_tracker._resource_tracker._stop()
+
 lock = open("lock", "w")
-fcntl.lockf(lock, fcntl.LOCK_EX)
+fcntl.lockf(lock, fcntl.LOCK_EX, 1)
+fcntl.lockf(lock, fcntl.LOCK_EX, 1, 10)
 expect("lock", ["lock"])
 fcntl.lockf(lock, fcntl.LOCK_UN)
 
@@ -61,6 +67,7 @@ def test_what_does_not_survive_is_refused_unless_allowed(tmp_path: Path) -> None
         ("thread", "thread", "thread worker: ends"),
         ("executor", "thread", "thread pool_0: ends"),
         ("child", "child", "the Popen is lost"),
+        ("tracker", "child", "removes the shared memory"),
         ("lock", "lock", f"lock {tmp_path}/lock: is released"),
     ):
         kinds, description, reason, pid_changed = found[word]

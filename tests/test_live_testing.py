@@ -61,6 +61,22 @@ def test_a_failing_update_raises_and_leaves_everything() -> None:
             process.restart()
 
 
+def test_a_rehearsal_starts_nothing_and_leaves_everything() -> None:
+    with testing.fake() as process:
+        saves: list[int] = []
+        live.on_save(lambda: saves.append(1))
+        assert live.rehearse(["/nonexistent"]) == (True, "", None, None, [])
+        assert process.argv == [] and process.updates == 0
+        process.fail("it has ended", status=3)
+        verdict = live.rehearse()
+        assert not verdict and verdict == (False, "it has ended", 3, None, [])
+        live.on_save(lambda: {1, 2})
+        assert "JSON cannot carry" in live.rehearse().reason
+        live.on_save(lambda: "state")
+        assert process.run(live.update, allow=["thread"])
+    assert len(saves) == 2
+
+
 def test_a_newer_state_is_refused_by_name() -> None:
     with testing.fake() as process:
 

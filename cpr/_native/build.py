@@ -37,6 +37,8 @@ PRELUDE = """
 #include <linux/kcmp.h>
 #include <linux/kvm.h>
 #include <linux/vfio.h>
+#include <linux/vhost.h>
+#include <linux/virtio_balloon.h>
 #include <linux/virtio_blk.h>
 #include <linux/virtio_config.h>
 #include <linux/virtio_ids.h>
@@ -68,6 +70,7 @@ def module(
         depends=[str(path.relative_to(HERE.parent.parent)) for path in sorted(HERE.rglob("*.h"))],
         extra_compile_args=FLAGS,
         libraries=["dl", "pthread"],
+        py_limited_api=True,  # one file for every Python, whoever builds it
     )
     return builder
 

@@ -203,6 +203,7 @@ def parse_command_line(argv: Sequence[str]) -> Config:
     fields.update(_board(draft))
     fields.update(_frontends(draft, fields))
     drives = parse_drives(draft.groups["drive"])
+    drives += _blockdevs(draft, drives)
     fields["devices"] += tuple(
         DeviceConfig(VIRTIO_DISK, None, {"drive": drive.id}, drive.location)
         for drive in drives
@@ -216,6 +217,22 @@ def parse_command_line(argv: Sequence[str]) -> Config:
         netdevs=_netdevs(draft, fields["devices"]),
         warnings=tuple(draft.warnings),
     )
+
+
+def _blockdevs(draft: Draft, drives: tuple[DriveConfig, ...]) -> tuple[DriveConfig, ...]:
+    """Raises ConfigError."""
+    if not draft.groups["blockdev"]:
+        return ()
+    from cpr.config.blockdev_options import parse_blockdevs
+
+    found = parse_blockdevs(draft.groups["blockdev"])
+    names = {each.id for each in found}
+    for drive in drives:
+        if drive.id in names:
+            raise ConfigError(
+                f"{drive.location}: Device name '{drive.id}' conflicts with an existing node name"
+            )
+    return found
 
 
 def _netdevs(draft: Draft, devices: tuple[DeviceConfig, ...]) -> tuple[NetdevConfig, ...]:

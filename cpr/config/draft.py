@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 GROUPS: dict[str, tuple[str, str | None]] = {
     "accel": (OPTS, "accel"),
     "action": (OPTS, None),
+    "blockdev": (KEYVAL, "driver"),
     "boot-opts": (KEYVAL, "order"),
     "chardev": (OPTS, "backend"),
     "device": (OPTS, "driver"),
@@ -38,7 +39,7 @@ GROUPS: dict[str, tuple[str, str | None]] = {
 }
 
 # Groups of which there may be many; of the others there is one, and what is given later wins.
-REPEATED = ("accel", "chardev", "device", "drive", "global", "mon", "netdev", "object")
+REPEATED = ("accel", "blockdev", "chardev", "device", "drive", "global", "mon", "netdev", "object")
 IDENTIFIED = ("chardev", "device", "drive", "mon", "netdev", "object")
 
 ALLOW_OR_DENY = ("allow", "deny")

@@ -1,17 +1,22 @@
-"""The names of `cpr.live` that a program uses; the package has them all."""
+"""The names of `cpr.live` that a program uses; the package has them all.
+
+Here is what is preserved and saved; `updating` has the update itself.
+"""
 
 from __future__ import annotations
 
-import logging
-import signal as signals
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast, overload
+from collections.abc import Callable
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast, overload
 
-from cpr.live import NAMES, auditing, image, memfd, notify, preserved, session
+from cpr.live import NAMES, auditing, image, memfd, notify, preserved
 from cpr.live.auditing import Finding
-from cpr.live.errors import PreserveError, UpdateError
+from cpr.live.errors import PreserveError
+from cpr.live.errors import UpdateError as UpdateError
 from cpr.live.image import Previous
+from cpr.live.updating import Verdict as Verdict
+from cpr.live.updating import rehearse as rehearse
+from cpr.live.updating import update as update
+from cpr.live.updating import update_on as update_on
 
 if TYPE_CHECKING:
     import mmap
@@ -19,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = list(NAMES)
 Function = TypeVar("Function", bound=Callable[[], Any])
-log = logging.getLogger("cpr.live")
 
 
 def socket(name: str, make: Callable[[], sockets.socket]) -> sockets.socket:
@@ -177,145 +181,9 @@ def ready() -> None:
     notify.started(updated)
 
 
-def update(
-    argv: Sequence[str] | None = None,
-    *,
-    env: Mapping[str, str] | None = None,
-    timeout: float = 30,
-    mode: str = session.EARLY,
-    guard: str = session.FORK,
-    allow: Iterable[str] = (),
-    back: bool = False,
-) -> NoReturn:
-    """Replaces this program by `argv` under the same PID; never returns on success.
-
-    Without `argv` it is what is running now, from the folder it was started in.  `env` replaces
-    the environment.  `timeout` is in seconds, from the call to the new program's `ready`.
-
-    "early" starts the new program and stops only when that is ready to take over: what serves
-    meanwhile are threads that `on_resume` starts, or asyncio with `live.aio.update`.  "late" stands
-    still from the start.  `guard` is "fork", or "vm" for a process whose memory cannot be copied.
-    `allow` names kinds or names of findings of `audit` which are accepted though they are lost.
-
-    Raises UpdateError where the new program does not come up: this one goes on with all it had,
-    in another process if `pid_changed`.  With `back`, where the new program has refused by a
-    version or for want of descriptors, and no file of this program has changed since it started,
-    its command is executed under the PID instead, takes over as a new program does, and finds the
-    reason in `live.predecessor.failure`.
-    """
-    current = session.Session(argv, env, timeout, mode, guard, allow, back)
-    try:
-        current.pause()
-        current.check()
-        notify.reloading()
-        current.start()
-        while True:
-            current.resume()
-            while not current.wait():
-                pass
-            current.pause()
-            current.hand_over()
-    except Exception as error:
-        failure = current.fail(error)
-        notify.failed()
-        raise failure from (None if isinstance(error, UpdateError) else error)
-    except BaseException as error:
-        current.fail(error)
-        raise
-
-
-class Verdict(NamedTuple):
-    """Whether a rehearsal went as far as `ready`; true or false.
-
-    `reason` is empty, or why not; `status` the exit status of a program that ended by itself,
-    `signal` the signal that ended it, `stderr` its last lines.
-    """
-
-    ok: bool
-    reason: str
-    status: int | None
-    signal: int | None
-    stderr: list[str]
-
-    def __bool__(self) -> bool:
-        return self.ok
-
-
-def rehearse(
-    argv: Sequence[str] | None = None,
-    *,
-    env: Mapping[str, str] | None = None,
-    timeout: float = 30,
-) -> Verdict:
-    """Starts the new program as a child, up to its `ready`, and ends it: nothing is handed over.
-
-    It gets copies of the descriptors and of the state, and writes to shared memory as to a private
-    copy.  `timeout` is in seconds.  Raises UpdateError only for what is wrong here.
-    """
-    current = session.Session(argv, env, timeout)
-    reason = ""
-    code: int | None = None
-    try:
-        current.spawn()
-        while not current.wait():
-            pass
-    except Exception as error:
-        reason = getattr(error, "reason", str(error))
-        code = getattr(error, "wait_status", None)
-    finally:
-        ended, lines = current.end_rehearsal()
-    if not reason:
-        return Verdict(True, "", None, None, lines)
-    if code is not None and ended is not None:
-        signo = -ended if ended < 0 else None
-        return Verdict(False, reason, None if signo else ended, signo, lines)
-    return Verdict(False, reason, None, None, lines)
-
-
 def audit() -> list[Finding]:
     """What an update would lose or leak, each with what becomes of it; empty is best."""
     return auditing.audit(image.current())
-
-
-def update_on(
-    signum: int,
-    argv: Sequence[str] | None = None,
-    *,
-    on_error: Callable[[UpdateError], Any] | None = None,
-    **options: Any,
-) -> None:
-    """Updates at that signal; `options` are those of `update`.
-
-    An error goes to `on_error`, else to the logger cpr.live.  Where an asyncio loop runs it is
-    live.aio.update that is called.  Raises ValueError outside the main thread, and for a signal
-    that nobody can catch.
-    """
-
-    def report(error: UpdateError) -> None:
-        if on_error is not None:
-            on_error(error)
-        else:
-            log.error("the update failed: %s", error)
-
-    def handle(number: int, frame: Any) -> None:
-        events = sys.modules.get("asyncio.events")
-        loop = events._get_running_loop() if events is not None else None
-        if loop is not None:
-            from cpr.live import aio
-
-            aio.schedule(loop, report, argv, options)
-            return
-        try:
-            update(argv, **options)
-        except UpdateError as error:
-            report(error)
-
-    try:
-        signals.signal(signum, handle)
-    except OSError as error:
-        raise ValueError(f"no update can be made at signal {signum}: {error.strerror}") from None
-    signals.siginterrupt(signum, False)
-    session.update_signals.add(int(signum))
 
 
 def generation() -> int:

@@ -114,21 +114,41 @@ def _children() -> list[Finding]:
         return []
     import psutil
 
-    awaited = _awaited()
-    found = []
+    states = {}
     for child in psutil.Process().children():
         try:
-            has_ended = child.status() == psutil.STATUS_ZOMBIE
+            states[child.pid] = child.status()
         except psutil.NoSuchProcess:  # a thread has waited for it
             continue
-        is_awaited = child.pid in awaited
-        fate = "has ended" if has_ended else "lives on"
-        if is_awaited:
+    awaited, tracker, server = _awaited(), _resource_tracker(), _fork_server()
+    if server in states:  # its children are this program's too, which waits for them
+        states.update({pid: states[server] for pid in awaited - states.keys()})
+    found = []
+    for pid, state in states.items():
+        fate = "has ended" if state == psutil.STATUS_ZOMBIE else "lives on"
+        if pid in awaited:
             fate += ", and nobody waits for it: the Popen is lost"
+        elif pid == tracker:
+            fate = (
+                "ends, and removes the shared memory and semaphores of multiprocessing that it "
+                "knows: live.memory stays"
+            )
         else:
             fate += " as a child of the new program; nobody's if the update fails"
-        found.append(Finding(CHILD, str(child.pid), fate, not is_awaited))
+        found.append(Finding(CHILD, str(pid), fate, pid not in awaited and pid != tracker))
     return found
+
+
+def _resource_tracker() -> int | None:
+    """The PID of multiprocessing's resource tracker, if there is one."""
+    module = sys.modules.get("multiprocessing.resource_tracker")
+    return module._resource_tracker._pid if module is not None else None
+
+
+def _fork_server() -> int | None:
+    """The same for the process that forks those of multiprocessing (its default since 3.14)."""
+    module = sys.modules.get("multiprocessing.forkserver")
+    return module._forkserver._forkserver_pid if module is not None else None
 
 
 def _locks() -> list[Finding]:
@@ -142,10 +162,9 @@ def _locks() -> list[Finding]:
         fields = line.split()
         if "->" in fields or fields[1] != "POSIX" or int(fields[4]) != os.getpid():
             continue
-        path = _path_of(fields[5])
         fate = "is released when the exec closes a descriptor of the file, and not held here after"
-        found.append(Finding(LOCK, path, fate, False))
-    return found
+        found.append(Finding(LOCK, _path_of(fields[5]), fate, False))
+    return list(dict.fromkeys(found))  # there may be several on one file
 
 
 def _path_of(place: str) -> str:

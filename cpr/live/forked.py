@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import _signal as signal
 import errno
-import mmap
 import os
 import select
 import time
 
 from cpr.constants import NS_PER_S
+from cpr.live.page import Page
 from cpr.live.token import (
     Returned,
     candidates,
@@ -31,70 +31,10 @@ if TYPE_CHECKING:
 
 EARLY, DIED, KILLED, MESSAGE = 1, 2, 3, 4  # as in _native/guard.h
 SIBLINGS = False
-VERSION = 1  # CPR_LIVE_VERSION
-SIZE = 40  # bytes of struct cpr_live_page
 WALL = 0x40000000  # __WALL of wait(2): also children that were cloned without a signal
 PATIENCE_NS = NS_PER_S  # as in _native/guard.c
 NOTIFY_MS = 1000  # as in _native/guard.c
 TICK_MS = 50  # how often it is looked at the hold, which no descriptor tells
-
-
-class _Fields:
-    """struct cpr_live_page over the mapping."""
-
-    def __init__(self, memory: mmap.mmap) -> None:
-        self._words = memoryview(memory)[:SIZE].cast("I")
-        self._times = memoryview(memory)[:SIZE].cast("Q")
-
-    def release(self) -> None:
-        self._words.release()
-        self._times.release()
-
-
-def _field(view: str, index: int) -> Any:
-    return property(
-        lambda self: getattr(self, view)[index],
-        lambda self, value: getattr(self, view).__setitem__(index, value),
-    )
-
-
-for _view, _index, _name in (
-    ("_words", 0, "version"),
-    ("_words", 1, "hold"),
-    ("_words", 2, "guard_pid"),
-    ("_times", 2, "began_ns"),
-    ("_times", 3, "stopped_ns"),
-    ("_times", 4, "exec_ns"),
-):
-    setattr(_Fields, _name, _field(_view, _index))
-
-
-class Page:
-    """The page that both images see; owns its descriptor and its mapping until `close`."""
-
-    def __init__(self, fd: int = -1) -> None:
-        """A new one, or the one of `fd`, which becomes this object's.  Raises OSError."""
-        self.fd = os.memfd_create("cpr-live") if fd < 0 else fd
-        try:
-            if fd < 0:
-                os.ftruncate(self.fd, SIZE)
-            elif os.fstat(fd).st_size < SIZE:
-                raise OSError(errno.EINVAL, "the page of the update is too small")
-            self._memory = mmap.mmap(self.fd, SIZE)
-        except OSError:
-            if fd < 0:
-                os.close(self.fd)
-            raise
-        fields: Any = _Fields(self._memory)
-        self.struct = fields
-        if fd < 0:
-            fields.version = VERSION
-
-    def close(self) -> None:
-        self.struct.release()
-        self.struct = None
-        self._memory.close()
-        os.close(self.fd)
 
 
 def wait_alone() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cpr.constants import STDERR
-from cpr.live import forked, new_image, payload, transaction
+from cpr.live import forked, last_words, new_image, payload, transaction
 from cpr.live import token as tokens
 from cpr.live.errors import UpdateError
 from cpr.live.preserved import Registry
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 NAME = "cpr.live"
 REAP_MS = 50  # for so long a commit waits for the old program's end
-PIECE = 64 << 10
 
 
 class Previous(NamedTuple):
@@ -209,23 +208,10 @@ class Image:
         """Until the commit stderr is a memfd that the previous program could read."""
         if self._stderr < 0:
             return
-        forward_stderr(STDERR, self._stderr)
+        last_words.forward(STDERR, self._stderr)
         os.dup2(self._stderr, STDERR)
         os.close(self._stderr)
         self._stderr = -1
-
-
-def forward_stderr(source: int, target: int) -> bytes:
-    """Copies what a memfd holds; the end of it.  Nobody is to fail by what cannot be written."""
-    offset, last = 0, b""
-    while piece := os.pread(source, PIECE, offset):
-        offset += len(piece)
-        last = (last + piece)[-PIECE:]
-        try:
-            os.write(target, piece)
-        except OSError:
-            pass
-    return last
 
 
 def _reap(pid: int) -> None:

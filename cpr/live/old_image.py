@@ -6,40 +6,21 @@ import _signal as signal  # `signal` itself makes enums, which a late update wou
 import os
 import time
 
-from cpr.constants import NS_PER_MS, STDERR
+from cpr.constants import NS_PER_MS
 from cpr.live import token as tokens
-from cpr.live.transaction import (
-    AFTER,
-    CLOSED,
-    EARLY,
-    END,
-    ENDING,
-    GOING,
-    HAND_OVER,
-    LATE,
-    LEFT_OPEN,
-    REHEARSE,
-    STARTING,
-    TRANSITIONS,
-    VARIABLE,
-    UpdateError,
-)
+from cpr.live.old_channel import Channel
+from cpr.live.transaction import CLOSED, EARLY, END, ENDING, LATE, REHEARSE, VARIABLE, UpdateError
 from cpr.phases import mark
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Mapping, Sequence
     from types import ModuleType
-    from typing import Any
-
-    from cpr.live.messages import Message
 
 END_TIMEOUT_MS = 5000  # for a new image that was told to end
-QUEUE_TIMEOUT = 1.0  # s
 
 
-class Update:
+class Update(Channel):
     """The old image's side of one update.  Owns the token, the page and the socket until `close`.
 
     After an early `execute`, or a late one that was refused, `pid` and `pidfd` are the new image's,
@@ -53,18 +34,12 @@ class Update:
 
         Raises UpdateError; then nothing stays open.
         """
-        from cpr.live import messages
-
+        super().__init__()
         self._guard = guard = backend or _default_backend()
-        self.state = STARTING
         self.pid = 0
         self.pidfd = -1
         self.dropped = False
         self._mappings = list(mappings)
-        self._socket: socket.socket | None = None
-        self._theirs: socket.socket | None = None
-        self._left_open: list[int] = []
-        self._copies: list[int] = []
         self.token = -1
         try:
             self.page = guard.Page()
@@ -73,14 +48,10 @@ class Update:
         self.page.struct.began_ns = time.monotonic_ns()
         try:
             self.token = tokens.create_token()
-            self._socket, self._theirs = messages.pair()
+            self.open_channel()
         except OSError as error:
             self.close()
             raise UpdateError(f"descriptors of the update: {error.strerror}") from None
-
-    def fileno(self) -> int:
-        """Readable when the new image has said something, or its end is closed."""
-        return self._socket.fileno() if self._socket is not None else -1
 
     def environment(self, mode: str, base: Mapping[str, str]) -> dict[str, str]:
         """`base` with what tells a program of this update."""
@@ -178,9 +149,7 @@ class Update:
             notify.became_child()
         self.pid, self.pidfd = returned.pid, returned.pidfd
         self.dropped = returned.dropped
-        assert self._theirs is not None
-        self._theirs.close()
-        self._theirs = None
+        self.give_theirs()
         if returned.outcome in (self._guard.EARLY, self._guard.MESSAGE):
             return
         self._set(CLOSED)
@@ -223,99 +192,13 @@ class Update:
             text = error.strerror if isinstance(error, OSError) else str(error)
             raise UpdateError(f"execvp {argv[0]} failed: {text}") from None
         self.pid, self.pidfd = self._child.pid, os.pidfd_open(self._child.pid)
-        self._theirs.close()
-        self._theirs = None
+        self.give_theirs()
 
     def end_child(self) -> tuple[int, str]:
         """Ends and reaps the child of `spawn`: its exit status, and the end of its stderr."""
         self._child.kill()
         error = self._child.communicate()[1]
         return self._child.returncode, error[-2000:].decode(errors="replace").strip()
-
-    def _set(self, state: str) -> None:
-        if state not in TRANSITIONS[self.state]:
-            raise UpdateError(f"an update that is {self.state} cannot be {state}")
-        self.state = state
-
-    def receive(self) -> Message:
-        """What the new image says; its descriptors are the caller's.
-
-        Raises UpdateError where it has hung up, or says what has no place now.
-        """
-        from cpr.live import messages
-
-        assert self._socket is not None
-        try:
-            message = messages.receive(self._socket)
-        except messages.Ended as error:
-            raise UpdateError(str(error)) from None
-        if message.kind not in AFTER:
-            message.close()
-            raise UpdateError(f"the new program sent '{message.kind}', which is unknown")
-        self._set(AFTER[message.kind])
-        return message
-
-    def has_message(self) -> bool:
-        """Whether `receive` would return at once; false also where the new image has hung up."""
-        import socket
-
-        assert self._socket is not None
-        try:
-            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-        except OSError:
-            return False
-
-    def send(
-        self,
-        kind: str,
-        body: dict[str, Any] | None = None,
-        fds: Sequence[int] = (),
-        data: bytes = b"",
-    ) -> None:
-        """Sends one message; `fds` stay the caller's.  Raises UpdateError."""
-        from cpr.live import messages
-
-        assert self._socket is not None
-        try:
-            messages.send(self._socket, kind, body or {}, list(fds), data)
-        except messages.Ended as error:
-            raise UpdateError(str(error)) from None
-        if kind == HAND_OVER:
-            self._set(GOING)
-
-    def queue(self, kind: str, body: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        """Sends what the new image finds when it is there; `fds` stay the caller's.
-
-        Raises UpdateError where the socket does not take it: there are too many descriptors.
-        """
-        from cpr.live import messages
-
-        assert self._socket is not None
-        self._socket.settimeout(QUEUE_TIMEOUT)
-        try:
-            messages.send(self._socket, kind, body, list(fds))
-        except messages.Ended as error:
-            text = f"{len(fds)} descriptors cannot be queued for the new program: {error}"
-            raise UpdateError(text) from None
-        finally:
-            self._socket.settimeout(None)
-
-    def leave_open(self, kind: str, body: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        """As queue, of any number: the descriptors stay open over a late exec.
-
-        They stay the caller's, and must be open until `execute`.  Raises UpdateError.
-        """
-        numbers: list[int] = []
-        try:
-            for fd in fds:
-                if fd <= STDERR or fd in numbers:  # each is one of its own in the new image
-                    fd = os.dup(fd)
-                    self._copies.append(fd)
-                numbers.append(fd)
-            self._left_open += [fd for fd in numbers if not os.get_inheritable(fd)]
-        except OSError as error:
-            raise UpdateError(f"descriptors of the update: {error.strerror}") from None
-        self.queue(kind, {**body, LEFT_OPEN: numbers})
 
     def take_back(self) -> bool:
         """Takes the token, and kills the new image if there is one; false: it has committed."""
@@ -365,18 +248,13 @@ class Update:
 
     def close(self) -> None:
         """Frees everything; may be called twice."""
-        for sock in (self._socket, self._theirs):
-            if sock is not None:
-                sock.close()
-        self._socket = self._theirs = None
-        for fd in (self.token, self.pidfd, *self._copies):
+        self.close_channel()
+        for fd in (self.token, self.pidfd):
             if fd >= 0:
                 os.close(fd)
-        self._copies = []
         self.token = self.pidfd = -1
         if self.page is not None and self.page.struct is not None:
             self.page.close()
-        self.state = CLOSED
 
 
 def _default_backend() -> ModuleType:

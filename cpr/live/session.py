@@ -9,28 +9,27 @@ from __future__ import annotations
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from cpr.constants import NS_PER_S, STDERR
+from cpr.constants import NS_PER_S
 from cpr.errors import CprError
-from cpr.live import arguments, auditing, forked, image, old_image, payload, program, transaction
+from cpr.live import arguments, auditing, forked, image, old_image, program, transaction
 from cpr.live.errors import UpdateError
 from cpr.live.kept import Kept
-from cpr.live.preserved import Entry
+from cpr.live.last_words import LAST_LINES, LastWords
+from cpr.live.said import Said, Send
 from cpr.live.token import describe_status, is_readable
-from cpr.live.transaction import BACK, HAND_OVER, HELLO, READY, REFUSE, STATE
+from cpr.live.transaction import BACK, HELLO, READY, REFUSE
 
 EARLY, LATE = "early", "late"
 FORK, VM = "fork", "vm"
-LAST_LINES = 20
 
-fake: Callable[[Session], NoReturn] | None = None
-"""What stands for the exec in a unit test (see `testing`)."""
+fake: Callable[[Session], None] | None = None
+"""What stands for the exec, and for a rehearsal's child, in a unit test (see `testing`)."""
 
 update_signals: set[int] = set()
 """Signals that ask for an update; they stay blocked until the new program is ready for them."""
@@ -65,11 +64,11 @@ class Session:
         self._backend = forked if guard == FORK else _vm_backend()
         self._old_pid = os.getpid()
         self._update: old_image.Update | None = None
-        self._sent: dict[str, Entry] = {}
-        self._stderr, self._real_stderr = -1, -1
+        self._said = Said(self._image, self._old_pid)
+        self._last_words: LastWords | None = None
         self._paused = False
         self._blocked = sorted(update_signals - signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-        self._rehearsing = False
+        self.rehearsing = False
         self._back = back
         self._refusal = ""
         if self._image.updating:
@@ -121,14 +120,15 @@ class Session:
             fake(self)
         self._update = old_image.Update(backend=self._backend)
         early = self.mode == EARLY
-        self._real_stderr = _duplicate(STDERR)
+        self._last_words = words = LastWords()
         if not early:
             self._send_header(self._update.leave_open)
             self._send_rest(self._update.queue)
         kept, here = Kept(), -1
         try:
             here = os.open(".", os.O_PATH | os.O_CLOEXEC)  # it may have been removed
-            self._divert_stderr()
+            words.divert()
+            signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
             if self._folder:
                 os.chdir(self._folder)
             self._update.execute(
@@ -139,7 +139,8 @@ class Session:
             raise UpdateError(f"{place}: {error.strerror}") from None
         finally:
             kept.restore()
-            self._restore_stderr()
+            words.restore()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._blocked)
             if here >= 0:
                 os.fchdir(here)
                 os.close(here)
@@ -150,21 +151,21 @@ class Session:
 
     def spawn(self) -> None:
         """Starts the program as a child, for a rehearsal; `end_rehearsal` has to follow."""
-        self._rehearsing = True
+        self.rehearsing = True
+        if fake is not None:
+            fake(self)
+            return
         self._update = old_image.Update(backend=self._backend)
         self._update.spawn(self.argv, self.env, self._folder)
 
-    def end_rehearsal(self) -> tuple[int | None, list[str]]:
-        """Ends the child: its return code as subprocess has it, and its last lines of stderr."""
+    def end_rehearsal(self) -> list[str]:
+        """Ends the child, if there is one; its last lines of stderr."""
         self._image.updating = False
         if self._update is None:
-            return None, []
-        if self._update.pid == 0:
-            self._update.close()
-            return None, []
-        code, text = self._update.end_child()
+            return []
+        text = self._update.end_child()[1] if self._update.pid else ""
         self._update.close()
-        return code, text.splitlines()[-LAST_LINES:]
+        return text.splitlines()[-LAST_LINES:]
 
     def fds(self) -> tuple[int, int]:
         """Early: the socket, and the pidfd of the new program; `wait` when one is readable."""
@@ -177,6 +178,8 @@ class Session:
 
     def wait(self, block: bool = True) -> bool:
         """Early: true when the new program is ready.  Raises UpdateError."""
+        if self._update is None:
+            return True  # a rehearsal in a unit test
         sock, pidfd = self.fds()
         poll = select.poll()
         poll.register(sock, select.POLLIN)
@@ -230,14 +233,8 @@ class Session:
             if started and not update.take_back():
                 update.leave()  # the new program has committed after all
             update.close()
-        if self._real_stderr >= 0:
-            os.close(self._real_stderr)
-            self._real_stderr = -1
-        if self._stderr >= 0:
-            text = image.forward_stderr(self._stderr, STDERR)
-            lines = text.decode(errors="replace").splitlines()[-LAST_LINES:]
-            os.close(self._stderr)
-            self._stderr = -1
+        if self._last_words is not None:
+            lines = self._last_words.take()
         reason = str(error) if isinstance(error, CprError) else repr(error)
         if isinstance(error, MemoryError):
             reason = "there is no memory for the update"
@@ -268,7 +265,7 @@ class Session:
         message.close()
         if message.kind == HELLO:
             self._send_header(self._update.send)
-            if self._rehearsing:
+            if self.rehearsing:
                 self._send_rest(self._update.queue)
         elif message.kind == REFUSE:
             self._take_refusal(str(message.body.get("reason")))
@@ -278,7 +275,7 @@ class Session:
         """Has the old command executed in the PID, if it may; else raises UpdateError."""
         assert self._update is not None
         changed = program.changed_files(self._image.started) if self._back else []
-        if not self._back or self._rehearsing or self._refusal or changed:
+        if not self._back or self.rehearsing or self._refusal or changed:
             self._update.end(1)
             if changed:
                 reason += f"; the PID is not given back: {changed[0]} has changed"
@@ -295,74 +292,12 @@ class Session:
         reason = f"the new program {describe_status(status)} before it took over"
         raise UpdateError(reason, status)
 
-    def _send_header(self, send: Any) -> None:
-        this, entries = self._image, self._image.registry.entries
-        names = {name: entry.describe() for name, entry in entries.items()}
-        fds = [entry.fd for entry in entries.values()]
-        self._sent = dict(entries)
-        body = {
-            "pid": self._old_pid,
-            "argv": this.argv,
-            "started": this.started,
-            "generation": this.generation,
-            "version": this.save_version if this.saver is not None else 0,
-            "saver": getattr(this.saver, "__qualname__", str(this.saver)),
-            "names": names,
-            "blocked": self._blocked,
-            "failure": self._refusal,
-        }
-        if self._real_stderr >= 0:
-            body["stderr"], fds = True, [self._real_stderr, *fds]
-        send(STATE, body, fds)
+    def _send_header(self, send: Send) -> None:
+        stderr = self._last_words.real if self._last_words is not None else -1
+        self._said.header(send, self._blocked, self._refusal, stderr)
 
-    def _send_rest(self, send: Any) -> None:
-        this, entries = self._image, self._image.registry.entries
-        writer = payload.Writer()
-        try:
-            value = this.saver() if this.saver is not None else None
-            what = f"what {getattr(this.saver, '__qualname__', 'on_save')} returned"
-            state = writer.add_value(value, what)
-            parts = {name: part(writer) for name, part in this.parts.items()}
-            found = this.registry.check()
-            if not self._rehearsing:
-                found += [why for obstacle in this.obstacles if (why := obstacle())]
-            if found:
-                raise UpdateError("; ".join(found))
-            fresh = [name for name, entry in entries.items() if self._sent.get(name) is not entry]
-            body = {
-                "names": {name: entry.describe() for name, entry in entries.items()},
-                "fresh": fresh,
-                "state": state,
-                "parts": parts,
-            }
-            send(HAND_OVER, body, [writer.fd, *(entries[name].fd for name in fresh)])
-        finally:
-            writer.close()
-
-    # What the exec changes in this process, and what is put back.
-
-    def _divert_stderr(self) -> None:
-        """The new program's stderr is a memfd until it commits: its last words are known."""
-        for name in ("stdout", "stderr"):
-            stream = getattr(sys, name)
-            if stream is not None:
-                stream.flush()
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
-        if self._real_stderr >= 0:
-            self._stderr = os.memfd_create("cpr-live-stderr")
-            os.dup2(self._stderr, STDERR)
-
-    def _restore_stderr(self) -> None:
-        if self._real_stderr >= 0 and self._stderr >= 0:
-            os.dup2(self._real_stderr, STDERR)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._blocked)
-
-
-def _duplicate(fd: int) -> int:
-    try:
-        return os.dup(fd)
-    except OSError:  # there is no stderr
-        return -1
+    def _send_rest(self, send: Send) -> None:
+        self._said.rest(send, self.rehearsing)
 
 
 def _vm_backend() -> ModuleType:

@@ -17,8 +17,8 @@
             with pytest.raises(live.UpdateError):
                 live.update()
 
-Nothing is executed and no process is made.  What is real: names, memory, the state's JSON and
-version, the audit, the order of the calls.
+Nothing is executed and no process is made, by `live.rehearse` neither.  What is real: names,
+memory, the state's JSON and version, the audit, the order of the calls.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 from cpr.live import image, session
 from cpr.live.errors import UpdateError
@@ -53,7 +53,7 @@ class Process:
         self._fds: list[int] = []
 
     def fail(self, reason: str, *, status: int | None = None, signal: int | None = None) -> None:
-        """The next update fails for this reason, and as if the new program had ended so."""
+        """The next update or rehearsal fails for this reason, as if the new program ended so."""
         wait_status = signal if signal is not None else None
         if status is not None:
             wait_status = status << WAIT_STATUS_SHIFT
@@ -80,20 +80,22 @@ class Process:
         self._fds = []
         image.replace(new)
 
-    def execute(self, current: session.Session) -> NoReturn:
-        """In place of the exec and all that follows."""
+    def execute(self, current: session.Session) -> None:
+        """In place of the exec and all that follows; comes back from a rehearsal only."""
         failure, self._failure = self._failure, None
         header: list[Any] = []
         rest: list[Any] = []
         current._send_header(lambda kind, body, fds: header.extend((body, fds)))
         current._send_rest(lambda kind, body, fds: rest.extend((body, list(map(os.dup, fds)))))
-        if failure is not None:
+        if failure is not None or current.rehearsing:
             for fd in rest[1]:
                 os.close(fd)
-            raise failure
+            if failure is not None:
+                raise failure
+            return
         body, fds = rest
         names = [name for name in body["names"] if name not in body["fresh"]]
-        fds += [os.dup(current._sent[name].fd) for name in names]
+        fds += [os.dup(current._said.sent[name].fd) for name in names]
         body["fresh"] += names
         self._body, self._fds = {**header[0], **body}, fds
         self.argv, self.env, self.mode = current.argv, current.env, current.mode

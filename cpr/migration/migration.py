@@ -15,7 +15,7 @@ from cpr.migration import checks
 from cpr.migration.incoming import Incoming
 from cpr.migration.mode import EXEC, TRANSFER, Mode
 from cpr.migration.process import Process
-from cpr.migration.program import ProgramFiles, check_command, knows_protocol, own_command
+from cpr.migration.program import ProgramFiles, check_command, early_versions, own_command
 from cpr.migration.state import MigrationState
 from cpr.migration.statistics import RamCounters
 from cpr.report import error_report
@@ -251,7 +251,7 @@ class Migration:
 
     def can_rehearse(self, command: list[str] | None) -> bool:
         """Whether the program of `command` knows how; RAM that is staged is not there yet."""
-        return not self._stages and knows_protocol(command or own_command(), self.files)
+        return not self._stages and bool(early_versions(command or own_command(), self.files))
 
     def incoming(
         self,

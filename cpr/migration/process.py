@@ -5,6 +5,8 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cpr.machine import Machine
+    from cpr.state.connections import Kept
+    from cpr.state.fds import PreservedFds
 
 
 class Process:
@@ -39,6 +41,19 @@ class Process:
 
     def reopen(self) -> None:
         """Makes those of `exec_fds` again, where an exec has failed after it closed them."""
+
+    def hold_commands(self, on: bool) -> None:
+        """While it is on, what monitors are told waits: it may be for the new image."""
+
+    def connections(self) -> dict[str, Kept]:
+        """All that an early update keeps; the descriptors stay this process's."""
+        return {}
+
+    def keep_connections(self, fds: PreservedFds) -> None:
+        """Has those that a late update keeps go with `fds`.  Raises KernelError."""
+
+    def take_connections_back(self, fds: PreservedFds) -> None:
+        """The inverse of `keep_connections`; nothing where that has not been called."""
 
     def interrupted(self) -> bool:
         """Whether a signal has come that ends the VM when the main loop sees it."""

@@ -14,7 +14,7 @@ import sys
 from cpr import launcher
 from cpr.config import parse_command_line, strip_options
 from cpr.errors import CprError, MigrationError
-from cpr.live.transaction import PROTOCOL
+from cpr.live.transaction import PROTOCOL, VERSIONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def spoken_versions(command: Sequence[str], files: ProgramFiles) -> list[int]:
     program = words[: words.index(VERB)]
     own = own_command()
     if program == own[: own.index(VERB)] and not files.changed():
-        return [PROTOCOL]
+        return list(VERSIONS)
     import subprocess
 
     try:
@@ -112,8 +112,8 @@ def spoken_versions(command: Sequence[str], files: ProgramFiles) -> list[int]:
     return [int(word) for word in words_of_it]
 
 
-def knows_protocol(command: Sequence[str], files: ProgramFiles) -> bool:
-    """Whether the program of `command` updates as this one does.
+def early_versions(command: Sequence[str], files: ProgramFiles) -> list[int]:
+    """As spoken_versions; none where the program of `command` does not update as this one does.
 
     Raises MigrationError where it has a hand-over too, but not this one's.
     """
@@ -124,7 +124,7 @@ def knows_protocol(command: Sequence[str], files: ProgramFiles) -> bool:
             f"the new program speaks version {theirs} of the hand-over, this one {PROTOCOL}: "
             "x-cpr-exec-overlap=off updates it in QEMU's way"
         )
-    return bool(versions)
+    return versions
 
 
 class ProgramFiles:

@@ -214,6 +214,22 @@ COMMANDS: tuple[Command, ...] = (
         "to query; show the current CPU's registers if no argument is specified)",
         in_session=True,
     ),
+    Command(
+        "info balloon",
+        "query-balloon",
+        control.query_balloon,
+        help="show balloon information",
+        text=control.balloon_text,
+    ),
+    Command(
+        "balloon",
+        "",
+        control.balloon_to,
+        Argument("value", INTEGER),
+        params="target",
+        help="request VM to change its memory allocation (in MB)",
+    ),
+    Command("", "balloon", control.balloon, Argument("value", INTEGER)),
     Command("info mtree", "", memory.info_mtree, help="show memory tree"),
     Command(
         "info ramblock",

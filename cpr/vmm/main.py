@@ -3,7 +3,7 @@
 run [guest.cfg] [QEMU options]    boots a guest, or takes over the one of an update
 cpr-exec SOCKET [-t] [COMMAND…]   updates a VMM by its QMP monitor, and waits for it
 inspect FILE|PID|-                shows a CPR state or a migration stream, and what is wrong in it
-protocol                          the version of what old and new VMM say to each other
+protocol                          the versions of what old and new VMM say to each other
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def inspect(arguments: list[str]) -> int:
 
 
 def protocol(arguments: list[str]) -> int:
-    from cpr.live.transaction import PROTOCOL
+    from cpr.live.transaction import VERSIONS
 
-    output(f"{PROTOCOL}\n")
+    output("".join(f"{version}\n" for version in VERSIONS))
     return 0
 
 

@@ -24,6 +24,7 @@ MODULES = (
     "cpr.live.messages",
     "cpr.live.notify",
     "cpr.migration.child",
+    "cpr.migration.connections",
     "cpr.migration.cpr_exec",
     "cpr.migration.cpr_transfer",
     "cpr.migration.early",
@@ -35,6 +36,7 @@ MODULES = (
     "cpr.monitor.hmp",
     "cpr.monitor.qmp",
     "cpr.pages",
+    "cpr.vmm.connections",
     "cpr.vmm.populate",
 )
 """All that is imported in a function.

@@ -12,8 +12,8 @@ import sys
 
 from cpr import pc, phases
 from cpr.config import parse_command_line
-from cpr.constants import NS_PER_S, STDERR
-from cpr.errors import ConfigError, MigrationError
+from cpr.constants import STDERR
+from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.events import EventBus
 from cpr.faults import point
 from cpr.live.new_image import find_predecessor
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from cpr.live.new_image import Predecessor
     from cpr.migration.arrival import Arrival
     from cpr.migration.cpr_transfer import CprListener
+    from cpr.state.connections import Kept
 
-HANG_UP_NS = 2 * NS_PER_S
 SWITCH_INTERVAL = 0.0001
 """How long, in s, a vCPU that exits to a device waits for another thread's Python at most."""
 
@@ -117,7 +117,7 @@ def _start(config: Config, fds: PreservedFds, predecessor: Predecessor | None) -
     if isinstance(sources.main, dict) and not connects_in_background(sources.main):
         _load(vmm, sources.main, sources.option)
         if after_exec:
-            carefully(lambda: vmm.create_frontends(True))
+            carefully(lambda: vmm.create_frontends(True, _kept(fds)))
         else:
             vmm.create_frontends(False)
         preload()
@@ -126,7 +126,7 @@ def _start(config: Config, fds: PreservedFds, predecessor: Predecessor | None) -
             incoming.on_running = preload
         else:
             preload()
-        vmm.create_frontends(after_exec)
+        vmm.create_frontends(after_exec, _kept(fds) if after_exec else None)
         _boot(vmm, sources.main, sources.option)
     carefully(vmm.start_populating)
     return vmm, ready
@@ -175,7 +175,7 @@ def _end_update(vmm: Vmm, predecessor: Predecessor) -> None:
 
 def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     """The guest of an early update, which runs elsewhere until all is ready here."""
-    from cpr.migration import savevm
+    from cpr.migration import connections, savevm
     from cpr.migration.arrival import Arrival
     from cpr.vmm.populate import populate_before
 
@@ -198,18 +198,30 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     arrival.load_sections(vmm.machine)
     mark("ready")
     incoming.take(arrival.receive_guest(fds))
+    kept: dict[str, Kept] = {}
     for step in (
         arrival.placement.keep_away,
-        lambda: predecessor.wait_hang_up(HANG_UP_NS),
+        lambda: kept.update(connections.receive(predecessor)),
         lambda: _end_update(vmm, predecessor),
         lambda: _report(vmm, arrival),
-        lambda: vmm.create_frontends(True),
+        lambda: vmm.create_frontends(True, kept),
         arrival.placement.give_back,
         vmm.start_populating,  # what there was no time for
     ):
         carefully(step)
     gc.enable()
     return vmm
+
+
+def _kept(fds: PreservedFds) -> dict[str, Kept]:
+    """The connections that a late update keeps."""
+    from cpr.migration import connections
+
+    try:
+        return connections.take(fds)
+    except CprError as error:
+        error_report(error)
+        return {}
 
 
 def _report(vmm: Vmm, arrival: Arrival) -> None:

@@ -13,13 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from harness.qmp import TIMEOUT, Qmp
 
 ROOT = Path(__file__).resolve().parents[2]
 VMM = [sys.executable, "-m", "cpr.vmm", "run"]
 HEARTBEAT = 0x8000  # where the example guests count
+ENDED = ("completed", "failed", "cancelled")  # an update
+ASK_AGAIN = 0.05  # s
 ALL_CPUS = os.sched_getaffinity(0)  # which the VMMs may use, wherever this process is
 
 
@@ -63,7 +63,6 @@ class Vm:
         finally:
             os.sched_setaffinity(0, own_cpus)
         self.pid = self.process.pid
-        self.closed_ns = 0  # when the latest update closed the monitor
         self._ram: mmap.mmap | None = None
         try:
             self.qmp = self.connect()
@@ -97,13 +96,24 @@ class Vm:
                 time.sleep(0.002)
 
     def reconnect(self) -> Qmp:
-        self.qmp.wait_closed()
-        self.closed_ns = self.qmp.closed_ns
-        self.qmp = self.connect()
+        """The monitor of whoever has the guest when the update has ended.
+
+        That is this connection where the update keeps it, which is asked as seldom as can be: the
+        guest runs meanwhile.
+        """
+        deadline = time.monotonic() + self._timeout
+        try:
+            while self.qmp.command("query-migrate").get("status") not in ENDED:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the update has not ended in {self._timeout:.0f} s")
+                self.qmp.wait_event("RESUME", ASK_AGAIN)
+        except ConnectionError:
+            self.qmp.close()
+            self.qmp = self.connect()
         return self.qmp
 
     def update(self, **arguments: Any) -> None:
-        """One cpr-exec, to the new image's monitor being there."""
+        """One cpr-exec, to its end."""
         self.qmp.command("cpr-exec", **arguments)
         self.reconnect()
 
@@ -145,12 +155,13 @@ class Vm:
     def processes(self) -> list[int]:
         """All processes that run this VM or its update: the VMM, a new image, a guard."""
         found = []
-        for process in psutil.process_iter(["cmdline", "status"]):
-            words = process.info["cmdline"] or []
-            if process.info["status"] != psutil.STATUS_ZOMBIE and any(
-                self._directory.name in word for word in words
-            ):
-                found.append(process.pid)
+        for name in filter(str.isdigit, os.listdir("/proc")):  # psutil reads much more
+            try:
+                words = Path("/proc", name, "cmdline").read_bytes()  # of a zombie: none
+            except OSError:  # it has ended meanwhile
+                continue
+            if os.fsencode(self._directory.name) in words:
+                found.append(int(name))
         return found
 
     def follow(self) -> int:
@@ -175,10 +186,11 @@ class Vm:
 
     def children(self) -> list[int]:
         """The PIDs of the VMM's children, such as the old image in an update."""
-        try:
-            return sorted(child.pid for child in psutil.Process(self.pid).children())
-        except psutil.NoSuchProcess:
-            return []
+        found: list[int] = []
+        for path in Path(f"/proc/{self.pid}/task").glob("*/children"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
+                found += map(int, path.read_text().split())
+        return sorted(found)
 
     def resident(self) -> int:
         """Bytes of shared memory in the VMM's page tables, huge pages included."""
