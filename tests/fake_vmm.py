@@ -84,7 +84,7 @@ class FakeMachine:
             raise CommandError(f"Invalid addr 0x{address:016x}/size {size} specified")
         return bytes(self.ram[address : address + size])
 
-    def read_virtual(self, index: int, address: int, size: int) -> bytes:
+    def read_virtual(self, index: int, address: int, size: int, state: dict | None = None) -> bytes:
         return self.read_physical(address, size)
 
     def vcpu_state(self, index: int) -> dict:

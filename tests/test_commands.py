@@ -128,6 +128,7 @@ SAVED = {"val": 0x7C00, "size": 16, "filename": "saved"}
 # QMP: each command's arguments, and the return value or the error's text; None: not looked at.
 QMP: dict[str, tuple[dict, Any]] = {
     "query-commands": ({}, None),
+    "query-qmp-schema": ({}, None),
     "human-monitor-command": ({"command-line": "info name"}, "guest\r\n"),
     "query-version": (
         {},
@@ -440,6 +441,9 @@ def test_saving_memory(vmm: FakeVmm, session: Session, tmp_path: Path) -> None:
     assert run(vmm, session, 'pmemsave 0 -1 "edge"').startswith("invalid char")
     assert execute(vmm, "pmemsave", {"val": 0, "size": -1, "filename": "x"}) == (
         "Invalid addr 0x0000000000000000/size 18446744073709551615 specified"
+    )
+    assert execute(vmm, "memsave", {"val": 0, "size": 1 << 33, "filename": "x"}) == (
+        "Invalid addr 0x0000000000000000/size 8589934592 specified"
     )
     if os.path.exists("/dev/full"):
         assert run(vmm, session, 'pmemsave 0 16 "/dev/full"') == (

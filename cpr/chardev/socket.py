@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_PASSED_FDS = 16
 LISTENER, PEER, PASSED = "listener", "peer", "passed"
+CONNECT_TIMEOUT = 5.0  # s, to a server that does not answer; a guest may run already
 RETRY_NS = 200 * NS_PER_MS  # until a client is accepted again, where there was no descriptor for it
 
 
@@ -317,12 +318,13 @@ class SocketChardev(FdChardev):
         reason = ""
         for family, address in self._resolve():
             peer = socket.socket(family, socket.SOCK_STREAM)
+            peer.settimeout(CONNECT_TIMEOUT)
             try:
                 peer.connect(address)
                 return peer
             except OSError as error:
                 peer.close()
-                reason = str(error.strerror)
+                reason = str(error.strerror or error)
         where = self._options.text().partition(":")[2]
         raise ConfigError(f"Failed to connect to '{where}': {reason}")
 
@@ -337,7 +339,11 @@ class SocketChardev(FdChardev):
         peer.setblocking(False)
         try:
             peer.connect(address)
-        except BlockingIOError:
+        except BlockingIOError as problem:
+            if problem.errno == errno.EAGAIN:  # a unix socket whose queue is full tells of no room
+                peer.close()
+                self._reconnect_later()
+                return
             self._connecting = peer
             self.loop.watch(peer.fileno(), WRITE, lambda _: self._on_connected())
         except OSError:

@@ -38,6 +38,7 @@ OPTIONS = {
     "netdev": "netdev",
     "object": "object",
     "rtc": "rtc",
+    "run-with": "run-with",
     "sandbox": "sandbox",
     "smp": "smp-opts",
 }

@@ -34,6 +34,7 @@ GROUPS: dict[str, tuple[str, str | None]] = {
     "name": (OPTS, "guest"),
     "object": (OPTS, "qom-type"),
     "rtc": (OPTS, None),
+    "run-with": (OPTS, None),
     "sandbox": (OPTS, "enable"),
     "smp-opts": (KEYVAL, "cpus"),
 }
@@ -63,6 +64,12 @@ KEYS: dict[str, dict[str, Kind]] = {
     "msg": {"timestamp": BOOL, "guest-name": BOOL},
     "name": {"guest": STRING, "process": STRING, "debug-threads": BOOL},
     "rtc": {"base": STRING, "clock": STRING, "driftfix": STRING},
+    "run-with": {
+        "async-teardown": BOOL,
+        "chroot": STRING,
+        "exit-with-parent": BOOL,
+        "user": STRING,
+    },
     "sandbox": {"enable": BOOL, **dict.fromkeys(SANDBOX_WORDS, STRING)},
 }
 
@@ -94,6 +101,8 @@ class Draft:
             _check_sandbox(group, single | values)
         elif group.name == "rtc":
             _check_rtc(values)
+        elif group.name == "run-with":
+            values["location"] = group.location
         # -m is merged as it is written: what its size means depends on the last character.
         single.update(group.values if group.name == "memory" else values)
 

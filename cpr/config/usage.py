@@ -67,6 +67,8 @@ Start and end
   -S             does not start the guest
   -no-reboot, -no-shutdown, -action reboot=...,shutdown=...
   -pidfile FILE, -daemonize, -sandbox on[,spawn=deny]..., -msg timestamp=on
+  -run-with [user=NAME|UID:GID][,chroot=DIR][,exit-with-parent=on|off][,async-teardown=on|off]
+                 drops privileges before the guest runs
   -readconfig FILE, -nodefaults, -no-user-config, -only-migratable, -enable-kvm
   -nographic, -display none, -vga none, -net none, -nic none, -parallel none
   -h, -help, -version
@@ -116,7 +118,6 @@ QEMU_ONLY = frozenset(
         "pflash",
         "plugin",
         "preconfig",
-        "run-with",
         "s",
         "sd",
         "seed",

@@ -29,6 +29,7 @@ from cpr.migration.program import (
     own_command,
     spoken_versions,
 )
+from cpr.migration.run_with import obstacles
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Exec(KeepsRam):
     `process` is what executes, `files` are its program's, and `park()` ends all its threads but
     the caller's.  `directory` is the private temporary
     directory with the new image's state, which this owns, or None.  `give_back(self, update,
-    reason)` goes on after a new image has refused; the update is its own.
+    reason)` goes on after a new image has refused; the update is its own.  `serve()` is called
+    while a program is asked what it knows, and true where nobody waits for that any more.
     """
 
     ends_process = True
@@ -60,6 +62,7 @@ class Exec(KeepsRam):
         files: ProgramFiles,
         park: Callable[[], None],
         give_back: Callable[[Exec, Update, str], None],
+        serve: Callable[[], bool],
         directory: str | None = None,
     ) -> None:
         super().__init__(EXEC, bool(parameters.get("x-cpr-ram-staging")))
@@ -72,6 +75,7 @@ class Exec(KeepsRam):
         self._files = files
         self._park = park
         self._give_back = give_back
+        self._serve = serve
         self._directory = directory
         self._versions: list[int] | None = None
         self._persists = False
@@ -85,7 +89,7 @@ class Exec(KeepsRam):
         sandbox = machine.config.sandbox
         if sandbox.get("enable") and sandbox.get("spawn") == "deny":
             reasons.append("-sandbox spawn=deny forbids execve, with which this VMM is updated")
-        return reasons
+        return reasons + obstacles(self.command, machine.accel.name)
 
     def early_exec(self, *settings: str) -> Exec | None:
         """Not with RAM that is staged, nor with a program that knows no hand-over.
@@ -94,7 +98,7 @@ class Exec(KeepsRam):
         """
         if self.stages or self._page_size or self._overlap not in settings:
             return None
-        self._versions = early_versions(self.command, self._files)
+        self._versions = early_versions(self.command, self._files, self._serve)
         return self if self._versions else None
 
     def prepare(self) -> None:
@@ -103,7 +107,7 @@ class Exec(KeepsRam):
         One that has no idea of that has the guest when it has read its CPR state.
         """
         if self._versions is None:
-            self._versions = spoken_versions(self.command, self._files)
+            self._versions = spoken_versions(self.command, self._files, self._serve)
 
     def _speaks(self, version: int) -> bool:
         return version in (self._versions or [])

@@ -114,8 +114,14 @@ class Migration:
             self.files,
             self._park,
             self._give_back,
+            self._serve,
             directory,
         )
+
+    def _serve(self) -> bool:
+        """What the guest needs while the main loop waits for a program; whether that is to end."""
+        self.loop.run_timers()
+        return self.process.interrupted()
 
     @property
     def _stages(self) -> bool:
@@ -230,7 +236,7 @@ class Migration:
         from cpr.migration.rehearsal import Rehearsed, rehearse
 
         words = command or own_command()
-        mode = self._create_exec(command or [""])
+        mode = self._create_exec(words)
         try:
             self._check({"transport": "file"}, mode)
             staging = stage(self.machine, self.fds, self.state, mode, RamCounters())
@@ -247,11 +253,13 @@ class Migration:
                 return Rehearsed(reasons, None)
         except MigrationError as error:
             return Rehearsed([str(error)], None)
-        return rehearse(self.machine, self.fds, self.loop, words, mode.timeout_ms)
+        return rehearse(self.machine, self.fds, self._serve, words, mode.timeout_ms)
 
     def can_rehearse(self, command: list[str] | None) -> bool:
         """Whether the program of `command` knows how; RAM that is staged is not there yet."""
-        return not self._stages and bool(early_versions(command or own_command(), self.files))
+        return not self._stages and bool(
+            early_versions(command or own_command(), self.files, self._serve)
+        )
 
     def incoming(
         self,

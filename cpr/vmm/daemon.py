@@ -94,6 +94,9 @@ class Pidfile:
         os.pwrite(self._fd, text, 0)
         os.ftruncate(self._fd, len(text))
 
+    def fileno(self) -> int:
+        return self._fd
+
     def rewrite(self) -> None:
         """For another PID than before; a lock does not go over to a new process."""
         try:

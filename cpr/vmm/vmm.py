@@ -89,17 +89,6 @@ class Vmm(Process):
         for chardev in self.chardevs.values():
             chardev.expect_another()
 
-    def on_update(self) -> None:
-        from cpr.live import notify
-
-        notify.reloading()
-
-    def on_update_failed(self, reason: str) -> None:
-        from cpr.live import notify
-
-        notify.failed()
-        notify.status(f"the update failed: {reason}")
-
     def hold_commands(self, on: bool) -> None:
         for _, monitor in self.monitors:
             monitor.hold(on)
@@ -134,6 +123,17 @@ class Vmm(Process):
             for label, chardev in self.chardevs.items()
             if f"chardev:{label}" not in self._going
         ]
+
+    def on_update(self) -> None:
+        from cpr.live import notify
+
+        notify.reloading()
+
+    def on_update_failed(self, reason: str) -> None:
+        from cpr.live import notify
+
+        notify.failed()
+        notify.status(f"the update failed: {reason}")
 
     def exec_fds(self) -> list[int]:
         return [fd for chardev in self._staying() for fd in chardev.exec_fds()]
