@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 
-
 TICK = 0.01  # s; the clock of the files' times is behind by one at most, with CONFIG_HZ=100
 
 
