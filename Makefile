@@ -14,7 +14,7 @@ PYTHONS ?= 3.11 3.12 3.13 3.14
 LIVE_NEEDS := pytest pytest-timeout pytest-xdist hypothesis cffi psutil uvicorn setuptools
 
 .PHONY: setup setup-dev guests compiled run linux demo test test-nested test-nested-iommufd nested-guests \
-	test-live test-pythons bench-live conformance sanitize soak-failures release-data fuzz faults soak states lint format bench clean
+	test-live test-pythons bench-live conformance sanitize soak-failures release-data sandbox-table fuzz faults soak states lint format bench clean
 
 setup: $(VENV)/.built guests compiled
 
@@ -77,6 +77,10 @@ soak: setup-dev guests
 # What this release's updates carry, for the tests of later ones: once for each release.
 release-data: setup-dev
 	$(BIN)/python -m tests.releases.record
+
+# What -sandbox denies, as the QEMU in QEMU_ROOT=FOLDER asks libseccomp for it.
+sandbox-table: setup-dev
+	$(BIN)/python -m tests.sandbox.record '$(QEMU_ROOT)'
 
 # The table of QEMU's behaviour, on this VMM and, with QEMU=COMMAND, on a real QEMU beside it.
 conformance: setup-dev

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import cases, model, ram_copy, run, sections
+from benchmarks import cases, model, ram_copy, run, sections, virtio
 from benchmarks.observer import POLL_US
 from benchmarks.peer import Peer, parse_peer
 from benchmarks.results import FOLDER, Document
@@ -106,9 +106,16 @@ def add_others(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="saves of each kind (3)")
     add_qemu(parser)
     add_output(parser)
-    parser = commands.add_parser(
-        "all", help="run, brownout, rate, save and ram-copy, as by default"
+    parser = commands.add_parser("virtio", help="disk and network of a Linux guest")
+    kinds = tuple(virtio.KINDS)
+    parser.add_argument(
+        "--kinds", type=run.some_of(kinds), default="all", help=f"{', '.join(kinds)}, or all"
     )
+    parser.add_argument("--accel", type=run.some_of(cases.ACCELS), default="tcg", help="(tcg)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind (5)")
+    add_qemu(parser)
+    add_output(parser)
+    parser = commands.add_parser("all", help="all of these, as by default")
     add_qemu(parser)
     add_output(parser)
     parser = commands.add_parser("ram-copy", help="copying RAM against memcpy and write(2)")
@@ -182,6 +189,8 @@ def measure_kind(options: argparse.Namespace, peer: Peer | None) -> str:
         return run.run_pauses(options, peer)
     if options.command == "save":
         run.run_saves(options, peer)
+    elif options.command == "virtio":
+        run.run_virtio(options, peer)
     elif options.command == "ram-copy":
         document = run.open_document("ram-copy", options, None)
         document.entries = ram_copy.measure(options)

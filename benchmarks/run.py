@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import brownout, pause, rate, report, rounds, save, sections
+from benchmarks import brownout, pause, rate, report, rounds, save, sections, virtio
 from benchmarks.cases import RAM, Case, grid, parse_size, size_text
 from benchmarks.observer import calibrate
 from benchmarks.peer import Peer
@@ -105,6 +105,19 @@ def run_saves(options: argparse.Namespace, peer: Peer | None) -> None:
             document.entries.append(entry)
             document.save()
             progress.finish(save.line(entry))
+
+
+def run_virtio(options: argparse.Namespace, peer: Peer | None) -> None:
+    """`virtio`."""
+    warn()
+    modes = ["qemu", "cpr"] if peer is not None else ["cpr"]
+    document = open_document("virtio", options, peer)
+    with Progress(len(modes) * len(options.kinds)) as progress:
+        arguments = (options.accel[0], options.kinds, options.rounds, peer, progress.at)
+        for entry in virtio.measure(modes, *arguments):
+            document.entries.append(entry)
+            document.save()
+            progress.finish(virtio.line(entry))
 
 
 def finish(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import brownout, plots, ram_copy, rate, report, save
+from benchmarks import brownout, plots, ram_copy, rate, report, save, virtio
 from benchmarks.results import Document
 
 REPORT = "report.md"
@@ -19,12 +19,14 @@ TITLES = {
     "brownout": "Brown-out: time until every page is written once more",
     "rate": "Updates back to back",
     "save": "Saving RAM to a file",
+    "virtio": "Disk and network of a Linux guest",
     "ram-copy": "Copying RAM, against the machine's ceilings",
 }
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "brownout": brownout.markdown,
     "rate": rate.markdown,
     "save": save.markdown,
+    "virtio": virtio.markdown,
     "ram-copy": ram_copy.markdown,
 }
 

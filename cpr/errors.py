@@ -49,6 +49,12 @@ class CommandError(CprError):
     """A monitor command that is refused."""
 
 
+class DeviceNotActive(CommandError):
+    """A monitor command for a device that there is not."""
+
+    qmp_class = "DeviceNotActive"
+
+
 class CommandNotFound(CommandError):
     """A monitor command that does not exist."""
 

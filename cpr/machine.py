@@ -11,7 +11,7 @@ from _thread import RLock
 from cpr import boot, report, runstate
 from cpr.bus import IOBus, Region
 from cpr.clock import VirtualClock
-from cpr.constants import PAGE_SIZE
+from cpr.constants import MIB, PAGE_SIZE
 from cpr.errors import CommandError, CprError
 from cpr.faults import point
 from cpr.memory import GuestMemory
@@ -201,6 +201,18 @@ class Machine:
                 device.reset()
         self.vcpus[0].set_state(registers)
         self.accel.apply_state()
+
+    def keep_boot_image(self) -> None:
+        """Reads the boot image for all resets to come: its file will be out of reach.
+
+        One that cannot be read is none that a reset could use later either.
+        """
+        assert self.boot_image is not None
+        try:
+            image = self.boot_image()
+        except CprError:
+            return
+        self.boot_image = lambda: image
 
     def resume_vcpus(self) -> None:
         """Lets the clock and the vCPUs go; `pause_vcpus` is the inverse.  No event is sent."""
@@ -418,23 +430,30 @@ class Machine:
             raise CommandError(f"Invalid addr 0x{address:016x}/size {size} specified")
         return self.memory.read(address, size)
 
-    def read_virtual(self, index: int, address: int, size: int) -> bytes:
-        """Reads through the page tables of vCPU `index`.
+    def read_virtual(self, index: int, address: int, size: int, state: dict | None = None) -> bytes:
+        """Reads through the page tables of vCPU `index`, whose state may be known already.
 
-        Raises CommandError naming the first address that is not mapped.
+        Raises CommandError naming the first address that is not mapped, or leads to no memory; in
+        the first MiB, where a PC has its holes, that reads as ones.
         """
         from cpr.accel.paging import translate
 
-        state = self.vcpu_state(index)
-        data = b""
-        while len(data) < size:
-            virtual = address + len(data)
+        if state is None:
+            state = self.vcpu_state(index)
+        runs: list[tuple[int, int]] = []  # physical address, size
+        done = 0
+        while done < size:
+            virtual = address + done
             physical = translate(state, self.memory.read, virtual)
-            if physical is None:
+            if physical is None or (physical >= MIB and self.memory.find(physical) is None):
                 raise CommandError(f"Invalid addr 0x{virtual:016x}/size {size} specified")
-            piece = min(size - len(data), PAGE_SIZE - virtual % PAGE_SIZE)
-            data += self.memory.read(physical, piece)
-        return data
+            piece = min(size - done, PAGE_SIZE - virtual % PAGE_SIZE)
+            if runs and sum(runs[-1]) == physical:
+                runs[-1] = (runs[-1][0], runs[-1][1] + piece)
+            else:
+                runs.append((physical, piece))
+            done += piece
+        return b"".join(self.memory.read(*run) for run in runs)
 
     def regions(self) -> list[tuple[int, int, str, str, int]]:
         """(first, last, name, kind, priority) of the guest-physical map and the port space.

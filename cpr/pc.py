@@ -186,6 +186,7 @@ class Board:
         self.machine = machine
         self.fds = fds
         self.is_incoming = bool(config.incoming)
+        self.ram_size = config.ram_size
         self._drives_taken: set[str] = set()
         self._netdevs_taken: list[str] = []
         self._pci_host: PciHost | None = None

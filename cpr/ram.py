@@ -116,6 +116,17 @@ class RAMBlock:
             first = offset // PAGE_SIZE
             written.set(first, (offset + size - 1) // PAGE_SIZE - first + 1)
 
+    def discard(self, offset: int, size: int) -> None:
+        """Gives pages back to the host: they are zeros when they are next used.
+
+        Huge pages stay, and so does what the host does not take.  Raises ValueError as `view`.
+        """
+        self._buffer(offset, size)
+        if self.page_size == PAGE_SIZE:
+            address = ffi.cast("void *", self.host + offset)
+            lib.madvise(address, size, lib.MADV_REMOVE if self.shared else lib.MADV_DONTNEED)
+            self.mark_written(offset, size)
+
     def _buffer(self, offset: int, size: int) -> Any:
         if offset < 0 or offset + size > self.max_length:
             raise ValueError(f"{self.idstr}: no {size} bytes at offset {offset:#x}")

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from cpr.live.messages import MORE
 from cpr.live.new_image import Predecessor, find_predecessor
 from cpr.live.transaction import (
     HAND_OVER,
@@ -45,6 +46,9 @@ def after_hello(predecessor: Predecessor, then: str) -> None:
         hang()
     if then == "garbage":
         os.write(predecessor._socket.fileno(), b"garbage")
+        hang()
+    if then == "part":
+        os.write(predecessor._socket.fileno(), MORE)
         hang()
     if then == "hello-twice":
         predecessor.hello("bad program")

@@ -154,6 +154,7 @@ def protocol_programs() -> dict[str, tuple[list[str], str, bool]]:
         "die-after-hello": (signalled, False),
         "hang-after-hello": (deadline, False),
         "garbage": ("no message", False),
+        "part": ("a new program's message has one packet", False),
         "hello-twice": ("building cannot be building", False),
         "hang-up": ("has hung up", False),
         "die-after-ready": (signalled, False),

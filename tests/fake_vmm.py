@@ -3,6 +3,7 @@ record what they are asked."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from cpr import runstate
@@ -30,6 +31,9 @@ class FakeMachine:
     def __init__(self, events: EventBus) -> None:
         self.events = events
         self.calls: list[str] = []
+        self.balloon = Namespace(actual=RAM_SIZE, set_target=self._balloon)
+        self.devices: list[Any] = [Namespace(balloon=None), Namespace(balloon=self.balloon)]
+        self.lock = threading.RLock()
         self.runstate = runstate.RunState()
         self.accel = Namespace(name="tcg")
         self.vcpus = [object(), object()]
@@ -51,6 +55,9 @@ class FakeMachine:
         rom: Any = Namespace(**{**block.__dict__, "idstr": "pc.bios", "readonly": True})
         rom.backend, rom.offset, rom.size, rom.max_length = "aux", RAM_SIZE, 0x40000, 0x40000
         self.blocks = [block, rom]
+
+    def _balloon(self, size: int) -> None:
+        self.calls.append(f"balloon {size}")
 
     def stop(self) -> None:
         self.calls.append("stop")
@@ -77,7 +84,7 @@ class FakeMachine:
             raise CommandError(f"Invalid addr 0x{address:016x}/size {size} specified")
         return bytes(self.ram[address : address + size])
 
-    def read_virtual(self, index: int, address: int, size: int) -> bytes:
+    def read_virtual(self, index: int, address: int, size: int, state: dict | None = None) -> bytes:
         return self.read_physical(address, size)
 
     def vcpu_state(self, index: int) -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, model, pause, report, run, sections
+from benchmarks import cases, model, pause, report, run, sections, virtio
 from benchmarks.cases import GIB, MIB, Case
 from benchmarks.pause import Result
 from benchmarks.peer import parse_peer
@@ -281,6 +281,27 @@ def test_report_has_the_ratio_to_qemu_of_the_same_case(tmp_path):
     assert "- kvm 1G 4K lazy heartbeat late: left out: refused" in text
     assert "QEMU's pause is 20.0 to 20.0 times as long" in text
     assert "| early | kvm | 4K | lazy | heartbeat | 1.000 | 2.000 | 6 |" in text
+
+
+def test_virtio_beside_qemu(tmp_path):
+    def entry(kind: str, mode: str, rates: list[float], skipped: str = "") -> dict:
+        return {"kind": kind, "mode": mode, "accel": "tcg", "rates": rates, "skipped": skipped}
+
+    entries = [
+        entry("read", "qemu", [1000.0, 800.0, 900.0]),
+        entry("read", "cpr", [600.0, 450.0, 100.0]),
+        entry("random-1", "cpr", [4000.0]),
+        entry("send", "cpr", [], "no /dev/net/tun"),
+    ]
+    text = virtio.markdown(entries)
+    assert "1 MiB blocks | tcg | MiB/s | 450 | 100 to 600 | 900 | 0.50 | 3 |" in text
+    assert "one at a time | tcg | 4 KiB reads/s | 4000 | 4000 to 4000 |  |  | 1 |" in text
+    assert "TCP" not in text
+    assert virtio.line(entries[3]) == "TCP, guest to host, cpr: left out: no /dev/net/tun"
+    document = Document("virtio", sections.path_of("virtio", tmp_path), {}, None)
+    document.entries = entries
+    document.save()
+    assert "- cpr, tcg: no /dev/net/tun" in sections.markdown(sections.documents(tmp_path))
 
 
 def test_tables_go_between_the_lines_of_a_document(tmp_path):

@@ -21,10 +21,13 @@ import pytest
 from cpr.errors import MigrationError
 from cpr.migration import address as addresses
 from cpr.migration import channel
+from cpr.migration.cancellation import Cancellation
 from cpr.migration.channel import Channel, open_incoming, open_outgoing
 from cpr.migration.listener import Listener
 from cpr.monitor.passed_fds import PassedFds
 from cpr.pages import PagePool, Pages, RecordWriter
+
+NEVER = Cancellation()
 
 DEADLINE_S = 20
 MORE_THAN_A_PIPE = bytes(4 << 20)
@@ -190,7 +193,7 @@ def test_the_command_has_neither_stdin_nor_stdout_of_ours(
     words = "in=$(readlink /proc/$$/fd/0); out=$(readlink /proc/$$/fd/1); "
     words += f"echo $in >{tmp_path}/0; echo $out >{tmp_path}/1"
     address = addresses.parse_uri(f"exec:{words}; cat >/dev/null")
-    made = open_outgoing(address, handed)
+    made = open_outgoing(address, handed, NEVER)
     made.write(b"state")
     made.finish()
     assert (tmp_path / "0").read_text().startswith("pipe:")
@@ -206,21 +209,21 @@ def test_the_command_has_neither_stdin_nor_stdout_of_ours(
 
 
 def test_a_command_that_fails(handed: PassedFds) -> None:
-    made = open_outgoing(addresses.parse_uri("exec:cat >/dev/null; exit 3"), handed)
+    made = open_outgoing(addresses.parse_uri("exec:cat >/dev/null; exit 3"), handed, NEVER)
     made.write(b"state")
     with pytest.raises(BrokenPipeError):
         made.finish()
     made.close()
     with pytest.raises(MigrationError, match="Could not run '/no/such': No such file"):
-        open_outgoing({"transport": "exec", "args": ["/no/such"]}, handed)
+        open_outgoing({"transport": "exec", "args": ["/no/such"]}, handed, NEVER)
     with pytest.raises(MigrationError, match="Argument list too long"):
-        open_outgoing({"transport": "exec", "args": ["/bin/true", "x" * (1 << 20)]}, handed)
+        open_outgoing({"transport": "exec", "args": ["/bin/true", "x" * (1 << 20)]}, handed, NEVER)
 
 
 def test_a_descriptor_that_was_handed_over_stays_as_it_was(handed: PassedFds) -> None:
     reader, writer = os.pipe()
     handed.add("pipe", os.dup(writer))
-    made = open_outgoing({"transport": "socket", "type": "fd", "str": "pipe"}, handed)
+    made = open_outgoing({"transport": "socket", "type": "fd", "str": "pipe"}, handed, NEVER)
     made.write(b"state")
     made.finish()
     assert os.get_blocking(writer)
@@ -231,7 +234,7 @@ def test_a_descriptor_that_was_handed_over_stays_as_it_was(handed: PassedFds) ->
 
 def test_files(handed: PassedFds, tmp_path: Path) -> None:
     path = tmp_path / "state"
-    made = open_outgoing(addresses.parse_uri(f"file:{path},offset=0x10"), handed)
+    made = open_outgoing(addresses.parse_uri(f"file:{path},offset=0x10"), handed, NEVER)
     made.write(b"state")
     assert made.tell() == 21
     made.finish()
@@ -249,7 +252,7 @@ def test_a_folder_and_a_fifo(handed: PassedFds, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     with pytest.raises(MigrationError, match=f"Could not create '{fifo}'"):
-        open_outgoing(addresses.parse_uri(f"file:{fifo}"), handed)
+        open_outgoing(addresses.parse_uri(f"file:{fifo}"), handed, NEVER)
     keep = os.open(fifo, os.O_RDWR)
     os.write(keep, b"state")
     with pytest.raises(MigrationError, match="Could not go to offset 0x1 of"):
@@ -334,7 +337,7 @@ def test_channels_without_an_address(channels: Any) -> None:
 def test_ports_that_there_are_not(handed: PassedFds, port: str) -> None:
     address = {"transport": "socket", "type": "inet", "host": "127.0.0.1", "port": port}
     with pytest.raises(MigrationError, match="Failed to connect to"):
-        open_outgoing(address, handed)
+        open_outgoing(address, handed, NEVER)
     with pytest.raises(MigrationError, match="Failed to bind socket to"):
         Listener(address)
 
@@ -342,7 +345,7 @@ def test_ports_that_there_are_not(handed: PassedFds, port: str) -> None:
 def test_a_host_name_that_is_none(handed: PassedFds) -> None:
     address = {"transport": "socket", "type": "inet", "host": "x" * 300, "port": "1"}
     with pytest.raises(MigrationError, match="Failed to connect to"):
-        open_outgoing(address, handed)
+        open_outgoing(address, handed, NEVER)
 
 
 # Listening.

@@ -533,6 +533,23 @@ def test_tcp(loop: MainLoop) -> None:
     assert str(refused.value) == f"Failed to connect to '127.0.0.1:{port}': Connection refused"
 
 
+def test_a_server_that_accepts_nobody_keeps_no_client_waiting(loop: MainLoop, path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(path)
+        listener.listen(0)
+        first.connect(path)
+        with pytest.raises(ConfigError, match=r"Failed to connect to.*temporarily unavailable"):
+            create(Config("socket", path=path), loop)
+        chardev = create(Config("socket", path=path, reconnect_ms=10), loop)
+        for _ in range(3):
+            loop.iterate(None)
+        assert not chardev.connected
+        listener.accept()[0].close()
+        while not chardev.connected:
+            loop.iterate(None)
+        chardev.close()
+
+
 def test_tcp_client_reconnects_in_the_background(loop: MainLoop) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]

@@ -93,6 +93,8 @@ HMP: dict[str, tuple[str, str | None]] = {
         "info memory_size_summary",
         "base memory: 1048576\nplugged memory: 0\n",
     ),
+    "info balloon": ("info balloon", "balloon: actual=1\n"),
+    "balloon": ("balloon 64", ""),
     "x": ("x /2xb 0x7c00", "0000000000007c00: 0x00 0x00\n"),
     "xp": ("xp 0x7c00", "00007c00: 0x00000000\n"),
     "print|p": ("p 1+2", "0x3\n"),
@@ -126,6 +128,7 @@ SAVED = {"val": 0x7C00, "size": 16, "filename": "saved"}
 # QMP: each command's arguments, and the return value or the error's text; None: not looked at.
 QMP: dict[str, tuple[dict, Any]] = {
     "query-commands": ({}, None),
+    "query-qmp-schema": ({}, None),
     "human-monitor-command": ({"command-line": "info name"}, "guest\r\n"),
     "query-version": (
         {},
@@ -174,6 +177,8 @@ QMP: dict[str, tuple[dict, Any]] = {
         ],
     ),
     "x-query-ramblock": ({}, {"human-readable-text": RAMBLOCK}),
+    "query-balloon": ({}, {"actual": 1048576}),
+    "balloon": ({"value": 64 << 20}, {}),
     "query-memory-size-summary": ({}, {"base-memory": 1048576, "plugged-memory": 0}),
     "memsave": (SAVED, {}),
     "pmemsave": (SAVED, {}),
@@ -436,6 +441,9 @@ def test_saving_memory(vmm: FakeVmm, session: Session, tmp_path: Path) -> None:
     assert run(vmm, session, 'pmemsave 0 -1 "edge"').startswith("invalid char")
     assert execute(vmm, "pmemsave", {"val": 0, "size": -1, "filename": "x"}) == (
         "Invalid addr 0x0000000000000000/size 18446744073709551615 specified"
+    )
+    assert execute(vmm, "memsave", {"val": 0, "size": 1 << 33, "filename": "x"}) == (
+        "Invalid addr 0x0000000000000000/size 8589934592 specified"
     )
     if os.path.exists("/dev/full"):
         assert run(vmm, session, 'pmemsave 0 16 "/dev/full"') == (
@@ -772,3 +780,12 @@ def test_what_is_no_ram_is_saved_as_a_hole(vmm: FakeVmm, tmp_path: Path) -> None
     status = (tmp_path / "saved").stat()
     assert status.st_size == 1 << 31
     assert status.st_blocks * 512 < 2 << 20
+
+
+def test_balloons(vmm: FakeVmm, session: Session) -> None:
+    execute(vmm, "balloon", {"value": 12345})
+    run(vmm, session, "balloon 3")
+    assert vmm.machine.calls == ["balloon 12345", f"balloon {3 << 20}"]
+    vmm.machine.devices = []
+    assert execute(vmm, "query-balloon", {}) == "No balloon device has been activated"
+    assert run(vmm, session, "balloon 3") == "Error: No balloon device has been activated\n"

@@ -97,7 +97,6 @@ def test_recorded_errors(line: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("-blockdev raw", "-blockdev: this option of QEMU is not supported; -help lists those"),
         ("-M pc,usb=on", "machine property 'usb=on' is not supported; leave it out"),
         ("-M pc,dtb=x", "machine property 'dtb' is not supported; leave it out"),
         (f"{MEMFD},policy=bind", "property 'policy' of memory-backend-memfd is not supported"),
@@ -388,6 +387,15 @@ def test_short_booleans_work_and_warn() -> None:
         "-qmp unix:q,server,nowait: warning: short-form boolean option 'nowait' deprecated\n"
         "Please use wait=off instead"
     )
+
+
+def test_connections_that_late_updates_keep() -> None:
+    config = parse(
+        "-nodefaults -serial unix:s,server=on,cpr=on -chardev pty,id=a,cpr=off -mon a,cpr=on"
+    )
+    assert [chardev.options["cpr"] for chardev in config.chardevs] == [False, True]
+    assert config.monitors[0].cpr is True
+    assert parse("-nodefaults -netdev tap,id=n,cpr=on").netdevs[0].id == "n"
 
 
 def test_actions() -> None:

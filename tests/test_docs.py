@@ -16,6 +16,7 @@ from test_layers import LAYERS
 from cpr import devices, runstate
 from cpr.accel.kvm import state
 from cpr.config import (
+    blockdev_options,
     chardev_options,
     command_line,
     drive_options,
@@ -121,6 +122,11 @@ def test_keys_of_drives_and_chardevs():
     shown = [(row[0], row[1]) for row in REFERENCE.rows("Chardev backends")]
     backends = chardev_options.BACKENDS.items()
     assert sorted(shown) == sorted((name, key) for name, keys in backends for key in keys or [""])
+
+
+def test_keys_of_blockdevs():
+    shown = REFERENCE.column("Keys of -blockdev")
+    assert sorted(shown) == sorted([*blockdev_options.FILE_KEYS, blockdev_options.CHILD])
 
 
 def test_keys_of_netdevs():

@@ -87,5 +87,7 @@ def test_a_reset_asked_for_during_an_update_is_not_lost(start, accel, guest):
     vm = boot(start, accel, guest)
     vm.qmp.send("cont")
     vm.qmp.send("cpr-exec")
+    for _ in range(2):
+        vm.qmp.read_reply()
     vm.reconnect()
     wait_for(lambda: vm.u32(BOOTS) == 2, "the second boot")

@@ -9,6 +9,7 @@ from waiting import wait_for, wait_for_change
 
 __all__ = ["linux_image"]
 
+TICK = 0.02  # s: /proc/uptime has hundredths
 UPDATES = ("early", "late") * 5
 
 
@@ -23,9 +24,13 @@ def test_a_shell_lives_through_updates(start, linux_image, tmp_path) -> None:
     guest.ask("(while sleep 0.1; do echo x; done >/tmp/lines) & true")
     shell = guest.ask("echo $$")
 
+    began, before, _ = guest.uptime()
     for way in UPDATES:
         guest.update(way)
         wait_for_change(lambda: int(guest.ask("wc -l </tmp/lines")), "the process goes on")
+        next_began, after, ended = guest.uptime()
+        assert before <= after <= before + ended - began + TICK, f"the clock, {way}"
+        began, before = next_began, after
     assert guest.ask("echo $word $$") == f"kept {shell}"
     guest.vm.qmp.command("stop")
     guest.vm.qmp.command("cont")

@@ -344,3 +344,16 @@ def test_capabilities_are_locked_while_a_migration_runs() -> None:
     capabilities = Capabilities(in_progress=lambda: True)
     with pytest.raises(MigrationError, match="There's a migration process in progress"):
         switch_on(capabilities, "events")
+
+
+def test_parameters_of_an_earlier_release_are_taken_and_do_nothing(capfd):
+    parameters = Parameters()
+    parameters.set({"x-cpr-mm-holder": False, "downtime-limit": 5})
+    parameters.set_from_string("x-cpr-early-resume", "off")
+    said = "cpr-vmm: warning: migration parameter '{}' is deprecated, and does nothing\n"
+    assert capfd.readouterr().err == "".join(
+        said.format(name) for name in ("x-cpr-mm-holder", "x-cpr-early-resume")
+    )
+    assert parameters.query() == Parameters().query() | {"downtime-limit": 5}
+    with pytest.raises(CommandError, match="expected: boolean"):
+        parameters.set({"x-cpr-mm-holder": 3})

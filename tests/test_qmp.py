@@ -566,3 +566,12 @@ def test_a_client_that_comes_after_one_that_did_not_read(vmm: FakeVmm, ready: Cl
     ready.chardev.reconnect()
     ready.chardev.writable()
     assert ready.read() == [GREETING]
+
+
+def test_commands_that_come_in_a_hand_over_wait(vmm: FakeVmm, ready: Client) -> None:
+    ready.monitor.hold(True)
+    ready.chardev.type(b'{"execute": "query-name"}')
+    assert ready.chardev.take_output() == b""
+    ready.monitor.hold(False)
+    vmm.loop.iterate(0)
+    assert b'"guest"' in ready.chardev.take_output()

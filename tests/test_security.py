@@ -7,8 +7,11 @@ import ctypes.util
 import fcntl
 import os
 import re
+import signal
 import socket
 import stat
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -124,13 +127,55 @@ def libseccomp() -> ctypes.CDLL:
 
 def test_the_sandbox_names_system_calls_as_libseccomp_does():
     library = libseccomp()
-    source = (ROOT / "cpr" / "_native" / "sandbox.c").read_text()
-    lists = "".join(re.findall(r"static const int \w+\[\] = \{(.*?)\};", source, re.S))
-    names = re.findall(r"SYS_(\w+)", lists)
-    assert len(names) > 30
+    source = (ROOT / "cpr" / "_native" / "sandbox_calls.h").read_text()
+    names = re.findall(r"^CALL\(\w+, (\w+), [A-Z_| ]+, [01]\)$", source, re.M)
+    assert len(names) == source.count("\nCALL(") > 30
     for name in names:
         number = library.seccomp_syscall_resolve_name(name.encode())
         assert number >= 0, f"libseccomp knows no {name}"
+
+
+SANDBOXED = """
+import ctypes, os, sys, threading
+from cpr.uapi import seccomp
+seccomp.apply({"enable": True, **dict(word.split("=") for word in sys.argv[1:])})
+thread = threading.Thread(target=lambda: None)
+thread.start()
+thread.join()
+libc = ctypes.CDLL(None, use_errno=True)
+
+def denied(function, *arguments):
+    try:
+        return bool(function(*arguments) == -1 and ctypes.get_errno() == 1)
+    except PermissionError:
+        return True
+
+print(denied(lambda: os.fork() or os._exit(0)), denied(os.execv, "/bin/true", ["true"]),
+      denied(libc.unshare, 0), denied(os.sched_setscheduler, 0, os.SCHED_OTHER, os.sched_param(0)),
+      denied(os.sched_setscheduler, 0, os.SCHED_IDLE, os.sched_param(0)), flush=True)
+libc.syscall(136, 0, 0)  # ustat, which is obsolete
+os.write(1, b"alive")
+os.setgid(os.getgid())
+os.write(1, b" and with another group")
+"""
+ALIVE = "alive and with another group"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("spawn=deny obsolete=allow", f"True True True False False\n{ALIVE}"),
+        ("spawn=deny", "True True True False False\n"),
+        (
+            "spawn=deny resourcecontrol=deny elevateprivileges=deny obsolete=allow",
+            "True True True True False\nalive",
+        ),
+    ],
+)
+def test_the_sandbox_denies_what_it_says(words, said):
+    command = [sys.executable, "-c", SANDBOXED, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.stdout, done.returncode) == (said, 0 if said.endswith(ALIVE) else -signal.SIGSYS)
 
 
 DOCUMENT = Document(ROOT / "docs" / "security.md")

@@ -19,6 +19,7 @@ AT_START = (
     "cpr.accel.",  # one of them, and its parts
     "cpr.chardev.",
     "cpr.devices.",
+    "cpr.uapi.process",
     "cpr.uapi.seccomp",
     "cpr.migration.arrival",
     "cpr.vmm.process",

@@ -10,17 +10,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from virtio_driver import F_VERSION_1, NEEDS_RESET, RAM_SIZE, Driver, VirtioPlatform
+from virtio_driver import F_EVENT_IDX, F_VERSION_1, NEEDS_RESET, RAM_SIZE, Driver, VirtioPlatform
 
 from cpr.config import NetdevConfig
+from cpr.constants import PAGE_SIZE
 from cpr.devices.pci import PciHost
+from cpr.devices.virtio.balloon import VirtioBalloon
 from cpr.devices.virtio.net import VirtioNet, parse_mac
 from cpr.devices.virtio.pci import VirtioPci
 from cpr.devices.virtio.rng import VirtioRng
 from cpr.devices.virtio.serial import VirtioSerial
-from cpr.errors import ConfigError
+from cpr.errors import CommandError, ConfigError
 from cpr.state.fds import PreservedFds
-from cpr.uapi import tap
+from cpr.uapi import tap, vhost
 
 HEADER = 12
 MRG_RXBUF = 1 << 15
@@ -30,6 +32,8 @@ MAC = bytes.fromhex("525400123456")
 
 class Rig:
     """A platform with one device, running, and the driver of it."""
+
+    inhibited = False
 
     def __init__(self, device: Any) -> None:
         self.platform = VirtioPlatform()
@@ -115,8 +119,9 @@ def test_frames_from_the_wire(net: NetRig) -> None:
         assert driver.read(BUFFERS + 10, 2) == b"\1\0"
 
 
-def test_a_frame_in_several_buffers(net: NetRig) -> None:
-    net.start(MRG_RXBUF)
+@pytest.mark.parametrize("event_idx", [0, F_EVENT_IDX], ids=["flags", "event index"])
+def test_a_frame_in_several_buffers(net: NetRig, event_idx: int) -> None:
+    net.start(MRG_RXBUF | event_idx)
     driver, ring = net.driver, net.driver.queues[0]
     payload = os.urandom(1000)
     for number in range(2):
@@ -125,6 +130,8 @@ def test_a_frame_in_several_buffers(net: NetRig) -> None:
     net.wire.send(frame_of(net, payload))
     net.platform.loop.iterate(50_000_000)
     assert ring.used_index == 0  # a frame comes as a whole
+    if event_idx:  # the guest has to notify of the next buffer, whatever it has offered before
+        net.platform.wait(lambda: driver.read(ring.used + 4 + 8 * ring.size, 2) == b"\2\0")
     for number in range(2, 5):
         ring.add([(BUFFERS + 300 * number, 300, True)])
     ring.kick()
@@ -337,3 +344,80 @@ def test_registers_take_anything(device: Any, seed: int, capfd: pytest.CaptureFi
     assert rig.driver.status & 4
     capfd.readouterr()
     rig.close()
+
+
+@pytest.fixture
+def balloon() -> Iterator[Rig]:
+    rig = Rig(VirtioBalloon(RAM_SIZE, lambda: rig.inhibited))
+    rig.driver.start(F_VERSION_1, (16, 16))
+    yield rig
+    rig.close()
+
+
+def test_pages_in_the_balloon_are_holes(balloon: Rig) -> None:
+    driver = balloon.driver
+    events: list[dict] = []
+    balloon.platform.events.subscribe(events.append)
+    device = balloon.function.balloon
+    device.set_target(RAM_SIZE - 5 * PAGE_SIZE)
+    assert driver.own(0, 4) == 5
+    pages = [40, 39, 41, 700, 0x80000, 7]  # 0x80000 is ROM
+    for page in pages:
+        driver.write(page * PAGE_SIZE, b"old")
+    driver.write(BUFFERS, struct.pack("<6I", *pages))
+    fd = balloon.platform.ram.fd
+    blocks = os.fstat(fd).st_blocks
+    head = driver.queues[0].add([(BUFFERS, 24, False)])
+    driver.queues[0].kick()
+    assert driver.queues[0].take_used() == (head, 0)
+    assert os.fstat(fd).st_blocks == blocks - 5 * PAGE_SIZE // 512
+    contents = [driver.read(page * PAGE_SIZE, 3) for page in pages]
+    assert contents == [b"old" if page == 0x80000 else bytes(3) for page in pages]
+    balloon.platform.bus.mmio_write(driver.capabilities[4] + 4, 4, 5)
+    assert [event["data"] for event in events] == [{"actual": RAM_SIZE - 5 * PAGE_SIZE}]
+    assert device.actual == RAM_SIZE - 5 * PAGE_SIZE
+    state = balloon.function.save()["device"]
+    assert state == {"num_pages": 5, "actual": 5}
+
+
+def test_pages_that_a_device_may_have_stay(balloon: Rig) -> None:
+    balloon.inhibited = True
+    driver = balloon.driver
+    driver.write(40 * PAGE_SIZE, b"kept")
+    driver.write(BUFFERS, struct.pack("<I", 40))
+    head = driver.queues[0].add([(BUFFERS, 4, False)])
+    driver.queues[0].kick()
+    assert driver.queues[0].take_used() == (head, 0)
+    assert driver.read(40 * PAGE_SIZE, 4) == b"kept"
+
+
+def test_balloons_of_hostile_guests(balloon: Rig, capfd: pytest.CaptureFixture) -> None:
+    driver = balloon.driver
+    driver.write(BUFFERS, b"\xff" * 4096 + b"12345")
+    for size in (4096, 3, 5):  # all out of RAM; not whole numbers
+        driver.queues[0].add([(BUFFERS, size, False)])
+        driver.queues[0].kick()
+    balloon.platform.bus.mmio_write(driver.capabilities[4] + 4, 4, 0xFFFFFFFF)
+    assert balloon.function.balloon.actual == 0
+    driver.queues[1].add([(BUFFERS, 8192, False)])
+    driver.queues[1].kick()
+    balloon.platform.wait(lambda: driver.status & NEEDS_RESET)
+    assert "a buffer is longer than the device takes" in capfd.readouterr().err
+    with pytest.raises(CommandError, match="Parameter 'value' expects a size"):
+        balloon.function.balloon.set_target(0)
+    with pytest.raises(ValueError, match="more pages in the balloon"):
+        balloon.function.device.check({"num_pages": 5000, "actual": 0})
+
+
+def test_vhost_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/nested/inside/test_vhost.py has what there is."""
+    monkeypatch.setattr(tap, "query", lambda fd: ("tap0", True))
+    wire, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    fds = PreservedFds()
+    monkeypatch.setattr(vhost, "DEVICE", "/dev/no-vhost")
+    card = VirtioNet(NetdevConfig("n0", str(end.detach()), "", vhost=True), fds, MAC)
+    with pytest.raises(ConfigError, match="tap: open vhost char device failed: No such file"):
+        card.open()
+    assert wire.recv(1) == b""  # the tap is closed
+    assert fds.entries() == []
+    wire.close()

@@ -32,7 +32,10 @@ Piece = tuple[int, int, bool]  # address, size, whether the device writes it
 
 
 class FakeAccel:
-    ioeventfds = False
+    has_irqfds = ioeventfds = False
+
+    def write_listener(self) -> tuple[int, int] | None:
+        return None
 
 
 class VirtioPlatform(FakePlatform):
@@ -41,9 +44,9 @@ class VirtioPlatform(FakePlatform):
     `messages` are the MSIs that came, `stops` the run states that devices have stopped the VM in.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, accel: Any = None) -> None:
         super().__init__()
-        self.accel = FakeAccel()
+        self.accel = accel or FakeAccel()
         self.memory = GuestMemory()
         self.ram = _block("ram0", RAM_SIZE)
         rom = _block("rom", 4096)

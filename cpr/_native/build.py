@@ -15,7 +15,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 FOLDER = "cpr/_native"
 ABI = sorted(path.name for path in HERE.glob("*_abi.h"))
-C_ONLY = {"cdef.h", "raw_syscall.h", "virtio_blk_io.h", "virtio_chain.h", *ABI}
+C_ONLY = {"cdef.h", "raw_syscall.h", "sandbox_calls.h", "virtio_blk_io.h", "virtio_chain.h", *ABI}
 HEADERS = sorted(path.name for path in HERE.glob("*.h") if path.name not in C_ONLY)
 SOURCES = sorted(path.name for path in HERE.glob("[!_]*.c"))
 
@@ -32,11 +32,14 @@ PRELUDE = """
 #include <stdint.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #include <linux/kcmp.h>
 #include <linux/kvm.h>
 #include <linux/vfio.h>
+#include <linux/vhost.h>
+#include <linux/virtio_balloon.h>
 #include <linux/virtio_blk.h>
 #include <linux/virtio_config.h>
 #include <linux/virtio_ids.h>

@@ -18,6 +18,7 @@
 #include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -42,6 +43,8 @@
 #define TIMERS 3                      /* ITIMER_REAL, _VIRTUAL, _PROF */
 #define TEXT_SIZE 256
 #define SIGNALS 64
+#define NOTIFY_MS 1000 /* for so long a manager that reads nothing is waited for */
+#define NOTIFY_SIZE 64
 #define LOWEST 19 /* nice value (setpriority(2)) */
 
 /* What the clone and the exec take away from the thread that goes on. */
@@ -60,6 +63,7 @@ static struct {
     volatile int pid;
     uint32_t alive; /* CLONE_CHILD_CLEARTID */
     int outcome;
+    char own_pid_text[NOTIFY_SIZE];
 } self;
 
 /* ---- in the guard: raw system calls, on its own stack ---- */
@@ -174,8 +178,25 @@ CPR_IN_CHILD static void go_back(int outcome)
     __builtin_longjmp(self.context, 1); /* on the caller's stack */
 }
 
+/* What the service's manager is told (sd_notify(3)). */
+CPR_IN_CHILD static void tell(const char *text)
+{
+    struct pollfd manager = {.fd = self.guard->notify_fd, .events = POLLOUT};
+    long size = 0;
+
+    if (manager.fd < 0) {
+        return;
+    }
+    while (text[size]) {
+        size++;
+    }
+    cpr_syscall3(SYS_poll, &manager, 1, NOTIFY_MS);
+    cpr_syscall3(SYS_write, manager.fd, text, size);
+}
+
 CPR_IN_CHILD static void committed(void)
 {
+    tell(self.own_pid_text); /* before its end is seen, and where the new program says nothing */
     cpr_guard_end(self.guard->mappings, self.guard->mapping_count);
 }
 
@@ -309,15 +330,19 @@ __attribute__((noinline)) static long attempt(void)
 {
     static struct sigaction actions[SIGNALS + 1];
     uint64_t before = cpr_monotonic_ns(), mask = self.mask & ~self.guard->unblock;
+    char guard_pid_text[NOTIFY_SIZE];
     long error;
 
     self.alive = 1;
-    self.pid = clone(run_guard, self.stack + STACK_SIZE, CLONE_VM | CLONE_CHILD_CLEARTID, NULL, NULL,
-                     NULL, &self.alive);
+    self.pid = clone(run_guard, self.stack + STACK_SIZE,
+                     CLONE_VM | CLONE_CHILD_CLEARTID | (self.guard->sibling ? CLONE_PARENT : 0), NULL,
+                     NULL, NULL, &self.alive);
     if (self.pid < 0) {
         return -errno;
     }
     *self.guard->guard_pid = (uint32_t)self.pid;
+    snprintf(guard_pid_text, sizeof(guard_pid_text), "MAINPID=%d", self.pid);
+    tell(guard_pid_text); /* the new image may end at once, and is not to end the service */
     self.guard->clone_ns = cpr_monotonic_ns() - before;
     set_cloexec(0); /* not earlier: nothing else that is started may inherit them */
     set_default(actions, 1);
@@ -357,6 +382,7 @@ static int remember(void)
         return -errno;
     }
     self.guard->old_pid = getpid();
+    snprintf(self.own_pid_text, sizeof(self.own_pid_text), "MAINPID=%d\nREADY=1", getpid());
     self.guard->consumed = self.guard->dropped = 0;
     sigaltstack(NULL, &self.altstack);
     for (int i = 0; i < TIMERS; i++) {

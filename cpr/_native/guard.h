@@ -38,6 +38,8 @@ struct cpr_guard {
     uint32_t drop_count;
     int32_t token_fd;         /* an eventfd, non-blocking; its count is 2^64-2 until it is taken */
     int32_t socket_fd;        /* the old image's end of the hand-over's socket, or -1 */
+    int32_t notify_fd;        /* a socket to the service's manager, or -1: it is told the main PID */
+    int32_t sibling;          /* the guard is a child of this process's parent, that manager */
     uint32_t *guard_pid;      /* where the new image finds the guard's PID, to reap it */
     int32_t early;            /* come back as soon as the exec is done */
     uint64_t timeout_ns;      /* 0: there is no deadline */

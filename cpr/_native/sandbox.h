@@ -2,16 +2,17 @@
 #define CPR_SANDBOX_H
 #include <stdint.h>
 
-/* Seccomp filters for all threads, inherited over exec; they cannot be undone. They imply
-   no_new_privs. Each returns 0 or -errno. */
+/* QEMU's groups of system calls; DEFAULT is denied with every -sandbox on. */
+enum cpr_sandbox_group {
+    CPR_SANDBOX_DEFAULT = 1,
+    CPR_SANDBOX_OBSOLETE = 2,
+    CPR_SANDBOX_ELEVATEPRIVILEGES = 4,
+    CPR_SANDBOX_SPAWN = 8,
+    CPR_SANDBOX_RESOURCECONTROL = 16,
+};
 
-/* System calls that no VMM needs kill the process: reboot, swapon, _sysctl and the like. */
-int cpr_sandbox_obsolete(void);
-/* fork, vfork, clone of a process, execve and execveat answer EPERM. */
-int cpr_sandbox_spawn(void);
-/* setuid and its relatives answer EPERM. */
-int cpr_sandbox_elevate(void);
-/* setpriority, sched_set* and the like answer EPERM. */
-int cpr_sandbox_resourcecontrol(void);
+/* Installs a seccomp filter that denies those `groups`, for all threads and over an exec; it cannot
+   be undone, and implies no_new_privs. 0 or -errno. */
+int cpr_sandbox(uint32_t groups);
 
 #endif

@@ -19,6 +19,8 @@ struct range {
 struct cpr_virtio_memory {
     uint32_t count;
     struct range *ranges;
+    void (*written)(void *of, const void *place, uint64_t size); /* or NULL */
+    void *of;
 };
 
 struct cpr_virtio_memory *cpr_virtio_memory_new(void)
@@ -58,6 +60,14 @@ int cpr_virtio_memory_add(struct cpr_virtio_memory *memory, uint64_t start, uint
     return 0;
 }
 
+void cpr_virtio_memory_tell(struct cpr_virtio_memory *memory,
+                            void (*written)(void *of, const void *place, uint64_t size),
+                            void *of)
+{
+    memory->written = written;
+    memory->of = of;
+}
+
 void *cpr_virtio_at(const struct cpr_virtio_memory *memory, uint64_t address, uint64_t *size)
 {
     for (uint32_t i = 0; i < memory->count; i++) {
@@ -79,6 +89,9 @@ void cpr_virtio_written(const struct cpr_virtio_memory *memory, const void *plac
 
     if (!size) {
         return;
+    }
+    if (memory->written) {
+        memory->written(memory->of, place, size);
     }
     for (uint32_t i = 0; i < memory->count; i++) {
         const struct range *range = &memory->ranges[i];

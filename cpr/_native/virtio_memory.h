@@ -18,4 +18,10 @@ void cpr_virtio_memory_free(struct cpr_virtio_memory *memory);
 int cpr_virtio_memory_add(struct cpr_virtio_memory *memory, uint64_t start, uint64_t size,
                           uint64_t host, uint64_t **written, uint64_t first_page);
 
+/* Has `written` called, with `of`, after each write to RAM and before the guest can know of that:
+   from any thread. */
+void cpr_virtio_memory_tell(struct cpr_virtio_memory *memory,
+                            void (*written)(void *of, const void *place, uint64_t size),
+                            void *of);
+
 #endif

@@ -125,6 +125,30 @@ void cpr_virtqueue_position(struct cpr_virtqueue *queue, struct cpr_virtqueue_st
     pthread_mutex_unlock(&queue->lock);
 }
 
+bool cpr_virtqueue_places(struct cpr_virtqueue *queue, uint64_t places[3])
+{
+    bool enabled;
+
+    pthread_mutex_lock(&queue->lock);
+    enabled = queue->enabled;
+    places[0] = (uintptr_t)queue->descriptors;
+    places[1] = (uintptr_t)queue->available;
+    places[2] = (uintptr_t)queue->used_ring;
+    pthread_mutex_unlock(&queue->lock);
+    return enabled;
+}
+
+void cpr_virtqueue_moved(struct cpr_virtqueue *queue, uint16_t next)
+{
+    pthread_mutex_lock(&queue->lock);
+    if (queue->enabled) {
+        queue->next = next;
+        queue->used = queue->signalled =
+            __atomic_load_n(&queue->used_ring->idx, __ATOMIC_ACQUIRE);
+    }
+    pthread_mutex_unlock(&queue->lock);
+}
+
 void cpr_virtqueue_notifiers(struct cpr_virtqueue *queue, int call, int error)
 {
     pthread_mutex_lock(&queue->lock);
@@ -364,11 +388,13 @@ void cpr_virtqueue_ask(struct cpr_virtqueue *queue, bool wanted)
         return;
     }
     if (queue->event_idx) {
-        /* The guest notifies when it passes this index; an old one is a wish for nothing. */
+        /* The guest notifies when it passes this index; an old one is a wish for nothing.  Where
+           there are chains, but too few, it is of those to come. */
         if (wanted) {
             uint16_t *event = (uint16_t *)&queue->used_ring->ring[queue->size];
+            uint16_t index = __atomic_load_n(&queue->available->idx, __ATOMIC_RELAXED);
 
-            __atomic_store_n(event, queue->next, __ATOMIC_RELAXED);
+            __atomic_store_n(event, index, __ATOMIC_RELAXED);
             cpr_virtio_written(queue->memory, event, sizeof(*event));
         }
     } else if (queue->suppressed == wanted) {

@@ -38,6 +38,14 @@ void cpr_virtqueue_disable(struct cpr_virtqueue *queue);
 /* Reads how far it is; the rest of `state` is left alone. */
 void cpr_virtqueue_position(struct cpr_virtqueue *queue, struct cpr_virtqueue_state *state);
 
+/* Where its rings are in this process, in the order of descriptors, available, used: false where it
+   is off.  For one that somebody else works on while it is enabled. */
+bool cpr_virtqueue_places(struct cpr_virtqueue *queue, uint64_t places[3]);
+
+/* Somebody else has worked on it, and taken the chains up to `next`; what was given back is in its
+   ring. */
+void cpr_virtqueue_moved(struct cpr_virtqueue *queue, uint16_t next);
+
 /* The eventfds that the queue writes: `call` for an interrupt, `error` when it has become broken.
    -1 for none. They stay the caller's. */
 void cpr_virtqueue_notifiers(struct cpr_virtqueue *queue, int call, int error);
@@ -52,6 +60,9 @@ const char *cpr_virtqueue_problem(struct cpr_virtqueue *queue);
 /* Copies what the guest gives into `buffer`, at most `room` bytes; returns how many. A chain that
    is longer makes the queue broken. */
 int64_t cpr_virtqueue_receive(struct cpr_virtqueue *queue, uint8_t *buffer, uint32_t room);
+
+/* The same, but the chain stays where it is. */
+int64_t cpr_virtqueue_peek(struct cpr_virtqueue *queue, uint8_t *buffer, uint32_t room);
 
 /* Copies at most `size` bytes from `data` into the guest's buffer; returns how many fitted. */
 int64_t cpr_virtqueue_send(struct cpr_virtqueue *queue, const uint8_t *data, uint32_t size);

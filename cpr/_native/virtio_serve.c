@@ -20,7 +20,7 @@ static void give_back(struct cpr_virtqueue *queue, uint32_t written)
     cpr_virtqueue_ask(queue, true);
 }
 
-int64_t cpr_virtqueue_receive(struct cpr_virtqueue *queue, uint8_t *buffer, uint32_t room)
+static int64_t read_out(struct cpr_virtqueue *queue, uint8_t *buffer, uint32_t room, bool takes)
 {
     struct cpr_chain *chain = cpr_virtqueue_scratch(queue);
     struct cpr_cursor cursor;
@@ -35,11 +35,25 @@ int64_t cpr_virtqueue_receive(struct cpr_virtqueue *queue, uint8_t *buffer, uint
             result = -EPROTO;
         } else {
             result = (int64_t)cpr_cursor_read(&cursor, buffer, room);
-            give_back(queue, 0);
+            if (takes) {
+                give_back(queue, 0);
+            } else {
+                cpr_virtqueue_unpop(queue);
+            }
         }
     }
     cpr_virtqueue_unlock(queue);
     return result;
+}
+
+int64_t cpr_virtqueue_receive(struct cpr_virtqueue *queue, uint8_t *buffer, uint32_t room)
+{
+    return read_out(queue, buffer, room, true);
+}
+
+int64_t cpr_virtqueue_peek(struct cpr_virtqueue *queue, uint8_t *buffer, uint32_t room)
+{
+    return read_out(queue, buffer, room, false);
 }
 
 int64_t cpr_virtqueue_send(struct cpr_virtqueue *queue, const uint8_t *data, uint32_t size)

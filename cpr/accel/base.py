@@ -111,6 +111,13 @@ class Accelerator:
         """The inverse of `map_ram`, with the same range."""
         raise NotImplementedError
 
+    def write_listener(self) -> tuple[int, int] | None:
+        """Whom threads in C tell of each write of theirs to RAM; None for nobody.
+
+        The address of a function void (void *of, const void *place, uint64_t size), and its `of`.
+        """
+        return None
+
     def start_dirty_log(self) -> None:
         """Begins to log the guest's writes to all RAM that is mapped and not read-only.
 
@@ -272,8 +279,10 @@ class Accelerator:
         """Delivers one MSI now."""
         raise NotImplementedError
 
+    has_irqfds = False
+    """Whether it has the above."""
     ioeventfds = False
-    """Whether it has `add_ioeventfd`, and interrupts by eventfd."""
+    """Whether it has the following."""
 
     def add_ioeventfd(self, address: int, size: int, eventfd: int) -> None:
         """Has a write of `size` bytes to guest-physical `address` write `eventfd`, and nothing

@@ -9,7 +9,10 @@ and its own until `close`.
 
 from __future__ import annotations
 
+from _thread import RLock
+
 from cpr.errors import ConfigError
+from cpr.state.connections import Kept
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,10 +41,12 @@ class Chardev:
     """A byte channel with one frontend.
 
     `connected` is true while somebody is at the other end; what is written meanwhile without a
-    peer is dropped, as on a line that nobody is plugged into.
+    peer is dropped, as on a line that nobody is plugged into.  `cpr` is the option of that name,
+    None where it is not given: True keeps the connection over late updates too, False over none.
     """
 
     backend = ""
+    cpr: bool | None = None
 
     def __init__(self, label: str, loop: MainLoop) -> None:
         self.label = label
@@ -51,6 +56,8 @@ class Chardev:
         self.receive: Callable[[bytes], None] = _ignore
         self.event: Callable[[str], None] = _ignore
         self.writable: Callable[[], None] = _do_nothing
+        self.input_lock = RLock()
+        """Is held from where the frontend is asked for room until it has what was read."""
 
     def set_handlers(
         self,
@@ -58,18 +65,20 @@ class Chardev:
         receive: Callable[[bytes], None],
         event: Callable[[str], None],
         writable: Callable[[], None] | None = None,
+        knows_peer: bool = False,
     ) -> None:
         """Attaches the frontend; all are called on the main loop.
 
         `can_receive()` says how many bytes it takes now, `receive(data)` gives it at most as
-        many, `event` is "opened" or "closed"; "opened" comes at once where a peer is there.
+        many, `event` is "opened" or "closed"; "opened" comes at once where a peer is there that
+        the frontend does not know yet.
         `writable()` says that nothing waits for the peer any more, or that it has gone.
         """
         self.writable = writable or _do_nothing
         self.can_receive = can_receive
         self.receive = receive
         self.event = event
-        if self.connected:
+        if self.connected and not knows_peer:
             event(OPENED)
         self.accept_input()
 
@@ -125,6 +134,18 @@ class Chardev:
         """From now on a new client takes the place of the one that is there, which knew the VMM
         under another PID and may have given it up."""
 
+    @property
+    def where(self) -> dict[str, str | bool]:
+        """The options that say what a connection is one to: it goes on where they are the same."""
+        return {}
+
+    def save(self) -> Kept:
+        """What another image's chardev goes on with; the descriptors stay this one's."""
+        return Kept({"backend": self.backend, "where": self.where, "connected": self.connected})
+
+    def start_over(self) -> None:
+        """Another image has talked to the peer meanwhile: what this one knows of it is old."""
+
     def describe(self) -> str:
         """What `info chardev` shows after filename=."""
         return self.backend
@@ -134,13 +155,27 @@ class Chardev:
         self.clear_handlers()
 
 
-def create(config: ChardevConfig, loop: MainLoop, after_exec: bool = False) -> Chardev:
+def create(
+    config: ChardevConfig, loop: MainLoop, after_exec: bool = False, kept: Kept | None = None
+) -> Chardev:
     """Makes the backend that `config` names; the caller closes it.
 
     `after_exec` says that this process came from an update, so that a terminal's settings are
-    those of the old image and not what the user had.  Raises ConfigError, and then leaves
-    nothing open.
+    those of the old image and not what the user had.  `kept` is what the old image's chardev has
+    saved, one that `fits`; its descriptors are the chardev's, or closed.  Raises ConfigError, and
+    then leaves nothing open.
     """
+    kept = kept or Kept({})
+    try:
+        chardev = _create(config, loop, after_exec, kept)
+    finally:
+        kept.close()
+    if "cpr" in config.options:
+        chardev.cpr = flag(config.options, "cpr", False)
+    return chardev
+
+
+def _create(config: ChardevConfig, loop: MainLoop, after_exec: bool, kept: Kept) -> Chardev:
     label, options = config.id, config.options
     if config.backend == "null":
         from cpr.chardev.null import NullChardev
@@ -149,20 +184,34 @@ def create(config: ChardevConfig, loop: MainLoop, after_exec: bool = False) -> C
     if config.backend == "stdio":
         from cpr.chardev.stdio import StdioChardev
 
-        return StdioChardev(label, loop, flag(options, "signal", True), after_exec)
+        return StdioChardev(label, loop, flag(options, "signal", True), after_exec, kept)
     if config.backend == "file":
         from cpr.chardev.file import FileChardev
 
-        return FileChardev(label, loop, options.get("path", ""), flag(options, "append", False))
+        path, append = options.get("path", ""), flag(options, "append", False)
+        return FileChardev(label, loop, path, append, kept)
     if config.backend == "pty":
         from cpr.chardev.pty import PtyChardev
 
-        return PtyChardev(label, loop)
+        return PtyChardev(label, loop, kept)
     if config.backend == "socket":
         from cpr.chardev.socket import SocketChardev, SocketOptions
 
-        return SocketChardev(label, loop, SocketOptions(options))
+        return SocketChardev(label, loop, SocketOptions(options), kept)
     raise ConfigError(f"'{config.backend}' is not a valid char driver name")
+
+
+def fits(config: ChardevConfig, kept: Kept) -> bool:
+    """Whether the chardev of `config` can go on with what another one has saved."""
+    if kept.data.get("backend") != config.backend or not flag(config.options, "cpr", True):
+        return False
+    return all(_option(config, name, was) == was for name, was in kept.data["where"].items())
+
+
+def _option(config: ChardevConfig, name: str, was: str | bool) -> str | bool:
+    if isinstance(was, bool):
+        return flag(config.options, name, False)
+    return str(config.options.get(name, ""))
 
 
 def flag(options: dict[str, Any], name: str, default: bool) -> bool:

@@ -10,24 +10,42 @@ from cpr.errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cpr.mainloop import MainLoop
+    from cpr.state.connections import Kept
 
 
 class FileChardev(FdChardev):
-    """Truncates the file unless `append`.
+    """Truncates the file unless `append`; one that is kept goes on where it was.
 
     Raises ConfigError where the file cannot be opened.
     """
 
     backend = "file"
 
-    def __init__(self, label: str, loop: MainLoop, path: str, append: bool) -> None:
+    def __init__(self, label: str, loop: MainLoop, path: str, append: bool, kept: Kept) -> None:
         super().__init__(label, loop)
+        self._path = path
         if not path:
             raise ConfigError("chardev: file: no filename given")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
-        try:
-            fd = os.open(path, flags, 0o666)
-        except OSError as error:
-            raise ConfigError(f"Could not open '{path}': {error.strerror}") from None
-        os.set_blocking(fd, False)
-        self.attach_fds(-1, fd)
+        fd = kept.take("file")
+        self.attach_fds(-1, fd if fd >= 0 else _open(path, append))
+        self.adopt_output(kept)
+
+    @property
+    def where(self) -> dict[str, str | bool]:
+        return {"path": self._path}
+
+    def save(self) -> Kept:
+        kept = super().save()
+        if self.out_fd >= 0:
+            kept.fds["file"] = self.out_fd
+        return kept
+
+
+def _open(path: str, append: bool) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
+    try:
+        fd = os.open(path, flags, 0o666)
+    except OSError as error:
+        raise ConfigError(f"Could not open '{path}': {error.strerror}") from None
+    os.set_blocking(fd, False)
+    return fd

@@ -15,6 +15,7 @@ from cpr.errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cpr.mainloop import MainLoop, Timer
+    from cpr.state.connections import Kept
 
 LOOK_NS = (
     200 * NS_PER_MS
@@ -22,13 +23,23 @@ LOOK_NS = (
 
 
 class PtyChardev(FdChardev):
-    """Owns the master; `path` is the slave, in raw mode.  Says on stdout where it is."""
+    """Owns the master; `path` is the slave, in raw mode.  Says on stdout where a new one is."""
 
     backend = "pty"
 
-    def __init__(self, label: str, loop: MainLoop) -> None:
+    def __init__(self, label: str, loop: MainLoop, kept: Kept) -> None:
         super().__init__(label, loop)
         self._timer: Timer | None = None
+        self._master = kept.take("master")
+        if self._master >= 0:
+            self.path = str(kept.data["path"])
+        else:
+            self._open()
+        self._look()
+        if self.connected:
+            self.adopt_output(kept)
+
+    def _open(self) -> None:
         try:
             self._master, slave = os.openpty()
         except OSError as error:
@@ -37,11 +48,16 @@ class PtyChardev(FdChardev):
         _set_raw(slave)
         os.close(slave)
         os.set_blocking(self._master, False)
-        report.announce(f"char device redirected to {self.path} (label {label})")
-        self._look()
+        report.announce(f"char device redirected to {self.path} (label {self.label})")
 
     def describe(self) -> str:
         return f"pty:{self.path}"
+
+    def save(self) -> Kept:
+        kept = super().save()
+        kept.data["path"] = self.path
+        kept.fds["master"] = self._master
+        return kept
 
     def hang_up(self) -> None:
         """The slave was closed by its last user; the master waits for the next one."""

@@ -1,7 +1,7 @@
 """The socket chardev: a unix or TCP stream, as server (one client at a time) or as client.
 
-A server's listening socket is made anew after an exec, at the same address: a unix path that is
-left over is unlinked first, as QEMU does.
+Over an update that keeps connections both sockets go.  Else a server's listening socket is made
+anew, at the same address: a unix path that is left over is unlinked first, as QEMU does.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from typing import Any
 
     from cpr.mainloop import MainLoop, Timer
+    from cpr.state.connections import Kept
 
 MAX_PASSED_FDS = 16
+LISTENER, PEER, PASSED = "listener", "peer", "passed"
+CONNECT_TIMEOUT = 5.0  # s, to a server that does not answer; a guest may run already
 RETRY_NS = 200 * NS_PER_MS  # until a client is accepted again, where there was no descriptor for it
 
 
@@ -71,6 +74,9 @@ class SocketOptions:
             ) from None
         return [(family, address) for family, _, _, _, address in found]
 
+    def where(self) -> dict[str, str | bool]:
+        return {"path": self.path, "host": self.host, "port": self.port, "server": self.server}
+
     def text(self) -> str:
         return f"unix:{self.path}" if self.path else f"tcp:{_join(self.host, self.port)}"
 
@@ -84,16 +90,20 @@ class SocketChardev(FdChardev):
 
     backend = "socket"
 
-    def __init__(self, label: str, loop: MainLoop, options: SocketOptions) -> None:
+    def __init__(self, label: str, loop: MainLoop, options: SocketOptions, kept: Kept) -> None:
         super().__init__(label, loop)
         self._options = options
-        self._addresses = options.addresses()
+        self._addresses: list[tuple[int, Any]] = []
         self._listener: socket.socket | None = None
         self._socket: socket.socket | None = None
         self._connecting: socket.socket | None = None
         self._inode = 0
         self._timer: Timer | None = None
         self._passed: list[int] = []
+        if kept.fds:
+            self._adopt(kept)
+            return
+        self._resolve()
         if options.server:
             self._listener = self._listen()
             if options.wait:
@@ -104,6 +114,12 @@ class SocketChardev(FdChardev):
             self._reconnect()
         else:
             self._attach(self._connect())
+
+    def _resolve(self) -> list[tuple[int, Any]]:
+        """The addresses to try.  Raises ConfigError."""
+        if not self._addresses:
+            self._addresses = self._options.addresses()
+        return self._addresses
 
     def describe(self) -> str:
         role = ",server=on" if self._options.server else ""
@@ -156,6 +172,34 @@ class SocketChardev(FdChardev):
             peer.close()
         self._close_passed()
 
+    @property
+    def where(self) -> dict[str, str | bool]:
+        return self._options.where()
+
+    def save(self) -> Kept:
+        kept = super().save()
+        kept.data["inode"] = self._inode
+        sockets = {LISTENER: self._listener, PEER: self._socket}
+        kept.fds = {role: each.fileno() for role, each in sockets.items() if each is not None}
+        kept.fds |= {f"{PASSED}{number}": fd for number, fd in enumerate(self._passed)}
+        return kept
+
+    def _adopt(self, kept: Kept) -> None:
+        listener, peer = kept.take(LISTENER), kept.take(PEER)
+        if listener >= 0:
+            self._listener = socket.socket(fileno=listener)
+            self._inode = int(kept.data["inode"])
+        if peer >= 0:
+            self._attach(socket.socket(fileno=peer))
+            self.adopt_output(kept)
+            self._passed = [kept.take(role) for role in sorted(kept.fds, key=_number)]
+        elif self._listener is not None:
+            self._watch_listener()
+
+    def start_over(self) -> None:
+        if self._socket is not None:
+            self.hang_up()
+
     def exec_fds(self) -> list[int]:
         return [each.fileno() for each in (self._socket, self._listener) if each is not None]
 
@@ -192,14 +236,14 @@ class SocketChardev(FdChardev):
             self.loop.unwatch(self._listener.fileno())
             self._listener.close()
             self._listener = None
-            self._unlink()
+            unlink(self._options.path, self._inode)
         super().close()
 
     # Server.
 
     def _listen(self) -> socket.socket:
         failure = ""
-        for family, address in self._addresses:
+        for family, address in self._resolve():
             listener = socket.socket(family, socket.SOCK_STREAM)
             try:
                 self._bind(listener, family, address)
@@ -268,37 +312,38 @@ class SocketChardev(FdChardev):
             self.detach_fds()
         self._attach(client)
 
-    def _unlink(self) -> None:
-        """Removes the path, unless another process has bound its own socket there since."""
-        try:
-            if self._inode and os.stat(self._options.path).st_ino == self._inode:
-                os.unlink(self._options.path)
-        except OSError:
-            pass
-
     # Client.
 
     def _connect(self) -> socket.socket:
         reason = ""
-        for family, address in self._addresses:
+        for family, address in self._resolve():
             peer = socket.socket(family, socket.SOCK_STREAM)
+            peer.settimeout(CONNECT_TIMEOUT)
             try:
                 peer.connect(address)
                 return peer
             except OSError as error:
                 peer.close()
-                reason = str(error.strerror)
+                reason = str(error.strerror or error)
         where = self._options.text().partition(":")[2]
         raise ConfigError(f"Failed to connect to '{where}': {reason}")
 
     def _reconnect(self) -> None:
         self._timer = None
-        family, address = self._addresses[0]
+        try:
+            family, address = self._resolve()[0]
+        except ConfigError:  # no name server now
+            self._reconnect_later()
+            return
         peer = socket.socket(family, socket.SOCK_STREAM)
         peer.setblocking(False)
         try:
             peer.connect(address)
-        except BlockingIOError:
+        except BlockingIOError as problem:
+            if problem.errno == errno.EAGAIN:  # a unix socket whose queue is full tells of no room
+                peer.close()
+                self._reconnect_later()
+                return
             self._connecting = peer
             self.loop.watch(peer.fileno(), WRITE, lambda _: self._on_connected())
         except OSError:
@@ -318,7 +363,7 @@ class SocketChardev(FdChardev):
             self._attach(peer)
 
     def _reconnect_later(self) -> None:
-        self._addresses.append(self._addresses.pop(0))
+        self._addresses = self._addresses[1:] + self._addresses[:1]
         self._timer = self.loop.call_later(self._options.reconnect_ms * NS_PER_MS, self._reconnect)
 
     # Both.
@@ -333,6 +378,25 @@ class SocketChardev(FdChardev):
     def _close_passed(self) -> None:
         while self._passed:
             os.close(self._passed.pop())
+
+
+def _number(role: str) -> int:
+    return int(role.removeprefix(PASSED))
+
+
+def forget(kept: Kept) -> None:
+    """Closes what a chardev has saved that is not there any more."""
+    kept.close()
+    unlink(str(kept.data.get("where", {}).get("path", "")), int(kept.data.get("inode", 0)))
+
+
+def unlink(path: str, inode: int) -> None:
+    """Removes the path of a listening socket, unless another process has bound its own there."""
+    try:
+        if inode and os.stat(path).st_ino == inode:
+            os.unlink(path)
+    except OSError:
+        pass
 
 
 def _join(host: str, port: str | int) -> str:

@@ -1,8 +1,9 @@
 """The stdio chardev: standard input and output; a terminal is put into character mode.
 
 The terminal's settings are given back by `close`, and at exit.  An exec leaves them alone: the
-new image finds a terminal in character mode already and gives back, in the end, what a terminal
-usually has (QEMU would leave it in character mode).
+new image finds a terminal in character mode already and gives back, in the end, what the old one
+has found, or where it does not know that, what a terminal usually has (QEMU would leave it in
+character mode).
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from cpr.chardev.base import CLOSED
 from cpr.chardev.stream import FdChardev
 from cpr.constants import NS_PER_MS
 from cpr.errors import ConfigError
+from cpr.state.connections import raw, text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from cpr.mainloop import MainLoop, Timer
+    from cpr.state.connections import Kept
 
 STDIN, STDOUT = 0, 1
 LOOK_NS = 200 * NS_PER_MS  # how often a job in the background looks whether it still is
@@ -55,7 +58,9 @@ class StdioChardev(FdChardev):
     backend = "stdio"
     _in_use = False
 
-    def __init__(self, label: str, loop: MainLoop, signals: bool, after_exec: bool) -> None:
+    def __init__(
+        self, label: str, loop: MainLoop, signals: bool, after_exec: bool, kept: Kept
+    ) -> None:
         super().__init__(label, loop)
         if StdioChardev._in_use:
             raise ConfigError("cannot use stdio by multiple character devices")
@@ -67,13 +72,22 @@ class StdioChardev(FdChardev):
         self._in_background = False
         self._on_continue_before: Any = None
         if (found := _settings()) is not None:
-            self._original = cooked(found) if after_exec else found
+            self._original = _from_plain(kept) or (cooked(found) if after_exec else found)
             self._set_character_mode()
             loop.call_soon(self._watch_continue)
         atexit.register(self._restore)
+        ended = kept.data.get("ended", False)
         self.attach_fds(
-            self._twin(STDIN, os.O_RDONLY, after_exec), self._twin(STDOUT, os.O_WRONLY, after_exec)
+            -1 if ended else self._twin(STDIN, os.O_RDONLY, after_exec),
+            self._twin(STDOUT, os.O_WRONLY, after_exec),
         )
+        self.adopt_output(kept)
+
+    def save(self) -> Kept:
+        kept = super().save()
+        kept.data["ended"] = self.in_fd < 0
+        kept.data["terminal"] = _to_plain(self._original)
+        return kept
 
     def room(self) -> int:
         """In the background nothing is read: SIGTTIN would stop this process with its guest."""
@@ -172,6 +186,21 @@ class StdioChardev(FdChardev):
         original, self._original = self._original, None
         if original is not None and _in_foreground():
             _set(original)
+
+
+def _to_plain(settings: list[Any] | None) -> list[Any] | None:
+    """The control characters are bytes, or numbers where the terminal is in character mode."""
+    if settings is None:
+        return None
+    plain = [text(each) if isinstance(each, bytes) else each for each in settings[CC]]
+    return [*settings[:CC], plain]
+
+
+def _from_plain(kept: Kept) -> list[Any] | None:
+    plain = kept.data.get("terminal")
+    if plain is None:
+        return None
+    return [*plain[:CC], [raw(each) if isinstance(each, str) else each for each in plain[CC]]]
 
 
 def _settings() -> list[Any] | None:

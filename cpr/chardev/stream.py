@@ -9,10 +9,12 @@ from _thread import RLock
 
 from cpr.chardev.base import CLOSED, MAX_WAITING, OPENED, Chardev
 from cpr.mainloop import READ, WRITE
+from cpr.state.connections import raw, text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cpr.mainloop import MainLoop
+    from cpr.state.connections import Kept
 
 READ_SIZE = 65536
 # After so much of one peer's input the loop's other descriptors get their turn.
@@ -69,6 +71,27 @@ class FdChardev(Chardev):
     def close_fds(self, fds: set[int]) -> None:
         for fd in fds:
             os.close(fd)
+
+    def save(self) -> Kept:
+        kept = super().save()
+        with self._lock:
+            kept.data["output"] = text(self._pending)
+        return kept
+
+    def adopt_output(self, kept: Kept) -> None:
+        """Goes on with what another image has not got rid of; for whoever has just attached."""
+        with self._lock:
+            self._pending += raw(kept.data.get("output", ""))
+            self._tells_writable = bool(self._pending)
+        self._queue_update()
+
+    def start_over(self) -> None:
+        with self._lock:
+            self._pending.clear()
+        if self.connected:
+            self.event(CLOSED)
+            self.event(OPENED)
+        self._tell_writable()
 
     @property
     def waiting(self) -> int:
@@ -223,20 +246,22 @@ class FdChardev(Chardev):
         for _ in range(READS_PER_ROUND):
             if left <= 0:
                 break
-            room = self.room()
-            if room <= 0:
-                return False
-            try:
-                data = self.read_some(min(room, READ_SIZE))
-            except BlockingIOError:
-                return True
-            except OSError:
-                data = b""
+            with self.input_lock:
+                room = self.room()
+                if room <= 0:
+                    return False
+                try:
+                    data = self.read_some(min(room, READ_SIZE))
+                except BlockingIOError:
+                    return True
+                except OSError:
+                    data = b""
+                if data:
+                    self.receive(data)
             if not data:
                 self.hang_up()
                 return True
             left -= len(data)
-            self.receive(data)
             if self.in_fd != fd:
                 return True
         return True

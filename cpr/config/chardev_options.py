@@ -5,6 +5,8 @@
 -chardev socket,id=ID,path=PATH[,server=on|off][,wait=on|off][,reconnect-ms=N]
 -chardev socket,id=ID,host=HOST,port=PORT[,nodelay=on|off][…the same]
 -serial null|stdio|pty|file:PATH|unix:PATH[,…]|tcp:[HOST]:PORT[,…]
+
+All take cpr=on|off, which says in which updates the connection is kept: all, or none.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ KEYS: dict[str, Kind] = {
     "mux": BOOL,
     "signal": BOOL,
     "append": BOOL,
+    "cpr": BOOL,
     "logfile": STRING,
     "logappend": BOOL,
     "abstract": BOOL,
@@ -51,10 +54,10 @@ KEYS: dict[str, Kind] = {
 # What each backend takes; QEMU ignores the others, too, except for those below.
 BACKENDS: dict[str, tuple[str, ...]] = {
     "null": (),
-    "stdio": ("signal",),
-    "pty": (),
-    "file": ("path", "append"),
-    "socket": ("path", "host", "port", "server", "wait", "nodelay", "reconnect-ms"),
+    "stdio": ("signal", "cpr"),
+    "pty": ("cpr",),
+    "file": ("path", "append", "cpr"),
+    "socket": ("path", "host", "port", "server", "wait", "nodelay", "reconnect-ms", "cpr"),
 }
 
 # QEMU has these for the backend, and there they do something.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 OPTIONS = {
     "accel": "accel",
     "action": "action",
+    "blockdev": "blockdev",
     "boot": "boot-opts",
     "chardev": "chardev",
     "device": "device",
@@ -37,11 +38,12 @@ OPTIONS = {
     "netdev": "netdev",
     "object": "object",
     "rtc": "rtc",
+    "run-with": "run-with",
     "sandbox": "sandbox",
     "smp": "smp-opts",
 }
 
-IN_JSON = ("device", "object")
+IN_JSON = ("blockdev", "device", "object")
 WITH_HELP = ("accel", "chardev", "device", "M", "machine", "object")
 HELP_WORDS = frozenset({"help", "?"})
 
@@ -138,7 +140,8 @@ def _parse_group(draft: Draft, name: str, argument: str, location: str) -> Optio
 def _read_config(draft: Draft, path: str, location: str, base: bool = False) -> None:
     from cpr.config.readconfig import read_config
 
-    for group in read_config(path, GROUPS, location, base):
+    groups = {name: GROUPS[name] for name in GROUPS if name != "blockdev"}  # as with QEMU
+    for group in read_config(path, groups, location, base):
         draft.add(group)
 
 

@@ -98,6 +98,8 @@ class Config(Record):
     ram_size              bytes; ram_size_given is whether -m says so, or else a memory backend or
                           the default of 128 MiB
     rtc                   what -rtc gives: "base", "clock"
+    run_with              what -run-with gives: "user", "chroot", "exit-with-parent",
+                          "async-teardown"; "location", where it does
     sandbox               what was given: "enable" as bool, the others as "allow", "deny" or
                           "children"
     serials               chardev ids, by COM port (0 is COM1); None where -serial none is given
@@ -138,6 +140,7 @@ class Config(Record):
         "ram_size",
         "ram_size_given",
         "rtc",
+        "run_with",
         "sandbox",
         "serials",
         "smp",
@@ -177,6 +180,7 @@ class Config(Record):
     ram_size: int
     ram_size_given: bool
     rtc: dict[str, str]
+    run_with: dict[str, Any]
     sandbox: dict[str, Any]
     serials: tuple[str | None, ...]
     smp: int
@@ -203,6 +207,7 @@ def parse_command_line(argv: Sequence[str]) -> Config:
     fields.update(_board(draft))
     fields.update(_frontends(draft, fields))
     drives = parse_drives(draft.groups["drive"])
+    drives += _blockdevs(draft, drives)
     fields["devices"] += tuple(
         DeviceConfig(VIRTIO_DISK, None, {"drive": drive.id}, drive.location)
         for drive in drives
@@ -216,6 +221,22 @@ def parse_command_line(argv: Sequence[str]) -> Config:
         netdevs=_netdevs(draft, fields["devices"]),
         warnings=tuple(draft.warnings),
     )
+
+
+def _blockdevs(draft: Draft, drives: tuple[DriveConfig, ...]) -> tuple[DriveConfig, ...]:
+    """Raises ConfigError."""
+    if not draft.groups["blockdev"]:
+        return ()
+    from cpr.config.blockdev_options import parse_blockdevs
+
+    found = parse_blockdevs(draft.groups["blockdev"])
+    names = {each.id for each in found}
+    for drive in drives:
+        if drive.id in names:
+            raise ConfigError(
+                f"{drive.location}: Device name '{drive.id}' conflicts with an existing node name"
+            )
+    return found
 
 
 def _netdevs(draft: Draft, devices: tuple[DeviceConfig, ...]) -> tuple[NetdevConfig, ...]:
@@ -248,6 +269,7 @@ def _settings(draft: Draft) -> dict[str, Any]:
         "pidfile": settings.get("pidfile"),
         "process_name": name.get("process"),
         "rtc": draft.single("rtc"),
+        "run_with": draft.single("run-with"),
         "sandbox": draft.single("sandbox"),
         "start_paused": settings.get("start_paused", False),
         "timestamps": draft.single("msg").get("timestamp", False),

@@ -91,12 +91,18 @@ DEVICES: dict[str, DeviceModel] = {
             "rerror": ("report", "ignore", "stop", "auto"),
             "serial": STRING,
             "werror": ("report", "ignore", "stop", "enospc", "auto"),
+            "write-cache": ("on", "off", "auto"),
         },
     ),
     "virtio-net-pci": DeviceModel(
         "cpr.devices.virtio.net",
         ",netdev=ID[,mac=ADDRESS][,addr=SLOT]",
         {**VIRTIO, "bootindex": INT, "mac": STRING, "netdev": STRING, "romfile": STRING},
+    ),
+    "virtio-balloon-pci": DeviceModel(
+        "cpr.devices.virtio.balloon",
+        "[,deflate-on-oom=on][,addr=SLOT]",
+        {**VIRTIO, "deflate-on-oom": BOOL},
     ),
     "virtio-rng-pci": DeviceModel(
         "cpr.devices.virtio.rng",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 GROUPS: dict[str, tuple[str, str | None]] = {
     "accel": (OPTS, "accel"),
     "action": (OPTS, None),
+    "blockdev": (KEYVAL, "driver"),
     "boot-opts": (KEYVAL, "order"),
     "chardev": (OPTS, "backend"),
     "device": (OPTS, "driver"),
@@ -33,12 +34,13 @@ GROUPS: dict[str, tuple[str, str | None]] = {
     "name": (OPTS, "guest"),
     "object": (OPTS, "qom-type"),
     "rtc": (OPTS, None),
+    "run-with": (OPTS, None),
     "sandbox": (OPTS, "enable"),
     "smp-opts": (KEYVAL, "cpus"),
 }
 
 # Groups of which there may be many; of the others there is one, and what is given later wins.
-REPEATED = ("accel", "chardev", "device", "drive", "global", "mon", "netdev", "object")
+REPEATED = ("accel", "blockdev", "chardev", "device", "drive", "global", "mon", "netdev", "object")
 IDENTIFIED = ("chardev", "device", "drive", "mon", "netdev", "object")
 
 ALLOW_OR_DENY = ("allow", "deny")
@@ -62,6 +64,12 @@ KEYS: dict[str, dict[str, Kind]] = {
     "msg": {"timestamp": BOOL, "guest-name": BOOL},
     "name": {"guest": STRING, "process": STRING, "debug-threads": BOOL},
     "rtc": {"base": STRING, "clock": STRING, "driftfix": STRING},
+    "run-with": {
+        "async-teardown": BOOL,
+        "chroot": STRING,
+        "exit-with-parent": BOOL,
+        "user": STRING,
+    },
     "sandbox": {"enable": BOOL, **dict.fromkeys(SANDBOX_WORDS, STRING)},
 }
 
@@ -93,6 +101,8 @@ class Draft:
             _check_sandbox(group, single | values)
         elif group.name == "rtc":
             _check_rtc(values)
+        elif group.name == "run-with":
+            values["location"] = group.location
         # -m is merged as it is written: what its size means depends on the last character.
         single.update(group.values if group.name == "memory" else values)
 

@@ -27,22 +27,26 @@ MON_KEYS: dict[str, Kind] = {
     "chardev": STRING,
     "mode": STRING,
     "pretty": BOOL,
+    "cpr": BOOL,
     SHORT_FORM: STRING,
 }
 
 
 class MonitorConfig(Record):
     """One monitor: the id of its chardev, its `mode` (readline or control), and whether a control
-    monitor writes `pretty` JSON.
+    monitor writes `pretty` JSON.  `cpr` is as that of the chardev, or None.
     """
 
-    __slots__ = ("chardev", "mode", "pretty")
+    __slots__ = ("chardev", "mode", "pretty", "cpr")  # noqa: RUF023 - the constructor's order
     chardev: str
     mode: str
     pretty: bool
+    cpr: bool | None
 
-    def __init__(self, chardev: str, mode: str = READLINE, pretty: bool = False) -> None:
-        self._fill(chardev, mode, pretty)
+    def __init__(
+        self, chardev: str, mode: str = READLINE, pretty: bool = False, cpr: bool | None = None
+    ) -> None:
+        self._fill(chardev, mode, pretty, cpr)
 
 
 class ChardevTable:
@@ -134,7 +138,7 @@ def parse_monitors(groups: list[OptionGroup], chardevs: ChardevTable) -> list[Mo
             raise group.error(f"Parameter 'mode' does not accept value '{mode}'")
         if pretty and mode == READLINE:
             raise group.error("'pretty' is not compatible with HMP monitors")
-        monitors.append(MonitorConfig(chardev, mode, pretty))
+        monitors.append(MonitorConfig(chardev, mode, pretty, values.get("cpr")))
     return monitors
 
 

@@ -19,6 +19,7 @@ MOST_NAME = 15  # characters of an interface's name
 KEYS: dict[str, Kind] = {
     "type": STRING,
     "id": STRING,
+    "cpr": BOOL,
     "downscript": STRING,
     "fd": STRING,
     "ifname": STRING,
@@ -26,6 +27,8 @@ KEYS: dict[str, Kind] = {
     "script": STRING,
     "sndbuf": SIZE,
     "vhost": BOOL,
+    "vhostfd": STRING,
+    "vhostforce": BOOL,
     "vnet_hdr": BOOL,
 }
 NOT_WITH_FD = ("ifname", "script", "downscript", "vnet_hdr", "queues")
@@ -34,16 +37,34 @@ NOT_WITH_FD = ("ifname", "script", "downscript", "vnet_hdr", "queues")
 class NetdevConfig(Record):
     """One -netdev tap.  `fd` is what was given, the number of a descriptor or the name of one, or
     None; `ifname` the tap's name, "" for a new one; `location` what an error about it begins with.
+    `vhost`: the kernel carries the frames, and `vhostfd` is as `fd`, of /dev/vhost-net.
     """
 
-    __slots__ = ("id", "fd", "ifname", "location")  # noqa: RUF023 - the order of the constructor
+    __slots__ = (  # noqa: RUF023 - the order of the constructor
+        "id",
+        "fd",
+        "ifname",
+        "location",
+        "vhost",
+        "vhostfd",
+    )
     id: str
     fd: str | None
     ifname: str
     location: str
+    vhost: bool
+    vhostfd: str | None
 
-    def __init__(self, id: str, fd: str | None, ifname: str, location: str = "") -> None:
-        self._fill(id, fd, ifname, location)
+    def __init__(
+        self,
+        id: str,
+        fd: str | None,
+        ifname: str,
+        location: str = "",
+        vhost: bool = False,
+        vhostfd: str | None = None,
+    ) -> None:
+        self._fill(id, fd, ifname, location, vhost, vhostfd)
 
 
 def parse_netdevs(groups: list[OptionGroup]) -> tuple[NetdevConfig, ...]:
@@ -70,9 +91,13 @@ def _parse(group: OptionGroup) -> NetdevConfig:
             )
     if values.get("queues", 1) != 1:
         raise group.error("a tap has one queue here: leave queues= out")
-    if values.get("vhost"):
-        raise group.error("vhost=on is not supported: leave it out, and the VMM carries the frames")
+    if not values.get("cpr", True):
+        raise group.error("cpr=off is not supported: a tap goes over every update; leave it out")
+    vhostfd = values.get("vhostfd")
+    vhost = values.get("vhost", vhostfd is not None or values.get("vhostforce", False))
+    if vhostfd is not None and not vhost:
+        raise group.error("vhostfd(s)= is not valid without vhost")
     ifname = values.get("ifname", "")
     if len(ifname.encode()) > MOST_NAME:
         raise group.error(f"ifname={ifname} is longer than the {MOST_NAME} characters of a name")
-    return NetdevConfig(values["id"], values.get("fd"), ifname, group.location)
+    return NetdevConfig(values["id"], values.get("fd"), ifname, group.location, vhost, vhostfd)

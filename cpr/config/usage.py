@@ -40,6 +40,8 @@ The machine
 What it boots
   -drive file=IMAGE,format=raw[,if=floppy|ide|virtio|none][,index=N][,readonly=on|off][,id=ID]
                  [,cache=MODE][,discard=unmap][,werror=...][,rerror=...][,file.locking=off]
+  -blockdev driver=raw|file|host_device,node-name=NAME[,file=NODE][,filename=IMAGE]...
+                 or the same in JSON; -device virtio-blk-pci,drive=NAME has the node
   -fda, -fdb, -hda, -hdb, -hdc, -hdd IMAGE
   -kernel FILE   a flat binary, ELF32, ELF64, or a bzImage of Linux
   -initrd FILE, -append TEXT
@@ -49,7 +51,7 @@ Network
   -netdev tap,id=ID[,ifname=NAME][,fd=N][,script=no][,downscript=no]
 
 Character devices
-  -chardev null|stdio|pty,id=ID
+  -chardev null|stdio|pty,id=ID[,cpr=on|off]
   -chardev file,id=ID,path=PATH[,append=on|off]
   -chardev socket,id=ID,path=PATH[,server=on|off][,wait=on|off][,reconnect-ms=N]
   -chardev socket,id=ID,host=HOST,port=PORT[,server=on|off]...
@@ -57,7 +59,7 @@ Character devices
                  unix:PATH[,...], tcp:[HOST]:PORT[,...], chardev:ID, or none
   -debugcon DEV  what the guest writes to port 0xe9
   -monitor DEV, -qmp DEV, -qmp-pretty DEV
-  -mon [chardev=]ID[,mode=readline|control][,pretty=on|off]
+  -mon [chardev=]ID[,mode=readline|control][,pretty=on|off][,cpr=on|off]
 
 Start and end
   -incoming URI|defer|CHANNEL
@@ -65,6 +67,8 @@ Start and end
   -S             does not start the guest
   -no-reboot, -no-shutdown, -action reboot=...,shutdown=...
   -pidfile FILE, -daemonize, -sandbox on[,spawn=deny]..., -msg timestamp=on
+  -run-with [user=NAME|UID:GID][,chroot=DIR][,exit-with-parent=on|off][,async-teardown=on|off]
+                 drops privileges before the guest runs
   -readconfig FILE, -nodefaults, -no-user-config, -only-migratable, -enable-kvm
   -nographic, -display none, -vga none, -net none, -nic none, -parallel none
   -h, -help, -version
@@ -85,7 +89,6 @@ QEMU_ONLY = frozenset(
         "audio",
         "audiodev",
         "bios",
-        "blockdev",
         "cdrom",
         "compat",
         "d",
@@ -115,7 +118,6 @@ QEMU_ONLY = frozenset(
         "pflash",
         "plugin",
         "preconfig",
-        "run-with",
         "s",
         "sd",
         "seed",

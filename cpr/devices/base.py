@@ -28,6 +28,16 @@ if TYPE_CHECKING:
     from cpr.memory import GuestMemory
     from cpr.state.vmstate import VMStateDescription
 
+    class Balloon(Protocol):
+        """How the monitors reach a guest's balloon."""
+
+        @property
+        def actual(self) -> int:
+            """Bytes that the guest has for itself."""
+
+        def set_target(self, size: int) -> None:
+            """Asks the guest to have so many.  Raises CommandError."""
+
     class Platform(Protocol):
         """The machine, as a device sees it.  Device code runs with `lock` (the BQL) held."""
 
@@ -212,6 +222,11 @@ class Device:
 
     def cpr_rollback(self) -> None:
         """It has failed, and the guest goes on here; also called without `cpr_prepare`."""
+
+    @property
+    def balloon(self) -> Balloon | None:
+        """This device's balloon, if it has one."""
+        return None
 
     def copy_blocker(self) -> str | None:
         """Why RAM cannot be copied while this device runs (DMA that no log tells of), or None."""

@@ -33,6 +33,10 @@ class Board(Protocol):
     @property
     def machine(self) -> BoardMachine: ...
     @property
+    def ram_size(self) -> int:
+        """Bytes, of -m."""
+
+    @property
     def is_incoming(self) -> bool:
         """Whether the guest comes from elsewhere, and another VMM may yet have it."""
 

@@ -61,7 +61,6 @@ async def update(
             await _stop(current)
         current.start()
         while True:
-            notify.main_pid()
             current.resume()
             _resume()
             await _wait(loop, current)
@@ -72,7 +71,7 @@ async def update(
     except Exception as error:
         failure = current.fail(error)
         _resume()
-        notify.failed(failure.pid_changed)
+        notify.failed()
         raise failure from (None if isinstance(error, UpdateError) else error)
     except BaseException as error:
         current.fail(error)

@@ -18,6 +18,7 @@ from cpr.live.token import (
     Returned,
     candidates,
     is_readable,
+    is_writable,
     pending_signals,
     take_token,
     wait_status,
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
     from typing import Any
 
 EARLY, DIED, KILLED, MESSAGE = 1, 2, 3, 4  # as in _native/guard.h
+SIBLINGS = False
 WALL = 0x40000000  # __WALL of wait(2): also children that were cloned without a signal
 PATIENCE_NS = NS_PER_S  # as in _native/guard.c
+NOTIFY_MS = 1000  # as in _native/guard.c
 TICK_MS = 50  # how often it is looked at the hold, which no descriptor tells
 
 
@@ -53,9 +56,14 @@ def execute(
     drop: Sequence[int] = (),
     unblock: Sequence[int] = (),
     ending: Sequence[int] = (),
+    notify_fd: int = -1,
+    sibling: bool = False,
     ready: Callable[[], None] = lambda: None,
 ) -> Returned:
-    """As guard.execute; `mappings`, `state_fd` and `drop` must be empty.  Raises OSError."""
+    """As guard.execute; `mappings`, `state_fd` and `drop` must be empty.  Raises OSError.
+
+    There is no fork() with which the guard could be a `sibling`: it is a child.
+    """
     if mappings or drop or state_fd >= 0:
         raise ValueError("a guard that was forked has no mappings and no CPR state")
     paths = candidates(argv[0], environment) if argv else []
@@ -70,6 +78,7 @@ def execute(
         page.struct.exec_ns = time.monotonic_ns()
         if pid := _fork():
             page.struct.guard_pid = pid
+            _tell(notify_fd, f"MAINPID={pid}")
             _execute(paths, list(argv), dict(environment), keep, token, pid, mask - set(unblock))
         outcome = _guard(pidfd, exec_pipe, token, page, early, socket, timeout_ns, set(ending))
     except OSError:
@@ -89,6 +98,16 @@ def _fork() -> int:
     except OSError as error:
         text = f"there is no process for the guard: {error.strerror}"
         raise OSError(error.errno, text) from None
+
+
+def _tell(notify_fd: int, text: str) -> None:
+    """What the service's manager is told: the new image may end at once."""
+    if notify_fd >= 0:
+        try:
+            if is_writable(notify_fd, NOTIFY_MS):
+                os.write(notify_fd, text.encode())
+        except OSError:
+            pass
 
 
 def _execute(

@@ -27,6 +27,8 @@ DIED = lib.CPR_GUARD_DIED
 KILLED = lib.CPR_GUARD_KILLED
 MESSAGE = lib.CPR_GUARD_MESSAGE
 
+SIBLINGS = True  # it can be a child of this process's parent
+
 ALONE_TIMEOUT_NS = 2 * NS_PER_S
 ALONE_STEP = 0.00002  # s: a guest may wait too
 
@@ -105,6 +107,8 @@ def execute(
     drop: Sequence[int] = (),
     unblock: Sequence[int] = (),
     ending: Sequence[int] = (),
+    notify_fd: int = -1,
+    sibling: bool = False,
     ready: Callable[[], None] = lambda: None,
 ) -> Returned:
     """Executes `argv`, looked up in PATH, with the descriptors `keep` and a guard.
@@ -115,7 +119,9 @@ def execute(
     closed that and lives on.  `drop` are descriptors that a late exec is to close for good, in the
     old image as in the new one.  `unblock` are signals that the caller blocks and the program is
     not to; `ending` are those that the program blocks until it can take them: one that does not for
-    a while is killed.
+    a while is killed.  `notify_fd` is a socket to the service's manager: it hears that the
+    guard is the main process before the exec, and that the PID is at a commit.  With `sibling` the
+    guard is a child of this process's parent, which has to be that manager and reaps it.
 
     Comes back in the old image only.  Raises OSError of execve where it is the same process as
     before, and nothing has changed.
@@ -137,8 +143,8 @@ def execute(
     request.keep, request.keep_count = keep_array, len(keep)
     request.mappings, request.mapping_count = mapping_array, len(mappings)
     request.drop, request.drop_count = drop_array, len(drop)
-    request.token_fd, request.socket_fd = token, socket
-    request.early, request.timeout_ns = early, timeout_ns
+    request.token_fd, request.socket_fd, request.notify_fd = token, socket, notify_fd
+    request.early, request.timeout_ns, request.sibling = early, timeout_ns, sibling
     request.unblock = sum(1 << (number - 1) for number in unblock)
     if ending:
         memory.append(ffi.new("char[]", f"/proc/{os.getpid()}/status".encode()))

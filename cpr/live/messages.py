@@ -81,8 +81,11 @@ def send(
             os.close(memfd)
 
 
-def receive(sock: socket.socket) -> Message:
-    """Waits for the next message.  Raises Ended; then no descriptor stays open."""
+def receive(sock: socket.socket, in_one: bool = False) -> Message:
+    """Waits for the next message.  Raises Ended; then no descriptor stays open.
+
+    With `in_one` it has one packet, and nobody is waited for who has said a part of it.
+    """
     fds: list[int] = []
     try:
         for _ in range(MOST_PACKETS):
@@ -91,6 +94,8 @@ def receive(sock: socket.socket) -> Message:
                 raise Ended("a message of the other side came in part only: raise RLIMIT_NOFILE")
             if packet[:1] != MORE:
                 return _decode(packet, fds)
+            if in_one:
+                raise Ended("a new program's message has one packet")
         raise Ended("the other side's message does not end")
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         _close(fds)

@@ -20,6 +20,7 @@ from cpr.live.transaction import (
     PROTOCOL,
     REFUSE,
     VARIABLE,
+    VERSIONS,
     UpdateError,
 )
 
@@ -57,7 +58,7 @@ class Predecessor:
 
     def hello(self, program: str) -> None:
         """Asks for the state; `program` names this one, with its version."""
-        self.send(HELLO, {"protocol": PROTOCOL, "program": program})
+        self.send(HELLO, {"protocol": PROTOCOL, "versions": VERSIONS, "program": program})
 
     def send(self, kind: str, body: dict[str, Any] | None = None) -> None:
         """Raises UpdateError where the old image is not there any more."""
@@ -104,15 +105,23 @@ class Predecessor:
             raise UpdateError("the old program has taken back over: this one came too late")
         self.committed = True
 
-    def wait_hang_up(self, timeout_ns: int) -> None:
-        """Waits until the old image has closed all that it had, but no longer than this."""
+    def wait_hang_up(self, timeout_ns: int) -> Message | None:
+        """Waits until the old image has closed all that it had, but this long at most for each.
+
+        What it has said as its last, whose descriptors are the caller's, or None.
+        """
         from cpr.live import messages
 
         self._socket.settimeout(timeout_ns / NS_PER_S)
+        last: Message | None = None
         try:
-            messages.receive(self._socket).close()
+            while True:
+                message = messages.receive(self._socket)
+                if last is not None:
+                    last.close()
+                last = message
         except messages.Ended:
-            pass
+            return last
 
     def refuse(self, reason: str) -> None:
         """Tells the old image why this one cannot take over, and does what it is told.

@@ -3,6 +3,11 @@
 Without NOTIFY_SOCKET in the environment nothing is said.  A unit that is updated needs Type=notify
 or notify-reload, NotifyAccess=all (the old program may go on in another process), and
 FileDescriptorStoreMax= for sockets that a restart after a crash is to find.
+
+    before an update     RELOADING=1, MONOTONIC_USEC=
+    before its exec      MAINPID= of the guard: the PID may end and the service goes on
+    after the commit     MAINPID= of the PID, READY=1
+    where it has failed  MAINPID= of who goes on, READY=1
 """
 
 from __future__ import annotations
@@ -10,29 +15,52 @@ from __future__ import annotations
 import os
 import socket as sockets
 import time
-from typing import Any
 
 from cpr.constants import NS_PER_US
-from cpr.live import image, preserved
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from cpr.live import preserved
 
 FIRST_FD = 3  # SD_LISTEN_FDS_START
 SEND_TIMEOUT = 1.0  # s; a manager that reads nothing is not to hold up the service
 
+EXEC_PID = "SYSTEMD_EXEC_PID"
+
+_own_pid = ""
 _passed: dict[str, list[int]] | None = None
 _stored: set[str] = set()
 
 
-def send(*fields: str, fds: tuple[int, ...] = ()) -> bool:
-    """Sends fields such as "STATUS=busy"; false where nobody listens.  Never raises OSError."""
+def connect() -> sockets.socket | None:
+    """A socket to the manager, the caller's; None where there is none.  Raises no OSError."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
-        return False
+        return None
     if address.startswith("@"):
         address = "\0" + address[1:]
     try:
-        with sockets.socket(sockets.AF_UNIX, sockets.SOCK_DGRAM | sockets.SOCK_CLOEXEC) as sock:
-            sock.settimeout(SEND_TIMEOUT)
-            sock.connect(address)
+        sock = sockets.socket(sockets.AF_UNIX, sockets.SOCK_DGRAM | sockets.SOCK_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        sock.settimeout(SEND_TIMEOUT)
+        sock.connect(address)
+    except OSError:
+        sock.close()
+        return None
+    return sock
+
+
+def send(*fields: str, fds: tuple[int, ...] = ()) -> bool:
+    """Sends fields such as "STATUS=busy"; false where nobody listens.  Raises no OSError."""
+    sock = connect()
+    if sock is None:
+        return False
+    try:
+        with sock:
             sockets.send_fds(sock, ["\n".join(fields).encode()], list(fds))
     except OSError:
         return False
@@ -55,8 +83,28 @@ def main_pid(pid: int | None = None) -> bool:
 
 
 def status(text: str) -> bool:
-    """A line for systemctl status."""
-    return send(f"STATUS={text}")
+    """A line for systemctl status; `text` may be anybody's, and have several."""
+    return send("STATUS=" + "; ".join(text.splitlines()))
+
+
+def is_child() -> bool:
+    """Whether this process is the manager's own child: systemd.exec(5), $SYSTEMD_EXEC_PID.
+
+    A guard that is one too is a main process like any other: its end is waited for.
+    """
+    pid = os.getpid()
+    return pid != 1 and str(pid) in (os.environ.get(EXEC_PID), _own_pid)
+
+
+def became_child() -> None:
+    """This process is a guard that is the manager's child."""
+    global _own_pid
+    _own_pid = str(os.getpid())
+
+
+def handed_over(pid: int) -> None:
+    """What a guard says before it ends: it is the main process until then."""
+    send(f"MAINPID={pid}", "READY=1")
 
 
 def stopping() -> bool:
@@ -64,22 +112,23 @@ def stopping() -> bool:
     return send("STOPPING=1")
 
 
-def started(updated: bool) -> None:
-    """What `live.ready` says."""
-    if updated:
-        main_pid()
-    ready()
-
-
-def failed(pid_changed: bool) -> None:
-    """What a failed update says: the service goes on."""
+def started(pid_changed: bool) -> None:
+    """The service is up; after an update, which has made another process the main one."""
     if pid_changed:
         main_pid()
     ready()
 
 
+def failed() -> None:
+    """What a failed update says: the service goes on, here."""
+    main_pid()
+    ready()
+
+
 def store(name: str) -> bool:
     """Stores the descriptor of a preserved name with systemd, for a restart after a crash."""
+    from cpr.live import image
+
     entry = image.current().registry.find(name)
     if entry is None or name in _stored or not _is_fd_name(name):
         return False
@@ -122,6 +171,8 @@ def passed() -> dict[str, list[int]]:
 
 def take_listening(registry: preserved.Registry, name: str, kind: str) -> None:
     """Puts what systemd has passed under that name into the registry."""
+    from cpr.live import preserved
+
     fds = passed().get(name)
     if not fds:
         return

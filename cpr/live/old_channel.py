@@ -70,7 +70,7 @@ class Channel:
 
         assert self._socket is not None
         try:
-            message = messages.receive(self._socket)
+            message = messages.receive(self._socket, in_one=True)
         except messages.Ended as error:
             raise UpdateError(str(error)) from None
         if message.kind not in AFTER:

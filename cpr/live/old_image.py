@@ -106,7 +106,13 @@ class Update(Channel):
                 raise UpdateError("a signal that ends what is updated has come before the exec")
             mark("exec")
 
+        from cpr.live import notify
+
         held = holds_signals and state_fd < 0
+        manager = notify.connect()
+        sibling = manager is not None and notify.is_child()
+        if sibling:
+            environment = {**environment, notify.EXEC_PID: str(os.getpid())}
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
             returned = self._guard.execute(
@@ -125,6 +131,8 @@ class Update(Channel):
                 drop=drop,
                 unblock=() if held else ENDING,
                 ending=ENDING if held else (),
+                notify_fd=manager.fileno() if manager is not None else -1,
+                sibling=sibling,
                 ready=ready,
             )
         except (OSError, ValueError) as error:
@@ -133,8 +141,12 @@ class Update(Channel):
             raise UpdateError(f"execvp {name} failed: {text}") from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            if manager is not None:
+                manager.close()
             if parked:
                 unpark()
+        if sibling and self._guard.SIBLINGS:
+            notify.became_child()
         self.pid, self.pidfd = returned.pid, returned.pidfd
         self.dropped = returned.dropped
         self.give_theirs()
@@ -229,6 +241,9 @@ class Update(Channel):
 
     def leave(self) -> None:
         """The new image has committed: this process ends here."""
+        from cpr.live import notify
+
+        notify.handed_over(self.pid)
         self._guard.end(self._mappings)
 
     def close(self) -> None:

@@ -68,6 +68,13 @@ def is_readable(fd: int, timeout_ms: int | None = 0) -> bool:
     return bool(poll.poll(timeout_ms))
 
 
+def is_writable(fd: int, timeout_ms: int) -> bool:
+    """Whether it is, or becomes so within the time."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(timeout_ms))
+
+
 def candidates(name: str, environment: Mapping[str, str]) -> list[str]:
     """The files that execvp(3) would try; only those that are there, or the last of all."""
     if not name or "/" in name:

@@ -10,7 +10,8 @@
                                       ◄───────────  ready
     stops; hand-over: what was left   ───────────►  loads it
                                                     takes the token: it is its own from here on
-    the token is gone: closes all descriptors, frees its memory, ends
+    the token is gone: closes all descriptors, frees its memory, ends; before that, to a new image
+    that speaks version 2: connections, what has been left for when the new image goes on
 
 A late update has no hello: the state goes over the exec, and the old image comes back only where
 the new one ends, is past its deadline, or refuses.  Until the token is taken the old image may take
@@ -33,8 +34,12 @@ VARIABLE = "CPR_LIVE"
 EARLY, LATE, REHEARSE = "early", "late", "rehearse"
 PROTOCOL = 1
 """The version of what is said; a program that has another one is updated late."""
+KEEPS = 2
+"""Is spoken besides by a program that takes connections."""
+VERSIONS = (PROTOCOL, KEEPS)
 
 HELLO, STATE, READY, HAND_OVER = "hello", "state", "ready", "hand-over"
+CONNECTIONS = "connections"
 REFUSE, BACK, END = "refuse", "back", "end"
 LEFT_OPEN = "left open"
 """In a message that was queued before a late exec: the numbers of its descriptors."""

@@ -47,7 +47,6 @@ def update(
         notify.reloading()
         current.start()
         while True:
-            notify.main_pid()
             current.resume()
             while not current.wait():
                 pass
@@ -55,7 +54,7 @@ def update(
             current.hand_over()
     except Exception as error:
         failure = current.fail(error)
-        notify.failed(failure.pid_changed)
+        notify.failed()
         raise failure from (None if isinstance(error, UpdateError) else error)
     except BaseException as error:
         current.fail(error)

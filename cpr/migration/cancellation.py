@@ -47,6 +47,13 @@ class Cancellation:
         poll.poll()
         self.check()
 
+    def sleep(self, ms: int) -> None:
+        """Waits so long.  Raises OSError ECANCELED."""
+        poll = select.poll()
+        poll.register(self._event, select.POLLIN)
+        poll.poll(ms)
+        self.check()
+
     def close(self) -> None:
         """May be called twice."""
         with self._closing:

@@ -14,7 +14,6 @@ import stat
 from _thread import allocate_lock
 
 from cpr.errors import MigrationError
-from cpr.migration.address import describe
 from cpr.migration.cancellation import Cancellation
 
 TYPE_CHECKING = False
@@ -39,7 +38,7 @@ FD_SET = "/dev/fdset/"
 
 class Channel:
     """A byte stream over one descriptor, which it owns.  Not for several threads at once, but for
-    `shutdown`."""
+    `shutdown`.  `waits`: its other end may keep a reader or a writer waiting."""
 
     def __init__(self, fd: int, kind: str, child: Child | None = None) -> None:
         """`kind` is "file", "socket" or "command", for errors; `child` is its exec: command.
@@ -59,7 +58,9 @@ class Channel:
             self._cancellation = Cancellation()
             mode = os.fstat(fd).st_mode
             self._is_socket = stat.S_ISSOCK(mode)
-            if not stat.S_ISREG(mode) and os.get_blocking(fd):
+            self.waits = not stat.S_ISREG(mode)
+            self._has_begun = not stat.S_ISFIFO(mode)
+            if self.waits and os.get_blocking(fd):
                 os.set_blocking(fd, False)
                 self._made_nonblocking = True
         except OSError as error:
@@ -126,6 +127,9 @@ class Channel:
     def _read_some(self) -> bytes:
         while True:
             self._cancellation.check()
+            if not self._has_begun:  # a FIFO that nobody has opened to write reads as ended
+                self._cancellation.wait(self._fd, select.POLLIN)
+                self._has_begun = True
             try:
                 return os.read(self._fd, BUFFER_SIZE)
             except BlockingIOError:
@@ -194,8 +198,8 @@ class MemoryChannel:
         pass
 
 
-def open_outgoing(address: dict, handed: Handed) -> Channel:
-    """Opens the channel for writing; the caller owns it.
+def open_outgoing(address: dict, handed: Handed, cancellation: Cancellation) -> Channel:
+    """Opens the channel for writing; the caller owns it.  `cancellation` ends a wait for the peer.
 
     Raises MigrationError with QEMU's text; then nothing stays open.
     """
@@ -205,7 +209,9 @@ def open_outgoing(address: dict, handed: Handed) -> Channel:
         return _spawn(address["args"], writing=True)
     if address["type"] == "fd":
         return _take(address, handed)
-    return Channel(_connect(address), "socket")
+    from cpr.migration.connect import connect
+
+    return Channel(connect(address, cancellation), "socket")
 
 
 def open_incoming(address: dict, handed: Handed) -> Channel:
@@ -257,7 +263,7 @@ def _create_file(address: dict, handed: Handed) -> Channel:
 def _open_file(address: dict, handed: Handed) -> Channel:
     path, offset = address["filename"], address.get("offset", 0)
     try:
-        fd = _open(path, os.O_RDONLY, handed)
+        fd = _open(path, os.O_RDONLY | os.O_NONBLOCK, handed)
     except OSError as error:
         raise MigrationError(f"Could not open '{path}': {error.strerror}") from None
     try:
@@ -281,25 +287,6 @@ def _spawn(args: list[str], writing: bool) -> Channel:
         child.kill()
         child.leave()
         raise
-
-
-def _connect(address: dict) -> int:
-    import socket
-
-    sock = None
-    try:
-        if address["type"] == "unix":
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.connect(address["path"])
-        else:
-            sock = socket.create_connection((address["host"], int(address["port"])))
-    except (OSError, ValueError, OverflowError) as error:
-        if sock is not None:
-            sock.close()
-        raise MigrationError(
-            f"Failed to connect to '{describe(address)}': {_strerror(error)}"
-        ) from None
-    return sock.detach()
 
 
 def _strerror(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
-from _thread import start_new_thread
+from _thread import allocate_lock, start_new_thread
 
 from cpr.errors import MigrationError
 
@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from subprocess import Popen
 
     from cpr.migration.cancellation import Cancellation
+
+
+waited_for: set[int] = set()
+"""The PIDs that a Child waits for; `starting` is held while one is not in there yet."""
+starting = allocate_lock()
 
 
 class Child:
@@ -28,12 +33,14 @@ class Child:
         import subprocess
 
         try:
-            self._process: Popen = subprocess.Popen(
-                args,
-                stdin=subprocess.PIPE if writing else subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL if writing else subprocess.PIPE,
-                process_group=0,
-            )
+            with starting:
+                self._process: Popen = subprocess.Popen(
+                    args,
+                    stdin=subprocess.PIPE if writing else subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL if writing else subprocess.PIPE,
+                    process_group=0,
+                )
+                waited_for.add(self._process.pid)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise MigrationError(f"Could not run '{args[0]}': {reason}") from None
@@ -70,6 +77,12 @@ class Child:
         """Has it reaped once it ends, without waiting for that."""
         if self._process.poll() is None:
             try:
-                start_new_thread(self._process.wait, ())
+                start_new_thread(self._reap, ())
             except RuntimeError:
                 pass  # there is no thread for it: it stays a zombie until this process ends
+        else:
+            self._reap()
+
+    def _reap(self) -> None:
+        self._process.wait()
+        waited_for.discard(self._process.pid)

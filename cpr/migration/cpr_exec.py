@@ -17,18 +17,19 @@ from cpr.constants import NS_PER_MS
 from cpr.errors import MigrationError
 from cpr.faults import point
 from cpr.live.old_image import Update
-from cpr.live.transaction import PROTOCOL, UpdateError
+from cpr.live.transaction import KEEPS, PROTOCOL, UpdateError
 from cpr.migration.mode import EXEC, KeepsRam
 from cpr.migration.parameters import Parameters
 from cpr.migration.process import Process
 from cpr.migration.program import (
     ProgramFiles,
     check_own_command,
+    early_versions,
     incoming_uri,
-    knows_protocol,
     own_command,
     spoken_versions,
 )
+from cpr.migration.run_with import obstacles
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Exec(KeepsRam):
     `process` is what executes, `files` are its program's, and `park()` ends all its threads but
     the caller's.  `directory` is the private temporary
     directory with the new image's state, which this owns, or None.  `give_back(self, update,
-    reason)` goes on after a new image has refused; the update is its own.
+    reason)` goes on after a new image has refused; the update is its own.  `serve()` is called
+    while a program is asked what it knows, and true where nobody waits for that any more.
     """
 
     ends_process = True
@@ -60,6 +62,7 @@ class Exec(KeepsRam):
         files: ProgramFiles,
         park: Callable[[], None],
         give_back: Callable[[Exec, Update, str], None],
+        serve: Callable[[], bool],
         directory: str | None = None,
     ) -> None:
         super().__init__(EXEC, bool(parameters.get("x-cpr-ram-staging")))
@@ -72,8 +75,9 @@ class Exec(KeepsRam):
         self._files = files
         self._park = park
         self._give_back = give_back
+        self._serve = serve
         self._directory = directory
-        self._knows_protocol: bool | None = None
+        self._versions: list[int] | None = None
         self._persists = False
 
     def check(self) -> None:
@@ -85,7 +89,7 @@ class Exec(KeepsRam):
         sandbox = machine.config.sandbox
         if sandbox.get("enable") and sandbox.get("spawn") == "deny":
             reasons.append("-sandbox spawn=deny forbids execve, with which this VMM is updated")
-        return reasons
+        return reasons + obstacles(self.command, machine.accel.name)
 
     def early_exec(self, *settings: str) -> Exec | None:
         """Not with RAM that is staged, nor with a program that knows no hand-over.
@@ -94,16 +98,19 @@ class Exec(KeepsRam):
         """
         if self.stages or self._page_size or self._overlap not in settings:
             return None
-        self._knows_protocol = knows_protocol(self.command, self._files)
-        return self if self._knows_protocol else None
+        self._versions = early_versions(self.command, self._files, self._serve)
+        return self if self._versions else None
 
     def prepare(self) -> None:
         """Asks once whether the program takes the guest over by the token of an update.
 
         One that has no idea of that has the guest when it has read its CPR state.
         """
-        if self._knows_protocol is None:
-            self._knows_protocol = PROTOCOL in spoken_versions(self.command, self._files)
+        if self._versions is None:
+            self._versions = spoken_versions(self.command, self._files, self._serve)
+
+    def _speaks(self, version: int) -> bool:
+        return version in (self._versions or [])
 
     def begin(self, go_on: Callable[[], None]) -> bool:
         """Writes the CPR state to a memfd, which the environment names."""
@@ -119,20 +126,13 @@ class Exec(KeepsRam):
         """
         point("finish")
         self._process.before_exec()
-        self._fds.refresh()
-        update = Update([(block.host, block.max_length) for block in machine.blocks])
-        # Python ignores it; the new program shall not.
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        update.page.struct.stopped_ns = self.stopped_ns
-        keep = [fd for _, _, fd in self._fds.entries()] + [self._fds.state_fd]
         try:
-            reason = self._execute(update, keep)
-        except UpdateError as error:
-            update.close()
-            raise self._failed(error) from None
-        except Exception:
-            update.close()
-            raise
+            if self._speaks(KEEPS):
+                self._process.keep_connections(self._fds)
+            self._fds.refresh()
+            reason, update = self._become(machine)
+        finally:
+            self._process.take_connections_back(self._fds)
         try:
             point("refused")
             self._process.on_new_pid()
@@ -144,6 +144,25 @@ class Exec(KeepsRam):
             raise
         self.gives_back = True
         raise MigrationError(f"the new program refused: {reason}")
+
+    def _become(self, machine: Machine) -> tuple[str, Update]:
+        """Why the new program has refused, and the update, which is the caller's.
+
+        Raises MigrationError where the update has failed otherwise.
+        """
+        update = Update([(block.host, block.max_length) for block in machine.blocks])
+        # Python ignores it; the new program shall not.
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        update.page.struct.stopped_ns = self.stopped_ns
+        keep = [fd for _, _, fd in self._fds.entries()] + [self._fds.state_fd]
+        try:
+            return self._execute(update, keep), update
+        except UpdateError as error:
+            update.close()
+            raise self._failed(error) from None
+        except Exception:
+            update.close()
+            raise
 
     def _execute(self, update: Update, keep: list[int]) -> str:
         """Why the new program refuses.  Raises UpdateError where there is none any more.
@@ -157,7 +176,7 @@ class Exec(KeepsRam):
                 early=False,
                 timeout_ns=self.timeout_ms * NS_PER_MS,
                 keep=keep,
-                state_fd=-1 if self._knows_protocol else self._fds.state_fd,
+                state_fd=-1 if self._speaks(PROTOCOL) else self._fds.state_fd,
                 drop=self._process.exec_fds(),
                 interrupted=self._process.interrupted,
                 holds_signals=True,

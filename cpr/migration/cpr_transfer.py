@@ -64,25 +64,59 @@ class Transfer(KeepsRam):
         self._loop = loop
         self._address = address
         self._socket: socket.socket | None = None
+        self._unsent: list[tuple[bytes, int]] = []
+        self._twins: list[int] = []  # what of the descriptors has not gone out yet
 
     def begin(self, go_on: Callable[[], None]) -> bool:
+        """Sends the CPR state, as fast as the target takes it; nothing here waits for that."""
         path = check_address(self._address)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket = sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        self._unsent = cpr_channel.messages(self._fds.state())
         try:
-            self._socket.connect(path)
-            for data, fd in cpr_channel.messages(self._fds.state()):
-                socket.send_fds(self._socket, [data], [fd] if fd >= 0 else [])
+            sock.connect(path)
             point("send")
-            self._socket.shutdown(socket.SHUT_WR)
+            self._send()
+            self._unsent = [(data, self._twin(fd)) for data, fd in self._unsent]
         except OSError as error:
             raise MigrationError(f"Failed to connect to '{path}': {error.strerror}") from None
 
-        def on_hang_up(events: int) -> None:
+        def on_event(events: int) -> None:
+            if self._unsent and not events & (select.EPOLLHUP | select.EPOLLRDHUP):
+                try:
+                    self._send()
+                except OSError:
+                    self._unsent = []  # it has hung up: the main channel shows what it has
+                self._loop.watch(sock.fileno(), self._events, on_event)
+                return
             self._close()
             go_on()
 
-        self._loop.watch(self._socket.fileno(), HANG_UP, on_hang_up)
+        self._loop.watch(sock.fileno(), self._events, on_event)
         return True
+
+    @property
+    def _events(self) -> int:
+        return HANG_UP | (select.EPOLLOUT if self._unsent else 0)
+
+    def _send(self) -> None:
+        """Sends what goes out at once.  Raises OSError."""
+        assert self._socket is not None
+        while self._unsent:
+            data, fd = self._unsent[0]
+            try:
+                sent = socket.send_fds(self._socket, [data], [fd] if fd >= 0 else [])
+            except BlockingIOError:
+                return
+            self._unsent[:1] = [(data[sent:], -1)] if sent < len(data) else []
+        self._socket.shutdown(socket.SHUT_WR)
+
+    def _twin(self, fd: int) -> int:
+        """A duplicate, as a device may close its own while the target is slow."""
+        if fd >= 0:
+            fd = os.dup(fd)
+            self._twins.append(fd)
+        return fd
 
     def finish(self, machine: Machine) -> None:
         give_guest_away(machine)
@@ -97,6 +131,9 @@ class Transfer(KeepsRam):
             self._loop.unwatch(self._socket.fileno())
             self._socket.close()
             self._socket = None
+        _close_all(self._twins)
+        self._twins = []
+        self._unsent = []
 
 
 class CprListener:

@@ -26,6 +26,7 @@ from cpr.live.transaction import (
     ENDING,
     HAND_OVER,
     HELLO,
+    KEEPS,
     READY,
     UpdateError,
 )
@@ -33,11 +34,12 @@ from cpr.mainloop import READ, WRITE
 from cpr.migration import savevm
 from cpr.migration.capabilities import Capabilities
 from cpr.migration.channel import MemoryChannel
+from cpr.migration.connections import send_all
 from cpr.migration.hand_over import check_protocol, send, send_state
 from cpr.migration.mode import EXEC, device_blockers
 from cpr.migration.placement import Placement
 from cpr.migration.program import own_command
-from cpr.report import error_report, exception_report
+from cpr.report import carefully, error_report, exception_report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 
 MOST_RETURNS = 1
 NONE = Capabilities()  # those that the user has set are about streams to anybody
+HOLD_NS = 200 * NS_PER_MS  # for a new image that has the guest and has not taken it
 DEATH_MS = 1000  # between the end of a process's descriptors and its own
 SIGNAL_NS = 50 * NS_PER_MS
 """How often it is looked whether the new image was sent a signal that ends the VM."""
@@ -83,6 +86,8 @@ class EarlyUpdate:
         self._failure = ""
         self._sent: dict[tuple[str, int], int] = {}
         self._known: dict[tuple[str, int], bytes] = {}
+        self._keeps = False
+        self._hold_timer: Timer | None = None
         self._native = False
         self._stopped = False
         self._closed = False
@@ -192,6 +197,7 @@ class EarlyUpdate:
     def _send_state(self, message: Message) -> None:
         point("hello")
         check_protocol(message)
+        self._keeps = KEEPS in message.body.get("versions", [])
         machine, fds = self._machine, self._outgoing.fds
         self._sent = fds.serials()
         stream, self._known = b"", {}
@@ -238,13 +244,28 @@ class EarlyUpdate:
         send(self._update, HAND_OVER, body, state, channel.written())
         self._placement.keep_away()  # nothing here goes before the new image from now on
         machine.events.release()
+        self._hold_commands()
         self._loop.watch(self._update.token, WRITE, self._on_commit)
+
+    def _hold_commands(self) -> None:
+        """What a client says now is for the new image, but not for ever."""
+        if self._keeps:
+            self._process.hold_commands(True)
+            self._hold_timer = self._loop.call_later(HOLD_NS, self._let_commands_go)
+
+    def _let_commands_go(self) -> None:
+        if self._hold_timer is not None:
+            self._hold_timer.cancel()
+            self._hold_timer = None
+            self._process.hold_commands(False)
 
     def _on_commit(self, events: int) -> None:
         """The new image has the guest: nothing more is done here than to say so."""
         point("leave")
         self._state.set("completed")
         self._process.before_exec()
+        if self._keeps:
+            carefully(lambda: send_all(self._update, self._process.connections()))
         self._update.leave()
 
     def _on_refusal(self, reason: str) -> None:
@@ -303,6 +324,7 @@ class EarlyUpdate:
 
     def _run_on(self) -> None:
         """Takes the guest back from a hand-over that did not happen."""
+        self._let_commands_go()
         if self._stopped:
             self._stopped = False
             self._machine.accel.saves_cpu_model = True
@@ -333,6 +355,7 @@ class EarlyUpdate:
         if self._closed:
             return
         self._closed = True
+        self._let_commands_go()
         self._placement.give_back()
         self._stop_timer()
         if self._signal_timer is not None:

@@ -120,15 +120,16 @@ def identify(fd: int) -> list[int]:
     return [status.st_dev, status.st_ino, stat.S_IFMT(status.st_mode), status.st_size]
 
 
-def decode_state(message: Message) -> CprState:
+def decode_state(message: Message, what: tuple[str, ...] = IDENTITY) -> CprState:
     """The CPR state of a message, whose descriptors are the caller's from now on.
 
-    Raises StateError where one is not what the sender says; then none stays open.
+    `what` is the part of IDENTITY that is compared.  Raises StateError where one is not what the
+    sender says; then none stays open.
     """
     descriptors, message.fds = message.fds, []
     try:
         state = cpr_channel.decode(bytes.fromhex(message.body["cpr"]), descriptors)
-        _check_identities(state, message.body["descriptors"])
+        _check_identities(state, message.body["descriptors"], what)
         return state
     except Exception:
         for fd in descriptors:
@@ -136,13 +137,13 @@ def decode_state(message: Message) -> CprState:
         raise
 
 
-def _check_identities(state: CprState, recorded: list[list[int]]) -> None:
+def _check_identities(state: CprState, recorded: list[list[int]], names: tuple[str, ...]) -> None:
     if len(recorded) != len(state.fds):
         raise StateError(
             f"the hand-over has {len(state.fds)} descriptors, and says what {len(recorded)} are"
         )
     for (name, id, fd), wanted in zip(state.fds, recorded, strict=True):
-        for what, was, now in zip(IDENTITY, wanted, identify(fd), strict=True):
+        for what, was, now in zip(names, wanted, identify(fd), strict=False):
             if was != now:
                 raise StateError(
                     f"CPR fd '{name}' id {id} is not what was handed over: its {what} is {now:#x} "

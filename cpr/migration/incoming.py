@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cpr.state.fds import PreservedFds
 
 DEFER = "defer"
+NO_THREAD = "cannot start a thread for the migration: raise RLIMIT_NPROC or pids.max"
 PREFIX = "load of migration failed: "
 
 
@@ -145,20 +146,39 @@ class Incoming:
         self.hold(False)
         self._set_status("setup")
         self._address = address
+        source: Listener | channel.Channel
         if addresses.connects_in_background(address):
             from cpr.migration.listener import Listener
 
-            self._source = listener = Listener(address)
-            self._hang_up()
-            self.started = True
-            self._thread_done.acquire()
-            start_new_thread(self._wait_and_read, (listener, exit_on_error))
-            return
-        source = channel.open_incoming(address, self._handed)
+            source = Listener(address)
+        else:
+            source = channel.open_incoming(address, self._handed)
         self._hang_up()
         self.started = True
-        # After this round of the loop: the answer to migrate-incoming goes out before `active`.
-        self._loop.call_soon(lambda: self._or_exit(lambda: self._load(source), exit_on_error))
+
+        def begin() -> None:
+            self._or_exit(lambda: self._begin(source, exit_on_error), exit_on_error)
+
+        if isinstance(source, channel.Channel):
+            # After this round of the loop: the answer to migrate-incoming goes out before `active`.
+            self._loop.call_soon(begin)
+        else:
+            begin()
+
+    def _begin(self, source: Listener | channel.Channel, exit_on_error: bool) -> None:
+        """Loads a file; what may keep a reader waiting is read on a thread.  Raises CprError."""
+        if isinstance(source, channel.Channel) and not source.waits:
+            self._load(source)
+            return
+        self._source = source
+        self._thread_done.acquire()
+        try:
+            start_new_thread(self._wait_and_read, (source, exit_on_error))
+        except RuntimeError:
+            self._thread_done.release()
+            self._source = None
+            source.close()
+            raise MigrationError(NO_THREAD) from None
 
     def check(self) -> None:
         """Raises MigrationError where migrate-incoming has no place."""
@@ -167,10 +187,10 @@ class Incoming:
         if self.started:
             raise MigrationError("The incoming migration has already been started")
 
-    def _wait_and_read(self, listener: Listener, exit_on_error: bool) -> None:
+    def _wait_and_read(self, source: Listener | channel.Channel, exit_on_error: bool) -> None:
         """On a thread of its own: a source may say nothing for long, and monitors go on."""
         try:
-            old_state = self._wait_for(listener)
+            old_state = self._wait_for(source)
         except Exception as error:
             failure = error
             self._end_on_loop(lambda: self._fail(failure, exit_on_error))
@@ -182,8 +202,9 @@ class Incoming:
             self._source = None
             self._thread_done.release()
 
-    def _wait_for(self, listener: Listener) -> str:
-        source = self._source = listener.accept()
+    def _wait_for(self, source: Listener | channel.Channel) -> str:
+        if not isinstance(source, channel.Channel):
+            source = self._source = source.accept()
         if self._closing:  # which has not seen this source
             source.shutdown()
         return self._read_stream(source)

@@ -15,7 +15,7 @@ from cpr.migration import checks
 from cpr.migration.incoming import Incoming
 from cpr.migration.mode import EXEC, TRANSFER, Mode
 from cpr.migration.process import Process
-from cpr.migration.program import ProgramFiles, check_command, knows_protocol, own_command
+from cpr.migration.program import ProgramFiles, check_command, early_versions, own_command
 from cpr.migration.state import MigrationState
 from cpr.migration.statistics import RamCounters
 from cpr.report import error_report
@@ -114,8 +114,14 @@ class Migration:
             self.files,
             self._park,
             self._give_back,
+            self._serve,
             directory,
         )
+
+    def _serve(self) -> bool:
+        """What the guest needs while the main loop waits for a program; whether that is to end."""
+        self.loop.run_timers()
+        return self.process.interrupted()
 
     @property
     def _stages(self) -> bool:
@@ -198,6 +204,9 @@ class Migration:
         self.outgoing = Outgoing(
             self.machine, self.fds, self.loop, self.handed, self.state, mode, self._thread_done
         )
+        if mode.ends_process:
+            self.process.on_update()
+            self.add_finish_callback(lambda: self.process.on_update_failed(self.error or ""))
         return self.outgoing
 
     def _start_early(self, outgoing: Outgoing, mode: Exec) -> None:
@@ -227,7 +236,7 @@ class Migration:
         from cpr.migration.rehearsal import Rehearsed, rehearse
 
         words = command or own_command()
-        mode = self._create_exec(command or [""])
+        mode = self._create_exec(words)
         try:
             self._check({"transport": "file"}, mode)
             staging = stage(self.machine, self.fds, self.state, mode, RamCounters())
@@ -244,11 +253,13 @@ class Migration:
                 return Rehearsed(reasons, None)
         except MigrationError as error:
             return Rehearsed([str(error)], None)
-        return rehearse(self.machine, self.fds, self.loop, words, mode.timeout_ms)
+        return rehearse(self.machine, self.fds, self._serve, words, mode.timeout_ms)
 
     def can_rehearse(self, command: list[str] | None) -> bool:
         """Whether the program of `command` knows how; RAM that is staged is not there yet."""
-        return not self._stages and knows_protocol(command or own_command(), self.files)
+        return not self._stages and bool(
+            early_versions(command or own_command(), self.files, self._serve)
+        )
 
     def incoming(
         self,

@@ -14,6 +14,8 @@ from cpr.errors import CprError, MigrationError
 from cpr.faults import point
 from cpr.migration import address as addresses
 from cpr.migration import channel, savevm
+from cpr.migration.cancellation import Cancellation
+from cpr.migration.incoming import NO_THREAD
 from cpr.migration.mode import EXEC, TRANSFER
 from cpr.migration.statistics import STOPPED_SYNCS, RamCounters, Times
 from cpr.phases import mark
@@ -96,6 +98,7 @@ class Outgoing:
         self._cancel = False
         self._waits_for_target = False
         self._channel: Channel | None = None
+        self._connecting: Cancellation | None = None
         self._saver: savevm.Saver | None = None
         self._staging: Staging | None = None
         state.error = None
@@ -130,14 +133,26 @@ class Outgoing:
 
         def start() -> None:
             self._thread_done.acquire()
-            start_new_thread(self._run_thread, (address,))
+            try:
+                start_new_thread(self._run_thread, (address,))
+            except RuntimeError:
+                self._thread_done.release()
+                self.fail(MigrationError(NO_THREAD))
 
         self.loop.call_soon(start)
 
     def _open(self, address: dict) -> None:
         """Opens the channel and, where the mode wants that first, stops the guest."""
         assert self._mode is not None
-        self._channel = channel.open_outgoing(address, self._handed)
+        try:
+            self._connecting = cancellation = Cancellation()
+        except OSError as error:
+            raise MigrationError(f"descriptors of the migration: {error.strerror}") from None
+        try:
+            self._check_cancel()  # one that has come before there was anything to interrupt
+            self._channel = channel.open_outgoing(address, self._handed, cancellation)
+        finally:
+            cancellation.close()
         self.times.set_up()
         if self._mode.stops_first and self._staging is None:
             self.stop_guest()
@@ -267,6 +282,8 @@ class Outgoing:
             self._switchover.release()
 
     def _interrupt(self) -> None:
+        if self._connecting is not None:
+            self._connecting.cancel()
         channel = self._channel
         if channel is not None:
             channel.shutdown()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cpr.constants import MIB, MODES, NORMAL, PAGE_SIZE, U64_LIMIT
 from cpr.errors import CommandError
+from cpr.migration import deprecated
 from cpr.migration.parameter import (
     BOOL,
     ENUM,
@@ -43,6 +44,8 @@ def _percentage(name: str, default: int, high: int) -> Parameter:
     complaint = f"an integer in the range of 1 to {high}"
     return Parameter(name, UINT8, default, "", _between(1, high), complaint)
 
+
+MAX_POLL_MS = (1 << 31) - 1  # of poll(2)
 
 PARAMETERS = (
     Parameter(
@@ -121,7 +124,14 @@ EXTENSIONS: tuple[Parameter, ...] = (
     # Whether the guest runs on while the new image starts: auto is on for the command cpr-exec.
     Parameter("x-cpr-exec-overlap", ENUM, "auto", values=("off", "on", "auto")),
     # How long a new image has until it must have the guest; 0 is for ever.
-    Parameter("x-cpr-exec-timeout", SIZE, 30_000, " ms"),
+    Parameter(
+        "x-cpr-exec-timeout",
+        SIZE,
+        30_000,
+        " ms",
+        _between(0, MAX_POLL_MS),
+        f"a value between 0 and {MAX_POLL_MS}",
+    ),
     # Whether the guest's clock goes on while the guest stands still, in an update or otherwise.
     Parameter("x-cpr-guest-clock", ENUM, "stop", values=("stop", "advance")),
     # cpr-exec and cpr-transfer copy RAM that is not shared, while the guest runs.
@@ -160,7 +170,11 @@ class Parameters:
         }
 
     def set(self, changes: Mapping[str, Any]) -> None:
-        """Sets all of `changes`.  Raises CommandError, and then has changed none."""
+        """Sets all of `changes`.  Raises CommandError, and then has changed none.
+
+        Those that did something once are taken, with a warning, and forgotten.
+        """
+        given, changes = changes, deprecated.without(changes)
         new = dict(self._values)
         for parameter in self._table.values():
             if parameter.name in changes:
@@ -176,12 +190,14 @@ class Parameters:
                 "cpu-throttle-initial to 99"
             )
         self._values = new
+        deprecated.warn(given)
 
     def set_from_string(self, name: str, text: str) -> None:
         """`migrate_set_parameter`: `text` is the rest of the line.  Raises CommandError."""
-        if name not in self._table:
+        parameter = self._table.get(name) or deprecated.PARAMETERS.get(name)
+        if parameter is None:
             raise CommandError(f"invalid parameter value: {name}")
-        self.set({name: self._table[name].parse(text)})
+        self.set({name: parameter.parse(text)})
 
     def info_lines(self) -> list[str]:
         """The lines of `info migrate_parameters`."""

@@ -74,6 +74,8 @@ def _move(cpus: set[int], thread_id: int = 0) -> None:
         return
     try:
         os.sched_setaffinity(thread_id, cpus)
+    except PermissionError:
+        pass  # -sandbox resourcecontrol=deny wants it so
     except OSError as error:
         warn_report(f"the VMM cannot run on the CPUs {sorted(cpus)}: {error.strerror}")
 

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
+import time
 
 from cpr import launcher
 from cpr.config import parse_command_line, strip_options
 from cpr.errors import CprError, MigrationError
-from cpr.live.transaction import PROTOCOL
+from cpr.live.transaction import PROTOCOL, VERSIONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from subprocess import Popen
 
 VERB = "run"
 PROTOCOL_VERB = "protocol"
 ANSWER_TIMEOUT = 10.0  # s
+ANSWER_STEP = 0.002  # s
 MOST_ANSWER = 200  # bytes
 INCOMING = frozenset({"-incoming", "--incoming"})
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -74,17 +78,29 @@ def check_command(command: list[str] | None) -> list[str]:
         candidates = [name]
     else:
         candidates = [os.path.join(folder, name) for folder in os.get_exec_path()]
-    existing = [path for path in candidates if os.path.isfile(path)]
-    if not existing:
-        return [f"execvp {name} failed: {os.strerror(errno.ENOENT)}"]
-    if not any(os.access(path, os.X_OK) for path in existing):
-        return [f"execvp {name} failed: {os.strerror(errno.EACCES)}"]
-    return []
+    problem = errno.ENOENT
+    for path in candidates:
+        try:
+            found = os.stat(path)
+        except PermissionError:
+            problem = errno.EACCES
+        except (OSError, ValueError):
+            continue
+        else:
+            if stat.S_ISREG(found.st_mode) and os.access(path, os.X_OK):
+                return []
+            problem = errno.EACCES
+    return [f"execvp {name} failed: {os.strerror(problem)}"]
 
 
-def spoken_versions(command: Sequence[str], files: ProgramFiles) -> list[int]:
+def spoken_versions(
+    command: Sequence[str], files: ProgramFiles, serve: Callable[[], bool] = lambda: False
+) -> list[int]:
     """The versions of the hand-over that the program of `command` speaks; none where it has no
     idea of that.  Takes a program's start, unless it is this very one.
+
+    `serve()` is called again and again meanwhile: the guest runs on.  Where it returns true the
+    program is ended, and nobody waits for its answer.
     """
     words = list(command)
     if VERB not in words:
@@ -92,39 +108,59 @@ def spoken_versions(command: Sequence[str], files: ProgramFiles) -> list[int]:
     program = words[: words.index(VERB)]
     own = own_command()
     if program == own[: own.index(VERB)] and not files.changed():
-        return [PROTOCOL]
+        return list(VERSIONS)
     import subprocess
 
     try:
-        answer = subprocess.run(
+        process = subprocess.Popen(
             [*program, PROTOCOL_VERB],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            timeout=ANSWER_TIMEOUT,
-            check=False,
         )
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
-    words_of_it = answer.stdout[:MOST_ANSWER].split()
-    if answer.returncode != 0 or not all(word.isdigit() for word in words_of_it):
+    with process:
+        answer = _read_answer(process, serve)
+        process.kill()  # also one that has said it and does not end
+    words_of_it = answer.split()
+    if not all(word.isdigit() for word in words_of_it):
         return []
     return [int(word) for word in words_of_it]
 
 
-def knows_protocol(command: Sequence[str], files: ProgramFiles) -> bool:
-    """Whether the program of `command` updates as this one does.
+def _read_answer(process: Popen[bytes], serve: Callable[[], bool]) -> bytes:
+    """What a program says until it ends well; nothing where it does not, or takes too long."""
+    assert process.stdout is not None
+    fd, answer = process.stdout.fileno(), b""
+    os.set_blocking(fd, False)
+    deadline = time.monotonic() + ANSWER_TIMEOUT
+    while process.poll() is None:
+        if serve() or time.monotonic() > deadline:
+            return b""
+        time.sleep(ANSWER_STEP)
+    try:
+        answer = os.read(fd, MOST_ANSWER)
+    except BlockingIOError:  # nothing, and something that it has started is still there
+        return b""
+    return answer if process.returncode == 0 else b""
+
+
+def early_versions(
+    command: Sequence[str], files: ProgramFiles, serve: Callable[[], bool] = lambda: False
+) -> list[int]:
+    """As spoken_versions; none where the program of `command` does not update as this one does.
 
     Raises MigrationError where it has a hand-over too, but not this one's.
     """
-    versions = spoken_versions(command, files)
+    versions = spoken_versions(command, files, serve)
     if versions and PROTOCOL not in versions:
         theirs = ", ".join(map(str, versions))
         raise MigrationError(
             f"the new program speaks version {theirs} of the hand-over, this one {PROTOCOL}: "
             "x-cpr-exec-overlap=off updates it in QEMU's way"
         )
-    return bool(versions)
+    return versions
 
 
 class ProgramFiles:

@@ -19,8 +19,9 @@ from cpr.migration.placement import Placement
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cpr.machine import Machine
-    from cpr.mainloop import MainLoop
     from cpr.state.fds import PreservedFds
 
 STEP_MS = 5
@@ -37,11 +38,16 @@ class Rehearsed:
 
 
 def rehearse(
-    machine: Machine, fds: PreservedFds, loop: MainLoop, command: list[str], timeout_ms: int
+    machine: Machine,
+    fds: PreservedFds,
+    serve: Callable[[], bool],
+    command: list[str],
+    timeout_ms: int,
 ) -> Rehearsed:
     """Starts `command` and waits until it is ready, refuses, ends, or the time is over.
 
-    Raises MigrationError where it cannot even be started.
+    `serve()` is called meanwhile, and ends it where it returns true.  Raises MigrationError where
+    it cannot even be started.
     """
     try:
         update = Update()
@@ -55,7 +61,7 @@ def rehearse(
             update.spawn(command, os.environ)
         finally:
             placement.give_back()
-        refusal = _converse(machine, fds, loop, update, timeout_ms, placement)
+        refusal = _converse(machine, fds, serve, update, timeout_ms, placement)
         took = (time.monotonic_ns() - began) // NS_PER_MS
         if refusal is None:
             update.send(END, {"status": 0})
@@ -76,7 +82,7 @@ def rehearse(
 def _converse(
     machine: Machine,
     fds: PreservedFds,
-    loop: MainLoop,
+    serve: Callable[[], bool],
     update: Update,
     timeout_ms: int,
     placement: Placement,
@@ -88,7 +94,8 @@ def _converse(
     poll.register(update.pidfd, select.POLLIN)
     while True:
         ready = [fd for fd, _ in poll.poll(STEP_MS)]
-        loop.run_timers()
+        if serve():
+            return "a signal that ends the VM has come"
         if update.fileno() in ready:
             try:
                 message = update.receive()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from cpr.config.option_values import parse_bool
 from cpr.errors import CommandError, ConfigError
+from cpr.migration import deprecated
 from cpr.migration.capabilities import Capabilities
 from cpr.migration.parameters import Parameters
 
@@ -59,7 +60,7 @@ class MigrationState:
                 continue
             capability = name.removeprefix("x-")
             try:
-                if name in self.parameters.names():
+                if name in self.parameters.names() or name in deprecated.PARAMETERS:
                     self.parameters.set_from_string(name, value)
                 elif any(entry["capability"] == capability for entry in self.capabilities.query()):
                     on = parse_bool(value)

@@ -31,6 +31,12 @@ def query_commands(vmm: Any) -> list[dict]:
     return [{"name": command.qmp} for command in COMMANDS if command.qmp]
 
 
+def query_qmp_schema(vmm: Any) -> list[dict]:
+    from cpr.monitor.introspect import qmp_schema
+
+    return qmp_schema(COMMANDS)
+
+
 def human_monitor_command(
     vmm: Any, session: Session, command_line: str, cpu_index: int | None = None
 ) -> str:
@@ -114,6 +120,7 @@ COMMANDS: tuple[Command, ...] = (
         in_session=True,
     ),
     Command("", "query-commands", query_commands),
+    Command("", "query-qmp-schema", query_qmp_schema),
     Command(
         "",
         "human-monitor-command",
@@ -214,6 +221,22 @@ COMMANDS: tuple[Command, ...] = (
         "to query; show the current CPU's registers if no argument is specified)",
         in_session=True,
     ),
+    Command(
+        "info balloon",
+        "query-balloon",
+        control.query_balloon,
+        help="show balloon information",
+        text=control.balloon_text,
+    ),
+    Command(
+        "balloon",
+        "",
+        control.balloon_to,
+        Argument("value", INTEGER),
+        params="target",
+        help="request VM to change its memory allocation (in MB)",
+    ),
+    Command("", "balloon", control.balloon, Argument("value", INTEGER)),
     Command("info mtree", "", memory.info_mtree, help="show memory tree"),
     Command(
         "info ramblock",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from cpr import runstate
-from cpr.constants import PROGRAM_VERSION, QEMU_VERSION
-from cpr.errors import CommandError
+from cpr.constants import MIB, PROGRAM_VERSION, QEMU_VERSION
+from cpr.errors import CommandError, DeviceNotActive
 from cpr.monitor.schema import Session
 
 MAJOR, MINOR, MICRO = map(int, QEMU_VERSION.split("."))
@@ -143,6 +143,32 @@ def system_powerdown(vmm: Any) -> None:
     vmm.machine.powerdown()
 
 
+def balloon(vmm: Any, value: int) -> None:
+    """`value` is in bytes."""
+    with vmm.machine.lock:
+        _balloon(vmm).set_target(value)
+
+
+def balloon_to(vmm: Any, value: int) -> None:
+    """`value` is in MiB."""
+    balloon(vmm, value * MIB)
+
+
+def query_balloon(vmm: Any) -> dict:
+    return {"actual": _balloon(vmm).actual}
+
+
+def balloon_text(result: dict) -> str:
+    return f"balloon: actual={result['actual'] // MIB}\n"
+
+
+def _balloon(vmm: Any) -> Any:
+    for device in vmm.machine.devices:
+        if device.balloon is not None:
+            return device.balloon
+    raise DeviceNotActive("No balloon device has been activated")
+
+
 def system_wakeup(vmm: Any) -> None:
     vmm.machine.wakeup()
 
@@ -162,8 +188,8 @@ def closefd(vmm: Any, fdname: str) -> None:
 def add_fd(
     vmm: Any, session: Session, fdset_id: int | None = None, opaque: str | None = None
 ) -> dict:
-    fd = _passed_fd(session)
-    return {"fdset-id": vmm.passed_fds.add_to_set(fdset_id, fd, opaque), "fd": fd}
+    set_id, number = vmm.passed_fds.add_to_set(fdset_id, _passed_fd(session), opaque)
+    return {"fdset-id": set_id, "fd": number}
 
 
 def remove_fd(vmm: Any, fdset_id: int, fd: int | None = None) -> None:

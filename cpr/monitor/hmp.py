@@ -21,23 +21,54 @@ LOOK_NS = 100 * NS_PER_MS
 
 
 class HmpMonitor:
-    """One HMP monitor on `chardev`, which stays the caller's."""
+    """One HMP monitor on `chardev`, which stays the caller's.
 
-    def __init__(self, chardev: Chardev, vmm: Any) -> None:
+    `kept` is what another image's monitor has saved whose terminal is still there.
+    """
+
+    mode = "readline"
+
+    def __init__(self, chardev: Chardev, vmm: Any, kept: dict[str, Any] | None = None) -> None:
         self._chardev = chardev
         self._vmm = vmm
         self._suspended = False
+        self._executes = False
+        self._held = False
         self._readline = Readline(chardev.write, self._on_line, self._complete, PROMPT)
         self._session = Session(chardev.take_fd)
         self._session.history = self._history
-        chardev.set_handlers(self._can_receive, self._receive, self._on_event)
+        if kept is not None:
+            self._readline.restore(kept["readline"])
+            self._session.cpu_index = min(kept["cpu-index"], len(vmm.machine.vcpus) - 1)
+            self._session.dump_format = tuple(kept["dump-format"])
+            if kept["busy"]:
+                self._readline.show_prompt()
+        chardev.set_handlers(
+            self._can_receive, self._receive, self._on_event, knows_peer=kept is not None
+        )
+
+    def save(self) -> dict[str, Any]:
+        """`busy`: the prompt is still to come, from whoever goes on."""
+        return {
+            "mode": self.mode,
+            "readline": self._readline.save(),
+            "cpu-index": self._session.cpu_index,
+            "dump-format": list(self._session.dump_format),
+            "busy": self._suspended or self._executes,
+        }
 
     def close(self) -> None:
         self._chardev.clear_handlers()
 
     def _can_receive(self) -> int:
         """One byte at a time: what comes after a command that suspends stays in the chardev."""
-        return 0 if self._suspended or self._chardev.waiting > MAX_UNREAD else 1
+        waits = self._held or self._suspended or self._chardev.waiting > MAX_UNREAD
+        return 0 if waits else 1
+
+    def hold(self, on: bool) -> None:
+        """While it is on nothing is read."""
+        self._held = on
+        self._chardev.accept_input()
 
     def _receive(self, data: bytes) -> None:
         for byte in data:
@@ -54,7 +85,9 @@ class HmpMonitor:
         return [line.decode(errors="replace") for line in self._readline.history]
 
     def _on_line(self, line: str) -> None:
+        self._executes = True
         text, prompt = execute(self._vmm, self._session, line)
+        self._executes = False
         self._chardev.write(encode(text))
         if prompt == NOW:
             self._readline.show_prompt()

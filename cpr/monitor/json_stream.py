@@ -14,6 +14,7 @@ from typing import Any
 
 from cpr.errors import CommandError
 from cpr.monitor.json_value import Broken, decode
+from cpr.state.connections import raw, text
 
 MAX_SIZE = 64 << 20  # bytes of one value, as in QEMU
 MAX_TOKENS = 2 << 20  # as in QEMU
@@ -28,6 +29,10 @@ STRING_BODY = {
     for quote in (b'"', b"'")
 }
 WORD = re.compile(rb"[-+.0-9A-Za-z]*")
+STATE = (
+    *("_line", "_column", "_end", "_reached", "_skipping", "_lookahead"),
+    *("_braces", "_brackets", "_tokens", "_discarding"),
+)
 SCALAR = re.compile(rb"[a-z]+|-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?")
 
 
@@ -43,6 +48,15 @@ class JsonStream:
         self._lookahead = False  # the buffer's first character has also ended what was before
         self._results: list[Any] = []
         self._begin()
+
+    def save(self) -> dict[str, Any]:
+        """Where it is in a value, for `restore` in another image; the buffer is text of bytes."""
+        return {name: getattr(self, name) for name in STATE} | {"buffer": text(self._buffer)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for name in STATE:
+            setattr(self, name, state[name])
+        self._buffer = bytearray(raw(state["buffer"]))
 
     def feed(self, data: bytes) -> list[Any]:
         """The values and errors that `data` completes, in order."""

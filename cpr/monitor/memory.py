@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from cpr.accel.x86 import EFER_LMA
 from cpr.errors import CommandError
 from cpr.monitor import registers
 from cpr.monitor.schema import Session
@@ -103,11 +104,14 @@ def save_virtual(
     index = session.cpu_index if cpu_index is None else cpu_index
     if not 0 <= index < len(vmm.machine.vcpus):
         raise CommandError("Parameter 'cpu-index' expects a CPU number")
+    state = vmm.machine.vcpu_state(index)
+    if size > 1 << 32 and not state["env.efer"] & EFER_LMA:  # it would go round and round
+        raise CommandError(f"Invalid addr 0x{val:016x}/size {size} specified")
 
     def chunks() -> Iterator[bytes | int]:
         for at, piece in _pieces(val, size):
             try:
-                yield vmm.machine.read_virtual(index, at, piece)
+                yield vmm.machine.read_virtual(index, at, piece, state)
             except CommandError:
                 raise CommandError(f"Invalid addr 0x{val:016x}/size {size} specified") from None
 

@@ -158,6 +158,11 @@ def hmp_cpr_exec(vmm: Any, test: bool = False, command: list[str] | None = None)
         return ""
     if answer["refusals"]:
         return "".join(f"Error: {refusal}\n" for refusal in answer["refusals"])
+    return rehearsal_text(answer)
+
+
+def rehearsal_text(answer: dict) -> str:
+    """What is said of a rehearsal without refusals."""
     if "start-time" in answer:
         return f"cpr-exec would go ahead: the new program was ready in {answer['start-time']} ms\n"
     return "cpr-exec would go ahead; the new program cannot be rehearsed\n"

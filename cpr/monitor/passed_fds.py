@@ -1,6 +1,8 @@
 """Descriptors that monitor clients handed over with SCM_RIGHTS, by name and in sets.
 
 They are close-on-exec and belong to this table until `take`, `close`, `remove` or `close_all`.
+One in a set has a number for its clients, the descriptor's where it came in; after an update, over
+which the table goes with the clients, the descriptor may be another.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import fcntl
 import os
 
 from cpr.errors import CommandError, MigrationError
+from cpr.state.connections import Kept
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +24,25 @@ class PassedFds:
 
     def __init__(self) -> None:
         self._named: dict[str, int] = {}
-        self._sets: dict[int, list[tuple[int, str | None]]] = {}
+        self._sets: dict[int, list[tuple[int, str | None, int]]] = {}  # number, opaque, descriptor
+
+    def save(self) -> Kept:
+        """All of it, for `adopt` in another image; the descriptors stay this table's."""
+        kept = Kept({"names": list(self._named), "sets": []})
+        for index, fd in enumerate(self._named.values()):
+            kept.fds[f"name{index}"] = fd
+        for set_id, members in self._sets.items():
+            for number, opaque, fd in members:
+                kept.fds[f"set{len(kept.data['sets'])}"] = fd
+                kept.data["sets"].append([set_id, number, opaque])
+        return kept
+
+    def adopt(self, kept: Kept) -> None:
+        """Owns what another table has saved."""
+        for index, name in enumerate(kept.data["names"]):
+            self._named[name] = kept.take(f"name{index}")
+        for index, (set_id, number, opaque) in enumerate(kept.data["sets"]):
+            self._sets.setdefault(set_id, []).append((number, opaque, kept.take(f"set{index}")))
 
     def add(self, name: str, fd: int) -> None:
         """Owns `fd` under `name`; one that had the name is closed.
@@ -48,8 +69,8 @@ class PassedFds:
             raise CommandError(f"File descriptor named '{name}' not found")
         os.close(self._named.pop(name))
 
-    def add_to_set(self, set_id: int | None, fd: int, opaque: str | None) -> int:
-        """Owns `fd` in set `set_id`, or in the first free one; returns the set's number.
+    def add_to_set(self, set_id: int | None, fd: int, opaque: str | None) -> tuple[int, int]:
+        """Owns `fd` in set `set_id`, or in the first free one; the set's number, and its own there.
 
         Raises CommandError for a negative number, and then has closed `fd`.
         """
@@ -58,8 +79,10 @@ class PassedFds:
         elif set_id < 0:
             os.close(fd)
             raise CommandError("Parameter 'fdset-id' expects a non-negative value")
-        self._sets.setdefault(set_id, []).append((fd, opaque))
-        return set_id
+        taken = [number for members in self._sets.values() for number, _, _ in members]
+        number = fd if fd not in taken else max(taken) + 1
+        self._sets.setdefault(set_id, []).append((number, opaque, fd))
+        return set_id, number
 
     def remove(self, set_id: int, fd: int | None) -> None:
         """remove-fd: closes one descriptor of the set, or all.  Raises CommandError."""
@@ -70,7 +93,7 @@ class PassedFds:
             raise CommandError(f"File descriptor named '{which}' not found")
         for member in doomed:
             members.remove(member)
-            os.close(member[0])
+            os.close(member[2])
         if not members:
             del self._sets[set_id]
 
@@ -81,7 +104,7 @@ class PassedFds:
         """
         if set_id not in self._sets:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-        for fd, _ in self._sets[set_id]:
+        for _, _, fd in self._sets[set_id]:
             access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
             if access in (os.O_RDWR, os.O_WRONLY if writable else os.O_RDONLY):
                 return os.dup(fd)
@@ -92,8 +115,8 @@ class PassedFds:
             {
                 "fdset-id": set_id,
                 "fds": [
-                    {"fd": fd} if opaque is None else {"fd": fd, "opaque": opaque}
-                    for fd, opaque in members
+                    {"fd": number} if opaque is None else {"fd": number, "opaque": opaque}
+                    for number, opaque, _ in members
                 ],
             }
             for set_id, members in sorted(self._sets.items())

@@ -27,16 +27,56 @@ class QmpMonitor:
     Commands are executed in the order in which they come, each before the next is read: there is
     none that could run out of band.  `pretty` spreads answers over lines.  Where a client leaves
     too many answers unread, its commands wait, and what comes after them is not even read.
+    `kept` is what another image's monitor has saved whose client is still there.
     """
 
-    def __init__(self, chardev: Chardev, vmm: Any, pretty: bool = False) -> None:
+    mode = "control"
+
+    def __init__(
+        self,
+        chardev: Chardev,
+        vmm: Any,
+        pretty: bool = False,
+        kept: dict[str, Any] | None = None,
+    ) -> None:
         self._chardev = chardev
         self._vmm = vmm
         self._indent = 4 if pretty else None
         self._session = Session(chardev.take_fd)
+        self._held = False
         self._start()
-        vmm.events.subscribe(self._on_vm_event)
-        chardev.set_handlers(self._can_receive, self._receive, self._on_event, self._go_on)
+        if kept is not None:
+            self._restore(kept)
+        vmm.events.subscribe(self._on_vm_event, from_start=kept is not None)
+        chardev.set_handlers(
+            *(self._can_receive, self._receive, self._on_event, self._go_on),
+            knows_peer=kept is not None,
+        )
+        if self._requests:
+            vmm.loop.call_soon(self._go_on)
+
+    def save(self) -> dict[str, Any]:
+        """A command in which an update ends is among those that are still to be answered."""
+        requests = [*([self._current] if self._executes else []), *self._requests]
+        return {
+            "mode": self.mode,
+            "negotiated": self._negotiated,
+            "oob": self._oob,
+            "last-event": self._vmm.events.last_us,
+            "stream": self._stream.save(),
+            "requests": [
+                {"error": str(each)} if isinstance(each, CprError) else {"request": each}
+                for each in requests
+            ],
+        }
+
+    def _restore(self, kept: dict[str, Any]) -> None:
+        self._negotiated, self._oob = kept["negotiated"], kept["oob"]
+        self._vmm.events.not_before(kept["last-event"])
+        self._stream.restore(kept["stream"])
+        for each in kept["requests"]:
+            error = each.get("error")
+            self._requests.append(each["request"] if error is None else CommandError(error))
 
     def close(self) -> None:
         self._vmm.events.unsubscribe(self._on_vm_event)
@@ -48,6 +88,8 @@ class QmpMonitor:
         self._requests: deque[Any] = deque()
         self._negotiated = False
         self._oob = False
+        self._current: Any = None
+        self._executes = False
 
     def _on_event(self, event: str) -> None:
         self._start()
@@ -63,7 +105,14 @@ class QmpMonitor:
         self._chardev.write(text.encode() + b"\r\n")
 
     def _can_receive(self) -> int:
-        return 0 if self._requests or self._chardev.waiting > MAX_UNREAD else ROOM
+        waits = self._held or self._requests or self._chardev.waiting > MAX_UNREAD
+        return 0 if waits else ROOM
+
+    def hold(self, on: bool) -> None:
+        """While it is on no further command is read or executed."""
+        self._held = on
+        if not on:
+            self._vmm.loop.call_soon(self._go_on)  # a command of this client may be the reason
 
     def _receive(self, data: bytes) -> None:
         self._requests += self._stream.feed(data)
@@ -72,10 +121,12 @@ class QmpMonitor:
     def _go_on(self) -> None:
         """Executes what has come, as long as the client reads the answers."""
         requests = self._requests
-        while requests and self._chardev.waiting <= MAX_UNREAD:
-            answer = self._answer(requests.popleft())
+        while requests and not self._held and self._chardev.waiting <= MAX_UNREAD:
+            self._current, self._executes = requests.popleft(), True
+            answer = self._answer(self._current)
             if requests is not self._requests:
                 return  # another client has come meanwhile
+            self._executes = False
             self._send(answer)
         self._chardev.accept_input()
 

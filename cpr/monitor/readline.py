@@ -12,6 +12,9 @@ Bytes are what is edited: a character of several bytes is so many positions, as 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+
+from cpr.state.connections import raw, text
 
 HISTORY_SIZE = 64
 LINE_SIZE = 4095
@@ -20,6 +23,7 @@ SCREEN_COLUMNS = 80
 MIN_COLUMN, MAX_COLUMN = 10, 80
 
 NORMAL, ESCAPE, CSI, SS3 = range(4)
+STATE = ("_cursor", "_shown_cursor", "_state", "_parameter", "_history_position")
 
 
 class Readline:
@@ -52,6 +56,23 @@ class Readline:
         self._shown_cursor = 0
         self._state = NORMAL
         self._parameter = 0
+
+    def save(self) -> dict[str, Any]:
+        """The line, the cursor, half a key and the history, for `restore` in another image."""
+        return {
+            "line": text(self._line),
+            "shown": text(self._shown),
+            "history": [text(line) for line in self.history],
+            **{name: getattr(self, name) for name in STATE},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The terminal shows it all already."""
+        self._line = bytearray(raw(state["line"]))
+        self._shown = raw(state["shown"])
+        self.history = [raw(line) for line in state["history"]]
+        for name in STATE:
+            setattr(self, name, state[name])
 
     def show_prompt(self) -> None:
         """Starts a line; the terminal's cursor is at the left."""

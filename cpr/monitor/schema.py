@@ -30,13 +30,13 @@ class Simple(Kind):
     """A JSON string, boolean, array or object that is not looked into."""
 
     def __init__(self, expected: str, python_type: type, hmp: str = "") -> None:
-        self._expected = expected
+        self.expected = expected
         self._type = python_type
         self.hmp = hmp
 
     def check(self, path: str, value: Any) -> Any:
         if not isinstance(value, self._type):
-            raise wrong_type(path, self._expected)
+            raise wrong_type(path, self.expected)
         return value
 
 
@@ -79,23 +79,23 @@ class Enum(Kind):
 
 class ListOf(Kind):
     def __init__(self, element: Kind, hmp: str = "") -> None:
-        self._element = element
+        self.element = element
         self.hmp = hmp
 
     def check(self, path: str, value: Any) -> Any:
         if not isinstance(value, list):
             raise wrong_type(path, "array")
-        return [self._element.check(f"{path}[{index}]", item) for index, item in enumerate(value)]
+        return [self.element.check(f"{path}[{index}]", item) for index, item in enumerate(value)]
 
 
 class Struct(Kind):
     """An object with exactly these members; a name with a trailing ? is optional."""
 
     def __init__(self, **members: Kind) -> None:
-        self._members = {name.replace("_", "-"): kind for name, kind in members.items()}
+        self.own = {name.replace("_", "-"): kind for name, kind in members.items()}
 
     def members(self, path: str, value: Mapping[str, Any]) -> Mapping[str, Kind]:
-        return self._members
+        return self.own
 
     def check(self, path: str, value: Any) -> Any:
         if not isinstance(value, dict):
@@ -117,14 +117,14 @@ class Union(Struct):
 
     def __init__(self, tag: str, branches: Mapping[str, Struct]) -> None:
         super().__init__(**{tag: Enum(*branches)})
-        self._tag = tag
-        self._branches = branches
+        self.tag = tag
+        self.branches = branches
 
     def members(self, path: str, value: Mapping[str, Any]) -> Mapping[str, Kind]:
-        if self._tag not in value:
-            return self._members
-        branch = self._members[self._tag].check(f"{path}.{self._tag}", value[self._tag])
-        return {**self._members, **self._branches[branch].members(path, value)}
+        if self.tag not in value:
+            return self.own
+        branch = self.own[self.tag].check(f"{path}.{self.tag}", value[self.tag])
+        return {**self.own, **self.branches[branch].members(path, value)}
 
 
 class Flag(Kind):

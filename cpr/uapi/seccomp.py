@@ -1,4 +1,4 @@
-"""-sandbox: the seccomp filters that QEMU's option of that name names."""
+"""-sandbox: the seccomp filter that QEMU's option of that name describes."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_FILTERS = (
-    ("spawn", lib.cpr_sandbox_spawn),
-    ("resourcecontrol", lib.cpr_sandbox_resourcecontrol),
-)
+# Key of -sandbox: the group of system calls, and what it is by default.
+_GROUPS = {
+    "obsolete": (lib.CPR_SANDBOX_OBSOLETE, "deny"),
+    "elevateprivileges": (lib.CPR_SANDBOX_ELEVATEPRIVILEGES, "allow"),
+    "spawn": (lib.CPR_SANDBOX_SPAWN, "allow"),
+    "resourcecontrol": (lib.CPR_SANDBOX_RESOURCECONTROL, "allow"),
+}
 
 
 def apply(options: dict[str, Any]) -> None:
     """Applies -sandbox on[,obsolete=…][,elevateprivileges=…][,spawn=…][,resourcecontrol=…].
 
-    The filters hold for all threads and over an exec; there is no inverse.  Raises KernelError.
+    The filter holds for all threads and over an exec; there is no inverse.  Raises KernelError.
     """
-    steps = []
-    if options.get("obsolete", "deny") != "allow":
-        steps.append(lib.cpr_sandbox_obsolete)
-    elevate = options.get("elevateprivileges", "allow")
-    if elevate != "allow":  # "children" forbids programs that it starts, too; each filter does
-        steps.append(lib.cpr_sandbox_elevate)
-    steps += [function for name, function in _FILTERS if options.get(name, "allow") == "deny"]
-    for step in steps:
-        error = step()
-        if error:
-            raise KernelError(
-                "-sandbox: seccomp", -error, "this kernel has no seccomp filters: use -sandbox off"
-            )
+    groups = lib.CPR_SANDBOX_DEFAULT
+    for name, (group, default) in _GROUPS.items():
+        if options.get(name, default) != "allow":  # "children": a filter is for programs, too
+            groups |= group
+    error = lib.cpr_sandbox(groups)
+    if error:
+        raise KernelError(
+            "-sandbox: seccomp", -error, "this kernel has no seccomp filters: use -sandbox off"
+        )

@@ -6,9 +6,9 @@ import _signal as signal  # `signal` itself makes enums, which a late update wou
 import errno
 import fcntl
 import os
-import select
 
 from cpr.errors import ConfigError
+from cpr.live import guard
 from cpr.live.transaction import ENDING
 from cpr.mainloop import READ
 from cpr.report import error_report
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cpr.vmm.vmm import Vmm
 
 READY = b"\0"
+INIT = 1  # the PID that orphans become children of: a VMM's in a container
 MOST_PID = 32  # bytes of a PID file that are looked at; more than a PID has
 
 
@@ -93,6 +94,9 @@ class Pidfile:
         os.pwrite(self._fd, text, 0)
         os.ftruncate(self._fd, len(text))
 
+    def fileno(self) -> int:
+        return self._fd
+
     def rewrite(self) -> None:
         """For another PID than before; a lock does not go over to a new process."""
         try:
@@ -121,15 +125,30 @@ def _open_pidfile(path: str) -> int:
     return os.open(path, flags | os.O_EXCL, 0o600)
 
 
+def reap_orphans() -> None:
+    """Reaps the children that have ended, but for those that somebody here waits for."""
+    from cpr.migration.child import starting, waited_for
+
+    with starting:
+        for pid in guard.children():
+            if pid not in waited_for:
+                try:
+                    os.waitpid(pid, os.WNOHANG)
+                except ChildProcessError:
+                    pass  # a guard, which is waited for by its pidfd
+
+
 class Signals:
     """SIGINT, SIGTERM and SIGHUP: they end the VM in an orderly way, on its main loop.
 
     Before there is one they are blocked in a VMM that takes a guest over, so that they outlive what
     becomes of it; they end the start of another one, which may wait for a client or a source.
+    As PID 1 of a container a VMM reaps orphans too: SIGCHLD tells of them.
     """
 
     def __init__(self, takes_over: bool) -> None:
         self._wait = takes_over
+        self._has_come = False
         if takes_over:
             signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         self._reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -138,20 +157,25 @@ class Signals:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        """All that is done where the wakeup descriptor is read."""
+        """All else is done where the wakeup descriptor is read."""
+        if number not in ENDING:
+            return
+        self._has_come = True
         if not self._wait:
             error_report(f"terminating on signal {number}")
             raise SystemExit(1)
 
-    def _has_come(self) -> bool:
-        return bool(select.select([self._reader], [], [], 0)[0])
-
     def attach(self, vmm: Vmm) -> None:
         self._wait = True
-        vmm.signal_has_come = self._has_come
+        vmm.signal_has_come = lambda: self._has_come
+        if os.getpid() == INIT:
+            signal.signal(signal.SIGCHLD, self._on_signal)
+            reap_orphans()
 
         def on_wakeup(events: int) -> None:
             for number in os.read(self._reader, 64):
+                if number == signal.SIGCHLD:
+                    reap_orphans()
                 if number in ENDING:
                     error_report(f"terminating on signal {number}")
                     vmm.quit("host-signal")

@@ -1,8 +1,9 @@
 """`python -m cpr.vmm VERB`: the command line.  Each verb parses and delegates.
 
 run [guest.cfg] [QEMU options]    boots a guest, or takes over the one of an update
+cpr-exec SOCKET [-t] [COMMAND…]   updates a VMM by its QMP monitor, and waits for it
 inspect FILE|PID|-                shows a CPR state or a migration stream, and what is wrong in it
-protocol                          the version of what old and new VMM say to each other
+protocol                          the versions of what old and new VMM say to each other
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from cpr.report import error_report, open_standard_descriptors, output
 
 USAGE = """usage: python -m cpr.vmm run [guest.cfg] [QEMU options]
        python -m cpr.vmm run -help
+       python -m cpr.vmm cpr-exec SOCKET [-t] [COMMAND...]
        python -m cpr.vmm inspect FILE|PID|-
        python -m cpr.vmm inspect --help
 """
@@ -25,6 +27,12 @@ def run(arguments: list[str]) -> int:
     return run_vmm(arguments)
 
 
+def cpr_exec(arguments: list[str]) -> int:
+    from cpr.vmm.exec_verb import run as run_cpr_exec
+
+    return run_cpr_exec(arguments)
+
+
 def inspect(arguments: list[str]) -> int:
     from cpr.vmm.inspect.command import run as run_inspect
 
@@ -32,13 +40,13 @@ def inspect(arguments: list[str]) -> int:
 
 
 def protocol(arguments: list[str]) -> int:
-    from cpr.live.transaction import PROTOCOL
+    from cpr.live.transaction import VERSIONS
 
-    output(f"{PROTOCOL}\n")
+    output("".join(f"{version}\n" for version in VERSIONS))
     return 0
 
 
-VERBS = {"run": run, "inspect": inspect, "protocol": protocol}
+VERBS = {"run": run, "cpr-exec": cpr_exec, "inspect": inspect, "protocol": protocol}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,7 +22,10 @@ MODULES = (
     "cpr.config.usage",
     "cpr.linux_boot",
     "cpr.live.messages",
+    "cpr.live.notify",
     "cpr.migration.child",
+    "cpr.migration.connect",
+    "cpr.migration.connections",
     "cpr.migration.cpr_exec",
     "cpr.migration.cpr_transfer",
     "cpr.migration.early",
@@ -32,8 +35,10 @@ MODULES = (
     "cpr.migration.staging",
     "cpr.migration.text",
     "cpr.monitor.hmp",
+    "cpr.monitor.introspect",
     "cpr.monitor.qmp",
     "cpr.pages",
+    "cpr.vmm.connections",
     "cpr.vmm.populate",
 )
 """All that is imported in a function.

@@ -12,8 +12,8 @@ import sys
 
 from cpr import pc, phases
 from cpr.config import parse_command_line
-from cpr.constants import NS_PER_S, STDERR
-from cpr.errors import ConfigError, MigrationError
+from cpr.constants import STDERR
+from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.events import EventBus
 from cpr.faults import point
 from cpr.live.new_image import find_predecessor
@@ -23,6 +23,7 @@ from cpr.migration.address import connects_in_background
 from cpr.migration.incoming import DEFER, Sources
 from cpr.migration.migration import Migration
 from cpr.migration.mode import EXEC, KeepsRam
+from cpr.migration.run_with import RunWith
 from cpr.migration.statistics import UpdateTimes
 from cpr.monitor.passed_fds import PassedFds
 from cpr.phases import mark
@@ -35,14 +36,14 @@ from cpr.vmm.vmm import Vmm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable
 
     from cpr.config import Config
     from cpr.live.new_image import Predecessor
     from cpr.migration.arrival import Arrival
     from cpr.migration.cpr_transfer import CprListener
+    from cpr.state.connections import Kept
 
-HANG_UP_NS = 2 * NS_PER_S
 SWITCH_INTERVAL = 0.0001
 """How long, in s, a vCPU that exits to a device waits for another thread's Python at most."""
 
@@ -74,58 +75,99 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
         warn_report(warning)
     fds = PreservedFds()
     after_exec = predecessor is not None or STATE_NAME in os.environ
+    run_with = RunWith(config.run_with, after_exec)
+    ready = None
     if predecessor is not None and predecessor.mode != LATE:
-        vmm = _arrive(config, fds, predecessor)
-        ready = None
+        vmm = _arrive(config, fds, predecessor, run_with)
     else:
-        vmm, ready = _start(config, fds, predecessor)
+        if config.daemonize and not after_exec:
+            ready = daemon.daemonize()
+        vmm = _start(config, fds, predecessor, run_with)
     fds.incoming = False
     if after_exec:
         carefully(vmm.reap)
     signals.attach(vmm)
-    if config.pidfile:
-        vmm.pidfile = _write_pidfile(config.pidfile, after_exec)
+    if config.pidfile and vmm.pidfile is None:
+        vmm.pidfile = _rewrite_pidfile(config.pidfile)
     if ready is not None:
         ready()
+    if predecessor is None:
+        from cpr.live import notify
+
+        notify.started(pid_changed=ready is not None)
     vmm.loop.run()
     vmm.close()
     return vmm.exit_status
 
 
-def _start(config: Config, fds: PreservedFds, predecessor: Predecessor | None) -> tuple[Vmm, Any]:
+def _start(
+    config: Config, fds: PreservedFds, predecessor: Predecessor | None, run_with: RunWith
+) -> Vmm:
     """A new guest, one that comes in, or the one of a late update."""
     sources = Sources(config.incoming)
     after_exec = fds.load_from_environment()
-    ready = None
-    if config.daemonize and not after_exec:
-        ready = daemon.daemonize()
     listener = None
     if sources.cpr is not None:
         listener = _receive(sources.cpr, fds, after_exec)
     vmm = _create(config, fds)
+    vmm.migration.incoming_side.listener = listener
+    if after_exec:
+        _bring_over(vmm, fds, sources, predecessor, run_with)
+    else:
+        try:
+            _bring_up(vmm, sources, lambda: _settle(vmm, run_with))
+        except BaseException:
+            carefully(vmm.close)
+            raise
+    carefully(vmm.start_populating)
+    return vmm
+
+
+def _bring_over(
+    vmm: Vmm,
+    fds: PreservedFds,
+    sources: Sources,
+    predecessor: Predecessor | None,
+    run_with: RunWith,
+) -> None:
+    """The guest of a late update: what it waits for is short."""
     incoming = vmm.migration.incoming_side
-    incoming.listener = listener
     if predecessor is not None:
         incoming.hold = predecessor.hold
         incoming.hold(sources.main == DEFER)
         incoming.commit = lambda: _commit(vmm, predecessor)
-    _confine(config)
-    if isinstance(sources.main, dict) and not connects_in_background(sources.main):
-        _load(vmm, sources.main, sources.option)
-        if after_exec:
-            carefully(lambda: vmm.create_frontends(True))
-        else:
-            vmm.create_frontends(False)
+    _confine(vmm, run_with)
+    if _loads_at_once(sources.main):
+        _load(vmm, sources)
+        carefully(lambda: vmm.create_frontends(True, _kept(fds)))
         preload()
     else:
-        if after_exec:
-            incoming.on_running = preload
-        else:
-            preload()
-        vmm.create_frontends(after_exec)
-        _boot(vmm, sources.main, sources.option)
-    carefully(vmm.start_populating)
-    return vmm, ready
+        incoming.on_running = preload
+        vmm.create_frontends(True, _kept(fds))
+        _boot(vmm, sources)
+
+
+def _bring_up(vmm: Vmm, sources: Sources, settle: Callable[[], None]) -> None:
+    """A guest that nobody waits for yet; `settle` is the last step before it can run."""
+    vmm.create_frontends(False)
+    preload()
+    if _loads_at_once(sources.main):
+        vmm.migration.incoming_side.commit = settle
+        _load(vmm, sources)
+    else:
+        _boot(vmm, sources, settle)
+
+
+def _loads_at_once(source: dict | str | None) -> bool:
+    return isinstance(source, dict) and not connects_in_background(source)
+
+
+def _settle(vmm: Vmm, run_with: RunWith) -> None:
+    """The PID file, and what is given up.  Raises CprError."""
+    if vmm.config.pidfile:
+        vmm.pidfile = daemon.Pidfile(vmm.config.pidfile)
+        run_with.owns(vmm.pidfile.fileno())
+    _confine(vmm, run_with)
 
 
 def _commit(vmm: Vmm, predecessor: Predecessor) -> None:
@@ -135,14 +177,24 @@ def _commit(vmm: Vmm, predecessor: Predecessor) -> None:
     then = incoming.on_running
 
     def on_running() -> None:
+        carefully(_say_up)
         carefully(lambda: _end_update(vmm, predecessor))
         then()
 
     incoming.on_running = on_running
 
 
+def _say_up() -> None:
+    """The PID has the guest: before the guard, which the service's manager watches so far, ends."""
+    from cpr.live import notify
+
+    notify.started(pid_changed=True)
+
+
 def _end_update(vmm: Vmm, predecessor: Predecessor) -> None:
     """The guest runs: says what that took, and gives up what the update needed."""
+    from cpr.live import notify
+
     page = predecessor.page.struct
     times = UpdateTimes(
         LATE if predecessor.mode == LATE else EARLY,
@@ -154,13 +206,14 @@ def _end_update(vmm: Vmm, predecessor: Predecessor) -> None:
     vmm.migration.update_times = times
     point("end")
     predecessor.close()
+    notify.status(times.text())
     if not os.isatty(STDERR):  # a user at the terminal asks `info migrate`
         info_report(times.text())
 
 
-def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
+def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor, run_with: RunWith) -> Vmm:
     """The guest of an early update, which runs elsewhere until all is ready here."""
-    from cpr.migration import savevm
+    from cpr.migration import connections, savevm
     from cpr.migration.arrival import Arrival
     from cpr.vmm.populate import populate_before
 
@@ -168,12 +221,13 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     arrival.receive_state(fds)
     vmm = _create(config, fds)
     arrival.check(vmm.machine)
+    _confine(vmm, run_with)
     if arrival.rehearses:
         arrival.rehearsed()
-    _confine(config)
     incoming = vmm.migration.incoming_side
     incoming.expect(config.start_paused)
     incoming.commit = arrival.commit
+    incoming.on_running = _say_up
     preload()
     mark("populate")
     populate_before(vmm.machine.blocks)
@@ -182,12 +236,13 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     arrival.load_sections(vmm.machine)
     mark("ready")
     incoming.take(arrival.receive_guest(fds))
+    kept: dict[str, Kept] = {}
     for step in (
         arrival.placement.keep_away,
-        lambda: predecessor.wait_hang_up(HANG_UP_NS),
+        lambda: kept.update(connections.receive(predecessor)),
         lambda: _end_update(vmm, predecessor),
         lambda: _report(vmm, arrival),
-        lambda: vmm.create_frontends(True),
+        lambda: vmm.create_frontends(True, kept),
         arrival.placement.give_back,
         vmm.start_populating,  # what there was no time for
     ):
@@ -196,9 +251,23 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor) -> Vmm:
     return vmm
 
 
+def _kept(fds: PreservedFds) -> dict[str, Kept]:
+    """The connections that a late update keeps."""
+    from cpr.migration import connections
+
+    try:
+        return connections.take(fds)
+    except CprError as error:
+        error_report(error)
+        return {}
+
+
 def _report(vmm: Vmm, arrival: Arrival) -> None:
     """Says what has become of the update."""
     if arrival.failure:
+        from cpr.live import notify
+
+        notify.status(f"the update failed: {arrival.failure}")
         vmm.migration.state.error = arrival.failure
         vmm.migration.state.set("failed")
         error_report(
@@ -217,36 +286,38 @@ def _create(config: Config, fds: PreservedFds) -> Vmm:
     return Vmm(config, machine, migration, loop, passed_fds)
 
 
-def _confine(config: Config) -> None:
-    """-sandbox and -name process=."""
+def _confine(vmm: Vmm, run_with: RunWith) -> None:
+    """-name process=, -run-with and -sandbox, which may forbid the others.  Raises CprError."""
+    config = vmm.config
     if config.process_name:
         with open("/proc/self/comm", "w") as file:
             file.write(config.process_name)
+    run_with.apply(vmm.machine)
     if config.sandbox.get("enable"):
         from cpr.uapi import seccomp
 
         seccomp.apply(config.sandbox)
 
 
-def _write_pidfile(path: str, after_exec: bool) -> daemon.Pidfile | None:
-    """Raises ConfigError where there is no such file; a guest that runs already goes on without."""
+def _rewrite_pidfile(path: str) -> daemon.Pidfile | None:
+    """That of a guest that runs already, and goes on without one where that fails."""
     try:
         return daemon.Pidfile(path)
     except ConfigError as error:
-        if not after_exec:
-            raise
         error_report(error)
         return None
 
 
-def _load(vmm: Vmm, source: dict, option: str) -> None:
-    """Takes over the guest from the channel at `source`; it may run when this returns."""
+def _load(vmm: Vmm, sources: Sources) -> None:
+    """Takes over the guest from the main channel; it may run when this returns."""
+    source = sources.main
+    assert isinstance(source, dict)
     incoming = vmm.migration.incoming_side
     incoming.expect(vmm.config.start_paused)
     try:
         incoming.load_now(source)
     except ConfigError as error:
-        raise ConfigError(f"-incoming {option}: {error}") from None
+        raise ConfigError(f"-incoming {sources.option}: {error}") from None
     finally:
         _remove_directory(source)
 
@@ -270,18 +341,21 @@ def _receive(address: dict, fds: PreservedFds, after_exec: bool) -> CprListener 
     return listener
 
 
-def _boot(vmm: Vmm, source: dict | str | None, option: str) -> None:
+def _boot(vmm: Vmm, sources: Sources, settle: Callable[[], None] = lambda: None) -> None:
     """A new guest, or, with -incoming, one that waits for its state."""
     incoming = vmm.migration.incoming_side
+    source = sources.main
     if source is not None:
         incoming.expect(vmm.config.start_paused)
         if isinstance(source, dict):
             try:
                 incoming.start(source, exit_on_error=True)
             except MigrationError as error:
-                raise ConfigError(f"-incoming {option}: {error}") from None
+                raise ConfigError(f"-incoming {sources.option}: {error}") from None
+        settle()
         return
     incoming.commit()
     vmm.machine.load_boot_image()
+    settle()
     if not vmm.config.start_paused:
         vmm.machine.cont()

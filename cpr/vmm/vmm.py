@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from typing import Any
 
     from cpr.chardev.base import Chardev
-    from cpr.config import Config
+    from cpr.config import Config, MonitorConfig
     from cpr.machine import Machine
     from cpr.mainloop import MainLoop
     from cpr.migration.migration import Migration
     from cpr.monitor.passed_fds import PassedFds
+    from cpr.state.connections import Kept
+    from cpr.state.fds import PreservedFds
+    from cpr.vmm.connections import Arrived
     from cpr.vmm.daemon import Pidfile
     from cpr.vmm.populate import Populator
 
@@ -46,9 +49,10 @@ class Vmm(Process):
         self.loop = loop
         self.events = machine.events
         self.chardevs: dict[str, Chardev] = {}
-        self.monitors: list[Any] = []
+        self.monitors: list[tuple[MonitorConfig, Any]] = []
         self.passed_fds = passed_fds
         self.populator: Populator | None = None
+        self._going: dict[str, Kept] = {}  # in a late update
         self.pidfile: Pidfile | None = None
         self.exit_status = 0
         self.signal_has_come: Callable[[], bool] = lambda: False
@@ -85,31 +89,82 @@ class Vmm(Process):
         for chardev in self.chardevs.values():
             chardev.expect_another()
 
+    def hold_commands(self, on: bool) -> None:
+        for _, monitor in self.monitors:
+            monitor.hold(on)
+
+    def connections(self) -> dict[str, Kept]:
+        from cpr.vmm.connections import save
+
+        return save(self, late=False)
+
+    def keep_connections(self, fds: PreservedFds) -> None:
+        from cpr.migration.connections import keep
+        from cpr.vmm.connections import save
+
+        kept = save(self, late=True)
+        if kept:
+            keep(fds, kept)
+            self._going = kept
+
+    def take_connections_back(self, fds: PreservedFds) -> None:
+        from cpr.migration.connections import take_back
+
+        going, self._going = self._going, {}
+        if take_back(fds, going):
+            for label, chardev in self.chardevs.items():
+                if f"chardev:{label}" in going:
+                    chardev.start_over()
+
+    def _staying(self) -> list[Chardev]:
+        """The chardevs whose connections do not go over the update."""
+        return [
+            chardev
+            for label, chardev in self.chardevs.items()
+            if f"chardev:{label}" not in self._going
+        ]
+
+    def on_update(self) -> None:
+        from cpr.live import notify
+
+        notify.reloading()
+
+    def on_update_failed(self, reason: str) -> None:
+        from cpr.live import notify
+
+        notify.failed()
+        notify.status(f"the update failed: {reason}")
+
     def exec_fds(self) -> list[int]:
-        return [fd for chardev in self.chardevs.values() for fd in chardev.exec_fds()]
+        return [fd for chardev in self._staying() for fd in chardev.exec_fds()]
 
     def interrupted(self) -> bool:
         return self.signal_has_come()
 
     def reopen(self) -> None:
-        for chardev in self.chardevs.values():
+        for chardev in self._staying():
             try:
                 chardev.reopen()
             except CprError as error:
                 error_report(error)
 
-    def create_frontends(self, after_exec: bool) -> None:
+    def create_frontends(self, after_exec: bool, kept: dict[str, Kept] | None = None) -> None:
         """Makes the chardevs, connects the devices to them, and starts the monitors.
 
-        Raises ConfigError where a chardev cannot be made; but after an exec, where a guest runs
-        already, that is only reported and the guest goes on without it.
+        `kept` is what goes on of the old image's connections, and becomes this VMM's; what there
+        is no place for here is closed.  Raises ConfigError where a chardev cannot be made; but
+        after an exec, where a guest runs already, that is only reported and the guest goes on
+        without it.
         """
         from cpr.chardev.base import create
+        from cpr.vmm.connections import Arrived
 
+        arrived = Arrived(self.config, kept or {})
         for config in self.config.chardevs:
             try:
                 point("chardev")
-                self.chardevs[config.id] = create(config, self.loop, after_exec)
+                connection = arrived.chardevs.get(config.id)
+                self.chardevs[config.id] = create(config, self.loop, after_exec, connection)
             except CprError as error:
                 text = f"{config.location}: {error}"
                 if not after_exec:
@@ -120,10 +175,16 @@ class Vmm(Process):
                     raise
                 exception_report(error)
         for device, chardev_id in self.machine.frontends:
-            device.attach(self.chardevs.get(chardev_id) if chardev_id else None)
-        self._create_monitors()
+            chardev = self.chardevs.get(chardev_id) if chardev_id else None
+            if chardev is not None:
+                chardev.input_lock = self.machine.lock  # a stop comes before or after a byte
+            device.attach(chardev)
+        if arrived.passed is not None:
+            self.passed_fds.adopt(arrived.passed)
+        self._create_monitors(arrived)
+        self.events.forget()
 
-    def _create_monitors(self) -> None:
+    def _create_monitors(self, arrived: Arrived) -> None:
         from cpr.monitor.hmp import HmpMonitor
         from cpr.monitor.qmp import QmpMonitor
 
@@ -131,10 +192,12 @@ class Vmm(Process):
             chardev = self.chardevs.get(config.chardev)
             if chardev is None:
                 continue
+            kept = arrived.monitor(chardev)
             if config.mode == "control":
-                self.monitors.append(QmpMonitor(chardev, self, config.pretty))
+                monitor: Any = QmpMonitor(chardev, self, config.pretty, kept)
             else:
-                self.monitors.append(HmpMonitor(chardev, self))
+                monitor = HmpMonitor(chardev, self, kept)
+            self.monitors.append((config, monitor))
 
     def start_populating(self) -> None:
         """Populates RAM that prealloc=on asks for, while the guest runs already."""
@@ -161,6 +224,9 @@ class Vmm(Process):
 
     def close(self) -> None:
         """Stops the guest and frees everything, the terminal's settings included."""
+        from cpr.live import notify
+
+        notify.stopping()
         self.migration.close(self.exit_status)
         if self.populator is not None:
             self.populator.close()

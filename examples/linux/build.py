@@ -46,6 +46,7 @@ MODULES = (
     "drivers/net/virtio_net",
     "drivers/char/virtio_console",
     "drivers/char/hw_random/virtio-rng",
+    "drivers/virtio/virtio_balloon",
 )
 
 

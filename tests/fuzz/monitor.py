@@ -1,7 +1,7 @@
-"""A QMP client that sends every command with arguments of any kind, right and wrong ones.
+"""A QMP client that sends every command with arguments of any kind: right, odd and wrong ones.
 
-The table of the monitor's own commands says what there is.  Updates are among them.  The VMM
-answers each, and the guest is there at the end.
+query-qmp-schema says which commands there are, and what they take.  Updates are among them.  The
+VMM answers each, and the guest is there at the end.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from conftest import ROOT  # noqa: E402
 from harness.qmp import Closed  # noqa: E402
 from harness.vm import Vm  # noqa: E402
 from waiting import wait_for  # noqa: E402
-
-from cpr.migration.parameters import Parameters  # noqa: E402
-from cpr.monitor.commands import COMMANDS  # noqa: E402
 
 ENDS = ("quit", "system_powerdown", "migrate-incoming")  # what ends the VM, or only answers no
 TEXTS = ("", "a", "on", "run", "\0", "é\ud800", "x" * 5000, "-1", "0x", "cpr-exec", "normal")
@@ -46,55 +43,88 @@ COMMANDS_TO_RUN: tuple[list[str], ...] = (
     ["\0"],
     ["true", "run"],
 )
+PRACTICAL: dict[str, Any] = {
+    "uri": URIS,
+    "command": COMMANDS_TO_RUN,
+    "cpr-exec-command": COMMANDS_TO_RUN,
+    "command-line": LINES,
+    "filename": ("stream", "/nonexistent/x", "/dev/full"),
+    "size": (0, 1, 4096, 1 << 20),
+    "multifd-channels": (1, 2, 255),
+}
 SETTLED = ("none", "completed", "failed", "cancelled")
 SILENT = 12.0  # s, for which no VMM is, with an update of 3 s at most
 
 
-def value(chance: random.Random, name: str = "") -> Any:
-    """Anything, often what `name` would be."""
-    kind = chance.randrange(10)
-    if kind < 3:
-        if name == "uri":
-            return chance.choice(URIS)
-        if name == "command":
-            return chance.choice(COMMANDS_TO_RUN)
-        if name == "command-line":
-            return chance.choice(LINES)
-    if kind < 5:
+def anything(chance: random.Random) -> Any:
+    kind = chance.randrange(8)
+    if kind < 2:
         return chance.choice(TEXTS)
-    if kind < 7:
+    if kind < 4:
         return chance.choice(NUMBERS)
-    if kind == 7:
+    if kind < 6:
         return chance.choice((True, False, None))
-    if kind == 8:
-        return [value(chance) for _ in range(chance.randrange(3))]
-    return {chance.choice(TEXTS[:5]): value(chance) for _ in range(chance.randrange(3))}
+    if kind == 6:
+        return [anything(chance) for _ in range(chance.randrange(3))]
+    return {chance.choice(TEXTS[:5]): anything(chance) for _ in range(chance.randrange(3))}
 
 
-def parameters(chance: random.Random) -> dict[str, Any]:
-    names = [name for name in Parameters().names() if name != "x-cpr-exec-timeout"]
-    chosen = chance.sample(names, chance.randrange(1, 4))
-    return {name: value(chance) for name in chosen}
+class Schema:
+    """Makes commands of what query-qmp-schema tells."""
 
+    def __init__(self, entries: list[dict[str, Any]]) -> None:
+        self._types = {entry["name"]: entry for entry in entries}
+        self._commands = [
+            entry
+            for entry in entries
+            if entry["meta-type"] == "command" and entry["name"] not in ENDS
+        ]
 
-def message(chance: random.Random) -> bytes:
-    """Mostly nonsense; now and then what lets the guest run, and an update that could go well."""
-    if not chance.randrange(20):
-        return b'{"execute": "cont"}\n'
-    if not chance.randrange(400):
-        return b'{"execute": "cpr-exec"}\n'
-    command = chance.choice([each for each in COMMANDS if each.qmp and each.qmp not in ENDS])
-    arguments: dict[str, Any]
-    if command.qmp == "migrate-set-parameters":
-        arguments = parameters(chance)
-    else:
-        arguments = {
-            each.name: value(chance, each.name) for each in command.arguments if chance.randrange(8)
-        }
-    if not chance.randrange(20):
-        arguments[chance.choice(TEXTS)] = value(chance)
-    whole = {"execute": command.qmp, "arguments": arguments, "id": chance.randrange(1000)}
-    return json.dumps(whole).encode() + b"\n"
+    def message(self, chance: random.Random) -> bytes:
+        """Mostly nonsense; now and then what lets the guest run, or could update it."""
+        if not chance.randrange(20):
+            return b'{"execute": "cont"}\n'
+        if not chance.randrange(400):
+            return b'{"execute": "cpr-exec"}\n'
+        command = chance.choice(self._commands)
+        arguments = self._object(chance, self._types[command["arg-type"]])
+        whole = {"execute": command["name"], "arguments": arguments, "id": chance.randrange(1000)}
+        return json.dumps(whole).encode() + b"\n"
+
+    def _object(self, chance: random.Random, entry: dict[str, Any]) -> dict[str, Any]:
+        """Most of the members that it must have, some of the others, seldom one that it has not."""
+        members = [each for each in entry["members"] if each["name"] != "x-cpr-exec-timeout"]
+        optional = [each for each in members if "default" in each]
+        chosen = [each for each in members if "default" not in each and chance.randrange(12)]
+        chosen += chance.sample(optional, min(len(optional), chance.randrange(4)))
+        result = {each["name"]: self._value(chance, each["type"], each["name"]) for each in chosen}
+        for variant in entry.get("variants", ()):
+            if variant["case"] == result.get(entry["tag"]) and chance.randrange(12):
+                result |= self._object(chance, self._types[variant["type"]])
+        if not chance.randrange(20):
+            result[chance.choice(TEXTS)] = anything(chance)
+        return result
+
+    def _value(self, chance: random.Random, name: str, member: str) -> Any:
+        """Of the type `name`, mostly; what `member` would be in practice, often."""
+        if not chance.randrange(8):
+            return anything(chance)
+        if member in PRACTICAL and chance.randrange(3):
+            return chance.choice(PRACTICAL[member])
+        entry = self._types[name]
+        meta = entry["meta-type"]
+        if meta == "enum":
+            return chance.choice(entry["values"])
+        if meta == "array":
+            count = chance.randrange(4)
+            return [self._value(chance, entry["element-type"], member) for _ in range(count)]
+        if meta == "object":
+            return self._object(chance, entry)
+        if meta == "alternate":
+            return self._value(chance, chance.choice(entry["members"])["type"], member)
+        if name == "int":
+            return chance.choice((chance.randrange(100), chance.choice(NUMBERS)))
+        return {"bool": chance.random() < 0.5, "str": chance.choice(TEXTS)}.get(name)
 
 
 class Fuzzed:
@@ -110,6 +140,7 @@ class Fuzzed:
             timeout=SILENT,
             cwd=folder,
         )
+        self.schema = Schema(self.vm.qmp.command("query-qmp-schema"))
         self.commands = self.updates = 0
 
     def __enter__(self) -> Fuzzed:
@@ -151,7 +182,7 @@ def fuzz(accel: str, seconds: float, seed: int, least: int = 0) -> bool:
     with TemporaryDirectory(prefix="cpr-fuzz-") as folder, Fuzzed(accel, folder) as fuzzed:
         try:
             while time.monotonic() < end or fuzzed.commands < least:
-                last = message(chance)
+                last = fuzzed.schema.message(chance)
                 fuzzed.send(last)
             fuzzed.check()
         except Exception as error:

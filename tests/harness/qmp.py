@@ -8,7 +8,9 @@ import socket
 import time
 from typing import Any
 
-TIMEOUT = 30.0
+from waiting import SLOW
+
+TIMEOUT = 30.0 * SLOW
 
 
 class Closed(ConnectionResetError):
@@ -26,13 +28,11 @@ class QmpError(Exception):
 class Qmp:
     """One connection, past capabilities negotiation.  `timeout` is for how long it may be silent.
 
-    `events` are those that have come before a reply; `closed_ns` is when `wait_closed` saw the
-    other end close, which in an update is the exec.  Raises OSError where nobody answers yet.
+    `events` are those that have come before a reply.  Raises OSError where nobody answers yet.
     """
 
     def __init__(self, path: str, timeout: float = TIMEOUT) -> None:
         self.events: list[dict[str, Any]] = []
-        self.closed_ns = 0
         self._timeout = timeout
         self._data = b""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -68,8 +68,7 @@ class Qmp:
         """The next message.  Raises Closed at the end, and TimeoutError."""
         deadline = time.monotonic() + self._timeout
         while b"\n" not in self._data:
-            left = deadline - time.monotonic()
-            if not select.select([self._socket], [], [], max(left, 0))[0]:
+            if not self._is_readable(deadline):
                 raise TimeoutError(f"no QMP message in {self._timeout:.0f} s")
             try:
                 data = self._socket.recv(1 << 16)
@@ -87,6 +86,10 @@ class Qmp:
     ) -> dict[str, Any]:
         """The reply to a command: a dict with "return" or "error"."""
         self.send(name, arguments, fds, **keywords)
+        return self.read_reply()
+
+    def read_reply(self) -> dict[str, Any]:
+        """The next message that is no event."""
         while "event" in (message := self.read()):
             self.events.append(message)
         return message
@@ -101,6 +104,19 @@ class Qmp:
     def hmp(self, line: str) -> str:
         return str(self.command("human-monitor-command", command_line=line))
 
+    def wait_event(self, name: str, seconds: float) -> None:
+        """Keeps the events that come until this one, or for so long.  Raises Closed."""
+        deadline = time.monotonic() + seconds
+        while b"\n" in self._data or self._is_readable(deadline):
+            message = self.read()
+            self.events.append(message)
+            if message.get("event") == name:
+                return
+
+    def _is_readable(self, deadline: float) -> bool:
+        left = max(deadline - time.monotonic(), 0)
+        return bool(select.select([self._socket], [], [], left)[0])
+
     def wait_closed(self) -> None:
         """Reads until the other end closes, keeping the events."""
         try:
@@ -109,7 +125,6 @@ class Qmp:
                 if "event" in message:
                     self.events.append(message)
         except OSError:
-            self.closed_ns = time.monotonic_ns()
             self.close()
 
     def close(self) -> None:

@@ -18,6 +18,8 @@ from harness.qmp import TIMEOUT, Qmp
 ROOT = Path(__file__).resolve().parents[2]
 VMM = [sys.executable, "-m", "cpr.vmm", "run"]
 HEARTBEAT = 0x8000  # where the example guests count
+ENDED = ("completed", "failed", "cancelled")  # an update
+ASK_AGAIN = 0.05  # s
 ALL_CPUS = os.sched_getaffinity(0)  # which the VMMs may use, wherever this process is
 
 
@@ -61,7 +63,6 @@ class Vm:
         finally:
             os.sched_setaffinity(0, own_cpus)
         self.pid = self.process.pid
-        self.closed_ns = 0  # when the latest update closed the monitor
         self._ram: mmap.mmap | None = None
         try:
             self.qmp = self.connect()
@@ -95,13 +96,24 @@ class Vm:
                 time.sleep(0.002)
 
     def reconnect(self) -> Qmp:
-        self.qmp.wait_closed()
-        self.closed_ns = self.qmp.closed_ns
-        self.qmp = self.connect()
+        """The monitor of whoever has the guest when the update has ended.
+
+        That is this connection where the update keeps it, which is asked as seldom as can be: the
+        guest runs meanwhile.
+        """
+        deadline = time.monotonic() + self._timeout
+        try:
+            while self.qmp.command("query-migrate").get("status") not in ENDED:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the update has not ended in {self._timeout:.0f} s")
+                self.qmp.wait_event("RESUME", ASK_AGAIN)
+        except ConnectionError:
+            self.qmp.close()
+            self.qmp = self.connect()
         return self.qmp
 
     def update(self, **arguments: Any) -> None:
-        """One cpr-exec, to the new image's monitor being there."""
+        """One cpr-exec, to its end."""
         self.qmp.command("cpr-exec", **arguments)
         self.reconnect()
 

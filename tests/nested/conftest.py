@@ -16,7 +16,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("type1", "iommufd"),
         help="run all tests inside the VM with this kernel; without it a few, with type1's",
     )
-    group.addoption("--qemu-root", help="folder with a QEMU that has cpr-exec, run by chroot")
+    group.addoption(
+        "--qemu-root", help="folder with a QEMU that has cpr-exec: the VM's, and compared"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

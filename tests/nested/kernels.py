@@ -21,7 +21,10 @@ from .packages import BUILD_PROGRAMS, CACHE, Archive, Unavailable, install, run
 STOCK_SUITE = "bookworm"  # its 6.1 has 9p as a module; cloud kernels have none
 SOURCE_SUITE = "trixie-backports"
 CONFIG = Path(__file__).with_name("iommufd-kernel.config")
-MODULES = ("vfio", "vfio_iommu_type1", "vfio-pci", "kvm-amd", "virtio_pci", "9pnet_virtio", "9p")
+MODULES = (
+    *("vfio", "vfio_iommu_type1", "vfio-pci", "kvm-amd", "virtio_pci", "9pnet_virtio", "9p"),
+    *("tun", "vhost-net"),
+)
 BUILD_SECONDS = 7200.0
 PROGRESS_SECONDS = 60.0
 

@@ -19,7 +19,7 @@ from .vm import Ended, NestedVm
 HERE = Path(__file__).parent
 INSIDE = HERE / "inside"
 LOGS = ROOT / "build" / "nested"  # of the last run with each kernel
-SECONDS_OF_A_TEST = 400
+SECONDS_OF_A_TEST = 1500
 
 
 class Mirror:
@@ -102,7 +102,8 @@ class Mirror:
             "CPR_NESTED": name,
             "CPR_NESTED_RESULTS": RESULTS,
         }
-        if root := self.config.getoption("--qemu-root", default=None):
+        root: str | None = self.config.getoption("--qemu-root", default=None)
+        if root is not None:
             environment["CPR_QEMU_ROOT"] = root
         needed = [ROOT, Path(sys.prefix), Path(sys.base_prefix)]
         init = init_script(kernel, command + nodeids, ROOT, environment, needed)
@@ -112,7 +113,7 @@ class Mirror:
         console, log = (LOGS / f"{name}.{kind}" for kind in ("console", "jsonl"))
         self.facts.append(f"kernel {kernel.release}; console and events are in {LOGS}/{name}.*")
         self.say(f"booting kernel {kernel.release} with {len(nodeids)} tests")
-        self.vm = NestedVm(kernel, archive, console, log)
+        self.vm = NestedVm(kernel, archive, console, log, root)
 
     def _reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
         """The inner reports of one item; of a VM that has ended, one failure."""

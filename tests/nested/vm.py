@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import subprocess
 import tempfile
@@ -16,12 +17,13 @@ from .kernels import Kernel
 
 QEMU = "qemu-system-x86_64"
 MEMORY_MIB = 1024
+DISK = 64 << 20  # bytes of the NVMe controller's namespace
 # Each device is an IOMMU group of its own, but the two functions of slot 9, which share one; the
 # addresses are those of inside/machine.py.
 DEVICES = (
     "-device edu,addr=4",
     "-device e1000e,addr=5",
-    "-drive if=none,id=d0,driver=null-co,size=1M -device nvme,serial=x,drive=d0,addr=7",
+    "-drive if=none,id=d0,driver=raw,file={disk} -device nvme,serial=x,drive=d0,addr=7",
     "-device edu,addr=8",
     "-device edu,addr=9.0,multifunction=on -device edu,addr=9.1",
 )
@@ -30,8 +32,8 @@ DEVICES = (
 CPU = "EPYC,+svm,-cx16"
 COMMAND_LINE = "console=ttyS0 intel_iommu=on iommu=nopt no_timer_check panic=-1 quiet"
 
-BOOT_SECONDS = 300.0  # until the first event of pytest, on a loaded host
-SILENCE_SECONDS = 120.0  # the inner pytest says every few seconds that it is alive
+BOOT_SECONDS = 600.0  # until the first event of pytest, on a loaded host
+SILENCE_SECONDS = 400.0  # the inner pytest says every few seconds that it is alive
 CONSOLE_LINES = 25
 
 
@@ -39,20 +41,37 @@ class Ended(Exception):
     """The VM ended or stopped answering before it had delivered what was asked of it."""
 
 
+def emulator(root: str | None) -> list[str]:
+    """The words that run this host's QEMU, or that of the Debian in the folder `root`."""
+    if root is None:
+        return [QEMU]
+    libraries = f"{root}/usr/lib/x86_64-linux-gnu"
+    return [
+        *("env", f"QEMU_MODULE_DIR={libraries}/qemu", f"{root}/lib64/ld-linux-x86-64.so.2"),
+        *("--library-path", libraries, f"{root}/usr/bin/{QEMU}"),
+        *("-L", f"{root}/usr/share/qemu", "-L", f"{root}/usr/share/seabios"),
+    ]
+
+
 class NestedVm:
     """One run of the VM; `close` ends it, and so does the end of this process."""
 
-    def __init__(self, kernel: Kernel, initramfs: Path, console: Path, log: Path) -> None:
-        """Starts QEMU.  The kernel's console goes to `console`, each event also to `log`."""
+    def __init__(
+        self, kernel: Kernel, initramfs: Path, console: Path, log: Path, root: str | None = None
+    ) -> None:
+        """Starts QEMU, that of `root`.  The kernel's console goes to `console`, each event also to
+        `log`."""
         self.console = console
         self._started = time.monotonic()
         self._limit = BOOT_SECONDS
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._disk = tempfile.NamedTemporaryFile(prefix="cpr-nvme-")  # noqa: SIM115
+        os.truncate(self._disk.name, DISK)
         machine = f"-accel tcg -cpu {CPU} -m {MEMORY_MIB} -smp 1 -machine q35 -no-reboot"
         machine += " -device intel-iommu,intremap=on -nodefaults -display none"
         share = f"local,path=/,mount_tag={MOUNT_TAG},security_model=none,readonly=on"
-        command = ["setpriv", "--pdeathsig", "KILL", QEMU]
-        command += " ".join((machine, *DEVICES)).split()
+        command = ["setpriv", "--pdeathsig", "KILL", *emulator(root)]
+        command += " ".join((machine, *DEVICES)).format(disk=self._disk.name).split()
         command += ["-virtfs", f"{share},multidevs=remap"]
         command += ["-serial", f"file:{console}", "-serial", "stdio", "-monitor", "none"]
         command += ["-kernel", str(kernel.image), "-initrd", str(initramfs)]
@@ -136,3 +155,4 @@ class NestedVm:
         assert self._process.stdout is not None
         self._process.stdout.close()
         self._errors.close()
+        self._disk.close()

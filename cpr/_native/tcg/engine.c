@@ -12,7 +12,7 @@
 enum { RFLAGS_IF = 1 << 9, HFLAG_INHIBIT_IRQ = 1 << 3 };
 enum { MSR_TSC_AUX = 0xc0000103u };
 enum { CS = 1, VECTOR_BREAKPOINT = 3, OPCODE_INT3 = 0xcc, OPCODE_INT = 0xcd };
-enum { STOP = CPR_TCG_KICK | CPR_TCG_INIT | CPR_TCG_SIPI | TCG_YIELD };
+enum { STOP = CPR_TCG_KICK | CPR_TCG_INIT | CPR_TCG_SIPI | TCG_YIELD | TCG_STALE };
 
 uint64_t tcg_now_ns(void)
 {
@@ -54,7 +54,9 @@ static void on_mmio_write(void *uc, uint64_t offset, unsigned int size, uint64_t
     const struct tcg_mapping *mapping = user;
 
     (void)uc;
-    cpr_tcg_mmio_write(mapping->handle, mapping->address + offset, size, value);
+    if (!tcg_notify_write(mapping->notifies, mapping->address + offset, size)) {
+        cpr_tcg_mmio_write(mapping->handle, mapping->address + offset, size, value);
+    }
 }
 
 /* Maps RAM, or the bus where `ram` is NULL. */
@@ -68,6 +70,7 @@ static int add_mapping(struct tcg_engine *engine, uint64_t address, uint64_t siz
         return 0;
     }
     mapping->handle = engine->handle;
+    mapping->notifies = engine->notifies;
     mapping->address = address;
     mapping->size = size;
     if (ram) {
@@ -110,6 +113,7 @@ static int map_memory(struct tcg_engine *engine)
         engine->ram_version = map->version;
     }
     tcg_cpu_flush(&engine->cpu);
+    tcg_code_pages_map(&engine->code_pages, engine->cpu.uc);
     return error;
 }
 
@@ -318,6 +322,9 @@ const char *tcg_engine_open(struct tcg_engine *engine, const struct tcg_ram_map 
     if (problem) {
         return problem;
     }
+    engine->code_pages.ram = ram;
+    engine->code_pages.bit = (uint8_t)(1 << apic_id % 8);
+    engine->code_pages.engine_count = engine->vcpu_count;
     error = tcg_cpuid_read(&engine->cpuid, &engine->cpu, apic_id);
     if (!error) {
         error = add_hooks(engine);
@@ -362,6 +369,26 @@ static int is_stale_breakpoint(struct tcg_engine *engine)
            !(code[0] == OPCODE_INT && code[1] == VECTOR_BREAKPOINT);
 }
 
+static void forget_code(struct tcg_engine *engine)
+{
+    tcg_cpu_forget_code(&engine->cpu);
+    tcg_code_pages_forget(&engine->code_pages);
+}
+
+void tcg_engine_forget_stale(struct tcg_engine *engine)
+{
+    if (engine->stale_count > TCG_STALE_MAX) {
+        forget_code(engine);
+    } else {
+        tcg_code_pages_begin(&engine->code_pages);
+        for (uint32_t i = 0; i < engine->stale_count; i++) {
+            tcg_code_pages_invalidate(&engine->code_pages, engine->stale[i]);
+        }
+        tcg_code_pages_end();
+    }
+    engine->stale_count = 0;
+}
+
 /* Goes back to the instruction that is there now. */
 static enum tcg_end retry_breakpoint(struct tcg_engine *engine)
 {
@@ -370,7 +397,7 @@ static enum tcg_end retry_breakpoint(struct tcg_engine *engine)
     cpu->registers->rip--;
     cpu->exception->being_delivered = TCG_NO_VECTOR;
     tcg_cpu_store(cpu);
-    tcg_cpu_forget_code(cpu);
+    forget_code(engine);
     return TCG_END_REQUEST;
 }
 
@@ -410,14 +437,16 @@ enum tcg_end tcg_engine_run(struct tcg_engine *engine)
     engine->vector = TCG_NO_VECTOR;
     engine->system_call = NULL;
     if (!error) {
+        tcg_code_pages_begin(&engine->code_pages);
         if (tcg_take_requests(engine, CPR_TCG_CODE)) {
-            tcg_cpu_forget_code(cpu);
+            forget_code(engine);
         }
         tcg_cpu_load(cpu);
         if (cpu->registers->hflags & HFLAG_INHIBIT_IRQ) {
             tcg_add_requests(engine, TCG_SHADOW);
         }
         error = unicorn.emu_start(cpu->uc, cpu->registers->rip, 0, 0, 0);
+        tcg_code_pages_end();
         undo_rom_writes(engine);
     }
     return finish_slice(engine, error);

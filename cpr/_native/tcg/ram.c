@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
 
 const uint64_t tcg_physical_end = 1ull << 40;
@@ -11,6 +12,7 @@ static const uint64_t page_size = 4096;
 int tcg_ram_add(struct tcg_ram_map *map, const struct tcg_ram *ram)
 {
     const struct tcg_ram *before, *after;
+    uint8_t *notes;
     uint32_t place = 0;
 
     if (!ram->size || (ram->address | ram->size) % page_size || ram->size > tcg_physical_end ||
@@ -29,8 +31,13 @@ int tcg_ram_add(struct tcg_ram_map *map, const struct tcg_ram *ram)
         (after && ram->address + ram->size > after->address)) {
         return -EINVAL;
     }
+    notes = calloc(ram->size / page_size, 1);
+    if (!notes) {
+        return -ENOMEM;
+    }
     memmove(&map->slots[place + 1], &map->slots[place], (map->count - place) * sizeof(*ram));
     map->slots[place] = *ram;
+    map->slots[place].notes = notes;
     map->count++;
     map->version++;
     return 0;
@@ -41,6 +48,7 @@ int tcg_ram_remove(struct tcg_ram_map *map, uint64_t address, uint64_t size)
     for (uint32_t i = 0; i < map->count; i++) {
         struct tcg_ram *ram = &map->slots[i];
         if (ram->address == address && ram->size == size) {
+            free(ram->notes);
             map->count--;
             memmove(ram, ram + 1, (map->count - i) * sizeof(*ram));
             map->version++;
@@ -48,6 +56,13 @@ int tcg_ram_remove(struct tcg_ram_map *map, uint64_t address, uint64_t size)
         }
     }
     return -EINVAL;
+}
+
+void tcg_ram_clear(struct tcg_ram_map *map)
+{
+    while (map->count) {
+        free(map->slots[--map->count].notes);
+    }
 }
 
 uint8_t *tcg_ram_find(const struct tcg_ram_map *map, uint64_t address, int is_write,

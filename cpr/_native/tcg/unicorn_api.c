@@ -3,6 +3,8 @@
 #include <dlfcn.h>
 #include <stdio.h>
 
+#include "code_pages.h"
+
 struct unicorn_api unicorn;
 
 static const struct {
@@ -71,6 +73,9 @@ const char *unicorn_load(const char *path)
         return dlerror();
     }
     problem = load_symbols(library);
+    if (!problem) {
+        problem = tcg_code_pages_hook(library);
+    }
     if (problem) {
         dlclose(library);
         return problem;

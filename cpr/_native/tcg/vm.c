@@ -16,11 +16,14 @@ enum { CONTINUE = -1 };
 
 static const uint64_t slice_ns = 1000000;
 static const uint64_t second_ns = 1000000000;
+static const uint64_t page_size = 4096;
 
 struct cpr_tcg {
     pthread_mutex_t lock;
     struct tcg_ram_map ram;
+    struct tcg_notifies notifies;
     uint32_t vcpu_count;
+    struct cpr_tcg_vcpu *vcpus; /* the newest one */
 
     /* Who may run guest code.  Tickets make it fair. */
     pthread_cond_t turn_changed;
@@ -37,6 +40,7 @@ struct cpr_tcg {
 struct cpr_tcg_vcpu {
     struct tcg_engine engine;  /* requests are added with the lock held */
     struct cpr_tcg *tcg;
+    struct cpr_tcg_vcpu *older;
     pthread_cond_t wake;
     uint32_t mp_state;
 };
@@ -141,6 +145,11 @@ static int run_slice(struct cpr_tcg_vcpu *vcpu)
     enum tcg_end end;
 
     take_turn(vcpu);
+    if (tcg_take_requests(&vcpu->engine, TCG_STALE)) {
+        pthread_mutex_lock(&vcpu->tcg->lock);
+        tcg_engine_forget_stale(&vcpu->engine);
+        pthread_mutex_unlock(&vcpu->tcg->lock);
+    }
     end = tcg_engine_run(&vcpu->engine);
     give_turn(vcpu->tcg);
     if (end == TCG_END_SHUTDOWN) {
@@ -206,6 +215,7 @@ struct cpr_tcg *cpr_tcg_new(void)
         return NULL;
     }
     pthread_mutex_init(&tcg->lock, NULL);
+    pthread_mutex_init(&tcg->notifies.lock, NULL);
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_cond_init(&tcg->turn_changed, &monotonic);
@@ -215,7 +225,9 @@ struct cpr_tcg *cpr_tcg_new(void)
 
 void cpr_tcg_free(struct cpr_tcg *tcg)
 {
+    tcg_ram_clear(&tcg->ram);
     pthread_cond_destroy(&tcg->turn_changed);
+    pthread_mutex_destroy(&tcg->notifies.lock);
     pthread_mutex_destroy(&tcg->lock);
     free(tcg);
 }
@@ -223,7 +235,7 @@ void cpr_tcg_free(struct cpr_tcg *tcg)
 int cpr_tcg_map_ram(struct cpr_tcg *tcg, uint64_t address, uint64_t size, uint64_t host,
                     int readonly)
 {
-    const struct tcg_ram ram = {address, size, (uint8_t *)(uintptr_t)host, readonly != 0};
+    const struct tcg_ram ram = {address, size, (uint8_t *)(uintptr_t)host, readonly != 0, NULL};
 
     return tcg_ram_add(&tcg->ram, &ram);
 }
@@ -231,6 +243,64 @@ int cpr_tcg_map_ram(struct cpr_tcg *tcg, uint64_t address, uint64_t size, uint64
 int cpr_tcg_unmap_ram(struct cpr_tcg *tcg, uint64_t address, uint64_t size)
 {
     return tcg_ram_remove(&tcg->ram, address, size);
+}
+
+int cpr_tcg_add_notify(struct cpr_tcg *tcg, uint64_t address, uint32_t size, int fd)
+{
+    const struct tcg_notify notify = {address, size, fd};
+
+    return tcg_notify_add(&tcg->notifies, &notify);
+}
+
+int cpr_tcg_remove_notify(struct cpr_tcg *tcg, uint64_t address, uint32_t size, int fd)
+{
+    const struct tcg_notify notify = {address, size, fd};
+
+    return tcg_notify_remove(&tcg->notifies, &notify);
+}
+
+/* A device has written a page from which the vCPUs of `bits` have translated code. */
+static void add_stale(struct cpr_tcg *tcg, uint64_t address, uint8_t bits)
+{
+    pthread_mutex_lock(&tcg->lock);
+    for (struct cpr_tcg_vcpu *vcpu = tcg->vcpus; vcpu; vcpu = vcpu->older) {
+        struct tcg_engine *engine = &vcpu->engine;
+
+        if (!(bits & engine->code_pages.bit)) {
+            continue;
+        }
+        if (engine->stale_count < TCG_STALE_MAX) {
+            engine->stale[engine->stale_count] = address;
+        }
+        if (engine->stale_count <= TCG_STALE_MAX) {
+            engine->stale_count++;
+        }
+        request_locked(vcpu, TCG_STALE);
+    }
+    pthread_mutex_unlock(&tcg->lock);
+}
+
+void cpr_tcg_written(void *of, const void *place, uint64_t size)
+{
+    struct cpr_tcg *tcg = of;
+
+    for (uint32_t i = 0; i < tcg->ram.count; i++) {
+        const struct tcg_ram *ram = &tcg->ram.slots[i];
+        const uint64_t offset = (uint64_t)((const uint8_t *)place - ram->host);
+
+        if (offset >= ram->size) {
+            continue;
+        }
+        for (uint64_t page = offset / page_size; page <= (offset + size - 1) / page_size; page++) {
+            uint8_t bits = __atomic_load_n(&ram->notes[page], __ATOMIC_SEQ_CST);
+
+            bits = tcg_code_pages_are_known() ? bits : 0xff;
+            if (bits) {
+                add_stale(tcg, ram->address + page * page_size, bits);
+            }
+        }
+        return;
+    }
 }
 
 struct cpr_tcg_vcpu *cpr_tcg_vcpu_new(struct cpr_tcg *tcg, uint32_t index, void *handle,
@@ -246,18 +316,31 @@ struct cpr_tcg_vcpu *cpr_tcg_vcpu_new(struct cpr_tcg *tcg, uint32_t index, void 
     vcpu->engine.handle = handle;
     vcpu->engine.tsc_offset = &tcg->tsc_offset;
     vcpu->engine.vcpu_count = &tcg->vcpu_count;
+    vcpu->engine.notifies = &tcg->notifies;
     *problem = tcg_engine_open(&vcpu->engine, &tcg->ram, index);
     if (*problem) {
         free(vcpu);
         return NULL;
     }
     pthread_cond_init(&vcpu->wake, NULL);
+    pthread_mutex_lock(&tcg->lock);
     tcg->vcpu_count++;
+    vcpu->older = tcg->vcpus;
+    tcg->vcpus = vcpu;
+    pthread_mutex_unlock(&tcg->lock);
     return vcpu;
 }
 
 void cpr_tcg_vcpu_free(struct cpr_tcg_vcpu *vcpu)
 {
+    struct cpr_tcg_vcpu **place = &vcpu->tcg->vcpus;
+
+    pthread_mutex_lock(&vcpu->tcg->lock);
+    while (*place != vcpu) {
+        place = &(*place)->older;
+    }
+    *place = vcpu->older;
+    pthread_mutex_unlock(&vcpu->tcg->lock);
     tcg_engine_close(&vcpu->engine);
     pthread_cond_destroy(&vcpu->wake);
     free(vcpu);

@@ -36,6 +36,16 @@ int cpr_tcg_map_ram(struct cpr_tcg *tcg, uint64_t address, uint64_t size, uint64
                     int readonly);
 int cpr_tcg_unmap_ram(struct cpr_tcg *tcg, uint64_t address, uint64_t size);
 
+/* Has a guest's write of `size` bytes to `address` write the eventfd, which stays the caller's.
+   From any thread.  0, -EEXIST, or -ENOSPC where there are too many; -ENOENT. */
+int cpr_tcg_add_notify(struct cpr_tcg *tcg, uint64_t address, uint32_t size, int fd);
+int cpr_tcg_remove_notify(struct cpr_tcg *tcg, uint64_t address, uint32_t size, int fd);
+
+/* A device has written `size` bytes of RAM, which is mapped at `place`: the vCPUs forget what they
+   have translated of it, before they run the block after the next.  `tcg` is a struct cpr_tcg.
+   From any thread, before the guest can know of the writing. */
+void cpr_tcg_written(void *tcg, const void *place, uint64_t size);
+
 /* The TSC counts ns from `now_ns` on, and stands still from `now_ns` on; by CLOCK_MONOTONIC.  A new
    VM's stands still. */
 void cpr_tcg_start_time(struct cpr_tcg *tcg, uint64_t now_ns);

@@ -267,9 +267,12 @@ class KvmAccelerator(base.Accelerator):
         kvm.signal_msi(self.vm, address, data)
 
     @property
+    def has_irqfds(self) -> bool:  # type: ignore[override]
+        return all(kvm.check_extension(self.vm, number) > 0 for _, number in IRQFD_CAPABILITIES)
+
+    @property
     def ioeventfds(self) -> bool:  # type: ignore[override]
-        wanted = (*IRQFD_CAPABILITIES, ("KVM_CAP_IOEVENTFD", lib.KVM_CAP_IOEVENTFD))
-        return all(kvm.check_extension(self.vm, number) > 0 for _, number in wanted)
+        return kvm.check_extension(self.vm, lib.KVM_CAP_IOEVENTFD) > 0
 
     def add_ioeventfd(self, address: int, size: int, eventfd: int) -> None:
         kvm.assign_ioeventfd(self.vm, address, size, eventfd)

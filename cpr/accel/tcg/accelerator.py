@@ -17,6 +17,7 @@ class TcgAccelerator(base.Accelerator):
 
     name = "tcg"
     kernel_irqchip = False
+    ioeventfds = True
 
     def __init__(self) -> None:
         """Raises ConfigError where the library is missing or is not one of unicorn 2.1."""
@@ -42,6 +43,19 @@ class TcgAccelerator(base.Accelerator):
         error = lib.cpr_tcg_unmap_ram(self._vm, address, size)
         if error:
             raise KernelError(f"unmapping {size:#x} bytes of guest RAM at {address:#x}", -error)
+
+    def write_listener(self) -> tuple[int, int]:
+        """The engines, which have translated code."""
+        function = ffi.cast("uintptr_t", ffi.addressof(lib, "cpr_tcg_written"))
+        return int(function), int(ffi.cast("uintptr_t", self._vm))
+
+    def add_ioeventfd(self, address: int, size: int, eventfd: int) -> None:
+        error = lib.cpr_tcg_add_notify(self._vm, address, size, eventfd)
+        if error:
+            raise KernelError(f"an ioeventfd at {address:#x}", -error)
+
+    def remove_ioeventfd(self, address: int, size: int, eventfd: int) -> None:
+        lib.cpr_tcg_remove_notify(self._vm, address, size, eventfd)
 
     def create_vcpu(self, index: int) -> TcgVCpu:
         return TcgVCpu(self._vm, index)

@@ -44,7 +44,8 @@ class VirtioBlk(VirtioDevice):
     """The disk of `drive`.  Owns its Image and Disk.
 
     `comes_later`: a guest comes that another VMM may yet have.  `policies` are what becomes of a
-    read and of a write that fails.
+    read and of a write that fails.  `write_cache` is whether there is one at power-on; by default
+    as the drive says.
     """
 
     name = "virtio-blk"
@@ -62,6 +63,7 @@ class VirtioBlk(VirtioDevice):
         queue_size: int = DEFAULT_QUEUE_SIZE,
         serial: str = "",
         policies: tuple[str, str] = (READ_DEFAULT, WRITE_DEFAULT),
+        write_cache: bool | None = None,
     ) -> None:
         """Raises ConfigError for what is not possible."""
         if drive.file is None:
@@ -78,6 +80,9 @@ class VirtioBlk(VirtioDevice):
         self._comes_later = comes_later
         self._serial = serial
         self._policies = policies
+        if write_cache is None:
+            write_cache = drive.cache not in ("writethrough", "directsync")
+        self._has_write_cache = write_cache
         self.queue_sizes = (queue_size,) * queues
         self.features = virtio.BLK_F_SEG_MAX | virtio.BLK_F_BLK_SIZE | virtio.BLK_F_FLUSH
         if queues > 1:
@@ -123,7 +128,7 @@ class VirtioBlk(VirtioDevice):
 
     def reset(self) -> None:
         self._disk.kept = []
-        self._set_write_cache(self._drive.cache not in ("writethrough", "directsync"))
+        self._set_write_cache(self._has_write_cache)
 
     def _set_write_cache(self, on: bool) -> None:
         self._config[WCE_OFFSET] = on
@@ -209,6 +214,7 @@ def create(board: Board, config: DeviceConfig) -> None:
         drive_policy if properties.get(key, AUTO) == AUTO else properties[key]
         for key, drive_policy in (("rerror", drive.rerror), ("werror", drive.werror))
     ]
+    write_cache = properties.get("write-cache", AUTO)
     device = VirtioBlk(
         drive,
         board.fds,
@@ -217,5 +223,6 @@ def create(board: Board, config: DeviceConfig) -> None:
         properties.get("queue-size", DEFAULT_QUEUE_SIZE),
         properties.get("serial", ""),
         (policies[0], policies[1]),
+        None if write_cache == AUTO else write_cache == "on",
     )
     add_function(board, device, properties)

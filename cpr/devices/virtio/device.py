@@ -41,6 +41,7 @@ class VirtioDevice:
     kicks = False
     vmstate: VMStateDescription | None = None
     transport: Transport
+    is_balloon = False
 
     def realize(self, transport: Transport) -> None:
         """Makes what it needs, with the queues there.  Raises CprError; then nothing is left."""
@@ -74,6 +75,14 @@ class VirtioDevice:
     def stop(self) -> None:
         """The inverse of `start`: when it returns, no chain is under way."""
 
+    def on_notifiers(self) -> None:
+        """The eventfds of the queues may have become others."""
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with chains that something else than a queue has looked at, or ""."""
+        return ""
+
     def save(self) -> dict:
         return {}
 
@@ -96,3 +105,6 @@ class VirtioDevice:
 
     def take_over(self) -> None:
         pass
+
+    def copy_blocker(self) -> str | None:
+        return None

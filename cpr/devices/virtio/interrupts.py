@@ -45,7 +45,7 @@ class Interrupts:
         self._msix = msix
         self._set_line = set_line
         self._paused = False
-        self._uses_irqfds = platform.accel.ioeventfds
+        self._uses_irqfds = platform.accel.has_irqfds
         self._line_fd = _eventfd()
         platform.loop.watch(self._line_fd, 1, lambda events: self._on_line())
         self._vectors = [Vector(_eventfd()) for _ in range(msix.count)]

@@ -13,6 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from cpr.accel.base import Accelerator
     from cpr.memory import GuestMemory
 
 MOST_DESCRIPTORS = lib.CPR_VIRTQUEUE_MOST
@@ -21,9 +22,14 @@ MOST_DESCRIPTORS = lib.CPR_VIRTQUEUE_MOST
 class DeviceMemory:
     """All RAM of `memory` that is not read-only; to be freed after the queues that use it."""
 
-    def __init__(self, memory: GuestMemory) -> None:
-        """Raises KernelError."""
+    def __init__(self, memory: GuestMemory, accel: Accelerator) -> None:
+        """Tells `accel` what is written, if it wants to know.  Raises KernelError."""
         self.pointer = _made(lib.cpr_virtio_memory_new())
+        listener = accel.write_listener()
+        if listener is not None:
+            function, of = (ffi.cast("void *", value) for value in listener)
+            function = ffi.cast("void (*)(void *, const void *, uint64_t)", function)
+            lib.cpr_virtio_memory_tell(self.pointer, function, of)
         self._blocks = list(memory.blocks)  # whose bitmap cells it points to
         for section in memory.sections:
             if section.readonly:
@@ -63,16 +69,20 @@ class Queue:
     """One virtqueue, off at first.  Methods for chains raise nothing: see each.
 
     `kick` is an eventfd by which the guest's notifications come to a thread in C, or -1; it is the
-    queue's own.
+    queue's own.  `call` and `error` are those of `set_notifiers`; `size` is what it was enabled
+    with.
     """
 
     def __init__(self, memory: DeviceMemory, kicks: bool) -> None:
         """Raises KernelError."""
         self.pointer = _made(lib.cpr_virtqueue_new(memory.pointer))
         self.kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) if kicks else -1
+        self.call = self.error = -1
+        self.size = 0
 
     def enable(self, position: Position, event_idx: bool, indirect: bool) -> bool:
         """Lets it work from `position` on; false where the guest has put it at no good place."""
+        self.size = position.size
         state = ffi.new("struct cpr_virtqueue_state *")
         state.size = position.size
         state.descriptors, state.available = position.descriptors, position.available
@@ -93,7 +103,27 @@ class Queue:
 
     def set_notifiers(self, call: int, error: int) -> None:
         """The eventfds that it writes: for an interrupt, and when it has become broken."""
+        self.call, self.error = call, error
         lib.cpr_virtqueue_notifiers(self.pointer, call, error)
+
+    # For who works on it in the queue's place, while it is enabled.
+
+    def places(self) -> tuple[int, int, int] | None:
+        """Where descriptors, available and used ring are in this process; None if it is off."""
+        places = ffi.new("uint64_t[3]")
+        if not lib.cpr_virtqueue_places(self.pointer, places):
+            return None
+        return int(places[0]), int(places[1]), int(places[2])
+
+    def next(self) -> int:
+        """The index of the next chain to take."""
+        position = Position(self.size)
+        self.update(position)
+        return position.next
+
+    def moved(self, following: int) -> None:
+        """The chains before index `following` are taken; the others are to be."""
+        lib.cpr_virtqueue_moved(self.pointer, following)
 
     @property
     def problem(self) -> str:
@@ -108,6 +138,12 @@ class Queue:
         """
         buffer = bytearray(most)
         count = lib.cpr_virtqueue_receive(self.pointer, ffi.from_buffer(buffer), most)
+        return bytes(buffer[:count]) if count >= 0 else None
+
+    def peek(self, most: int) -> bytes | None:
+        """As `receive`, but the chain stays the next one."""
+        buffer = bytearray(most)
+        count = lib.cpr_virtqueue_peek(self.pointer, ffi.from_buffer(buffer), most)
         return bytes(buffer[:count]) if count >= 0 else None
 
     def send(self, data: bytes) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 
+from cpr import report
 from cpr._native._cpr import ffi, lib
 from cpr.devices.iommufd import passed_fd
 from cpr.devices.virtio.device import VirtioDevice
 from cpr.devices.virtio.pci import add_function
+from cpr.devices.virtio.vhost import VhostNet
 from cpr.errors import ConfigError, KernelError
 from cpr.uapi import tap, virtio
 
@@ -40,7 +42,9 @@ OFFLOADS = (
 
 
 class VirtioNet(VirtioDevice):
-    """The card on `netdev`, whose descriptor goes over updates.  Owns that, and the thread in C."""
+    """The card on `netdev`, whose descriptors go over updates.  Owns them, and the thread in C,
+    which has nothing to do where the kernel carries the frames.
+    """
 
     name = "virtio-net"
     device_id = virtio.ID_NET
@@ -54,6 +58,7 @@ class VirtioNet(VirtioDevice):
         self._fd_name = f"netdev:{netdev.id}"
         self._config = mac + LINK_UP.to_bytes(2, "little")
         self._guest_features = 0
+        self._vhost: VhostNet | None = None
         self.features = virtio.NET_F_MAC | virtio.NET_F_STATUS | virtio.NET_F_MRG_RXBUF
 
     def open(self) -> None:
@@ -62,6 +67,8 @@ class VirtioNet(VirtioDevice):
         try:
             _, self._has_header = tap.query(self._fd)
             os.set_blocking(self._fd, False)
+            if self._netdev.vhost:
+                self._vhost = VhostNet(self._fds, f"{self._fd_name}:vhost", self._netdev.vhostfd)
         except ConfigError:
             self._close()
             raise
@@ -79,11 +86,20 @@ class VirtioNet(VirtioDevice):
         return passed
 
     def _close(self) -> None:
+        if self._vhost is not None:
+            self._vhost.close()
+            self._vhost = None
         self._fds.delete(self._fd_name, 0)
         os.close(self._fd)
 
     def realize(self, transport: Transport) -> None:
         self.transport = transport
+        if self._vhost is not None and transport.platform.accel.write_listener() is not None:
+            self._close()
+            raise ConfigError(
+                f"netdev '{self._netdev.id}': vhost=on needs -accel kvm; leave it out, and the VMM "
+                "carries the frames"
+            )
         made = ffi.new("struct cpr_net **")
         receive, transmit = transport.queues
         error = lib.cpr_net_new(
@@ -117,12 +133,38 @@ class VirtioNet(VirtioDevice):
                 bool(features & virtio.NET_F_GUEST_ECN),
                 False,
             )
+        if self._vhost is not None:
+            transport = self.transport
+            memory, queues = transport.platform.memory, transport.queues
+            self._vhost.start(self._fd, self._has_header, features, memory, queues)
+            return
         error = lib.cpr_net_start(self._net, bool(features & virtio.NET_F_MRG_RXBUF))
         if error:
             raise KernelError("the thread of a network card", -error)
 
     def stop(self) -> None:
+        if self._vhost is not None:
+            try:
+                self._vhost.stop(self.transport.queues)
+            except KernelError as error:
+                report.error_report(f"netdev '{self._netdev.id}': {error}")
         lib.cpr_net_stop(self._net)
+
+    def on_notifiers(self) -> None:
+        if self._vhost is not None:
+            try:
+                self._vhost.set_calls(self.transport.queues)
+            except KernelError as error:
+                report.error_report(f"netdev '{self._netdev.id}': {error}")
+
+    @property
+    def problem(self) -> str:
+        return "" if self._vhost is None else "vhost has met a chain that is no frame's"
+
+    def copy_blocker(self) -> str | None:
+        if self._vhost is None:
+            return None
+        return f"x-cpr-ram-staging: netdev '{self._netdev.id}': no log tells what vhost writes"
 
 
 def parse_mac(text: str) -> bytes:

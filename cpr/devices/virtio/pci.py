@@ -102,7 +102,7 @@ class VirtioPci(Device, PciFunction):
         self._error_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         platform.loop.watch(self._error_fd, 1, lambda events: self._on_broken())
         try:
-            self._memory = DeviceMemory(platform.memory)
+            self._memory = DeviceMemory(platform.memory, platform.accel)
             for _ in sizes:
                 self.queues.append(Queue(self._memory, self.device.kicks))
             self.device.realize(self)
@@ -267,6 +267,7 @@ class VirtioPci(Device, PciFunction):
     def _update_notifiers(self) -> None:
         for queue, registers in zip(self.queues, self.common.queues, strict=True):
             queue.set_notifiers(self._interrupts.fd(registers.vector), self._error_fd)
+        self.device.on_notifiers()
 
     def _start(self) -> None:
         """Lets the queues work, where the guest runs and its driver is there."""
@@ -322,6 +323,8 @@ class VirtioPci(Device, PciFunction):
                 return
             if any(queue.problem for queue in self.queues):
                 self._stop()
+            elif self._started and self.device.problem:
+                self._break(self.device.problem)
 
     def _reset_device(self) -> None:
         self._stop()
@@ -358,6 +361,13 @@ class VirtioPci(Device, PciFunction):
 
     def cpr_blocker(self, mode: str) -> str | None:
         return self.device.cpr_blocker(mode)
+
+    @property
+    def balloon(self) -> Any:
+        return self.device if self.device.is_balloon else None
+
+    def copy_blocker(self) -> str | None:
+        return self.device.copy_blocker()
 
     def cpr_prepare(self, mode: str) -> None:
         self._interrupts.pause()

@@ -18,7 +18,7 @@ from waiting import wait_for
 BUILD = Path(__file__).resolve().parent.parent / "guests" / "build"
 READY = 2
 RAM_MIB = 64
-SECONDS = 60.0
+SECONDS = 300.0
 KINDS = ["type1", pytest.param("iommufd", marks=pytest.mark.iommufd)]
 DEVICE = {"type1": r"\[vfio-device\]", "iommufd": r"\[vfio-device\]|/dev/vfio/devices/"}
 # Writes what the new image is given to a file, and becomes the new image.

@@ -1,0 +1,198 @@
+"""Peers that do not answer: each wait for one can be ended, and none holds the monitors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.qmp import QmpError
+from harness.vm import Vm
+from test_device_updates import Source
+from waiting import wait_for
+
+from cpr.errors import MigrationError
+from cpr.live.transaction import PROTOCOL
+from cpr.mainloop import MainLoop
+from cpr.migration import incoming, outgoing
+from cpr.migration.cancellation import Cancellation
+from cpr.migration.connect import connect
+from cpr.migration.cpr_transfer import Transfer
+from cpr.migration.program import ANSWER_TIMEOUT
+from cpr.state.cpr_state import CprState
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[str]:
+    """The path of a unix socket whose queue of connections is full."""
+    path = str(tmp_path / "full")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(0)
+        waiting = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+        for each in waiting:
+            each.setblocking(False)
+            each.connect_ex(path)
+        yield path
+        for each in waiting:
+            each.close()
+
+
+def addr(path: str) -> dict[str, str]:
+    return {"transport": "socket", "type": "unix", "path": path}
+
+
+def test_a_target_that_accepts_nobody(start, full):
+    """migrate_cancel ends the wait; the next update goes well.  A cpr channel is refused."""
+    vm: Vm = start.guest("heartbeat", "tcg")
+    vm.ask("migrate", uri=f"unix:{full}")
+    assert vm.ask("query-migrate")["status"] == "setup"
+    vm.ask("migrate_cancel")
+    wait_for(lambda: vm.ask("query-migrate")["status"] == "cancelled", "it is cancelled")
+    vm.ask("migrate-set-parameters", mode="cpr-transfer")
+    channels = [
+        {"channel-type": kind, "addr": addr(path)} for kind, path in (("main", "/m"), ("cpr", full))
+    ]
+    with pytest.raises(QmpError, match=f"Failed to connect to '{full}': Resource temporarily"):
+        vm.ask("migrate", channels=channels)
+    vm.update()
+    assert vm.ask("query-migrate")["status"] == "completed"
+
+
+def test_a_connection_is_made_when_there_is_room(full):
+    made: list[int] = []
+    cancellation = Cancellation()
+    thread = threading.Thread(target=lambda: made.append(connect(addr(full), cancellation)))
+    thread.start()
+    with socket.socket(socket.AF_UNIX) as listener:
+        os.unlink(full)
+        listener.bind(full)
+        listener.listen()
+        thread.join()
+    os.close(made[0])
+    cancellation.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_port_where_nobody_listens(host):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    cancellation = Cancellation()
+    with pytest.raises(MigrationError, match="Connection refused"):
+        connect(
+            {"transport": "socket", "type": "inet", "host": host, "port": str(port)}, cancellation
+        )
+    cancellation.close()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "exec", "fd"])
+def test_a_source_that_says_nothing(start, tmp_path, kind):
+    """Monitors answer, and SIGTERM ends the VMM."""
+    vm: Vm = start.guest("heartbeat", "tcg", "-incoming", "defer")
+    uri = {"fifo": f"file:{tmp_path}/fifo", "exec": "exec:sleep 1000", "fd": "fd:pipe"}[kind]
+    os.mkfifo(tmp_path / "fifo")
+    reader, writer = os.pipe()
+    vm.qmp.send("getfd", fds=(reader,), fdname="pipe")
+    assert vm.qmp.read() == {"return": {}}
+    vm.ask("migrate-incoming", uri=uri)
+    wait_for(lambda: vm.ask("query-migrate").get("status") == "active", "it reads")
+    vm.process.send_signal(signal.SIGTERM)
+    assert vm.process.wait(10) == 0
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_source_that_writes_late_to_a_fifo(start, tmp_path):
+    """It is no end of the stream that nobody has opened the FIFO yet."""
+    state, fifo = tmp_path / "state", tmp_path / "fifo"
+    source: Vm = start.guest("heartbeat", "tcg")
+    source.ask("migrate", uri=f"file:{state}")
+    wait_for(lambda: source.ask("query-migrate")["status"] == "completed", "it is saved")
+    os.mkfifo(fifo)
+    target: Vm = start.guest("heartbeat", "tcg", "-incoming", "defer")
+    target.ask("migrate-incoming", uri=f"file:{fifo}")
+    wait_for(lambda: target.ask("query-migrate").get("status") == "active", "it reads")
+    fifo.write_bytes(state.read_bytes())
+    wait_for(lambda: target.ask("query-status")["running"], "the guest has come")
+
+
+class ManyFds:
+    """So many preserved descriptors that no socket takes their messages at once."""
+
+    def __init__(self) -> None:
+        self.read, self.write = os.pipe()
+
+    def state(self) -> CprState:
+        return CprState([(f"fd{number}", 0, self.read) for number in range(600)], [])
+
+
+def test_a_target_that_reads_its_state_late(tmp_path):
+    path = str(tmp_path / "cpr")
+    loop, fds = MainLoop(), ManyFds()
+    gone: list[bool] = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        before = len(os.listdir("/proc/self/fd"))
+        transfer = Transfer(fds, loop, addr(path), False)
+        assert transfer.begin(lambda: gone.append(True))
+        loop.iterate(0)
+        with listener.accept()[0] as target:
+            received, ended = 0, False
+            while not ended:
+                data, came, _, _ = socket.recv_fds(target, 65536, 16)
+                received += len(came)
+                for fd in came:
+                    os.close(fd)
+                ended = not data
+                loop.iterate(0)
+        assert received == 600 and not gone
+        loop.iterate(None)
+    assert gone == [True]
+    assert len(os.listdir("/proc/self/fd")) == before - 1  # the listener
+    loop.close()
+    os.close(fds.read)
+    os.close(fds.write)
+
+
+def no_thread(*arguments: Any) -> int:
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_thread_that_cannot_start_fails_the_migration(monkeypatch, guests, tmp_path):
+    for module in (outgoing, incoming):
+        monkeypatch.setattr(module, "start_new_thread", no_thread)
+    source = Source(str(guests / "heartbeat.img"))
+    source.migration.migrate(f"file:{tmp_path}/state")
+    source.run_to_the_end()
+    assert (source.migration.status, source.migration.error) == ("failed", incoming.NO_THREAD)
+    source.close()
+    target = Source(str(guests / "heartbeat.img"))
+    target.migration.incoming_side.expect(False)
+    target.migration.incoming("exec:sleep 1000", None, False)
+    target.loop.iterate(None)
+    assert (target.migration.status, target.migration.error) == ("failed", incoming.NO_THREAD)
+    target.close()
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_program_that_is_only_asked_and_hangs(start, tmp_path, answers):
+    """When it is asked what it knows, and when it is rehearsed: SIGTERM ends the VMM."""
+    program = tmp_path / "program"
+    answer = f'[ "$1" = protocol ] && echo {PROTOCOL} && exit' if answers else ""
+    program.write_text(f"#!/bin/sh\n{answer}\ntouch {tmp_path}/hangs\nexec sleep 1000\n")
+    program.chmod(0o755)
+    vm: Vm = start.guest("heartbeat", "tcg")
+    vm.qmp.send("cpr-exec", command=[str(program), "run"], test=True)
+    wait_for((tmp_path / "hangs").exists, "it hangs")
+    began = time.monotonic()
+    vm.process.send_signal(signal.SIGTERM)
+    assert vm.process.wait(60) == 0
+    assert time.monotonic() - began < ANSWER_TIMEOUT / 2
+    assert not vm.processes()
