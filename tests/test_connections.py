@@ -431,9 +431,11 @@ def test_clients_of_every_kind_go_on(start, accel, tmp_path) -> None:
         else:
             late(vm, command)
         vm.reconnect()
-        wait_for(lambda: len(vm.processes()) == 1, "one process has the guest")
-        assert vm.ask("query-migrate")["status"] == status
-        assert vm.follow() == pid
+        ended = ([pid], status)
+        wait_for(
+            lambda ended=ended: (vm.processes(), vm.ask("query-migrate")["status"]) == ended,
+            f"{way}: the update has {status}, and the process is the same",
+        )
         assert (vm.qmp is fd) == (way == "early"), "its monitor has no cpr=on"
         clients.finish()
         wait_for_change(lambda: typist.answered, "the guest answers")
