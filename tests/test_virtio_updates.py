@@ -162,7 +162,7 @@ def refused(*options: str) -> str:
         ),
         ("-netdev user,id=n", "Parameter 'type' does not accept value 'user'"),
         ("-netdev tap", "Parameter 'id' is missing"),
-        ("-netdev tap,id=n,vhost=on", "vhost=on is not supported"),
+        ("-netdev tap,id=n,vhost=off,vhostfd=3", "vhostfd(s)= is not valid without vhost"),
         ("-netdev tap,id=n,cpr=off", "a tap goes over every update"),
         ("-netdev tap,id=n,fd=3,ifname=x", "are invalid with fd="),
         (

@@ -25,6 +25,7 @@ from cpr.uapi import vhost
 NAME = "vhost0"
 KIND = b"\x88\xb5"  # for experiments (IEEE 802)
 SECONDS = 30
+UPDATE_SECONDS = 200  # the host may be loaded
 
 
 class VhostRig(Rig):
@@ -167,7 +168,9 @@ def test_its_descriptor_goes_over_updates(start) -> None:
     netdev = f"tap,id=n0,ifname={NAME},script=no,downscript=no,vhost=on"
     vm = start(
         *("examples/heartbeat.cfg", "-monitor", "none", "-accel", "kvm"),
+        *("-global", f"migration.x-cpr-exec-timeout={UPDATE_SECONDS}000"),
         *("-netdev", netdev, "-device", "virtio-net-pci,netdev=n0"),
+        timeout=UPDATE_SECONDS,
     )
 
     def kept() -> list[tuple[int, str]]:
