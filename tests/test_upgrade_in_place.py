@@ -23,8 +23,12 @@ AT_START = (
     "cpr.uapi.seccomp",
     "cpr.migration.arrival",
     "cpr.vmm.process",
+    "cpr.config.blockdev_options",
     "cpr.vmm.inspect.command",  # another verb
+    "cpr.vmm.exec_verb",
     "cpr.live.aio",  # for other programs than the VMM
+    "cpr.live.image",
+    "cpr.live.preserved",
 )
 """What is imported in a function because the command line asks for it, when the VMM starts."""
 

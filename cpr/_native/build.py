@@ -82,4 +82,7 @@ tcg = module("_tcg", TCG_HEADERS, TCG_HEADERS, TCG_SOURCES)
 
 if __name__ == "__main__":
     for builder in (cpr, tcg):
-        builder.compile(tmpdir=str(HERE.parent.parent))
+        built = Path(builder.compile(tmpdir=str(HERE.parent.parent)))
+        for stale in HERE.glob(f"{built.name.split('.')[0]}.*.so"):
+            if stale.name != built.name:  # of a Python's own suffix, which would go before it
+                stale.unlink()
