@@ -181,3 +181,16 @@ def test_another_version_of_the_hand_over_is_refused_before_anything_stops(start
     assert vm.qmp.command("query-migrate") == {}
     assert not vm.qmp.events
     vm.update(command=vm.words)  # one that does speak it
+
+
+def test_nobody_goes_on_from_where_the_update_does_not_wait(start, accel):
+    """migrate-continue with the state in which it is, which is no pause before the switchover."""
+    vm = start.guest("heartbeat", accel)
+    vm.qmp.send_raw(
+        b'{"execute": "cpr-exec"}\n'
+        b'{"execute": "migrate-continue", "arguments": {"state": "setup"}}\n'
+    )
+    vm.reconnect()
+    assert vm.ask("query-migrate")["status"] == "completed"
+    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts on")
+    assert "Traceback" not in vm.stderr

@@ -15,8 +15,9 @@ from waiting import wait_for
 
 from cpr.accel import x86
 from cpr.accel.kvm import msrs
+from cpr.accel.kvm.native import VCPU_SIZE
 from cpr.devices.system import NativeState
-from cpr.errors import KernelError
+from cpr.errors import ConfigError, KernelError
 
 pytestmark = pytest.mark.skipif(missing_kvm() is not None, reason=str(missing_kvm()))
 
@@ -65,19 +66,27 @@ def whole(vm: TestVm) -> list[Any]:
     return [vm.vcpu.get_state(), vm.vcpu.get_apic(), vm.accel.get_clock(), chips]
 
 
-def test_all_of_a_state_goes_over(make: Callable[[], TestVm]) -> None:  # noqa: F811
-    source, target, untouched = make(), make(), make()
-    assert source.accel.native_layout() == target.accel.native_layout()
-    for vm in (source, untouched):
-        vm.accel.stop_time(0)
-    unlike_power_on(source)
-    expected = whole(source)
+def hand_over(source: TestVm, target: TestVm) -> None:
     for part in range(2):
         data = source.accel.get_native(part)
         assert len(data) == target.accel.native_size(part)
         target.accel.set_native(part, data)
     target.accel.apply_state()
+
+
+def test_all_of_a_state_goes_over_and_on(make: Callable[[], TestVm]) -> None:  # noqa: F811
+    """The second time from a VM that has been given its state in this way."""
+    source, target, last, untouched = make(), make(), make(), make()
+    assert source.accel.native_layout() == target.accel.native_layout()
+    assert last.accel.native_layout() == target.accel.native_layout()
+    for vm in (source, untouched):
+        vm.accel.stop_time(0)
+    unlike_power_on(source)
+    expected = whole(source)
+    hand_over(source, target)
     assert whole(target) == expected == whole(source)
+    hand_over(target, last)
+    assert whole(last) == expected == whole(target)
     for before, after in zip(whole(untouched), expected, strict=True):
         assert before != after
 
@@ -92,15 +101,31 @@ def test_a_part_of_another_size_is_refused(make: Callable[[], TestVm]) -> None: 
         device.check({"size": size - 1, "data": bytes(size - 1)})
 
 
-def test_an_msr_that_this_kvm_lacks_is_named(make: Callable[[], TestVm]) -> None:  # noqa: F811
+@pytest.mark.parametrize("index", [0, 1])
+def test_msrs_of_another_layout_are_refused(
+    make: Callable[[], TestVm],  # noqa: F811
+    index: int,
+) -> None:
     source, target = make(), make()
-    target.accel.native_layout()
-    data = bytearray(source.accel.get_native(0)) if source.accel.native_layout() else bytearray()
-    listed = (msrs.MTRR_DEFAULT_TYPE).to_bytes(8, "little")  # an entry's index and padding
-    place = data.rindex(listed)
-    data[place : place + 16] = (0x12345678).to_bytes(8, "little") + (1).to_bytes(8, "little")
+    assert source.accel.native_layout() == target.accel.native_layout()
+    data = bytearray(source.accel.get_native(0))
+    place = VCPU_SIZE + 16 * index
+    data[place : place + 4] = (0x12345678).to_bytes(4, "little")
     target.accel.set_native(0, bytes(data))
-    with pytest.raises(KernelError, match="MSR 0x12345678 on kvm-vcpu:0"):
+    with pytest.raises(ConfigError, match="not those of its layout"):
+        target.accel.apply_state()
+
+
+def test_an_msr_that_this_kvm_does_not_take_is_named(
+    make: Callable[[], TestVm],  # noqa: F811
+) -> None:
+    source, target = make(), make()
+    assert source.accel.native_layout() == target.accel.native_layout()
+    data = bytearray(source.accel.get_native(0))
+    place = data.rindex(msrs.MTRR_DEFAULT_TYPE.to_bytes(8, "little"))  # its index and padding
+    data[place + 8 : place + 16] = ((1 << 64) - 1).to_bytes(8, "little")
+    target.accel.set_native(0, bytes(data))
+    with pytest.raises(KernelError, match=f"MSR {msrs.MTRR_DEFAULT_TYPE:#x} on kvm-vcpu:0"):
         target.accel.apply_state()
 
 

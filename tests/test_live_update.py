@@ -21,8 +21,7 @@ file.write(f"line {count}\\n")
 if live.generation == 3:
     file.seek(0)
     say("end", file.read(), live.names())
-    with open(f"/proc/self/task/{os.getpid()}/children") as children:
-        say("children", children.read())
+    say("children", wait_alone())
     sys.exit()
 pids = [*state["pids"], os.getpid()]
 live.on_save(lambda: {"pids": pids, "words": ["ü", None, 1.5]})

@@ -18,12 +18,15 @@ unsigned cpr_ioctls(struct cpr_ioctl *calls, unsigned count)
     return count;
 }
 
-void cpr_keep_changed_msrs(struct kvm_msrs *msrs, const struct kvm_msrs *known, unsigned count)
+int cpr_changed_msrs(const struct kvm_msrs *msrs, const struct kvm_msrs *known, unsigned count,
+                     struct kvm_msrs *changed)
 {
-    unsigned kept = 0;
-
-    for (unsigned i = 0; i < count; i++)
+    changed->nmsrs = 0;
+    for (unsigned i = 0; i < count; i++) {
+        if (msrs->entries[i].index != known->entries[i].index)
+            return -EINVAL;
         if (msrs->entries[i].data != known->entries[i].data)
-            msrs->entries[kept++] = msrs->entries[i];
-    msrs->nmsrs = kept;
+            changed->entries[changed->nmsrs++] = msrs->entries[i];
+    }
+    return 0;
 }

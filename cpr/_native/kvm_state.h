@@ -35,8 +35,9 @@ struct cpr_kvm_vm {
 
 /* Calls them in their order, up to the first that fails; returns how many have not. */
 unsigned cpr_ioctls(struct cpr_ioctl *calls, unsigned count);
-/* Moves those of `count` entries whose data is not that of known[], which has the same indices, to
-   the front, and sets nmsrs to their number. */
-void cpr_keep_changed_msrs(struct kvm_msrs *msrs, const struct kvm_msrs *known, unsigned count);
+/* Copies those of `count` entries whose data is not that of known[] to changed[], and sets its nmsrs.
+   Returns 0, or -EINVAL where known[] has other indices. */
+int cpr_changed_msrs(const struct kvm_msrs *msrs, const struct kvm_msrs *known, unsigned count,
+                     struct kvm_msrs *changed);
 
 #endif

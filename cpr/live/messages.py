@@ -25,6 +25,10 @@ MOST_PACKETS = 6000  # of one message: 1200000 descriptors, more than a process 
 ROOM = socket.CMSG_LEN((MOST_FDS + 1) * array.array("i").itemsize)
 
 
+NO_MESSAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
+"""What reading raises that is none."""
+
+
 class Message:
     """`kind` and the other members of the JSON, and the bytes besides.
 
@@ -97,7 +101,7 @@ def receive(sock: socket.socket, in_one: bool = False) -> Message:
             if in_one:
                 raise Ended("a new program's message has one packet")
         raise Ended("the other side's message does not end")
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (OSError, *NO_MESSAGE) as error:
         _close(fds)
         raise Ended(f"what the other side sent is no message: {error}") from None
     except Ended:

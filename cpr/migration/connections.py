@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 USED = 1
 UNSIZED = IDENTITY[:-1]  # somebody else may write to a file meanwhile
-HANG_UP_NS = 2 * NS_PER_S
+HANG_UP_NS = 10 * NS_PER_S  # the guest runs; an old VMM that has died hangs up at once
 
 
 def send_all(update: Update, kept: dict[str, Kept]) -> None:

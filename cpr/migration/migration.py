@@ -283,7 +283,7 @@ class Migration:
         """migrate-continue: goes on from pre-switchover.  Raises MigrationError elsewhere."""
         if self.status != state:
             raise MigrationError(f"Migration not in expected state: {self.status}")
-        if self._early is not None:
+        if self._early is not None and state == "pre-switchover":
             self._early.continue_()
         if self.outgoing is not None:
             self.outgoing.let_go()

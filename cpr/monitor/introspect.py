@@ -50,6 +50,7 @@ BUILTINS = {
 JSON_TYPES = {"string": "str", "boolean": "bool"}
 
 EVENTS: dict[str, dict[str, Kind]] = {
+    "BALLOON_CHANGE": {"actual": INTEGER},
     "BLOCK_IO_ERROR": {
         "device": STRING,
         "operation": Enum("read", "write"),

@@ -14,7 +14,7 @@ from cpr._native._cpr import ffi, lib
 from cpr.accel.kvm import msrs, registers
 from cpr.accel.kvm.chips import CHIP_IDS
 from cpr.accel.kvm.state import CHIP_STEPS, VCPU_STEPS
-from cpr.errors import KernelError
+from cpr.errors import ConfigError, KernelError
 from cpr.uapi import kvm
 
 TYPE_CHECKING = False
@@ -49,7 +49,10 @@ class Part:
         self._given = data
 
     def apply(self) -> None:
-        """Writes what was given; nothing happens where nothing was.  Raises KernelError."""
+        """Writes what was given; nothing happens where nothing was.
+
+        Raises KernelError, and ConfigError for what is of another layout.
+        """
         data, self._given = self._given, None
         if data is not None:
             self._write(data)
@@ -72,6 +75,7 @@ class NativeVCpu(Part):
             self.indices.append(msrs.TSC_DEADLINE)
         entries = [(index, initial[index]) for index in self.indices]
         self._msrs, self._initial = kvm.msr_array(entries), kvm.msr_array(entries)
+        self._changed = kvm.msr_array(entries)
         self._entries = ffi.buffer(self._msrs.entries)
         self._gets: Calls = self._calls(True)
         self._sets: Calls = self._calls(False)
@@ -83,7 +87,8 @@ class NativeVCpu(Part):
             if struct is None:
                 continue
             is_msrs = struct is kvm.MSRS
-            pointer = self._msrs if is_msrs else ffi.addressof(self._state, step.name)
+            list_ = self._msrs if reading else self._changed
+            pointer = list_ if is_msrs else ffi.addressof(self._state, step.name)
             calls.append((self._vcpu.fd, struct.name(reading), struct.request(reading), pointer))
         return kvm.Calls(calls)
 
@@ -116,10 +121,11 @@ class NativeVCpu(Part):
             vcpu.loaded_deadline = self._msrs.entries[self._deadline].data or None
             last = self._deadline
         registers.make_settable(state.events)
-        lib.cpr_keep_changed_msrs(self._msrs, self._initial, last)
+        if lib.cpr_changed_msrs(self._msrs, self._initial, last, self._changed) < 0:
+            raise ConfigError("the MSRs of the native state are not those of its layout")
         done = self._sets.run(lib.KVM_SET_MSRS)
-        if done != self._msrs.nmsrs:
-            raise self._refusal("KVM_SET_MSRS", self._msrs.entries[done].index)
+        if done != self._changed.nmsrs:
+            raise self._refusal("KVM_SET_MSRS", self._changed.entries[done].index)
 
     def _refusal(self, operation: str, index: int) -> KernelError:
         return msrs.refusal(f"{operation} of MSR {index:#x} on {self._vcpu.fd.name}")
