@@ -66,6 +66,7 @@ def run(start, folder: Path, fact: Callable[[str], None]) -> None:
     os.truncate(disk, DISK)
     listener = socket.create_server((HOST, 6000))
     listener.settimeout(SECONDS)
+    vhost = "on" if Path("/dev/vhost-net").exists() else "off"
     began = time.monotonic()
     guest = LinuxGuest(
         start,
@@ -74,7 +75,7 @@ def run(start, folder: Path, fact: Callable[[str], None]) -> None:
         *("-global", "migration.x-cpr-exec-timeout=200000"),  # the host may be loaded
         *device_words("type1", NVME),
         *("-drive", f"file={disk},format=raw,if=virtio"),
-        *("-netdev", "tap,id=n0,ifname=tap0,script=no,downscript=no"),
+        *("-netdev", f"tap,id=n0,ifname=tap0,script=no,downscript=no,vhost={vhost}"),
         *("-device", "virtio-net-pci,netdev=n0", "-device", "virtio-rng-pci"),
         seconds=SECONDS,
     )
@@ -98,7 +99,9 @@ def run(start, folder: Path, fact: Callable[[str], None]) -> None:
     for _ in range(UPDATES):
         began, before, _ = guest.uptime()
         guest.update("early")
-        pauses.append(guest.vm.qmp.command("query-migrate")["x-cpr-downtime-ns"] / NS_PER_MS)
+        migration = guest.vm.qmp.command("query-migrate")
+        assert migration["status"] == "completed", (migration, guest.vm.complaints)
+        pauses.append(migration["x-cpr-downtime-ns"] / NS_PER_MS)
         _, after, ended = guest.uptime()
         steps.append(f"{after - before:.2f} of {ended - began:.2f}")
         assert before <= after <= before + (ended - began) * (1 + DRIFT) + TICK, steps
