@@ -122,6 +122,33 @@ def test_a_server_with_a_client_that_does_not_read(loops, tmp_path, kind) -> Non
     assert not os.path.exists(path)
 
 
+@pytest.mark.parametrize("speaks", [False, True])
+def test_a_silent_client_gives_way_to_one_that_connects_anew(loops, tmp_path, speaks) -> None:
+    path = str(tmp_path / "sock")
+    config = Config("socket", server=True, wait=False, path=path)
+    old = create(config, loops[0])
+    with socket.socket(socket.AF_UNIX) as client, socket.socket(socket.AF_UNIX) as second:
+        client.connect(path)
+        until(loops[0], lambda: old.connected)
+        new = create(config, loops[1], True, over(old.save()))
+        data = take_input(new)
+        if speaks:
+            client.sendall(b"still here")
+            until(loops[1], lambda: data == b"still here")
+        second.connect(path)
+        second.sendall(b"anew")
+        if speaks:
+            for _ in range(20):
+                loops[1].iterate(1_000_000)
+            assert data == b"still here"
+            client.sendall(b"!")
+            until(loops[1], lambda: data == b"still here!")
+        else:
+            until(loops[1], lambda: data == b"anew")
+            assert client.recv(1) == b""
+        end(new, old)
+
+
 def test_descriptors_that_were_passed_with_half_a_command(loops, tmp_path) -> None:
     path = str(tmp_path / "sock")
     config = Config("socket", server=True, wait=False, path=path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+import select
 import socket
 
 from cpr import report
@@ -99,6 +100,7 @@ class SocketChardev(FdChardev):
         self._connecting: socket.socket | None = None
         self._inode = 0
         self._timer: Timer | None = None
+        self._gives_way = False
         self._passed: list[int] = []
         if kept.fds:
             self._adopt(kept)
@@ -134,6 +136,10 @@ class SocketChardev(FdChardev):
 
     def read_some(self, size: int) -> bytes:
         assert self._socket is not None
+        if self._gives_way:
+            self._gives_way = False
+            assert self._listener is not None
+            self.loop.unwatch(self._listener.fileno())
         if not self._options.path:
             return self._socket.recv(size)
         room = socket.CMSG_SPACE(MAX_PASSED_FDS * array.array("i").itemsize)
@@ -193,7 +199,15 @@ class SocketChardev(FdChardev):
             self._attach(socket.socket(fileno=peer))
             self.adopt_output(kept)
             self._passed = [kept.take(role) for role in sorted(kept.fds, key=_number)]
+            self._may_give_way()
         elif self._listener is not None:
+            self._watch_listener()
+
+    def _may_give_way(self) -> None:
+        """One who takes the connection for lost, as it is in other VMMs, connects anew: that one is
+        served, unless the client has said something since the update.  Nobody had waited yet."""
+        if self._listener is not None and not select.select([self._listener], [], [], 0)[0]:
+            self._gives_way = True
             self._watch_listener()
 
     def start_over(self) -> None:
@@ -308,6 +322,7 @@ class SocketChardev(FdChardev):
                 self._timer = self.loop.call_later(RETRY_NS, self._watch_listener)
             return  # or it has gone again
         self.loop.unwatch(self._listener.fileno())
+        self._gives_way = False
         if self._socket is not None:
             self.detach_fds()
         self._attach(client)
