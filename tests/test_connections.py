@@ -145,7 +145,8 @@ def test_a_silent_client_gives_way_to_one_that_connects_anew(loops, tmp_path, sp
             until(loops[1], lambda: data == b"still here!")
         else:
             until(loops[1], lambda: data == b"anew")
-            assert client.recv(1) == b""
+            new.write(b"to you")
+            assert read_all(second.fileno(), loops[1], 6) == b"to you"
         end(new, old)
 
 
