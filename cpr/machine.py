@@ -38,10 +38,6 @@ if TYPE_CHECKING:
         def attach(self, chardev: Chardev | None) -> None: ...
 
 
-VCPUS_FIRST = 100e-6
-"""For how long, in s, who lets the vCPUs go leaves the interpreter and the CPU to their threads."""
-
-
 class Machine:
     """One VM: its RAM, accelerator, vCPUs and devices.  Owns all of them.
 
@@ -224,7 +220,6 @@ class Machine:
             self.accel.start_time(now, advance)
         for thread in self.threads:
             thread.resume()
-        time.sleep(VCPUS_FIRST)
 
     def _take_advance(self) -> int:
         """How far the guest's clock is ahead of where it was stopped, in ns, when it goes on."""

@@ -7,6 +7,7 @@ loop, where no monitor's command comes in between.
 from __future__ import annotations
 
 import os
+import time
 from _thread import allocate_lock, start_new_thread
 
 from cpr import runstate
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 DEFER = "defer"
 NO_THREAD = "cannot start a thread for the migration: raise RLIMIT_NPROC or pids.max"
 PREFIX = "load of migration failed: "
+VCPUS_FIRST = 100e-6
+"""For how long, in s, the interpreter and the CPU are left to the vCPUs that have been let go."""
 
 
 class Sources:
@@ -300,6 +303,7 @@ class Incoming:
             lambda: mark("resume"),
             lambda: self._come_up(old_state),
             lambda: mark("run"),
+            lambda: time.sleep(VCPUS_FIRST),
             lambda: self._set_status("completed"),
             self.on_running,
         ):
