@@ -9,8 +9,9 @@ the guest is stopped for the hand-over its CPUs are free, and do nothing else: b
 from __future__ import annotations
 
 import os
+import time
 
-from cpr.live.token import PROCESSOR_FIELD, STATE_FIELD, read_stat
+from cpr.live.token import PROCESSOR_FIELD, read_stat
 from cpr.report import warn_report
 from cpr.vcpus import Scheduling
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
     from cpr.vcpus import VCpuThread
 
-RUNNING = "R"
+LOOK = 0.002  # s
+BUSY_NS = 200_000
+"""A vCPU that has run for so long while it was looked at is no halted one."""
 
 
 class Placement:
@@ -37,7 +40,13 @@ class Placement:
     def of(cls, threads: Sequence[VCpuThread]) -> Placement:
         """The old VMM's, whose vCPU threads have not ended.  Raises OSError."""
         own = os.sched_getaffinity(0)
-        away = own - {_busy_cpu(thread.thread_id) for thread in threads}
+        before = [_run_time(thread.thread_id) for thread in threads]
+        time.sleep(LOOK)  # a vCPU that uses devices runs only while this thread does not
+        away = own - {
+            _last_cpu(thread.thread_id)
+            for thread, ran in zip(threads, before, strict=True)
+            if _run_time(thread.thread_id) - ran > BUSY_NS
+        }
         return cls(own, away, [Scheduling.of(thread.thread_id).describe() for thread in threads])
 
     def describe(self) -> list:
@@ -80,7 +89,14 @@ def _move(cpus: set[int], thread_id: int = 0) -> None:
         warn_report(f"the VMM cannot run on the CPUs {sorted(cpus)}: {error.strerror}")
 
 
-def _busy_cpu(thread_id: int) -> int:
-    """The CPU that a thread runs on, or -1 where it does not: its vCPU has halted."""
-    fields = read_stat(f"/proc/self/task/{thread_id}/stat")[1]
-    return int(fields[PROCESSOR_FIELD]) if fields[STATE_FIELD] == RUNNING else -1
+def _run_time(thread_id: int) -> int:
+    """ns that a thread has run (Documentation/scheduler/sched-stats.rst); 0 where nobody counts."""
+    try:
+        with open(f"/proc/self/task/{thread_id}/schedstat") as file:
+            return int(file.read().split()[0])
+    except FileNotFoundError:
+        return 0
+
+
+def _last_cpu(thread_id: int) -> int:
+    return int(read_stat(f"/proc/self/task/{thread_id}/stat")[1][PROCESSOR_FIELD])
