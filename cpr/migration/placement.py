@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 
-from cpr.live.token import PROCESSOR_FIELD, read_stat
+from cpr.live.token import PROCESSOR_FIELD, STATE_FIELD, read_stat
 from cpr.report import warn_report
 from cpr.vcpus import Scheduling
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from cpr.vcpus import VCpuThread
 
+RUNNING = "R"
 LOOK = 0.002  # s
 BUSY_NS = 200_000
 """A vCPU that has run for so long while it was looked at is no halted one."""
@@ -43,9 +44,7 @@ class Placement:
         before = [_run_time(thread.thread_id) for thread in threads]
         time.sleep(LOOK)  # a vCPU that uses devices runs only while this thread does not
         away = own - {
-            _last_cpu(thread.thread_id)
-            for thread, ran in zip(threads, before, strict=True)
-            if _run_time(thread.thread_id) - ran > BUSY_NS
+            _busy_cpu(thread.thread_id, ran) for thread, ran in zip(threads, before, strict=True)
         }
         return cls(own, away, [Scheduling.of(thread.thread_id).describe() for thread in threads])
 
@@ -98,5 +97,11 @@ def _run_time(thread_id: int) -> int:
         return 0
 
 
-def _last_cpu(thread_id: int) -> int:
-    return int(read_stat(f"/proc/self/task/{thread_id}/stat")[1][PROCESSOR_FIELD])
+def _busy_cpu(thread_id: int, ran_ns: int) -> int:
+    """The CPU of a thread that had run for `ran_ns`, or -1 where it does not run: it has halted.
+
+    The time of one that runs all the while is counted at the next tick only.
+    """
+    fields = read_stat(f"/proc/self/task/{thread_id}/stat")[1]
+    busy = fields[STATE_FIELD] == RUNNING or _run_time(thread_id) - ran_ns > BUSY_NS
+    return int(fields[PROCESSOR_FIELD]) if busy else -1
