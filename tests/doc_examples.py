@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -33,6 +34,7 @@ from conformance.terminal import Screen
 from harness.vm import ROOT
 from waiting import wait_for
 
+ACCEPTS = 0x10000  # __SO_ACCEPTCON of linux/net.h, in the flags of /proc/net/unix
 TIMEOUT = 20.0
 SHELL, MORE, MONITOR = "$ ", "> ", "(qemu) "
 BANNER = "(qemu) QEMU "  # a new image's, after the prompt of the old one
@@ -232,6 +234,15 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
+def is_there(path: Path) -> bool:
+    """A file; a socket only when somebody listens, which comes a moment after it has its name."""
+    if not path.is_socket():
+        return path.exists()
+    with open("/proc/net/unix") as table:  # its row has the name that it was bound to
+        rows = [line.split() for line in table if line.endswith(f"{path.name}\n")]
+    return any(int(row[3], 16) & ACCEPTS for row in rows)
+
+
 def run(blocks: list[Block], folder: Path) -> None:
     """Plays one example in `folder`.  Raises AssertionError where it is not as shown."""
     (folder / "examples").symlink_to(ROOT / "examples")
@@ -240,7 +251,7 @@ def run(blocks: list[Block], folder: Path) -> None:
         for block in blocks:
             if block.language == "wait":
                 path = folder / block.word
-                wait_for(path.exists, f"there is {path}")
+                wait_for(partial(is_there, path), f"there is {path}")
             elif block.language == "console":
                 if block.word not in terminals:
                     terminals[block.word] = Terminal(folder)

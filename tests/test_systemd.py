@@ -145,7 +145,8 @@ def test_the_example_unit(systemd: Systemd, tmp_path: Path) -> None:
     reload = f"[Service]\nExecReload=\nExecReload={words} {dies} {sys.executable} -m cpr.vmm run\n"
     (tmp_path / "units" / f"{EXAMPLE.name}.d" / "dies.conf").write_text(reload)
     systemd.ctl("daemon-reload")
-    assert "failed" in systemd.ctl("reload", UNIT)
+    answer = systemd.ctl("reload", UNIT)
+    assert "failed" in answer, systemd.ctl("status", "-l", UNIT)
     assert systemd.show("ActiveState") == "active"
     assert "was ended by signal 9 before it took over" in systemd.show("StatusText")
     guard = systemd.show("MainPID")
