@@ -137,7 +137,7 @@ class VCpuThread:
 
     def request_pause(self) -> None:
         """The first half of `pause`, so that all vCPUs can be asked before any is waited for."""
-        if self._running:
+        if self._running and not self._stopping:
             self._stopping = True
             self._kick()
 

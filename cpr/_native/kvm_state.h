@@ -33,7 +33,7 @@ struct cpr_kvm_vm {
     struct kvm_irqchip chips[3];
 };
 
-/* Calls them in their order, up to the first that fails; returns how many have not. */
+/* Calls them in their order, up to the first that fails; returns how many have gone well. */
 unsigned cpr_ioctls(struct cpr_ioctl *calls, unsigned count);
 /* Copies those of `count` entries whose data is not that of known[] to changed[], and sets its nmsrs.
    Returns 0, or -EINVAL where known[] has other indices. */

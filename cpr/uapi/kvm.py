@@ -174,27 +174,26 @@ MSRS = StateStruct("kvm_msrs", "MSRS")
 
 
 class Calls:
-    """A list of ioctls that are called in their order, in one go; arguments are the caller's."""
+    """A list of ioctls that are called in their order, in one go."""
 
-    def __init__(self, calls: Sequence[tuple[Fd, str, int, Any]]) -> None:
-        """(descriptor, name for errors, request, pointer) of each."""
-        self._names = [f"{name} on {fd.name}" for fd, name, _, _ in calls]
-        self._calls = ffi.new("struct cpr_ioctl[]", len(calls))
-        self._kept = [pointer for _, _, _, pointer in calls]
-        self._places = {request: place for place, (_, _, request, _) in enumerate(calls)}
-        for native, (fd, _, request, pointer) in zip(self._calls, calls, strict=True):
-            native.fd, native.request, native.argument = fd.number, request, pointer
+    def __init__(self, fd: Fd, reading: bool, parts: Sequence[tuple[StateStruct, Any]]) -> None:
+        """Each struct is read from `fd`, which stays the caller's, or written, at its pointer."""
+        self._fd, self._reading, self._parts = fd, reading, parts
+        self._calls = ffi.new("struct cpr_ioctl[]", len(parts))
+        for call, (struct, pointer) in zip(self._calls, parts, strict=True):
+            call.fd, call.request, call.argument = fd.number, struct.request(reading), pointer
 
-    def run(self, asked: int | None = None) -> int:
-        """Returns what the one with the request `asked` has returned.
+    def run(self) -> None:
+        """Raises KernelError for the first that fails, after which none is called."""
+        done = lib.cpr_ioctls(self._calls, len(self._parts))
+        if done < len(self._parts):
+            name = self._parts[done][0].name(self._reading)
+            raise KernelError(f"{name} on {self._fd.name}", -self._calls[done].result)
 
-        Raises KernelError for the first that fails, after which none is called.
-        """
-        count = len(self._names)
-        done = lib.cpr_ioctls(self._calls, count)
-        if done < count:
-            raise KernelError(self._names[done], -self._calls[done].result)
-        return 0 if asked is None else int(self._calls[self._places[asked]].result)
+    def result(self, struct: StateStruct) -> int:
+        """What the call for `struct` has returned in the last run."""
+        place = next(i for i, (each, _) in enumerate(self._parts) if each is struct)
+        return int(self._calls[place].result)
 
 
 def supported_cpuid(device: Fd) -> Any:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from cpr._native._cpr import ffi, lib
+from cpr._native._cpr import lib
 from cpr.accel.irqchip import PIC_ELCR_MASKS, PIC_FIELDS
+from cpr.uapi import kvm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from cpr.uapi.fd import Fd
 
 IOAPIC_ADDRESS = 0xFEC00000
 # The kernel's PIC has no single mode.
 KERNEL_PIC_FIELDS = tuple(name for name in PIC_FIELDS if name != "single_mode")
+IRQCHIP = kvm.StateStruct("kvm_irqchip", "IRQCHIP")
 CHIP_IDS = {
     "i8259-0": lib.KVM_IRQCHIP_PIC_MASTER,
     "i8259-1": lib.KVM_IRQCHIP_PIC_SLAVE,
@@ -21,8 +25,8 @@ CHIP_IDS = {
 
 def get_chip(vm: Fd, chip: str) -> dict:
     """Reads one chip."""
-    irqchip = ffi.new("struct kvm_irqchip *", {"chip_id": CHIP_IDS[chip]})
-    vm.ioctl(lib.KVM_GET_IRQCHIP, "KVM_GET_IRQCHIP", irqchip)
+    irqchip = new_chip(chip)
+    IRQCHIP.read(vm, irqchip)
     if chip == "ioapic":
         ioapic = irqchip.chip.ioapic
         return {
@@ -38,7 +42,7 @@ def get_chip(vm: Fd, chip: str) -> dict:
 
 def set_chip(vm: Fd, chip: str, state: dict) -> None:
     """The inverse of `get_chip`."""
-    irqchip = ffi.new("struct kvm_irqchip *", {"chip_id": CHIP_IDS[chip]})
+    irqchip = new_chip(chip)
     if chip == "ioapic":
         ioapic = irqchip.chip.ioapic
         ioapic.base_address = IOAPIC_ADDRESS
@@ -52,4 +56,11 @@ def set_chip(vm: Fd, chip: str, state: dict) -> None:
         for name in KERNEL_PIC_FIELDS:
             setattr(pic, name, state[name])
         pic.elcr_mask = PIC_ELCR_MASKS[irqchip.chip_id]
-    vm.ioctl(lib.KVM_SET_IRQCHIP, "KVM_SET_IRQCHIP", irqchip)
+    IRQCHIP.set(vm, irqchip)
+
+
+def new_chip(chip: str) -> Any:
+    """The struct of this chip, empty, as an owning cdata pointer."""
+    irqchip = IRQCHIP.new()
+    irqchip.chip_id = CHIP_IDS[chip]
+    return irqchip

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from cpr._native._cpr import ffi, lib
 from cpr.accel.kvm import msrs, registers
-from cpr.accel.kvm.chips import CHIP_IDS
+from cpr.accel.kvm.chips import CHIP_IDS, IRQCHIP
 from cpr.accel.kvm.state import CHIP_STEPS, VCPU_STEPS
 from cpr.errors import ConfigError, KernelError
 from cpr.uapi import kvm
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from cpr.accel.kvm.accelerator import KvmAccelerator
     from cpr.accel.kvm.vcpu import KvmVCpu
-    from cpr.uapi.kvm import Calls
 
 VCPU_SIZE = ffi.sizeof("struct cpr_kvm_vcpu")
 VM_SIZE = ffi.sizeof("struct cpr_kvm_vm")
@@ -77,20 +76,18 @@ class NativeVCpu(Part):
         self._msrs, self._initial = kvm.msr_array(entries), kvm.msr_array(entries)
         self._changed = kvm.msr_array(entries)
         self._entries = ffi.buffer(self._msrs.entries)
-        self._gets: Calls = self._calls(True)
-        self._sets: Calls = self._calls(False)
+        self._gets = kvm.Calls(vcpu.fd, True, self._parts(self._msrs)[::-1])
+        self._sets = kvm.Calls(vcpu.fd, False, self._parts(self._changed))
 
-    def _calls(self, reading: bool) -> Calls:
-        calls = []
-        for step in reversed(VCPU_STEPS) if reading else VCPU_STEPS:
-            struct = step.struct
-            if struct is None:
-                continue
-            is_msrs = struct is kvm.MSRS
-            list_ = self._msrs if reading else self._changed
-            pointer = list_ if is_msrs else ffi.addressof(self._state, step.name)
-            calls.append((self._vcpu.fd, struct.name(reading), struct.request(reading), pointer))
-        return kvm.Calls(calls)
+    def _parts(self, msr_list: Any) -> list[tuple[kvm.StateStruct, Any]]:
+        """The structs of the steps, in their order, and where they are."""
+        return [
+            (step.struct, msr_list)
+            if step.struct is kvm.MSRS
+            else (step.struct, ffi.addressof(self._state, step.name))
+            for step in VCPU_STEPS
+            if step.struct is not None
+        ]
 
     @property
     def size(self) -> int:
@@ -99,7 +96,8 @@ class NativeVCpu(Part):
     def get(self) -> bytes:
         vcpu, state = self._vcpu, self._state
         self._msrs.nmsrs = len(self.indices)
-        done = self._gets.run(lib.KVM_GET_MSRS)
+        self._gets.run()
+        done = self._gets.result(kvm.MSRS)
         if done != len(self.indices):
             raise self._refusal("KVM_GET_MSRS", self.indices[done])
         if vcpu.loaded_deadline is not None and self._deadline is not None:
@@ -123,7 +121,8 @@ class NativeVCpu(Part):
         registers.make_settable(state.events)
         if lib.cpr_changed_msrs(self._msrs, self._initial, last, self._changed) < 0:
             raise ConfigError("the MSRs of the native state are not those of its layout")
-        done = self._sets.run(lib.KVM_SET_MSRS)
+        self._sets.run()
+        done = self._sets.result(kvm.MSRS)
         if done != self._changed.nmsrs:
             raise self._refusal("KVM_SET_MSRS", self._changed.entries[done].index)
 
@@ -140,13 +139,12 @@ class NativeVm(Part):
         super().__init__()
         self._accel = accel
         self._state = ffi.new("struct cpr_kvm_vm *")
-        read, write = [], []
-        for number, (chip, _) in enumerate(CHIP_STEPS):
-            self._state.chips[number].chip_id = CHIP_IDS[chip]
-            pointer = ffi.addressof(self._state.chips, number)
-            read.append((accel.vm, "KVM_GET_IRQCHIP", lib.KVM_GET_IRQCHIP, pointer))
-            write.append((accel.vm, "KVM_SET_IRQCHIP", lib.KVM_SET_IRQCHIP, pointer))
-        self._gets, self._sets = kvm.Calls(read), kvm.Calls(write)
+        chips = self._state.chips
+        parts = [(IRQCHIP, ffi.addressof(chips, number)) for number in range(len(CHIP_STEPS))]
+        for native, (chip, _) in zip(chips, CHIP_STEPS, strict=True):
+            native.chip_id = CHIP_IDS[chip]
+        self._gets = kvm.Calls(accel.vm, True, parts)
+        self._sets = kvm.Calls(accel.vm, False, parts)
 
     def get(self) -> bytes:
         state, accel = self._state, self._accel
