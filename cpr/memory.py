@@ -100,8 +100,8 @@ class GuestMemory:
     def read(self, address: int, size: int) -> bytes:
         """Reads guest-physical memory; where there is none, ones, as an open bus reads."""
         data = bytearray(b"\xff" * size)
-        for position, block, offset, length in self._spans(address, size):
-            data[position : position + length] = block.view(offset, length)
+        for position, section, offset, length in self._spans(address, size):
+            data[position : position + length] = section.block.view(offset, length)
         return bytes(data)
 
     def write(self, address: int, data: bytes) -> None:
@@ -110,18 +110,25 @@ class GuestMemory:
         This is the way for device code, DMA above all: a copy of RAM that is being made while the
         guest runs learns of it.
         """
-        for position, block, offset, length in self._spans(address, len(data)):
-            block.write(offset, data[position : position + length])
+        for position, section, offset, length in self._spans(address, len(data)):
+            section.block.write(offset, data[position : position + length])
 
-    def _spans(self, address: int, size: int) -> list[tuple[int, RAMBlock, int, int]]:
-        """(position in [address, address+size), block, offset in it, length) of all the parts."""
+    def discard(self, address: int, size: int) -> None:
+        """Gives what of the range is RAM, and not ROM, back to the host: it reads as zeros."""
+        for _, section, offset, length in self._spans(address, size):
+            if not section.readonly:
+                section.block.discard(offset, length)
+
+    def _spans(self, address: int, size: int) -> list[tuple[int, Section, int, int]]:
+        """(position in [address, address+size), section, offset in its block, length) of all the
+        parts."""
         spans = []
         for section in self.sections:
             start = max(address, section.start)
             end = min(address + size, section.start + section.size)
             if start < end:
                 offset = section.offset + start - section.start
-                spans.append((start - address, section.block, offset, end - start))
+                spans.append((start - address, section, offset, end - start))
         return spans
 
     def close(self) -> None:

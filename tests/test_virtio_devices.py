@@ -14,6 +14,7 @@ from virtio_driver import F_EVENT_IDX, F_VERSION_1, NEEDS_RESET, RAM_SIZE, Drive
 
 from cpr.config import NetdevConfig
 from cpr.constants import PAGE_SIZE
+from cpr.devices.dma import DmaMappings
 from cpr.devices.pci import PciHost
 from cpr.devices.virtio.balloon import VirtioBalloon
 from cpr.devices.virtio.net import VirtioNet, parse_mac
@@ -389,6 +390,11 @@ def test_pages_that_a_device_may_have_stay(balloon: Rig) -> None:
     driver.queues[0].kick()
     assert driver.queues[0].take_used() == (head, 0)
     assert driver.read(40 * PAGE_SIZE, 4) == b"kept"
+
+
+def test_a_card_whose_frames_the_kernel_carries_has_no_ram_mapped() -> None:
+    """It keeps RAM from being copied, and nothing else; those who map it keep both."""
+    assert DmaMappings.maps_ram and not VirtioPci.maps_ram
 
 
 def test_balloons_of_hostile_guests(balloon: Rig, capfd: pytest.CaptureFixture) -> None:

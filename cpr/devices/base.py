@@ -140,6 +140,8 @@ class Device:
     required = False
     plain = True
     """Whether its state is this VMM's own alone, so that a VMM that has no guest yet may set it."""
+    maps_ram = False
+    """Whether a device of the host has the guest's RAM mapped, so that no page of it may go."""
     of_vcpu = False
     """Whether its state can be read only while the vCPU does not run."""
 

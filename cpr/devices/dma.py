@@ -18,6 +18,7 @@ class DmaMappings(Device):
     """
 
     plain = False
+    maps_ram = True
 
     def __init__(self, claimed: bool) -> None:
         self.required = claimed

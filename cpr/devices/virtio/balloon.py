@@ -86,21 +86,12 @@ class VirtioBalloon(VirtioDevice):
 
     def kick(self, index: int) -> None:
         """Pages become holes before the guest is told that they are taken, and may want them."""
-        queue = self.transport.queues[index]
+        queue, memory = self.transport.queues[index], self.transport.platform.memory
         while (numbers := queue.peek(ARRAY_BYTES)) is not None:
             if index == INFLATE and not self._is_inhibited():
                 for first, count in runs(numbers):
-                    self._discard(first * PAGE_SIZE, count * PAGE_SIZE)
+                    memory.discard(first * PAGE_SIZE, count * PAGE_SIZE)
             queue.receive(ARRAY_BYTES)
-
-    def _discard(self, address: int, size: int) -> None:
-        """Gives what of the range is RAM back to the host."""
-        memory = self.transport.platform.memory
-        end = address + size
-        for section in memory.sections:
-            first, last = max(address, section.start), min(end, section.start + section.size)
-            if first < last and not section.readonly:
-                section.block.discard(section.offset + first - section.start, last - first)
 
     def save(self) -> dict:
         return {"num_pages": self._wanted, "actual": self._pages}
@@ -130,7 +121,7 @@ def create(board: Board, config: DeviceConfig) -> None:
         raise ConfigError("Only one balloon device is supported")
 
     def is_inhibited() -> bool:
-        return any(device.copy_blocker() is not None for device in machine.devices)
+        return any(device.maps_ram for device in machine.devices)
 
     properties = config.properties
     balloon = VirtioBalloon(
