@@ -7,6 +7,7 @@ becomes the process that the mappings belong to, which needs all of them to be o
 from __future__ import annotations
 
 import errno
+import os
 
 from cpr.devices import dma
 from cpr.devices.base import DESCRIPTORS_KEPT
@@ -204,3 +205,18 @@ def passed_fd(value: str | None) -> int | None:
     if not (value.isascii() and value.isdigit()):
         raise ConfigError(f"Property 'fd' doesn't take value '{value}': give a descriptor's number")
     return int(value)
+
+
+def passed_or_made(value: str | None, option: str, make: Callable[[], int]) -> int:
+    """The descriptor of a netdev's fd= or vhostfd=, close-on-exec, else what `make` opens.
+
+    The caller's.  Raises ConfigError.
+    """
+    fd = passed_fd(value)
+    if fd is None:
+        return make()
+    try:
+        os.set_inheritable(fd, False)
+    except OSError as error:
+        raise ConfigError(f"netdev {option}={fd}: {error.strerror}") from None
+    return fd

@@ -87,16 +87,18 @@ def take(
 def give(fd: int, count: int) -> list[int]:
     """The inverse; returns how far each of the `count` rings is: the next chain to take.
 
-    No chain is under way when it returns.  Raises KernelError.
+    No chain is under way when it returns.  Raises KernelError; it is not the owner then either.
     """
     vhost = Fd(fd, DEVICE)
     bases = []
-    for index in range(count):
-        _set_file(vhost, lib.VHOST_NET_SET_BACKEND, "VHOST_NET_SET_BACKEND", index, -1)
-        state = ffi.new("struct vhost_vring_state *", {"index": index})
-        vhost.ioctl(lib.VHOST_GET_VRING_BASE, "VHOST_GET_VRING_BASE", state)
-        bases.append(int(state.num) & 0xFFFF)
-    vhost.ioctl(lib.VHOST_RESET_OWNER, "VHOST_RESET_OWNER")
+    try:
+        for index in range(count):
+            _set_file(vhost, lib.VHOST_NET_SET_BACKEND, "VHOST_NET_SET_BACKEND", index, -1)
+            state = ffi.new("struct vhost_vring_state *", {"index": index})
+            vhost.ioctl(lib.VHOST_GET_VRING_BASE, "VHOST_GET_VRING_BASE", state)
+            bases.append(int(state.num) & 0xFFFF)
+    finally:
+        vhost.ioctl(lib.VHOST_RESET_OWNER, "VHOST_RESET_OWNER")
     return bases
 
 

@@ -6,7 +6,7 @@ import os
 
 from cpr import report
 from cpr._native._cpr import ffi, lib
-from cpr.devices.iommufd import passed_fd
+from cpr.devices.iommufd import passed_or_made
 from cpr.devices.virtio.device import VirtioDevice
 from cpr.devices.virtio.pci import add_function
 from cpr.devices.virtio.vhost import VhostNet
@@ -63,7 +63,12 @@ class VirtioNet(VirtioDevice):
 
     def open(self) -> None:
         """Opens the tap, by which the features are known.  Raises ConfigError."""
-        self._fd = self._fds.open(self._fd_name, 0, self._open)
+        netdev = self._netdev
+        self._fd = self._fds.open(
+            self._fd_name,
+            0,
+            lambda: passed_or_made(netdev.fd, "fd", lambda: tap.open_tap(netdev.ifname)),
+        )
         try:
             _, self._has_header = tap.query(self._fd)
             os.set_blocking(self._fd, False)
@@ -74,16 +79,6 @@ class VirtioNet(VirtioDevice):
             raise
         if self._has_header:
             self.features |= OFFLOADS
-
-    def _open(self) -> int:
-        passed = passed_fd(self._netdev.fd)
-        if passed is None:
-            return tap.open_tap(self._netdev.ifname)
-        try:
-            os.set_inheritable(passed, False)
-        except OSError as error:
-            raise ConfigError(f"netdev fd={passed}: {error.strerror}") from None
-        return passed
 
     def _close(self) -> None:
         if self._vhost is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from cpr.devices.iommufd import passed_fd
+from cpr.devices.iommufd import passed_or_made
 from cpr.errors import ConfigError
 from cpr.uapi import vhost, virtio
 
@@ -31,7 +31,7 @@ class VhostNet:
         self._fds = fds
         self._name = name
         self._running = 0
-        self._fd = fds.open(name, 0, lambda: _open(passed))
+        self._fd = fds.open(name, 0, lambda: passed_or_made(passed, "vhostfd", vhost.open_vhost))
         try:
             if missing := NEEDED & ~vhost.features(self._fd):
                 raise ConfigError(f"vhost of this kernel lacks features {missing:#x}")
@@ -86,14 +86,3 @@ class VhostNet:
         """The queues' interrupts may be other eventfds.  Raises KernelError."""
         for index in range(self._running):
             vhost.set_call(self._fd, index, queues[index].call)
-
-
-def _open(passed: str | None) -> int:
-    fd = passed_fd(passed)
-    if fd is None:
-        return vhost.open_vhost()
-    try:
-        os.set_inheritable(fd, False)
-    except OSError as error:
-        raise ConfigError(f"netdev vhostfd={fd}: {error.strerror}") from None
-    return fd
