@@ -7,7 +7,7 @@ here, xAPIC mode only, with a bus clock of 1 GHz.
 from __future__ import annotations
 
 from cpr.devices.apic_bus import EXTINT, FIXED, INIT, ApicBus
-from cpr.devices.base import Device, check_time
+from cpr.devices.base import IrqchipDevice, check_time
 from cpr.devices.virtual_timer import LEAST_PERIOD_NS, VirtualTimer
 from cpr.state.vmstate import VMStateDescription, buffer, i64, u64
 
@@ -48,7 +48,7 @@ APIC_BASE_BSP, APIC_BASE_ENABLE = 1 << 8, 1 << 11
 NEVER = -1
 
 
-class LocalApic(Device):
+class LocalApic(IrqchipDevice):
     """The local APIC of vCPU `index`; its InterruptSource, and that of the PIC behind it.
 
     The first one registers the memory that all of them share: which one answers is a matter of
@@ -101,10 +101,6 @@ class LocalApic(Device):
         if self._index == 0:
             self._registers[LVT_LINT0] = EXTINT << MODE_SHIFT
 
-    @property
-    def of_accel(self) -> bool:
-        return self._platform is not None and self._platform.accel.kernel_irqchip
-
     def realize(self, platform: Platform) -> None:
         self._platform = platform
         if not platform.accel.kernel_irqchip:
@@ -134,9 +130,8 @@ class LocalApic(Device):
             self._platform.accel.set_apic(self._vcpu, self._page())
 
     def save(self) -> dict:
-        if self.of_accel:
-            assert self._platform is not None
-            registers = self._platform.accel.get_apic(self._vcpu)
+        if (accel := self.kernel) is not None:
+            registers = accel.get_apic(self._vcpu)
         else:
             registers = self._page()
         deadline = self._timer.deadline if self._timer is not None else None

@@ -233,3 +233,19 @@ class Device:
     def copy_blocker(self) -> str | None:
         """Why RAM cannot be copied while this device runs (DMA that no log tells of), or None."""
         return None
+
+
+class IrqchipDevice(Device):
+    """A device that an accelerator may have in the kernel: an interrupt chip, or the timer."""
+
+    _platform: Platform | None = None
+
+    @property
+    def kernel(self) -> Accelerator | None:
+        """The accelerator that has it; None where it is emulated here."""
+        platform = self._platform
+        return platform.accel if platform is not None and platform.accel.kernel_irqchip else None
+
+    @property
+    def of_accel(self) -> bool:
+        return self.kernel is not None

@@ -7,7 +7,7 @@ are not run: what they hold follows from the time at which they were loaded.
 from __future__ import annotations
 
 from cpr.constants import NS_PER_S
-from cpr.devices.base import Device, check_range, check_time
+from cpr.devices.base import Device, IrqchipDevice, check_range, check_time
 from cpr.devices.virtual_timer import LEAST_PERIOD_NS, VirtualTimer
 from cpr.state.vmstate import VMStateDescription, i32, i64, struct_, u8, u16, u32
 
@@ -195,7 +195,7 @@ class Channel:
         return restarts
 
 
-class I8254(Device):
+class I8254(IrqchipDevice):
     """The timer.  With an in-kernel PIT, `channels` has its state while the VM is stopped."""
 
     idstr = "i8254"
@@ -216,10 +216,6 @@ class I8254(Device):
         self.speaker_data = 0
         self._platform: Platform | None = None
         self._timer: VirtualTimer | None = None
-
-    @property
-    def of_accel(self) -> bool:
-        return self._platform is not None and self._platform.accel.kernel_irqchip
 
     def realize(self, platform: Platform) -> None:
         self._platform = platform
@@ -247,12 +243,15 @@ class I8254(Device):
             self._take_from_kernel()
         return {
             "channels[0].irq_disabled": self.irq_disabled,
-            "channels": [
-                {name: getattr(channel, name) for name in Channel.__slots__}
-                for channel in self.channels
-            ],
+            "channels": self._channel_fields(),
             "channels[0].next_transition_time": self.channels[0].next_transition_time,
         }
+
+    def _channel_fields(self) -> list[dict]:
+        return [
+            {name: getattr(channel, name) for name in Channel.__slots__}
+            for channel in self.channels
+        ]
 
     def check(self, state: dict) -> None:
         for number, channel in enumerate(state["channels"]):
@@ -296,11 +295,9 @@ class I8254(Device):
         now = self.now()
         flags = KVM_HPET_LEGACY if self.irq_disabled else 0
         flags |= KVM_SPEAKER_DATA if self.speaker_data else 0
-        channels = [
-            {name: getattr(channel, name) for name in Channel.__slots__}
-            | {"count_load_time": channel.count_load_time - now}
-            for channel in self.channels
-        ]
+        channels = self._channel_fields()
+        for channel in channels:
+            channel["count_load_time"] -= now
         self._platform.accel.set_irqchip("i8254", {"channels": channels, "flags": flags})
 
     def _take_from_kernel(self) -> None:

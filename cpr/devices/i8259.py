@@ -7,7 +7,7 @@ is on the master's input 2.  The edge/level registers are at 0x4d0 and 0x4d1.
 from __future__ import annotations
 
 from cpr.accel.irqchip import PIC_ELCR_MASKS, PIC_FIELDS
-from cpr.devices.base import Device
+from cpr.devices.base import IrqchipDevice
 from cpr.state.vmstate import VMStateDescription, u8
 
 TYPE_CHECKING = False
@@ -34,7 +34,7 @@ OCW2_EOI, OCW2_SPECIFIC, OCW2_ROTATE = 1, 2, 4
 READY, NEEDS_ICW2, NEEDS_ICW3, NEEDS_ICW4 = range(4)
 
 
-class I8259(Device):
+class I8259(IrqchipDevice):
     """One controller: the master (`number` 0) or the slave (1).
 
     `on_output(level)` is called when the INT output changes.
@@ -69,10 +69,6 @@ class I8259(Device):
         self._platform: Platform | None = None
         self._initialize()
 
-    @property
-    def of_accel(self) -> bool:
-        return self._platform is not None and self._platform.accel.kernel_irqchip
-
     def realize(self, platform: Platform) -> None:
         self._platform = platform
         if not platform.accel.kernel_irqchip:
@@ -90,20 +86,17 @@ class I8259(Device):
     def reset(self) -> None:
         self.elcr = 0
         self._initialize()
-        if self.of_accel:
-            assert self._platform is not None
-            self._platform.accel.set_irqchip(self._chip, self._fields())
+        if (accel := self.kernel) is not None:
+            accel.set_irqchip(self._chip, self._fields())
 
     def save(self) -> dict:
-        if self.of_accel:
-            assert self._platform is not None
-            return self._platform.accel.get_irqchip(self._chip)
+        if (accel := self.kernel) is not None:
+            return accel.get_irqchip(self._chip)
         return self._fields()
 
     def restore(self, state: dict) -> None:
-        if self.of_accel:
-            assert self._platform is not None
-            self._platform.accel.set_irqchip(self._chip, state)
+        if (accel := self.kernel) is not None:
+            accel.set_irqchip(self._chip, state)
             return
         for name in PIC_FIELDS:
             setattr(self, name, state[name])

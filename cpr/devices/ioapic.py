@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cpr.devices.apic_bus import EXTINT
-from cpr.devices.base import Device
+from cpr.devices.base import IrqchipDevice
 from cpr.state.vmstate import VMStateDescription, u8, u32, u64, unused
 
 TYPE_CHECKING = False
@@ -37,7 +37,7 @@ READ_ONLY = DELIVERY_STATUS | REMOTE_IRR
 TIMER_PIN = 2  # where a PC has ISA IRQ 0
 
 
-class IOApic(Device):
+class IOApic(IrqchipDevice):
     """Messages go to `apic_bus`, and those of mode ExtINT take their vector from its PIC."""
 
     idstr = "ioapic"
@@ -59,10 +59,6 @@ class IOApic(Device):
         self.irr = 0
         self.ioredtbl = [MASKED] * PINS
 
-    @property
-    def of_accel(self) -> bool:
-        return self._platform is not None and self._platform.accel.kernel_irqchip
-
     def realize(self, platform: Platform) -> None:
         self._platform = platform
         if not platform.accel.kernel_irqchip:
@@ -81,20 +77,17 @@ class IOApic(Device):
 
     def reset(self) -> None:
         self._clear()
-        if self.of_accel:
-            assert self._platform is not None
-            self._platform.accel.set_irqchip(CHIP, self._fields())
+        if (accel := self.kernel) is not None:
+            accel.set_irqchip(CHIP, self._fields())
 
     def save(self) -> dict:
-        if self.of_accel:
-            assert self._platform is not None
-            return self._platform.accel.get_irqchip(CHIP)
+        if (accel := self.kernel) is not None:
+            return accel.get_irqchip(CHIP)
         return self._fields()
 
     def restore(self, state: dict) -> None:
-        if self.of_accel:
-            assert self._platform is not None
-            self._platform.accel.set_irqchip(CHIP, state)
+        if (accel := self.kernel) is not None:
+            accel.set_irqchip(CHIP, state)
             return
         self.id = state["id"]
         self.ioregsel = state["ioregsel"]
