@@ -111,7 +111,7 @@ def add_others(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--kinds", type=run.some_of(kinds), default="all", help=f"{', '.join(kinds)}, or all"
     )
-    parser.add_argument("--accel", type=run.some_of(cases.ACCELS), default="tcg", help="(tcg)")
+    parser.add_argument("--accel", choices=cases.ACCELS, default="tcg", help="(tcg)")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind (5)")
     add_qemu(parser)
     add_output(parser)

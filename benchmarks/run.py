@@ -113,7 +113,7 @@ def run_virtio(options: argparse.Namespace, peer: Peer | None) -> None:
     modes = ["qemu", "cpr"] if peer is not None else ["cpr"]
     document = open_document("virtio", options, peer)
     with Progress(len(modes) * len(options.kinds)) as progress:
-        arguments = (options.accel[0], options.kinds, options.rounds, peer, progress.at)
+        arguments = (options.accel, options.kinds, options.rounds, peer, progress.at)
         for entry in virtio.measure(modes, *arguments):
             document.entries.append(entry)
             document.save()

@@ -5,7 +5,6 @@ Each VMM has a network namespace of its own, in which the host's end of its tap 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from harness.console import Console
+from harness.network import GUEST
 from harness.vm import Vm
 
 from benchmarks.cases import MIB
@@ -28,27 +28,8 @@ DISK = 256 * MIB
 RAM = "512M"
 BOOT_SECONDS = 120.0
 PROMPT = "/ # "
-CLONE_NEWNET = 0x40000000
-HOST, GUEST = "10.7.0.1", "10.7.0.2"
 KERNEL_LINE = "console=ttyS0 panic=-1 mitigations=off nokaslr quiet"
 SECONDS = 60
-
-
-def own_network() -> None:
-    """Gives this thread, and what it starts, a network with nothing but tap0.
-
-    Raises RuntimeError where that is not possible here.
-    """
-    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
-        raise RuntimeError(f"unshare of the network: {os.strerror(ctypes.get_errno())}")
-    if not Path("/dev/net/tun").exists() or shutil.which("ip") is None:
-        raise RuntimeError("there is no /dev/net/tun, or no ip(8): install iproute2")
-    for command in (
-        "ip tuntap add dev tap0 mode tap vnet_hdr",
-        f"ip addr add {HOST}/24 dev tap0",
-        "ip link set tap0 up",
-    ):
-        subprocess.run(command.split(), check=True, timeout=SECONDS)
 
 
 def initrd(folder: Path) -> bytes:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
-import shutil
 import socket
-import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import missing_tcg
+from harness.network import GUEST, HOST, own_network
 from linux_guest import LinuxGuest, linux_image
 from waiting import wait_for, wait_for_change
 
 __all__ = ["linux_image"]
 
-CLONE_NEWNET = 0x40000000
-HOST, GUEST = "10.7.0.1", "10.7.0.2"
 BLOCK = 128 << 10
 STREAM = 4 << 20
 DISK = 32 << 20
@@ -41,24 +37,34 @@ done
 """
 
 
-def own_network() -> None:
-    """Gives this thread, and what it starts, a network without any but a tap.  Skips."""
-    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
-        pytest.skip(f"unshare of the network: {os.strerror(ctypes.get_errno())}")
-    if not Path("/dev/net/tun").exists():
-        pytest.skip("this host has no /dev/net/tun")
-    if shutil.which("ip") is None:
-        pytest.skip("there is no ip(8): install iproute2")
-    for command in (
-        "ip tuntap add dev tap0 mode tap",
-        f"ip addr add {HOST}/24 dev tap0",
-        "ip link set tap0 up",
-    ):
-        subprocess.run(command.split(), check=True, timeout=SECONDS)
+def prepare(folder: Path, size: int, seconds: float) -> tuple[Path, socket.socket]:
+    """An empty disk of so many bytes, and who listens for the guest in a network of its own.
+
+    Skips where that cannot be.
+    """
+    try:
+        own_network()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    disk = folder / "disk.img"
+    disk.touch()
+    os.truncate(disk, size)
+    listener = socket.create_server((HOST, 6000))
+    listener.settimeout(seconds)
+    return disk, listener
 
 
 class Stream:
     """A TCP connection with the guest: bytes that it gets, and bytes that it sends."""
+
+    @classmethod
+    def start(cls, guest: LinuxGuest, listener: socket.socket) -> Stream:
+        """The guest connects, with bytes of its own in /tmp/sent."""
+        guest.ask(
+            f"dd if=/dev/urandom of=/tmp/sent bs={STREAM} count=1; md5sum </tmp/sent >/tmp/want"
+        )
+        guest.ask(f"(nc {HOST} 6000 </tmp/sent | md5sum >/tmp/got) & true")
+        return cls(listener)
 
     def __init__(self, listener: socket.socket) -> None:
         self.received = hashlib.md5()
@@ -77,10 +83,13 @@ class Stream:
         while data := self._socket.recv(65536):
             self.received.update(data)
 
-    def join(self) -> None:
+    def check(self, guest: LinuxGuest) -> None:
+        """Each side has got all that the other has sent."""
         for thread in self._threads:
             thread.join(SECONDS)
             assert not thread.is_alive()
+        assert guest.ask("sleep 1; cat /tmp/got").split()[0] == hashlib.md5(self.data).hexdigest()
+        assert guest.ask("cat /tmp/want").split()[0] == self.received.hexdigest()
 
 
 def test_what_a_guest_works_with_lives_through_updates(start, linux_image, tmp_path) -> None:
@@ -92,12 +101,7 @@ def test_what_a_guest_works_with_lives_through_updates(start, linux_image, tmp_p
 
 
 def run(start, folder: Path) -> None:
-    own_network()
-    disk = folder / "disk.img"
-    disk.touch()
-    os.truncate(disk, DISK)
-    listener = socket.create_server((HOST, 6000))
-    listener.settimeout(SECONDS)
+    disk, listener = prepare(folder, DISK, SECONDS)
     guest = LinuxGuest(
         start,
         folder,
@@ -111,16 +115,12 @@ def run(start, folder: Path) -> None:
     guest.ask(f"ip link set eth0 up; ip addr add {GUEST}/24 dev eth0")
     guest.write("/tmp/writer", WRITER)
     guest.ask("sh /tmp/writer & true")
-    guest.ask(f"dd if=/dev/urandom of=/tmp/sent bs={STREAM} count=1; md5sum </tmp/sent >/tmp/want")
-    guest.ask(f"(nc {HOST} 6000 </tmp/sent | md5sum >/tmp/got) & true")
-    stream = Stream(listener)
+    stream = Stream.start(guest, listener)
     for way in ("early", "late"):
         guest.update(way)
         wait_for_change(lambda: int(guest.ask("cat /tmp/count")), "the writer goes on")
     check_console(f"{folder}/hvc.sock", guest)
-    stream.join()
-    assert guest.ask("sleep 1; cat /tmp/got").split()[0] == hashlib.md5(stream.data).hexdigest()
-    assert guest.ask("cat /tmp/want").split()[0] == stream.received.hexdigest()
+    stream.check(guest)
 
     guest.type("echo mem >/sys/power/state; echo wo''ken")
     wait_for(

@@ -329,7 +329,7 @@ static void set_default(struct sigaction *old, int on)
 __attribute__((noinline)) static long attempt(void)
 {
     static struct sigaction actions[SIGNALS + 1];
-    uint64_t before = cpr_monotonic_ns(), mask = self.mask & ~self.guard->unblock;
+    uint64_t mask = self.mask & ~self.guard->unblock;
     char guard_pid_text[NOTIFY_SIZE];
     long error;
 
@@ -343,7 +343,6 @@ __attribute__((noinline)) static long attempt(void)
     *self.guard->guard_pid = (uint32_t)self.pid;
     snprintf(guard_pid_text, sizeof(guard_pid_text), "MAINPID=%d", self.pid);
     tell(guard_pid_text); /* the new image may end at once, and is not to end the service */
-    self.guard->clone_ns = cpr_monotonic_ns() - before;
     set_cloexec(0); /* not earlier: nothing else that is started may inherit them */
     set_default(actions, 1);
     cpr_syscall5(SYS_rt_sigprocmask, SIG_SETMASK, &mask, 0, KERNEL_SIGSET_SIZE, 0);
@@ -357,6 +356,9 @@ __attribute__((noinline)) static long attempt(void)
         }
     }
     set_cloexec(1);
+    if (self.guard->sibling) {
+        tell(self.own_pid_text); /* the main process is not to be seen to end */
+    }
     stop_guard();
     return error;
 }

@@ -60,7 +60,6 @@ struct cpr_guard {
     int32_t old_pid;          /* its PID */
     int32_t consumed;         /* it had closed the CPR state */
     int32_t dropped;          /* `drop` is closed */
-    uint64_t clone_ns;        /* what the clone took */
 };
 
 /* Executes `path` under this PID, with the old image in a guard: a process that shares this address

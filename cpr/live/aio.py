@@ -71,7 +71,6 @@ async def update(
     except Exception as error:
         failure = current.fail(error)
         _resume()
-        notify.failed()
         raise failure from (None if isinstance(error, UpdateError) else error)
     except BaseException as error:
         current.fail(error)

@@ -22,7 +22,6 @@ MOST_INLINE = 64 << 10  # bytes; far below what a socket buffer takes
 MOST_CONTENT = 64 << 20  # bytes
 MOST_FDS = 200  # of one packet; the kernel's limit is 253 (SCM_MAX_FD)
 MOST_PACKETS = 6000  # of one message: 1200000 descriptors, more than a process has (fs.nr_open)
-ROOM = socket.CMSG_LEN((MOST_FDS + 1) * array.array("i").itemsize)
 
 
 NO_MESSAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from cpr.constants import NS_PER_S
 from cpr.errors import CprError
-from cpr.live import arguments, auditing, forked, image, old_image, program, transaction
+from cpr.live import arguments, auditing, forked, image, notify, old_image, program, transaction
 from cpr.live.errors import UpdateError
 from cpr.live.kept import Kept
 from cpr.live.last_words import LAST_LINES, LastWords
@@ -235,16 +235,14 @@ class Session:
             update.close()
         if self._last_words is not None:
             lines = self._last_words.take()
-        reason = str(error) if isinstance(error, CprError) else repr(error)
-        if isinstance(error, MemoryError):
-            reason = "there is no memory for the update"
-        reason = getattr(error, "reason", reason)
+        reason = reason_of(error)
         try:
             self.resume()
         except Exception as failed:
             reason += f"; a function of on_resume failed: {failed!r}"
         if self._refusal:
             reason = f"{self._refusal}; the PID is not given back: {reason}"
+        notify.failed()
         return UpdateError(
             reason,
             getattr(error, "wait_status", getattr(error, "status", None)),
@@ -306,3 +304,11 @@ def _vm_backend() -> ModuleType:
     except ImportError as error:
         raise UpdateError(f"guard='vm' needs the C part of cpr: {error}") from None
     return guard
+
+
+def reason_of(error: BaseException) -> str:
+    """Why an update or a rehearsal came to nothing; never empty."""
+    if isinstance(error, MemoryError):
+        return "there is no memory for the update"
+    reason: str = getattr(error, "reason", str(error) if isinstance(error, CprError) else "")
+    return reason or repr(error)

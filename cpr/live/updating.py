@@ -54,7 +54,6 @@ def update(
             current.hand_over()
     except Exception as error:
         failure = current.fail(error)
-        notify.failed()
         raise failure from (None if isinstance(error, UpdateError) else error)
     except BaseException as error:
         current.fail(error)
@@ -98,7 +97,7 @@ def rehearse(
     except UpdateError as error:
         ended = (error.reason, error.status, error.signal)
     except Exception as error:
-        ended = (str(error), None, None)
+        ended = (session.reason_of(error), None, None)
     finally:
         lines = current.end_rehearsal()
     return Verdict(not ended[0], *ended, lines)

@@ -50,10 +50,13 @@ def receive(predecessor: Predecessor) -> dict[str, Kept]:
             raise StateError(f"the old VMM sent '{message.kind}' when this one had the guest")
         (_, _, memfd), *entries = decode_state(message, UNSIZED).fds
         try:
-            data = _read(memfd)
+            return connections.decode(_read(memfd), entries)
+        except StateError:
+            for _, _, fd in entries:
+                os.close(fd)
+            raise
         finally:
             os.close(memfd)
-        return connections.decode(data, entries)
     finally:
         message.close()
 

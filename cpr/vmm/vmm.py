@@ -109,19 +109,22 @@ class Vmm(Process):
 
     def take_connections_back(self, fds: PreservedFds) -> None:
         from cpr.migration.connections import take_back
+        from cpr.vmm.connections import CHARDEV
 
         going, self._going = self._going, {}
         if take_back(fds, going):
             for label, chardev in self.chardevs.items():
-                if f"chardev:{label}" in going:
+                if f"{CHARDEV}{label}" in going:
                     chardev.start_over()
 
     def _staying(self) -> list[Chardev]:
         """The chardevs whose connections do not go over the update."""
+        from cpr.vmm.connections import CHARDEV
+
         return [
             chardev
             for label, chardev in self.chardevs.items()
-            if f"chardev:{label}" not in self._going
+            if f"{CHARDEV}{label}" not in self._going
         ]
 
     def on_update(self) -> None:

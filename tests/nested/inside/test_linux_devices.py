@@ -6,17 +6,15 @@ connection carries known bytes both ways.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from harness.network import GUEST
 from linux_guest import LinuxGuest, linux_image
-from test_linux_virtio import GUEST, HOST, STREAM, WRITER, Stream, check_blocks, own_network
+from test_linux_virtio import WRITER, Stream, check_blocks, prepare
 from waiting import wait_for_change
 
 from cpr.constants import NS_PER_MS
@@ -60,12 +58,7 @@ def count(guest: LinuxGuest, path: str) -> int:
 
 
 def run(start, folder: Path, fact: Callable[[str], None]) -> None:
-    own_network()
-    disk = folder / "disk.img"
-    disk.touch()
-    os.truncate(disk, DISK)
-    listener = socket.create_server((HOST, 6000))
-    listener.settimeout(SECONDS)
+    disk, listener = prepare(folder, DISK, SECONDS)
     vhost = "on" if Path("/dev/vhost-net").exists() else "off"
     began = time.monotonic()
     guest = LinuxGuest(
@@ -89,9 +82,7 @@ def run(start, folder: Path, fact: Callable[[str], None]) -> None:
     guest.write("/tmp/writer", WRITER)
     guest.write("/tmp/file-writer", FILE_WRITER)
     guest.ask("sh /tmp/writer & sh /tmp/file-writer & word=kept")
-    guest.ask(f"dd if=/dev/urandom of=/tmp/sent bs={STREAM} count=1; md5sum </tmp/sent >/tmp/want")
-    guest.ask(f"(nc {HOST} 6000 </tmp/sent | md5sum >/tmp/got) & true")
-    stream = Stream(listener)
+    stream = Stream.start(guest, listener)
     fact(f"Linux: all works after {time.monotonic() - began:.0f} s")
     shell, enabled = guest.ask("echo $$"), command(NVME)
 
@@ -112,9 +103,7 @@ def run(start, folder: Path, fact: Callable[[str], None]) -> None:
     assert guest.ask("echo $word $$") == f"kept {shell}"
     assert command(NVME) == enabled
 
-    stream.join()
-    assert guest.ask("sleep 1; cat /tmp/got").split()[0] == hashlib.md5(stream.data).hexdigest()
-    assert guest.ask("cat /tmp/want").split()[0] == stream.received.hexdigest()
+    stream.check(guest)
     guest.ask("touch /tmp/stop; wait")
     assert guest.ask("cat /tmp/wrong 2>/dev/null") == ""
     fact(f"Linux: {count(guest, '/tmp/count')} blocks, {count(guest, '/tmp/files')} files written")
