@@ -139,15 +139,27 @@ def test_the_example_unit(systemd: Systemd, tmp_path: Path) -> None:
     assert systemd.show("StatusText").startswith("early update: the guest stood still for ")
     assert systemd.show("MainPID") == pid
 
-    # The next one's program dies, after the rehearsal is over.
-    words = f"{sys.executable} -m cpr.vmm cpr-exec ${{RUNTIME_DIRECTORY}}/reload.sock"
+    def reload_by(program: str) -> None:
+        """What ExecReload= runs has this program, and fails; the service goes on."""
+        words = f"{sys.executable} -m cpr.vmm cpr-exec ${{RUNTIME_DIRECTORY}}/reload.sock {program}"
+        reload = f"[Service]\nExecReload=\nExecReload={words}\n"
+        (tmp_path / "units" / f"{EXAMPLE.name}.d" / "reload.conf").write_text(reload)
+        systemd.ctl("daemon-reload")
+        answer = systemd.ctl("reload", UNIT)
+        assert "failed" in answer, systemd.ctl("status", "-l", UNIT)
+        assert systemd.show("ActiveState") == "active"
+
+    # A program that cannot be executed: its guard is killed, and is systemd's child.
+    broken = tmp_path / "broken"
+    broken.write_text("no program")
+    broken.chmod(0o755)
+    reload_by(str(broken))
+    assert "Exec format error" in systemd.show("StatusText")
+    assert systemd.show("MainPID") == pid
+
+    # One that dies, after the rehearsal is over.
     dies = """/bin/sh -c '[ -n "$$CPR_LIVE" ] && kill -9 $$$$; exec "$$@"' sh"""
-    reload = f"[Service]\nExecReload=\nExecReload={words} {dies} {sys.executable} -m cpr.vmm run\n"
-    (tmp_path / "units" / f"{EXAMPLE.name}.d" / "dies.conf").write_text(reload)
-    systemd.ctl("daemon-reload")
-    answer = systemd.ctl("reload", UNIT)
-    assert "failed" in answer, systemd.ctl("status", "-l", UNIT)
-    assert systemd.show("ActiveState") == "active"
+    reload_by(f"{dies} {sys.executable} -m cpr.vmm run")
     assert "was ended by signal 9 before it took over" in systemd.show("StatusText")
     guard = systemd.show("MainPID")
     assert guard != pid
