@@ -127,8 +127,11 @@ class Chardev:
         """The sockets that an exec closes for good, as QEMU's does: the peer sees it at once."""
         return []
 
+    def forget_exec_fds(self) -> None:
+        """Those of `exec_fds` are closed, and their numbers anybody's; `reopen` comes next."""
+
     def reopen(self) -> None:
-        """Goes on without those of `exec_fds`, which are closed.  Raises ConfigError."""
+        """Goes on without those of `exec_fds`.  Raises ConfigError."""
 
     def expect_another(self) -> None:
         """From now on a new client takes the place of the one that is there, which knew the VMM

@@ -206,9 +206,13 @@ class SocketChardev(FdChardev):
     def _may_give_way(self) -> None:
         """One who takes the connection for lost, as it is in other VMMs, connects anew: that one is
         served, unless the client has said something since the update.  Nobody had waited yet."""
-        if self._listener is not None and not select.select([self._listener], [], [], 0)[0]:
+        if self._listener is None:
+            return
+        waiting = select.poll()
+        waiting.register(self._listener, select.POLLIN)
+        if not waiting.poll(0):
+            self.expect_another()
             self._gives_way = True
-            self._watch_listener()
 
     def start_over(self) -> None:
         if self._socket is not None:
@@ -217,12 +221,15 @@ class SocketChardev(FdChardev):
     def exec_fds(self) -> list[int]:
         return [each.fileno() for each in (self._socket, self._listener) if each is not None]
 
-    def reopen(self) -> None:
+    def forget_exec_fds(self) -> None:
         if self._socket is not None:
             self._socket.detach()
             self.detach_fds()
         if self._listener is not None:
             self.loop.unwatch(self._listener.detach())
+
+    def reopen(self) -> None:
+        if self._listener is not None:
             self._listener = self._listen()
             self._watch_listener()
         elif self._options.reconnect_ms:
@@ -230,6 +237,7 @@ class SocketChardev(FdChardev):
 
     def expect_another(self) -> None:
         if self._listener is not None and self._socket is not None:
+            self._gives_way = False
             self._watch_listener()
 
     def hang_up(self) -> None:

@@ -145,7 +145,10 @@ class Vmm(Process):
         return self.signal_has_come()
 
     def reopen(self) -> None:
-        for chardev in self._staying():
+        staying = self._staying()
+        for chardev in staying:
+            chardev.forget_exec_fds()
+        for chardev in staying:
             try:
                 chardev.reopen()
             except CprError as error:
