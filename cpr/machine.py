@@ -252,8 +252,7 @@ class Machine:
 
         The guest does not notice: its clock goes on.  `unpark` is the inverse.
         """
-        for thread in self.threads:
-            thread.request_pause()
+        self.request_pause()
         self._parked = [thread.running for thread in self.threads]
         for thread in self.threads:
             thread.end()

@@ -247,12 +247,12 @@ def test_a_section_that_is_known_is_left_out_and_not_missed(source: Source, gues
     for block in target.machine.blocks:
         block.kept = True
     try:
-        loadvm.load(target.machine, Capabilities(), Channel(whole, "file"), described=False)
+        loader = loadvm.Loader(target.machine, Capabilities())
+        loader.load(Channel(whole, "file"), described=False)
         assert target.device.calls == ["restore"]
         with pytest.raises(StreamError, match="no section 'recorder'"):
-            loadvm.load(target.machine, Capabilities(), Channel(os.dup(rest), "file"), False)
+            loader.load(Channel(os.dup(rest), "file"), described=False)
         os.lseek(rest, 0, os.SEEK_SET)
-        loader = loadvm.Loader(target.machine, Capabilities())
         loader.load(Channel(rest, "file"), described=False, loaded=known)
         assert target.device.calls == ["restore"]
     finally:

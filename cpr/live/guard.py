@@ -185,7 +185,10 @@ def end(mappings: Sequence[tuple[int, int]]) -> None:
     """
     for task in os.listdir("/proc/self/task"):  # whichever ends last frees what is left
         if int(task) != os.getpid():
-            os.sched_setscheduler(int(task), os.SCHED_IDLE, os.sched_param(0))
+            try:
+                os.sched_setscheduler(int(task), os.SCHED_IDLE, os.sched_param(0))
+            except ProcessLookupError:  # it has ended meanwhile
+                pass
     lib.cpr_guard_end(ffi.new("struct cpr_mapping[]", list(mappings)), len(mappings))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _signal as signal  # `signal` itself makes enums, which a late update would wait for
 import os
+import time
 
 from cpr.constants import NS_PER_S, STDERR
 from cpr.live import token as tokens
@@ -106,22 +107,24 @@ class Predecessor:
         self.committed = True
 
     def wait_hang_up(self, timeout_ns: int) -> Message | None:
-        """Waits until the old image has closed all that it had, but this long at most for each.
+        """Waits until the old image has closed all that it had, but no longer than this.
 
         What it has said as its last, whose descriptors are the caller's, or None.
         """
         from cpr.live import messages
 
-        self._socket.settimeout(timeout_ns / NS_PER_S)
+        deadline = time.monotonic_ns() + timeout_ns
         last: Message | None = None
         try:
-            while True:
+            while (left := deadline - time.monotonic_ns()) > 0:
+                self._socket.settimeout(left / NS_PER_S)
                 message = messages.receive(self._socket)
                 if last is not None:
                     last.close()
                 last = message
         except messages.Ended:
-            return last
+            pass
+        return last
 
     def refuse(self, reason: str) -> None:
         """Tells the old image why this one cannot take over, and does what it is told.

@@ -110,11 +110,9 @@ class Loader:
         return states, had_pages
 
 
-def load(
-    machine: Machine, capabilities: Capabilities, channel: Channel, described: bool = True
-) -> str:
+def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:
     """Loads a whole stream, as Loader.load."""
-    return Loader(machine, capabilities).load(channel, described)
+    return Loader(machine, capabilities).load(channel)
 
 
 def _check(device: Device, state: dict) -> None:

@@ -94,7 +94,7 @@ def check_command(command: list[str] | None) -> list[str]:
 
 
 def spoken_versions(
-    command: Sequence[str], files: ProgramFiles, serve: Callable[[], bool] = lambda: False
+    command: Sequence[str], files: ProgramFiles, serve: Callable[[], bool]
 ) -> list[int]:
     """The versions of the hand-over that the program of `command` speaks; none where it has no
     idea of that.  Takes a program's start, unless it is this very one.
@@ -147,7 +147,7 @@ def _read_answer(process: Popen[bytes], serve: Callable[[], bool]) -> bytes:
 
 
 def early_versions(
-    command: Sequence[str], files: ProgramFiles, serve: Callable[[], bool] = lambda: False
+    command: Sequence[str], files: ProgramFiles, serve: Callable[[], bool]
 ) -> list[int]:
     """As spoken_versions; none where the program of `command` does not update as this one does.
 
