@@ -110,7 +110,18 @@ class Vm:
         except ConnectionError:
             self.qmp.close()
             self.qmp = self.connect()
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}\n{self.where()}") from None
         return self.qmp
+
+    def where(self) -> str:
+        """What each thread of the VM waits for in the kernel, the events so far, and stderr."""
+        lines = []
+        for pid in self.processes():
+            for task in sorted(Path(f"/proc/{pid}/task").iterdir()):
+                call = (task / "syscall").read_text().split()[0]
+                lines.append(f"{pid}/{task.name}: {(task / 'wchan').read_text()}, call {call}")
+        return "\n".join([*lines, str(self.qmp.events), self.stderr])
 
     def update(self, **arguments: Any) -> None:
         """One cpr-exec, to its end."""
