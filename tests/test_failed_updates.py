@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+import psutil
 import pytest
-from failing import Failing, programs, protocol_programs, start_vm
+from failing import Failing, bad, programs, protocol_programs, start_vm
+from harness.vm import Vm
+from waiting import wait_for
 
 NAMES = [
     "false",
@@ -27,6 +32,33 @@ def test_a_program_that_fails(start, accel, tmp_path, name, late):
     failing.update(command, late, tmp_path / "state")
     failing.check(text, same_pid)
     failing.update_well()
+
+
+def goes_first(vm: Vm) -> None:
+    """An exec of this VM, and what it executes, comes before its guard on the one CPU there is."""
+    for thread in psutil.Process(vm.pid).threads():
+        os.sched_setaffinity(thread.id, {min(os.sched_getaffinity(0))})
+    try:
+        policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
+        os.sched_setscheduler(vm.pid, policy, os.sched_param(1))
+    except PermissionError as error:
+        pytest.skip(f"SCHED_FIFO: {error.strerror}")
+
+
+def test_a_program_that_is_dead_before_the_guard_looks(start, accel, tmp_path):
+    failing = Failing(start_vm(start, accel))
+    goes_first(failing.vm)
+    failing.update(bad("exit"), False, tmp_path / "state")
+    failing.check("exit status 1", False)
+
+
+def test_a_signal_that_ends_the_new_image_before_the_guard_looks(start, accel, tmp_path):
+    vm = start_vm(start, accel)
+    goes_first(vm)
+    dies = ["/bin/sh", "-c", '[ -n "$CPR_LIVE" ] && kill $$; exec "$@"', "sh"]
+    vm.qmp.command("cpr-exec", command=[*dies, *vm.words])
+    wait_for(lambda: vm.complaints and not vm.processes(), "the VM ends")
+    assert vm.complaints == "cpr-vmm: terminating on signal 15\n"
 
 
 @pytest.mark.parametrize("kind", list(protocol_programs()))

@@ -62,7 +62,7 @@ except OSError as error:
     name = errno.errorcode[error.errno]
 tell(error=name, same=os.getpid() == OLD, descriptors=descriptors() == before,
      children=guard.children(), inheritable=os.get_inheritable(kept),
-     mask=list(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+     mask=list(signal.pthread_sigmask(signal.SIG_BLOCK, [])), token=tokens.take_token(token))
 threading.Thread(target=lambda: bytes(1 << 20)).start()
 """)
     )
@@ -73,6 +73,25 @@ threading.Thread(target=lambda: bytes(1 << 20)).start()
     assert told["children"] == []
     assert not told["inheritable"]
     assert told["mask"] == [signal.SIGUSR2]
+    assert told["token"]
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_name_that_may_be_executed_nowhere_in_path(tmp_path, early):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "program").write_text("")
+    told = only(
+        run(f"""
+os.environ["PATH"] = {":".join(map(str, folders))!r}
+try:
+    execute("program", early={early})
+except OSError as error:
+    tell(error=errno.errorcode[error.errno], token=tokens.take_token(token))
+""")
+    )
+    assert told == {"error": "EACCES", "token": True}
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ static struct {
     int death_signal, subreaper;
     volatile int pid;
     uint32_t alive; /* CLONE_CHILD_CLEARTID */
+    uint64_t token; /* what was read by who took it */
     int outcome;
     char own_pid_text[NOTIFY_SIZE];
 } self;
@@ -70,9 +71,13 @@ static struct {
 
 CPR_IN_CHILD static int take_token(void)
 {
-    uint64_t count;
+    return cpr_syscall3(SYS_read, self.guard->token_fd, &self.token, sizeof(self.token)) > 0;
+}
 
-    return cpr_syscall3(SYS_read, self.guard->token_fd, &count, sizeof(count)) == sizeof(count);
+/* Again as it was before take_token: nobody has it. */
+static void put_token_back(void)
+{
+    cpr_syscall3(SYS_write, self.guard->token_fd, &self.token, sizeof(self.token));
 }
 
 CPR_IN_CHILD static void forget(const struct cpr_mapping *mappings, uint32_t count)
@@ -360,6 +365,7 @@ __attribute__((noinline)) static long attempt(void)
         tell(self.own_pid_text); /* the main process is not to be seen to end */
     }
     stop_guard();
+    put_token_back();
     return error;
 }
 

@@ -20,6 +20,7 @@ from cpr.live.token import (
     is_readable,
     is_writable,
     pending_signals,
+    put_token_back,
     take_token,
     wait_status,
 )
@@ -142,6 +143,7 @@ def _execute(
         signal.pause()  # the guard was first: it ends this process, and goes on in its place
     os.kill(guard_pid, signal.SIGKILL)
     reap(guard_pid)
+    put_token_back(token)
     raise error
 
 

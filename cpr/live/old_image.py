@@ -39,6 +39,7 @@ class Update(Channel):
         self.pid = 0
         self.pidfd = -1
         self.dropped = False
+        self._has_token = False
         self._mappings = list(mappings)
         self.token = -1
         try:
@@ -153,6 +154,7 @@ class Update(Channel):
         if returned.outcome in (self._guard.EARLY, self._guard.MESSAGE):
             return
         self._set(CLOSED)
+        self._has_token = True
         if returned.outcome == self._guard.KILLED:
             raise UpdateError(
                 f"the new program did not take over within {timeout_ns // NS_PER_MS} ms, and was "
@@ -200,12 +202,16 @@ class Update(Channel):
         error = self._child.communicate()[1]
         return self._child.returncode, error[-2000:].decode(errors="replace").strip()
 
+    def take(self) -> bool:
+        """Takes the token; true also where this image has it; false: the new one has committed."""
+        self._has_token = self._has_token or tokens.take_token(self.token)
+        return self._has_token
+
     def take_back(self) -> bool:
-        """Takes the token, and kills the new image if there is one; false: it has committed."""
-        if not tokens.take_token(self.token):
-            return False
-        self.kill()
-        return True
+        """As `take`, and kills the new image if there is one."""
+        if self.take():
+            self.kill()
+        return self._has_token
 
     def kill(self) -> None:
         """Ends the new image, and waits for that."""

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from cpr.constants import NS_PER_S
 from cpr.errors import CprError
-from cpr.live import arguments, auditing, forked, image, notify, old_image, program, transaction
+from cpr.live import arguments, auditing, forked, image, notify, old_image, program
 from cpr.live.errors import UpdateError
 from cpr.live.kept import Kept
 from cpr.live.last_words import LAST_LINES, LastWords
@@ -229,8 +229,7 @@ class Session:
         self._image.updating = False
         update, lines = self._update, []
         if update is not None:
-            started = update.pid != 0 and update.state != transaction.CLOSED
-            if started and not update.take_back():
+            if not update.take_back():
                 update.leave()  # the new program has committed after all
             update.close()
         if self._last_words is not None:

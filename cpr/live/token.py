@@ -45,7 +45,7 @@ class Returned:
 def create_token() -> int:
     """A new token; the caller owns the descriptor, close-on-exec.  Raises OSError."""
     fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    os.eventfd_write(fd, TOKEN)
+    put_token_back(fd)
     return fd
 
 
@@ -56,6 +56,11 @@ def take_token(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def put_token_back(fd: int) -> None:
+    """The inverse of take_token, for who has it: it is there to be taken again."""
+    os.eventfd_write(fd, TOKEN)
 
 
 def is_readable(fd: int, timeout_ms: int | None = 0) -> bool:

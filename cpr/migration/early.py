@@ -114,13 +114,13 @@ class EarlyUpdate:
                 park=self._process.park,
                 unpark=self._process.unpark,
             )
+        except UpdateError as error:
+            self._go_on(error.ended_by, str(error))
         except Exception as error:  # the guest must not be lost to a bug here
-            if not isinstance(error, CprError):
-                exception_report(error)
-            self._placement.give_back()
+            exception_report(error)
             self._fail(str(error))
-            return
-        self._watch()
+        else:
+            self._watch()
 
     def give_back(self, reason: str) -> None:
         """Goes on after a late update that was refused: the old command gets the PID."""
@@ -289,15 +289,17 @@ class EarlyUpdate:
         status = self._update.exit_status()
         signo = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else 0
         signo = signo if signo in ENDING else self._update.pending_signal()
+        from cpr.live.token import describe_status
+
+        self._go_on(signo, f"the new program {describe_status(status)} before it took over")
+
+    def _go_on(self, signo: int, reason: str) -> None:
+        """There is no new image any more; one that `signo` has ended was meant with the old one."""
         if signo and self._update.take_back():
             self.close()
             self._end_by(signo)
-            return
-        from cpr.live.token import describe_status
-
-        self._fail(
-            self._failure or f"the new program {describe_status(status)} before it took over"
-        )
+        else:
+            self._fail(self._failure or reason)
 
     def _on_timeout(self) -> None:
         self._fail(
@@ -342,9 +344,7 @@ class EarlyUpdate:
         """The VM ends here: the new image ends with `status`, whatever it is doing."""
         if self._closed:
             return
-        from cpr.live.token import take_token
-
-        if not take_token(self._update.token):  # it has the guest since a moment ago
+        if not self._update.take():  # it has the guest since a moment ago
             os.kill(self._update.pid, signal.SIGTERM)
             self._update.leave()
         self._update.end(status)

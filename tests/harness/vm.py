@@ -181,7 +181,7 @@ class Vm:
         Waits for the old image of an update, which ends when the new one has the guest.
         """
         deadline = time.monotonic() + self._timeout
-        while len(found := self.processes()) > 1 and time.monotonic() < deadline:
+        while len(found := self.processes()) != 1 and time.monotonic() < deadline:
             time.sleep(0.002)
         (self.pid,) = found
         return self.pid
