@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from harness.vm import Vm  # noqa: E402
+from harness.vm import Vm, children  # noqa: E402
 
 from cpr.errors import CprError  # noqa: E402
 
@@ -105,6 +106,7 @@ def accel(request: pytest.FixtureRequest, usable: dict[str, str | None]) -> str:
 
 
 LATE = "late"
+LEAVING_S = 2.0
 
 
 def accel_options(accel: str) -> list[str]:
@@ -142,3 +144,14 @@ def start(guests: Path) -> Iterator[Starter]:
 @pytest.fixture(autouse=True)
 def no_cpr_state_in_environment() -> None:
     assert "QEMU_CPR_EXEC_STATE" not in os.environ
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """What a test starts has ended when it is over."""
+    before = children(os.getpid())
+    yield
+    left = [psutil.Process(pid) for pid in children(os.getpid()) if pid not in before]
+    left = [child for child in left if child.status() != psutil.STATUS_ZOMBIE]
+    told = [" ".join(child.cmdline()) for child in psutil.wait_procs(left, LEAVING_S)[1]]
+    assert not told, f"left running: {told}"

@@ -11,6 +11,7 @@ import pytest
 from cpr.live import guard, messages
 from cpr.live.new_image import Predecessor, find_predecessor
 from cpr.live.old_image import Update
+from cpr.live.token import take_token
 from cpr.live.transaction import (
     AFTER,
     BUILDING,
@@ -187,7 +188,15 @@ def test_an_unknown_message_is_refused_and_its_descriptors_are_closed(update):
 
 
 def test_the_token_is_taken_back_once(update):
+    other = os.dup(update.token)
     assert update.take_back()
+    assert not take_token(other)
+    assert update.take_back(), "it is this image's still"
+    os.close(other)
+
+
+def test_the_token_is_not_taken_back_from_another(update):
+    assert take_token(update.token)
     assert not update.take_back()
 
 

@@ -23,6 +23,15 @@ ASK_AGAIN = 0.05  # s
 ALL_CPUS = os.sched_getaffinity(0)  # which the VMMs may use, wherever this process is
 
 
+def children(pid: int) -> list[int]:
+    """The PIDs of a process's children, zombies too; psutil reads much more."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
+            found += map(int, path.read_text().split())
+    return sorted(found)
+
+
 class Vm:
     """One VMM process with a QMP socket; a context manager that ends it.
 
@@ -197,11 +206,7 @@ class Vm:
 
     def children(self) -> list[int]:
         """The PIDs of the VMM's children, such as the old image in an update."""
-        found: list[int] = []
-        for path in Path(f"/proc/{self.pid}/task").glob("*/children"):
-            with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
-                found += map(int, path.read_text().split())
-        return sorted(found)
+        return children(self.pid)
 
     def resident(self) -> int:
         """Bytes of shared memory in the VMM's page tables, huge pages included."""
