@@ -88,7 +88,8 @@ class Update(Channel):
         the old image goes on in another process, and there is no new one any more.
 
         With `holds_signals` the new image has the signals ENDING blocked, for as long as it has no
-        handler for them; it is one that unblocks them then.
+        handler for them; it is one that unblocks them then.  Otherwise it has those blocked that
+        the caller has.
         `park()` ends the other threads; it is called last thing, and may raise.  `unpark()` is its
         inverse, called wherever the old image goes on after that.
         `interrupted()` tells of one that the old image has taken, and would not come to.
@@ -130,7 +131,7 @@ class Update(Channel):
                 mappings=self._mappings,
                 state_fd=state_fd,
                 drop=drop,
-                unblock=() if held else ENDING,
+                unblock=() if held else [each for each in ENDING if each not in blocked],
                 ending=ENDING if held else (),
                 notify_fd=manager.fileno() if manager is not None else -1,
                 sibling=sibling,

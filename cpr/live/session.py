@@ -281,7 +281,8 @@ class Session:
         this = self._image
         variables = dict(os.environ)
         body = {"argv": this.argv, "cwd": this.folder, "environment": variables}
-        self._update.send(BACK, {**body, "blocked": self._blocked})
+        blocked = {*signal.pthread_sigmask(signal.SIG_BLOCK, ()), *self._blocked}
+        self._update.send(BACK, {**body, "blocked": sorted(blocked)})
 
     def _raise_death(self) -> NoReturn:
         assert self._update is not None
