@@ -25,9 +25,7 @@ if not live.generation:
 
 
 @pytest.mark.parametrize(("mode", "guard"), [("early", "fork"), ("late", "vm")])
-def test_a_signal_while_the_new_program_starts_waits(
-    tmp_path: Path, mode: str, guard: str
-) -> None:
+def test_a_signal_while_the_new_program_starts_waits(tmp_path: Path, mode: str, guard: str) -> None:
     result = run(tmp_path, TWICE, mode, guard)
     ready = result.of("ready")
     assert [line[0] for line in ready] == [0, 2], result.stderr  # the signal comes in ready()

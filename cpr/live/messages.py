@@ -9,12 +9,15 @@ before it, in packets of their own.
 from __future__ import annotations
 
 import array
+import fcntl
 import json
 import os
 import socket
 from typing import Any
 
+from cpr.constants import STDERR
 from cpr.live import sealed
+from cpr.live.token import above_streams
 
 INLINE, MEMFD, MORE = b"i", b"m", b"+"
 END_OF_TEXT = b"\0"  # which JSON never has
@@ -53,7 +56,12 @@ class Ended(Exception):
 
 def pair() -> tuple[socket.socket, socket.socket]:
     """Both ends, close-on-exec; the caller owns them.  Raises OSError."""
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return _above_streams(first), _above_streams(second)
+
+
+def _above_streams(sock: socket.socket) -> socket.socket:
+    return socket.socket(fileno=above_streams(sock.detach())) if sock.fileno() <= STDERR else sock
 
 
 def send(
@@ -120,6 +128,10 @@ def _receive_packet(sock: socket.socket, fds: list[int]) -> tuple[bytes, int]:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
     fds += numbers
+    for index in range(len(fds) - len(numbers), len(fds)):
+        if (low := fds[index]) <= STDERR:  # a stream of this process is closed
+            fds[index] = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, STDERR + 1)
+            os.close(low)
     return packet, flags
 
 

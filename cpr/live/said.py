@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cpr.live import image, payload
+from cpr.live import image, last_words, payload
 from cpr.live.errors import UpdateError
 from cpr.live.preserved import Entry
 from cpr.live.transaction import HAND_OVER, STATE
@@ -55,6 +55,7 @@ class Said:
             what = f"what {getattr(this.saver, '__qualname__', 'on_save')} returned"
             state = writer.add_value(value, what)
             parts = {name: part(writer) for name, part in this.parts.items()}
+            last_words.flush()  # this program may end without another chance
             found = this.registry.check()
             if not rehearsing:
                 found += [why for obstacle in this.obstacles if (why := obstacle())]

@@ -120,7 +120,10 @@ class Session:
             fake(self)
         self._update = old_image.Update(backend=self._backend)
         early = self.mode == EARLY
-        self._last_words = words = LastWords()
+        try:
+            self._last_words = words = LastWords()
+        except OSError as error:
+            raise UpdateError(f"descriptors of the update: {error.strerror}") from None
         if not early:
             self._send_header(self._update.leave_open)
             self._send_rest(self._update.queue)
