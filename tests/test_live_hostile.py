@@ -83,8 +83,9 @@ live.update(NEW)
 def test_there_is_one_update_at_a_time_and_the_main_thread_makes_it(tmp_path: Path) -> None:
     result = run(tmp_path, NESTED)
     under_way = "an update is under way already"
+    failed = f"save, of on_save, failed: {under_way}"
     nested = result.of("nested")
-    assert nested == [[under_way, under_way, True], [under_way, under_way, False]], result.stderr
+    assert nested == [[under_way, failed, True], [under_way, failed, False]], result.stderr
     assert result.of("signal") == [[under_way, 5]]
     ((reason, pid_changed),) = result.of("thread")
     assert "main thread" in reason and "'other'" in reason and not pid_changed

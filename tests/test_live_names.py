@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -107,6 +108,15 @@ def test_memory_grows_only_where_asked_to(process: testing.Process) -> None:
     assert len(memory) == 16384 and memory[:3] == b"abc" and memory[-1] == 0
 
 
+def test_memory_without_huge_pages_where_there_are_none(process: testing.Process) -> None:
+    restart(process)
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (2 << 20)
+    size = pages // 4 * 3 * (2 << 20)  # so much is never free in huge pages
+    with pytest.raises(live.PreserveError, match=r"'ü+'.* huge pages"):
+        live.memory("ü" * 200, size, huge=True)
+    assert len(live.memory("ü" * 200, 4096)) == 4096
+
+
 def closed() -> socket.socket:
     sock = socket.socket()
     sock.close()
@@ -184,9 +194,33 @@ def test_states_come_back_as_they_were(process: testing.Process, value: Any) -> 
 
 def test_a_function_that_fails_is_told(process: testing.Process) -> None:
     live.on_save(lambda: json.loads("{"))
-    with pytest.raises(live.UpdateError, match="JSONDecodeError") as caught:
+    with pytest.raises(live.UpdateError, match=r"<lambda>, of on_save, .*JSONDecode") as caught:
         live.update(["new"], allow=["thread"])
     assert isinstance(caught.value.__cause__, json.JSONDecodeError)
+
+    @live.on_pause
+    def end_threads() -> None:
+        raise RuntimeError("no")
+
+    with pytest.raises(live.UpdateError, match=r"end_threads, of on_pause, .*RuntimeError"):
+        live.update(["new"], allow=["thread"])
+
+
+def test_a_file_that_cannot_go_over_is_named(process: testing.Process, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("one\ntwo\n")
+    with open(tmp_path / "lines") as lines:
+        live.keep("lines", lines)
+        for _ in lines:
+            with pytest.raises(live.UpdateError, match="'lines' cannot go over: telling position"):
+                live.update(["new"], allow=["thread"])
+        live.drop("lines")
+    full = open("/dev/full", "w")  # noqa: SIM115
+    live.keep("full", full)
+    full.write("x")
+    with pytest.raises(live.UpdateError, match=r"'full' cannot go over: .*No space left"):
+        live.update(["new"], allow=["thread"])
+    with contextlib.suppress(OSError):
+        full.close()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,11 @@ import socket
 sock = live.socket("web", lambda: socket.create_server(("127.0.0.1", 0)))
 live.ready()
 if live.generation == 0:
-    say("old", os.getpid(), fails(["/bin/false"]).pid_changed, os.getpid())
+    NEW = [PYTHON, "-c", "import socket; from cpr import live; live.state();"
+           "live.socket('admin', socket.socket); live.drop('web'); live.notify.status('up');"]
+    assert live.rehearse([*NEW[:2], NEW[2] + "live.ready()"])
+    say("old", os.getpid(), fails([*NEW[:2], NEW[2].replace("status", "no_such")]).pid_changed)
+    say("pid", os.getpid())
     live.update()
 live.drop("web")
 """
@@ -41,7 +45,8 @@ def test_what_is_said(tmp_path: Path) -> None:
             thread.join()
     for fd in stored:
         os.close(fd)
-    first, changed, second = result.of("old")[0]
+    first, changed = result.of("old")[0]
+    second = result.of("pid")[0][0]
     assert changed and first != second
     reloading = [text for text in said if text.startswith("RELOADING=1\nMONOTONIC_USEC=")]
     assert len(reloading) == 2

@@ -187,8 +187,9 @@ class Image:
         try:
             return self._link.receive(kind)
         except transaction.UpdateError as error:
-            self.refuse(str(error))
-            raise
+            reason = str(error)
+        self.refuse(reason)
+        raise UpdateError(reason)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:

@@ -54,6 +54,10 @@ class Ended(Exception):
     """The other side has hung up, or has sent what is no message."""
 
 
+class InPart(Ended):
+    """A message that this process has no room for; the other side is there."""
+
+
 def pair() -> tuple[socket.socket, socket.socket]:
     """Both ends, close-on-exec; the caller owns them.  Raises OSError."""
     first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -102,7 +106,7 @@ def receive(sock: socket.socket, in_one: bool = False) -> Message:
         for _ in range(MOST_PACKETS):
             packet, flags = _receive_packet(sock, fds)
             if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
-                raise Ended("a message of the other side came in part only: raise RLIMIT_NOFILE")
+                raise InPart("a message of the other side came in part only: raise RLIMIT_NOFILE")
             if packet[:1] != MORE:
                 return _decode(packet, fds)
             if in_one:

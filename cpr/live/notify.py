@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FIRST_FD = 3  # SD_LISTEN_FDS_START
 SEND_TIMEOUT = 1.0  # s; a manager that reads nothing is not to hold up the service
 
-EXEC_PID = "SYSTEMD_EXEC_PID"
+SOCKET, EXEC_PID = "NOTIFY_SOCKET", "SYSTEMD_EXEC_PID"
 
 _own_pid = ""
 _passed: dict[str, list[int]] | None = None
@@ -36,7 +36,7 @@ _stored: set[str] = set()
 
 def connect() -> sockets.socket | None:
     """A socket to the manager, the caller's; None where there is none.  Raises no OSError."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
+    address = os.environ.get(SOCKET, "")
     if not address.startswith(("/", "@")):
         return None
     if address.startswith("@"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _signal as signal  # `signal` itself makes enums, which a late update would wait for
+import errno
 import os
 import time
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 END_TIMEOUT_MS = 5000  # for a new image that was told to end
+NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
 class Update(Channel):
@@ -138,9 +140,7 @@ class Update(Channel):
                 ready=ready,
             )
         except (OSError, ValueError) as error:
-            text = error.strerror if isinstance(error, OSError) else str(error)
-            name = argv[0] if argv else ""
-            raise UpdateError(f"execvp {name} failed: {text}") from None
+            raise _not_executed(argv, error) from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             if manager is not None:
@@ -192,8 +192,7 @@ class Update(Channel):
                 cwd=folder,
             )
         except (OSError, ValueError) as error:
-            text = error.strerror if isinstance(error, OSError) else str(error)
-            raise UpdateError(f"execvp {argv[0]} failed: {text}") from None
+            raise _not_executed(argv, error) from None
         self.pid, self.pidfd = self._child.pid, os.pidfd_open(self._child.pid)
         self.give_theirs()
 
@@ -262,6 +261,13 @@ class Update(Channel):
         self.token = self.pidfd = -1
         if self.page is not None and self.page.struct is not None:
             self.page.close()
+
+
+def _not_executed(argv: Sequence[str], error: OSError | ValueError) -> UpdateError:
+    text = error.strerror if isinstance(error, OSError) else str(error)
+    if isinstance(error, OSError) and error.errno in NO_DESCRIPTORS:  # of the guard, before
+        return UpdateError(f"descriptors of the update: {text}")
+    return UpdateError(f"execvp {argv[0] if argv else ''} failed: {text}")
 
 
 def _default_backend() -> ModuleType:

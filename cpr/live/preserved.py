@@ -7,11 +7,13 @@ somebody asks for it by name.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from cpr.live.errors import PreserveError
-from cpr.live.memfd import map_memory
+from cpr.live import memfd
+from cpr.live.errors import PreserveError, UpdateError
 
 if TYPE_CHECKING:
     import mmap
@@ -23,7 +25,11 @@ MOST_NAME = 200  # characters; systemd's FDNAME takes 255
 
 
 class Entry:
-    """One name: `kind`, the descriptor `fd`, the object once there is one, and how to make it."""
+    """One name: `kind`, the descriptor `fd`, the object once there is one, and how to make it.
+
+    `size` is that of memory, in bytes, as this program knows it.  What new programs can change,
+    who have the same open file, comes back by `restore`.
+    """
 
     def __init__(self, kind: str, fd: int, value: Any, how: dict[str, Any]) -> None:
         self.kind = kind
@@ -32,12 +38,41 @@ class Entry:
         self.how = how
         status = os.fstat(fd)
         self.identity = (status.st_dev, status.st_ino)
+        self.size = status.st_size
+        self._before: tuple[bool, int] | None = None
 
     def take(self, private: bool) -> Any:
         """The object, made of the descriptor at the first time.  Raises OSError."""
         if self.value is None:
             self.value = _build(self, private)
         return self.value
+
+    def remember(self) -> None:
+        """This program stands still, and changes nothing of the open file itself.
+
+        The place counts where it only reads: what a new program has written stays.
+        """
+        if self.kind not in (FILE, FD):
+            return
+        flags, place = fcntl.fcntl(self.fd, fcntl.F_GETFL), -1
+        if flags & os.O_ACCMODE == os.O_RDONLY:
+            with contextlib.suppress(OSError):  # a pipe
+                place = os.lseek(self.fd, 0, os.SEEK_CUR)
+        self._before = not flags & os.O_NONBLOCK, place
+
+    def restore(self) -> None:
+        """The new program has failed: size, place and blocking are as they were."""
+        before, self._before = self._before, None
+        if self.check() is not None:
+            return
+        if self.kind == MEMORY:
+            memfd.shrink(self.fd, self.size)
+        elif self.kind == SOCKET and self.value is not None:
+            os.set_blocking(self.fd, self.value.gettimeout() is None)
+        elif before is not None:
+            os.set_blocking(self.fd, before[0])
+            if before[1] >= 0:
+                os.lseek(self.fd, before[1], os.SEEK_SET)
 
     def check(self) -> str | None:
         """Why the descriptor is not the one that was kept, or None."""
@@ -101,7 +136,8 @@ class Registry:
         try:
             value = entry.take(self.private_memory)
         except (OSError, ValueError) as error:
-            raise PreserveError(f"'{name}' cannot be used: {error}") from None
+            text = getattr(error, "strerror", None) or error
+            raise PreserveError(f"'{name}' cannot be used: {text}") from None
         self.claimed.add(name)
         return value
 
@@ -114,10 +150,30 @@ class Registry:
         if entry.kind == MEMORY or entry.value is None:  # the registry's own descriptor
             os.close(entry.fd)
 
-    def check(self) -> list[str]:
-        """What is wrong with the names, one sentence each."""
-        found = [(name, entry.check()) for name, entry in self.entries.items()]
-        return [f"'{name}' cannot go over: {why}; live.drop it" for name, why in found if why]
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """What the next program is told of each name.  Raises UpdateError, naming all faults."""
+        described, found = {}, []
+        for name, entry in self.entries.items():
+            why = entry.check()
+            try:
+                if why is None:
+                    described[name] = entry.describe()
+            except (OSError, ValueError) as error:  # a full disk, a loop over a file's lines
+                why = str(error)
+            if why is not None:
+                found.append(f"'{name}' cannot go over: {why}; live.drop it")
+        if found:
+            raise UpdateError("; ".join(found))
+        return described
+
+    def remember(self) -> None:
+        for entry in self.entries.values():
+            entry.remember()
+
+    def restore(self) -> None:
+        """After a new program that has failed, or was rehearsed: its changes are undone."""
+        for entry in self.entries.values():
+            entry.restore()
 
     def receive(
         self, described: dict[str, dict[str, Any]], fresh: list[str], fds: list[int]
@@ -204,7 +260,7 @@ def _build(entry: Entry, private: bool) -> Any:
     if entry.kind == FILE:
         return os.fdopen(entry.fd, **entry.how)
     if entry.kind == MEMORY:
-        return map_memory(entry.fd, private=private)
+        return memfd.map_memory(entry.fd, private=private)
     return entry.fd
 
 

@@ -16,9 +16,8 @@ from types import ModuleType
 from typing import NoReturn
 
 from cpr.constants import NS_PER_S
-from cpr.errors import CprError
-from cpr.live import arguments, auditing, forked, image, notify, old_image, program
-from cpr.live.errors import UpdateError
+from cpr.live import arguments, auditing, forked, hooks, image, notify, old_image, program
+from cpr.live.errors import UpdateError, reason_of
 from cpr.live.kept import Kept
 from cpr.live.last_words import LAST_LINES, LastWords
 from cpr.live.said import Said, Send
@@ -86,29 +85,23 @@ class Session:
             )
         if self._image.is_starting:
             raise UpdateError("this program has not called live.ready(): it cannot be updated yet")
-        found = self._image.registry.check()
-        blockers = auditing.blocking(self._image, self._allow)
-        found += [f"{each}; allow='{each.kind}' accepts that" for each in blockers]
-        if found:
-            raise UpdateError("; ".join(found))
+        self._image.registry.describe()
+        if found := auditing.blocking(self._image, self._allow):
+            raise UpdateError(
+                "; ".join(f"{each}; allow='{each.kind}' accepts that" for each in found)
+            )
 
     def pause(self) -> None:
         """What has said so by live.on_pause ends its threads."""
         self._paused = True
         for hook in self._image.pausing:
-            hook()
+            hooks.call("on_pause", hook)
 
     def resume(self) -> None:
         """Calls all functions of live.on_resume, and then raises the first error of theirs."""
-        hooks = self._image.resuming if self._paused else ()
-        self._paused, failed = False, None
-        for hook in hooks:
-            try:
-                hook()
-            except Exception as error:
-                failed = failed or error
-        if failed is not None:
-            raise failed
+        resuming = self._image.resuming if self._paused else []
+        self._paused = False
+        hooks.call_all("on_resume", resuming)
 
     def start(self) -> None:
         """Executes.  Early: returns in the guard.  Late: raises UpdateError; see `fail`.
@@ -138,7 +131,9 @@ class Session:
                 self.argv, self.env, early=early, timeout_ns=int(self.timeout * NS_PER_S)
             )
         except OSError as error:
-            place = error.filename or "descriptors of the update"
+            place = error.filename
+            if not place or error.errno in old_image.NO_DESCRIPTORS:
+                place = "descriptors of the update"
             raise UpdateError(f"{place}: {error.strerror}") from None
         finally:
             kept.restore()
@@ -159,7 +154,8 @@ class Session:
             fake(self)
             return
         self._update = old_image.Update(backend=self._backend)
-        self._update.spawn(self.argv, self.env, self._folder)
+        env = {name: value for name, value in self.env.items() if name != notify.SOCKET}
+        self._update.spawn(self.argv, env, self._folder)
 
     def end_rehearsal(self) -> list[str]:
         """Ends the child, if there is one; its last lines of stderr."""
@@ -168,6 +164,7 @@ class Session:
             return []
         text = self._update.end_child()[1] if self._update.pid else ""
         self._update.close()
+        self._image.registry.restore()
         return text.splitlines()[-LAST_LINES:]
 
     def fds(self) -> tuple[int, int]:
@@ -231,17 +228,20 @@ class Session:
         """Everything is this program's again; what is to be raised for `error`."""
         self._image.updating = False
         update, lines = self._update, []
+        ended_by = getattr(error, "ended_by", 0)
         if update is not None:
             if not update.take_back():
                 update.leave()  # the new program has committed after all
+            ended_by = ended_by or update.pending_signal()
             update.close()
+            self._image.registry.restore()
         if self._last_words is not None:
             lines = self._last_words.take()
         reason = reason_of(error)
         try:
             self.resume()
-        except Exception as failed:
-            reason += f"; a function of on_resume failed: {failed!r}"
+        except UpdateError as failed:
+            reason += f"; {failed.reason}"
         if self._refusal:
             reason = f"{self._refusal}; the PID is not given back: {reason}"
         notify.failed()
@@ -250,6 +250,7 @@ class Session:
             getattr(error, "wait_status", getattr(error, "status", None)),
             os.getpid() != self._old_pid,
             lines,
+            ended_by,
         )
 
     # What is said.
@@ -282,6 +283,7 @@ class Session:
             raise UpdateError(reason)
         self._refusal = reason
         this = self._image
+        this.registry.restore()
         variables = dict(os.environ)
         body = {"argv": this.argv, "cwd": this.folder, "environment": variables}
         blocked = {*signal.pthread_sigmask(signal.SIG_BLOCK, ()), *self._blocked}
@@ -307,11 +309,3 @@ def _vm_backend() -> ModuleType:
     except ImportError as error:
         raise UpdateError(f"guard='vm' needs the C part of cpr: {error}") from None
     return guard
-
-
-def reason_of(error: BaseException) -> str:
-    """Why an update or a rehearsal came to nothing; never empty."""
-    if isinstance(error, MemoryError):
-        return "there is no memory for the update"
-    reason: str = getattr(error, "reason", str(error) if isinstance(error, CprError) else "")
-    return reason or repr(error)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from cpr.live import notify, session
-from cpr.live.errors import UpdateError
+from cpr.live.errors import UpdateError, cause_of, reason_of
 
 log = logging.getLogger("cpr.live")
 
@@ -54,7 +54,7 @@ def update(
             current.hand_over()
     except Exception as error:
         failure = current.fail(error)
-        raise failure from (None if isinstance(error, UpdateError) else error)
+        raise failure from cause_of(error)
     except BaseException as error:
         current.fail(error)
         raise
@@ -97,7 +97,7 @@ def rehearse(
     except UpdateError as error:
         ended = (error.reason, error.status, error.signal)
     except Exception as error:
-        ended = (session.reason_of(error), None, None)
+        ended = (reason_of(error), None, None)
     finally:
         lines = current.end_rehearsal()
     return Verdict(not ended[0], *ended, lines)
