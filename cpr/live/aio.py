@@ -140,7 +140,8 @@ async def _stop(current: session.Session) -> None:
         if current.remaining() == 0:
             raise UpdateError(
                 f"the handler of '{names[0]}' is in the middle of something since "
-                f"{current.timeout:g} s: it neither waits for input nor has set writer.saved"
+                f"{current.timeout:g} s: it neither waits for input nor, where it waits in "
+                "writer.drain(), has set writer.saved"
             )
         await asyncio.sleep(STEP)
 

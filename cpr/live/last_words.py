@@ -58,9 +58,9 @@ class LastWords:
 
 def flush() -> None:
     """Writes what stdout and stderr have buffered; nobody is to fail by one that is closed."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
         with contextlib.suppress(Exception):  # it may be of any class, and None
-            stream.flush()
+            getattr(sys, name).flush()
 
 
 def forward(source: int, target: int) -> bytes:
