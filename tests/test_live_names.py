@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,61 @@ def test_a_file_stands_at_the_same_place(
     again.close()
 
 
+@pytest.mark.parametrize("newline", [None, "", "\n", "\r", "\r\n"])
+def test_a_text_file_is_what_it_was(
+    process: testing.Process, tmp_path: Path, newline: str | None
+) -> None:
+    def make() -> Any:
+        return open(tmp_path / "log", "w", 1, "latin-1", "replace", newline)
+
+    file = live.file("log", make)
+    file.write("ü\n€\n")
+    restart(process)
+    again = live.file("log", make)
+    for each in (file, again):
+        assert (each.name, each.encoding, each.errors) == (file.name, "latin-1", "replace")
+        assert each.line_buffering and not each.write_through
+    again.write("end\n")
+    end = (newline or "\n").encode()
+    assert (tmp_path / "log").read_bytes() == b"\xfc" + end + b"?" + end + b"end" + end
+    file.close()
+    again.close()
+
+
+@pytest.mark.parametrize("newline", [None, "", "\r"])
+def test_lines_are_told_apart_as_before(
+    process: testing.Process, tmp_path: Path, newline: str | None
+) -> None:
+    (tmp_path / "lines").write_bytes(b"a\rb\rc\r")
+    file = live.file("lines", lambda: open(tmp_path / "lines", newline=newline))  # noqa: SIM115
+    assert file.readline() == ("a\n" if newline is None else "a\r")
+    restart(process)
+    again = live.file("lines", lambda: pytest.fail("made again"))
+    assert again.readline() == ("b\n" if newline is None else "b\r")
+    file.close()
+    again.close()
+
+
+def test_what_would_lose_bytes_is_refused(process: testing.Process) -> None:
+    reader, writer = os.pipe()
+    with open(reader) as lines, open(writer, "w") as out:
+        with pytest.raises(live.PreserveError, match=r"'lines' is a pipe.*live\.fd"):
+            live.file("lines", lambda: lines)
+        with pytest.raises(live.PreserveError, match=r"'lines' is a pipe.*live\.fd"):
+            live.keep("lines", lines.buffer)
+        live.keep("raw", open(os.dup(reader), "rb", 0))  # noqa: SIM115
+        live.keep("out", out)
+    first, second = socket.socketpair()
+    context = ssl.create_default_context()
+    tls = context.wrap_socket(first, do_handshake_on_connect=False, server_hostname="a")
+    with pytest.raises(live.PreserveError, match="'tls' is a TLS socket"):
+        live.keep("tls", tls)
+    assert live.names() == ["out", "raw"]
+    live.get("raw").close()
+    tls.close()
+    second.close()
+
+
 def test_an_eventfd_keeps_its_count(process: testing.Process) -> None:
     number = live.fd("count", lambda: os.eventfd(30))
     os.eventfd_write(number, 30)
@@ -127,6 +184,7 @@ BAD: list[tuple[str, Any]] = [
     ("'a' is closed", lambda: live.keep("a", closed())),
     ("'a' is closed", lambda: live.keep("a", 12345)),
     ("'a' is closed", lambda: live.socket("a", closed)),
+    ("'a' is closed, or has no", lambda: live.keep("a", io.StringIO())),
     ("'a' is a list, which has no descriptor", lambda: live.keep("a", [])),
     ("'a': make\\(\\) returned a int, and no socket", lambda: live.socket("a", lambda: 0)),
     ("'' is no name", lambda: live.keep("", 0)),

@@ -38,6 +38,7 @@ def socket(name: str, make: Callable[[], sockets.socket]) -> sockets.socket:
 def file(name: str, make: Callable[[], IO[Any]]) -> IO[Any]:
     """The same for a file object: the next program's stands at the same place.
 
+    Raises PreserveError also for one that reads ahead what it cannot give back: a pipe, a terminal.
     A file of a class of its own, such as a compressed one, is preserved by its descriptor only.
     """
     return cast("IO[Any]", _find_or_make(name, preserved.FILE, make))
@@ -73,7 +74,8 @@ def _when_ours(action: Callable[[], Any]) -> None:
 def keep(name: str, obj: Any) -> None:
     """Preserves a socket, a file or a descriptor, which stays the caller's, until `drop`.
 
-    Raises PreserveError for a name used twice, or an object that is closed.
+    Raises PreserveError for a name used twice, or an object that is closed; for a file as `file`
+    does, and for a socket of TLS.
     """
     this = image.current()
     this.take_over()

@@ -83,6 +83,7 @@ class Image:
         self._link, self._header, self._body = link, body, body
         self._reader = payload.Reader(fds[0])
         self.registry.receive(body["names"], body["fresh"], fds[1:])
+        self.registry.move(body["names"])
         self.generation = int(body["generation"]) + 1
         self.previous = Previous(int(body["pid"]), list(body["argv"]), body["started"])
 
@@ -118,6 +119,7 @@ class Image:
         body, fds = message.body, message.fds
         self._reader = payload.Reader(fds.pop(0))
         self.registry.receive(body["names"], body["fresh"], fds)
+        self.registry.move(body["names"])
         self.registry.forget_unclaimed(set(body["names"]))
         self._body = body
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from typing import IO, TYPE_CHECKING, Any, cast
+import sys
+from typing import IO, TYPE_CHECKING, Any
 
-from cpr.live import memfd
+from cpr.live import files, memfd
 from cpr.live.errors import PreserveError, UpdateError
 
 if TYPE_CHECKING:
@@ -95,7 +96,10 @@ class Entry:
         if self.kind == SOCKET and self.value is not None:
             return {"kind": self.kind, "timeout": self.value.gettimeout()}
         if self.kind == FILE and self.value is not None:
-            synchronize(self.value)
+            files.synchronize(self.value)
+            self.how = files.describe(self.value)
+            if (place := files.place_of(self.value)) is not None:
+                self.how["place"] = place
         return {"kind": self.kind, **self.how}
 
 
@@ -178,13 +182,25 @@ class Registry:
     def receive(
         self, described: dict[str, dict[str, Any]], fresh: list[str], fds: list[int]
     ) -> None:
-        """Takes over what the previous program has sent: `fds` are those of the names `fresh`."""
+        """Takes over what the previous program has sent: `fds` are those of the names `fresh`.
+
+        It may go on, and its files with it: `move` comes last.
+        """
         for name, fd in zip(fresh, fds, strict=True):
             old = self.entries.get(name)
             if old is not None and old.value is None:
                 os.close(old.fd)
             how = dict(described[name])
+            how.pop("place", None)
             self.entries[name] = Entry(str(how.pop("kind")), fd, None, how)
+
+    def move(self, described: dict[str, dict[str, Any]]) -> None:
+        """Files stand where the previous program's do, which stands still now."""
+        for name, entry in self.entries.items():
+            if entry.kind == FILE and (place := described.get(name, {}).get("place")) is not None:
+                entry.how["place"] = place
+                if entry.value is not None:
+                    files.move(entry.value, place)
 
     def forget_unclaimed(self, present: set[str]) -> None:
         """Names that the previous program has dropped meanwhile, and nobody has asked for."""
@@ -209,9 +225,11 @@ def make_entry(name: str, value: Any) -> Entry:
 
     try:
         if isinstance(value, socket.socket):
+            _check_plain(name, value)
             kind, how = SOCKET, {"timeout": value.gettimeout()}
         elif isinstance(value, io.IOBase):
-            kind, how = FILE, _file_mode(value)
+            files.check(name, value)
+            kind, how = FILE, files.describe(value)
         elif isinstance(value, int) and not isinstance(value, bool):
             kind, how = FD, {}
         elif hasattr(value, "fileno"):  # asyncio's TransportSocket, a Popen's pipe, an epoll
@@ -220,32 +238,20 @@ def make_entry(name: str, value: Any) -> Entry:
             raise PreserveError(f"'{name}' is a {type(value).__name__}, which has no descriptor")
         fd = value if isinstance(value, int) else value.fileno()
         return Entry(kind, fd, value, how)
-    except (OSError, ValueError, OverflowError) as error:
+    except (OSError, ValueError, OverflowError, AttributeError) as error:
         if isinstance(error, PreserveError):
             raise
         raise PreserveError(f"'{name}' is closed, or has no descriptor: {error}") from None
 
 
-def _file_mode(file: Any) -> dict[str, Any]:
-    import io
-
-    if isinstance(file, io.TextIOBase):
-        text = cast("io.TextIOWrapper", file)
-        return {
-            "mode": _plain_mode(text.buffer),
-            "encoding": text.encoding,
-            "errors": text.errors,
-        }
-    return {
-        "mode": _plain_mode(file) + "b",
-        "buffering": 0 if isinstance(file, io.RawIOBase) else -1,
-    }
-
-
-def _plain_mode(file: Any) -> str:
-    """A mode that neither truncates nor creates; O_APPEND is the open file's own."""
-    readable, writable = file.readable(), file.writable()
-    return "r+" if readable and writable else "w" if writable else "r"
+def _check_plain(name: str, sock: sockets.socket) -> None:
+    """Raises PreserveError for a socket of the module ssl, which is not loaded for this."""
+    ssl = sys.modules.get("ssl")
+    if ssl is not None and isinstance(sock, ssl.SSLSocket):
+        raise PreserveError(
+            f"'{name}' is a TLS socket, whose session cannot go over: end TLS before this process, "
+            "or preserve the listening socket, and wrap what it accepts"
+        )
 
 
 def _build(entry: Entry, private: bool) -> Any:
@@ -258,20 +264,10 @@ def _build(entry: Entry, private: bool) -> Any:
             sock.settimeout(timeout)
         return sock
     if entry.kind == FILE:
-        return os.fdopen(entry.fd, **entry.how)
+        return files.build(entry.fd, entry.how)
     if entry.kind == MEMORY:
         return memfd.map_memory(entry.fd, private=private)
     return entry.fd
-
-
-def synchronize(file: IO[Any]) -> None:
-    """Writes what a file object has buffered, and puts the descriptor where the object stands."""
-    if file.writable():
-        file.flush()
-    if file.readable() and file.seekable():
-        place = file.tell()
-        file.seek(0, os.SEEK_END)  # a seek within the buffer would not move the descriptor
-        file.seek(place)
 
 
 def find_or_make(
