@@ -31,6 +31,8 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("version=-1 is none", lambda: live.state(version=-1)),
     ("'m': a memory of True bytes", lambda: live.memory("m", True)),
     ("'b' is not there, and None cannot be called", lambda: live.socket("b", None)),
+    ("no option nosuch=5", lambda: live.update_on(signal.SIGUSR2, nosuch=5)),
+    ("mode 'x' is neither", lambda: live.update_on(signal.SIGUSR2, mode="x")),
     ("no update can be made at signal 9", lambda: live.update_on(signal.SIGKILL)),
 ]
 
@@ -38,7 +40,7 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
 @pytest.mark.parametrize(("text", "call"), BAD, ids=range(len(BAD)))
 def test_what_makes_no_sense_is_named(text: str, call: Callable[[], Any]) -> None:
     with testing.fake() as process:
-        with pytest.raises((live.UpdateError, live.PreserveError, ValueError), match=text):
+        with pytest.raises((live.UpdateError, TypeError, ValueError), match=text):
             call()
         assert process.updates == 0 and live.names() == []
         assert process.run(live.update, ["new"], allow="thread")

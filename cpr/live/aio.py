@@ -20,7 +20,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from cpr.live import hooks, notify, session
+from cpr.live import arguments, hooks, notify, session
 from cpr.live.aio_server import Server, servers, start_server
 from cpr.live.errors import UpdateError, cause_of
 from cpr.live.streams import StreamWriter
@@ -40,8 +40,8 @@ async def update(
     *,
     env: Mapping[str, str] | None = None,
     timeout: float = 30,
-    mode: str = session.EARLY,
-    guard: str = session.FORK,
+    mode: str = arguments.EARLY,
+    guard: str = arguments.FORK,
     allow: Iterable[str] = (),
     back: bool = False,
 ) -> NoReturn:
@@ -57,7 +57,7 @@ async def update(
         await _end_executor(loop, current)
         current.check()
         notify.reloading()
-        if mode == session.LATE:
+        if mode == arguments.LATE:
             await _stop(current)
         current.start()
         while True:

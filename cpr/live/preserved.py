@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SOCKET, FILE, FD, MEMORY = "socket", "file", "fd", "memory"
-MOST_NAME = 200  # characters; systemd's FDNAME takes 255
+MOST_NAME = 200  # characters
 
 
 class Entry:

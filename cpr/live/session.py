@@ -17,15 +17,13 @@ from typing import NoReturn
 
 from cpr.constants import NS_PER_S
 from cpr.live import arguments, auditing, forked, hooks, image, notify, old_image, program
+from cpr.live.arguments import EARLY, FORK
 from cpr.live.errors import UpdateError, reason_of
 from cpr.live.kept import Kept
 from cpr.live.last_words import LAST_LINES, LastWords
 from cpr.live.said import Said, Send
 from cpr.live.token import describe_status, is_readable
 from cpr.live.transaction import BACK, HELLO, READY, REFUSE
-
-EARLY, LATE = "early", "late"
-FORK, VM = "fork", "vm"
 
 fake: Callable[[Session], None] | None = None
 """What stands for the exec, and for a rehearsal's child, in a unit test (see `testing`)."""
@@ -48,17 +46,14 @@ class Session:
         back: bool = False,
     ) -> None:
         """Raises UpdateError for what can be seen to be wrong."""
+        options = arguments.check(argv, env, timeout, mode, guard, allow, back)
         self._image = image.current()
         self._folder = self._image.folder if argv is None else None
-        self.argv = arguments.check_command(self._image.argv if argv is None else argv)
-        self.env = arguments.check_environment(os.environ if env is None else env)
-        self._allow = arguments.check_allowed(allow)
-        if mode not in (EARLY, LATE):
-            raise UpdateError(f"mode '{mode}' is neither early nor late")
-        if guard not in (FORK, VM):
-            raise UpdateError(f"guard '{guard}' is neither fork nor vm")
+        self.argv = self._image.argv if options.argv is None else options.argv
+        self.env = dict(os.environ) if options.env is None else options.env
+        self._allow = options.allow
         self.mode = mode
-        self.timeout = arguments.check_timeout(timeout)
+        self.timeout = timeout
         self._deadline = time.monotonic() + timeout
         self._backend = forked if guard == FORK else _vm_backend()
         self._old_pid = os.getpid()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from cpr.live import notify, session
+from cpr.live import arguments, notify, session
 from cpr.live.errors import UpdateError, cause_of, reason_of
 
 log = logging.getLogger("cpr.live")
@@ -19,8 +19,8 @@ def update(
     *,
     env: Mapping[str, str] | None = None,
     timeout: float = 30,
-    mode: str = session.EARLY,
-    guard: str = session.FORK,
+    mode: str = arguments.EARLY,
+    guard: str = arguments.FORK,
     allow: Iterable[str] = (),
     back: bool = False,
 ) -> NoReturn:
@@ -114,8 +114,13 @@ def update_on(
 
     An error goes to `on_error`, else to the logger cpr.live.  Where an asyncio loop runs it is
     live.aio.update that is called.  Raises ValueError outside the main thread, and for a signal
-    that nobody can catch.
+    that nobody can catch, TypeError for an option that `update` has not, UpdateError for a value
+    that it does not take.
     """
+    if unknown := sorted(options.keys() - set(arguments.Options._fields)):
+        raise TypeError(f"live.update has no option {unknown[0]}={options[unknown[0]]!r}")
+    checked = arguments.check(argv, **options)._asdict()
+    argv = checked.pop("argv")
 
     def report(error: UpdateError) -> None:
         if on_error is not None:
@@ -129,10 +134,10 @@ def update_on(
         if loop is not None:
             from cpr.live import aio
 
-            aio.schedule(loop, report, argv, options)
+            aio.schedule(loop, report, argv, checked)
             return
         try:
-            update(argv, **options)
+            update(argv, **checked)
         except UpdateError as error:
             report(error)
 
