@@ -7,6 +7,8 @@ import sys
 
 from cpr.constants import STDERR
 
+NAME = "cpr-live-stderr"
+LINK = f"/memfd:{NAME}"
 PIECE = 64 << 10  # bytes
 LAST_LINES = 20
 
@@ -31,7 +33,7 @@ class LastWords:
             if stream is not None:
                 stream.flush()
         if self.real >= 0:
-            self._memfd = os.memfd_create("cpr-live-stderr")
+            self._memfd = os.memfd_create(NAME)
             os.dup2(self._memfd, STDERR)
 
     def restore(self) -> None:
