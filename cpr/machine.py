@@ -77,6 +77,7 @@ class Machine:
         self.boot_image: Callable[[], BootImage] | None = None
         self._reset_requested: tuple[bool, str] | None = None
         self._shutdown_requested = False
+        self._suspend_requested = False
         self.was_suspended = False
         self.advances_clock: Callable[[], bool] = lambda: False
         self.catches_up = False
@@ -139,6 +140,11 @@ class Machine:
             self._shutdown_requested = True
             self.loop.call_soon(lambda: self.shutdown(guest, reason))
 
+    @property
+    def shutdown_requested(self) -> bool:
+        """Whether the main loop has `shutdown` to do."""
+        return self._shutdown_requested
+
     def request_reset(self, guest: bool, reason: str) -> None:
         """Resets the VM soon; from any thread.  With -no-reboot it ends the VM instead."""
         if self.config.no_reboot and guest:
@@ -149,6 +155,7 @@ class Machine:
 
     def request_suspend(self) -> None:
         """Puts the VM to sleep soon (ACPI S3); from any thread."""
+        self._suspend_requested = True
         self.loop.call_soon(self._suspend)
 
     def request_error(self, error: CprError) -> None:
@@ -277,7 +284,8 @@ class Machine:
     def stop(self, new_state: str = runstate.PAUSED) -> None:
         """vm_stop: pauses a running VM into `new_state`, with a STOP event if it was running.
 
-        A reset that the guest has asked for is done before, so that no saved state misses it.
+        A reset or a sleep that the guest has asked for is done before, so that no saved state
+        misses it.
         """
         with self._state_lock:
             was_running = self.runstate.current in runstate.LIVE
@@ -285,6 +293,10 @@ class Machine:
                 self.was_suspended = self.runstate.current == runstate.SUSPENDED
                 self.pause_vcpus()
                 self.reset_if_requested()
+                if self._suspend_requested:
+                    self._suspend_requested = False
+                    self.was_suspended = True
+                    self.events.emit("SUSPEND")
             elif new_state == runstate.PAUSED:
                 return
             self.runstate.set(new_state)
@@ -305,10 +317,13 @@ class Machine:
             self.runstate.set(runstate.RUNNING)
             self.events.emit("RESUME")
             self.resume_vcpus()
+            if self._reset_requested is not None:
+                self.loop.call_soon(self._reset)
 
     def _suspend(self) -> None:
         with self._state_lock:
-            if self.runstate.current == runstate.RUNNING:
+            requested, self._suspend_requested = self._suspend_requested, False
+            if requested and self.runstate.current == runstate.RUNNING:
                 self.pause_vcpus()
                 self.runstate.set(runstate.SUSPENDED)
                 self.events.emit("SUSPEND")
@@ -366,6 +381,8 @@ class Machine:
 
     def _reset(self) -> None:
         with self._state_lock:
+            if self.runstate.current == runstate.FINISH_MIGRATE:
+                return  # its RAM may be another image's by now; `cont` does it
             running = self.runstate.current in runstate.LIVE
             if running:
                 self.pause_vcpus()
@@ -479,7 +496,7 @@ class Machine:
     def cpr_rollback(self) -> None:
         with self.lock:
             for device in reversed(self.devices):
-                device.cpr_rollback()
+                report.carefully(device.cpr_rollback)
 
     def take_over(self) -> None:
         """The guest that was loaded is this VMM's for good; it runs on whatever a device says."""

@@ -225,6 +225,24 @@ tell(outcome=NAMES[returned.outcome], consumed=returned.consumed)
     assert only(told) == {"outcome": outcome, "consumed": consumed}
 
 
+def test_a_program_that_ends_slowly_has_taken_nothing():
+    """Its descriptors are gone, and it has not ended: its other thread lives."""
+    told = run("""
+state = os.memfd_create("state")
+script = (
+    "import ctypes, os, threading, time\\n"
+    "def end():\\n"
+    "    time.sleep(2.5)\\n"
+    "    os._exit(0)\\n"
+    "threading.Thread(target=end).start()\\n"
+    "ctypes.CDLL(None).syscall(60, 0)\\n"  # exit(2): of this thread only
+)
+returned = execute(sys.executable, "-c", script, keep=[state], state_fd=state, timeout_ns=10**11)
+tell(outcome=NAMES[returned.outcome], consumed=returned.consumed)
+""")
+    assert only(told) == {"outcome": "died", "consumed": False}
+
+
 def test_a_program_that_knows_no_token_and_lives_on_has_it():
     told = run("""
 state = os.memfd_create("state")

@@ -66,8 +66,9 @@ def test_daemonize_returns_when_it_is_up_and_updates_keep_the_pid(guests, accel,
         assert qmp.command("query-status")["running"]
         assert os.getsid(pid) != os.getsid(0)
         qmp.command("cpr-exec")
-        qmp.wait_closed()
-        qmp = connect(path)
+        wait_for(
+            lambda: qmp.command("query-migrate").get("status") == "completed", "the update is done"
+        )
         assert qmp.command("query-status")["running"]
         assert int(pidfile.read_text()) == pid
         qmp.send("quit")

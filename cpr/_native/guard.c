@@ -34,6 +34,7 @@
 #define PROTECTED 4096                /* below the stack */
 #define PIECE ((uint64_t)64 << 20)    /* in which mappings are undone */
 #define KERNEL_SIGSET_SIZE 8          /* sizeof(sigset_t) of the kernel (rt_sigprocmask(2)) */
+#define NS_PER_MS ((uint64_t)1000000)
 #define TICK_MS 50                    /* how often it is looked at what no descriptor tells */
 #define GRACE_NS ((uint64_t)2000000000)
 /* For so long a program that has read its CPR state, and knows no token, may still fail to load. */
@@ -123,7 +124,8 @@ CPR_IN_CHILD static int has_consumed(void)
             return 1;
         }
     }
-    return size < 0;
+    return size == -ENOENT &&
+           cpr_syscall3(SYS_readlink, self.guard->exe_link, text, sizeof(text)) > 0;
 }
 
 CPR_IN_CHILD static uint64_t read_hex(const char *text, const char *end)
@@ -172,7 +174,9 @@ CPR_IN_CHILD static void kill_new_image(void)
 {
     struct pollfd death = {.fd = self.guard->pid_fd, .events = POLLIN};
 
-    cpr_syscall5(SYS_pidfd_send_signal, self.guard->pid_fd, SIGKILL, 0, 0, 0);
+    if (cpr_syscall5(SYS_pidfd_send_signal, self.guard->pid_fd, SIGKILL, 0, 0, 0) == -EPERM) {
+        return; /* another user's by now: it never gets the token */
+    }
     while (cpr_syscall3(SYS_poll, &death, 1, -1) != 1) {
     }
 }
@@ -205,16 +209,26 @@ CPR_IN_CHILD static void committed(void)
     cpr_guard_end(self.guard->mappings, self.guard->mapping_count);
 }
 
-/* Comes back when the exec is done; false where the process has ended before. */
+/* Comes back when the exec is done; false where the process has ended before. An exec that takes too
+   long keeps who wants to go on at once waiting: it is not waited for any more. */
 CPR_IN_CHILD static int wait_for_exec(void)
 {
+    uint64_t timeout_ms = self.guard->early ? self.guard->timeout_ns / NS_PER_MS : 0;
+    long count;
     struct pollfd ready[2] = {
         {.fd = self.guard->pid_fd, .events = POLLIN},
         {.fd = self.exec_pipe[0], .events = POLLIN},
     };
 
     cpr_syscall1(SYS_close, self.exec_pipe[1]);
-    while (cpr_syscall3(SYS_poll, ready, 2, -1) < 0) {
+    if (timeout_ms > INT_MAX) {
+        timeout_ms = 0;
+    }
+    while ((count = cpr_syscall3(SYS_poll, ready, 2, timeout_ms ? (long)timeout_ms : -1)) < 0) {
+    }
+    if (count == 0 && take_token()) {
+        kill_new_image();
+        go_back(CPR_GUARD_KILLED);
     }
     cpr_syscall1(SYS_close, self.exec_pipe[0]);
     return !(ready[0].revents & POLLIN);
@@ -334,7 +348,7 @@ static void set_default(struct sigaction *old, int on)
 __attribute__((noinline)) static long attempt(void)
 {
     static struct sigaction actions[SIGNALS + 1];
-    uint64_t mask = self.mask & ~self.guard->unblock;
+    uint64_t mask = self.guard->mask;
     char guard_pid_text[NOTIFY_SIZE];
     long error;
 

@@ -43,6 +43,7 @@ struct cpr_guard {
     uint32_t *guard_pid;      /* where the new image finds the guard's PID, to reap it */
     int32_t early;            /* come back as soon as the exec is done */
     uint64_t timeout_ns;      /* 0: there is no deadline */
+    uint64_t mask;            /* the program's signal mask: bit n - 1 */
     uint64_t unblock;         /* signals that the caller blocks and the program is not to: bit n - 1 */
     /* Signals, bit n - 1, that end what is updated, and /proc/PID/status, which tells of those that
        wait for the new image; or 0 and NULL. One that has not taken such a signal for a while hangs,
@@ -53,6 +54,7 @@ struct cpr_guard {
     /* For a program that does not know of the token: /proc/PID/fd/N of the CPR state, and what that
        link says for as long as the program has not closed it. NULL otherwise. */
     const char *state_link, *state_text;
+    const char *exe_link; /* /proc/PID/exe: a process that ends has none, before its descriptors go */
     const struct cpr_mapping *mappings; /* what is given back piece by piece after a commit */
     uint32_t mapping_count;
     /* The answer, in the old image. */

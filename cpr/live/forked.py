@@ -12,7 +12,7 @@ import os
 import select
 import time
 
-from cpr.constants import NS_PER_S
+from cpr.constants import NS_PER_MS, NS_PER_S
 from cpr.live.page import Page
 from cpr.live.token import (
     Returned,
@@ -27,7 +27,7 @@ from cpr.live.token import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any
 
 EARLY, DIED, KILLED, MESSAGE = 1, 2, 3, 4  # as in _native/guard.h
@@ -55,6 +55,7 @@ def execute(
     mappings: Sequence[tuple[int, int]] = (),
     state_fd: int = -1,
     drop: Sequence[int] = (),
+    mask: Iterable[int] | None = None,
     unblock: Sequence[int] = (),
     ending: Sequence[int] = (),
     notify_fd: int = -1,
@@ -71,25 +72,24 @@ def execute(
     if not paths:
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     ready()
+    if mask is None:
+        mask = set(signal.pthread_sigmask(signal.SIG_BLOCK, ())) - set(unblock)
     old_pid = os.getpid()
     pidfd, exec_pipe = os.pidfd_open(old_pid), (-1, -1)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         exec_pipe = os.pipe()
         page.struct.exec_ns = time.monotonic_ns()
         if pid := _fork():
             page.struct.guard_pid = pid
             _tell(notify_fd, f"MAINPID={pid}")
-            _execute(paths, list(argv), dict(environment), keep, token, pid, mask - set(unblock))
-        outcome = _guard(pidfd, exec_pipe, token, page, early, socket, timeout_ns, set(ending))
-    except OSError:
+            _execute(paths, list(argv), dict(environment), keep, token, pid, set(mask))
+    except BaseException:  # in the process that was there before
         os.close(pidfd)
         for fd in exec_pipe:
             if fd >= 0:
                 os.close(fd)
         raise
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    outcome = _guard(pidfd, exec_pipe, token, page, early, socket, timeout_ns, set(ending))
     return Returned(outcome, old_pid, pidfd, False, False)
 
 
@@ -120,11 +120,31 @@ def _execute(
     guard_pid: int,
     mask: set[Any],
 ) -> None:
-    """In the process that gets the new program: comes back only by an OSError, without a guard."""
+    """In the process that gets the new program: comes back only by an error, without a guard."""
+    blocked: set[Any] = set()
+    try:
+        for fd in keep:
+            os.set_inheritable(fd, True)
+        blocked = signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        _try_all(paths, argv, environment)
+    finally:
+        if blocked:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for fd in keep:
+            try:
+                os.set_inheritable(fd, False)
+            except OSError:  # it is not open, which has been told
+                pass
+        while not take_token(token):
+            signal.pause()  # the guard was first: it ends this process, and goes on in its place
+        os.kill(guard_pid, signal.SIGKILL)
+        reap(guard_pid)
+        put_token_back(token)
+
+
+def _try_all(paths: Sequence[str], argv: list[str], environment: dict[str, str]) -> None:
+    """As execvp(3).  Raises OSError."""
     error = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-    for fd in keep:
-        os.set_inheritable(fd, True)
-    blocked = signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     for path in paths:
         try:
             os.execve(path, argv, environment)
@@ -136,14 +156,6 @@ def _execute(
         except ValueError as failure:  # a NUL byte, or a name with "="
             error = OSError(errno.EINVAL, str(failure))
             break
-    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    for fd in keep:
-        os.set_inheritable(fd, False)
-    while not take_token(token):
-        signal.pause()  # the guard was first: it ends this process, and goes on in its place
-    os.kill(guard_pid, signal.SIGKILL)
-    reap(guard_pid)
-    put_token_back(token)
     raise error
 
 
@@ -161,7 +173,12 @@ def _guard(
     poll = select.poll()
     for fd in (pidfd, exec_pipe[0]):
         poll.register(fd, select.POLLIN)
-    died = any(fd == pidfd for fd, _ in poll.poll())
+    timeout_ms = timeout_ns / NS_PER_MS if early and timeout_ns else None
+    ready = poll.poll(timeout_ms)
+    if not ready and take_token(token):  # the exec hangs
+        kill(pidfd)
+        return KILLED
+    died = any(fd == pidfd for fd, _ in ready)
     os.close(exec_pipe[0])
     if not died and early:
         return EARLY
@@ -212,6 +229,8 @@ def kill(pidfd: int) -> None:
     """Ends the process of a pidfd, and waits for that."""
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except PermissionError:  # another user's by now: it never gets the token
+        return
     except ProcessLookupError:
         pass
     is_readable(pidfd, None)

@@ -7,6 +7,7 @@ the same by fork(), without the C part.
 
 from __future__ import annotations
 
+import _signal as signal
 import errno
 import os
 import time
@@ -26,7 +27,7 @@ from cpr.uapi.fd import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any
 
 EARLY = lib.CPR_GUARD_EARLY
@@ -112,6 +113,7 @@ def execute(
     mappings: Sequence[tuple[int, int]] = (),
     state_fd: int = -1,
     drop: Sequence[int] = (),
+    mask: Iterable[int] | None = None,
     unblock: Sequence[int] = (),
     ending: Sequence[int] = (),
     notify_fd: int = -1,
@@ -152,6 +154,9 @@ def execute(
     request.drop, request.drop_count = drop_array, len(drop)
     request.token_fd, request.socket_fd, request.notify_fd = token, socket, notify_fd
     request.early, request.timeout_ns, request.sibling = early, timeout_ns, sibling
+    if mask is None:
+        mask = set(signal.pthread_sigmask(signal.SIG_BLOCK, ())) - set(unblock)
+    request.mask = sum(1 << (number - 1) for number in mask)
     request.unblock = sum(1 << (number - 1) for number in unblock)
     if ending:
         memory.append(ffi.new("char[]", f"/proc/{os.getpid()}/status".encode()))
@@ -163,6 +168,8 @@ def execute(
         link = f"/proc/{os.getpid()}/fd/{state_fd}"
         memory += [ffi.new("char[]", link.encode()), ffi.new("char[]", os.readlink(link).encode())]
         request.state_link, request.state_text = memory[-2:]
+        memory.append(ffi.new("char[]", f"/proc/{os.getpid()}/exe".encode()))
+        request.exe_link = memory[-1]
     error = -errno.ENOENT
     ready()
     for path in candidates(argv[0], environment):
@@ -190,11 +197,15 @@ def end(mappings: Sequence[tuple[int, int]]) -> None:
 
     Nothing comes after this, no exit handler and no exit status that anybody sees.
     """
-    for task in os.listdir("/proc/self/task"):  # whichever ends last frees what is left
+    try:
+        tasks = os.listdir("/proc/self/task")
+    except OSError:  # no descriptor for it, and none is worth that this one stays
+        tasks = []
+    for task in tasks:  # whichever ends last frees what is left
         if int(task) != os.getpid():
             try:
                 os.sched_setscheduler(int(task), os.SCHED_IDLE, os.sched_param(0))
-            except ProcessLookupError:  # it has ended meanwhile
+            except OSError:  # it has ended meanwhile
                 pass
     lib.cpr_guard_end(ffi.new("struct cpr_mapping[]", list(mappings)), len(mappings))
 

@@ -226,8 +226,12 @@ class Image:
         """Until the commit stderr is a memfd that the previous program could read."""
         if self._stderr < 0:
             return
-        last_words.forward(STDERR, self._stderr)
-        os.dup2(self._stderr, STDERR)
+        try:
+            if os.readlink(f"/proc/self/fd/{STDERR}").startswith(last_words.LINK):
+                last_words.forward(STDERR, self._stderr)
+                os.dup2(self._stderr, STDERR)
+        except OSError:  # closed by the program
+            pass
         os.close(self._stderr)
         self._stderr = -1
 

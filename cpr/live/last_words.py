@@ -10,6 +10,8 @@ import sys
 from cpr.constants import STDERR
 from cpr.live.token import above_streams
 
+NAME = "cpr-live-stderr"
+LINK = f"/memfd:{NAME}"
 PIECE = 64 << 10  # bytes
 LAST_LINES = 20
 
@@ -35,7 +37,7 @@ class LastWords:
         """stderr is the memfd, for the exec.  Raises OSError."""
         flush()
         if self.real >= 0:
-            self._memfd = above_streams(os.memfd_create("cpr-live-stderr"))
+            self._memfd = above_streams(os.memfd_create(NAME))
             os.dup2(self._memfd, STDERR)
 
     def restore(self) -> None:

@@ -77,7 +77,11 @@ class Channel:
         if message.kind not in AFTER:
             message.close()
             raise UpdateError(f"the new program sent '{message.kind}', which is unknown")
-        self._set(AFTER[message.kind])
+        try:
+            self._set(AFTER[message.kind])
+        except UpdateError:
+            message.close()
+            raise
         return message
 
     def has_message(self) -> bool:

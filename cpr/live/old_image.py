@@ -6,6 +6,7 @@ import _signal as signal  # `signal` itself makes enums, which a late update wou
 import errno
 import os
 import time
+from _thread import start_new_thread
 
 from cpr.constants import NS_PER_MS
 from cpr.live import token as tokens
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from types import ModuleType
 
+LAST_BYTES = 2000  # of what a rehearsed program has said
 END_TIMEOUT_MS = 5000  # for a new image that was told to end
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
@@ -42,6 +44,7 @@ class Update(Channel):
         self.pidfd = -1
         self.dropped = False
         self._has_token = False
+        self._words = -1
         self._mappings = list(mappings)
         self.token = -1
         try:
@@ -103,6 +106,11 @@ class Update(Channel):
 
         def ready() -> None:
             nonlocal parked
+            if holds_signals:  # the guard is one more than the threads that are ended for it
+                try:
+                    start_new_thread(lambda: None, ())
+                except RuntimeError:
+                    raise UpdateError("there is no process for the guard") from None
             parked = True
             park()
             self._guard.wait_alone()
@@ -117,7 +125,8 @@ class Update(Channel):
         sibling = manager is not None and notify.is_child()
         if sibling:
             environment = {**environment, notify.EXEC_PID: str(os.getpid())}
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        # All, until it is known who has the token: a handler may raise.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             returned = self._guard.execute(
                 argv,
@@ -133,29 +142,33 @@ class Update(Channel):
                 mappings=self._mappings,
                 state_fd=state_fd,
                 drop=drop,
-                unblock=() if held else [each for each in ENDING if each not in blocked],
+                mask=blocked | set(ENDING) if held else blocked,
+                unblock=() if held else set(ENDING) - blocked,
                 ending=ENDING if held else (),
                 notify_fd=manager.fileno() if manager is not None else -1,
                 sibling=sibling,
                 ready=ready,
             )
+            # Before a signal can be taken whose handler raises: it would be forgotten who has it.
+            self.pid, self.pidfd = returned.pid, returned.pidfd
+            self.dropped = returned.dropped
+            self._has_token = returned.outcome in (self._guard.DIED, self._guard.KILLED)
         except (OSError, ValueError) as error:
             raise _not_executed(argv, error) from None
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            if manager is not None:
-                manager.close()
-            if parked:
-                unpark()
+            try:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            finally:
+                if manager is not None:
+                    manager.close()
+                if parked:
+                    unpark()
         if sibling and self._guard.SIBLINGS:
             notify.became_child()
-        self.pid, self.pidfd = returned.pid, returned.pidfd
-        self.dropped = returned.dropped
         self.give_theirs()
         if returned.outcome in (self._guard.EARLY, self._guard.MESSAGE):
             return
         self._set(CLOSED)
-        self._has_token = True
         if returned.outcome == self._guard.KILLED:
             raise UpdateError(
                 f"the new program did not take over within {timeout_ns // NS_PER_MS} ms, and was "
@@ -182,25 +195,34 @@ class Update(Channel):
 
         assert self._theirs is not None
         try:
+            # No pipe, which others may hold.
+            self._words = tokens.above_streams(os.memfd_create("cpr-rehearsal-stderr"))
             self._child = subprocess.Popen(
                 list(argv),
                 env=self.environment(REHEARSE, environment),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stderr=self._words,
                 pass_fds=self.handed_fds,
                 cwd=folder,
             )
         except (OSError, ValueError) as error:
             raise _not_executed(argv, error) from None
-        self.pid, self.pidfd = self._child.pid, os.pidfd_open(self._child.pid)
+        self.pid = self._child.pid
+        try:
+            self.pidfd = os.pidfd_open(self.pid)
+        except OSError as error:
+            self.end_child()
+            raise UpdateError(f"descriptors of the rehearsal: {error.strerror}") from None
         self.give_theirs()
 
     def end_child(self) -> tuple[int, str]:
         """Ends and reaps the child of `spawn`: its exit status, and the end of its stderr."""
         self._child.kill()
-        error = self._child.communicate()[1]
-        return self._child.returncode, error[-2000:].decode(errors="replace").strip()
+        self._child.wait()
+        begin = max(os.fstat(self._words).st_size - LAST_BYTES, 0)
+        error = os.pread(self._words, LAST_BYTES, begin)
+        return self._child.returncode, error.decode(errors="replace").strip()
 
     def take(self) -> bool:
         """Takes the token; true also where this image has it; false: the new one has committed."""
@@ -213,11 +235,17 @@ class Update(Channel):
             self.kill()
         return self._has_token
 
+    @property
+    def has_token(self) -> bool:
+        return self._has_token
+
     def kill(self) -> None:
         """Ends the new image, and waits for that."""
         if self.pidfd >= 0:
             try:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            except PermissionError:  # another user's by now: it never gets the token
+                return
             except ProcessLookupError:
                 pass
             tokens.is_readable(self.pidfd, None)
@@ -255,10 +283,10 @@ class Update(Channel):
     def close(self) -> None:
         """Frees everything; may be called twice."""
         self.close_channel()
-        for fd in (self.token, self.pidfd):
+        for fd in (self.token, self.pidfd, self._words):
             if fd >= 0:
                 os.close(fd)
-        self.token = self.pidfd = -1
+        self.token = self.pidfd = self._words = -1
         if self.page is not None and self.page.struct is not None:
             self.page.close()
 

@@ -53,7 +53,7 @@ class Entry:
 
         The place counts where it only reads: what a new program has written stays.
         """
-        if self.kind not in (FILE, FD):
+        if self.kind == MEMORY:
             return
         flags, place = fcntl.fcntl(self.fd, fcntl.F_GETFL), -1
         if flags & os.O_ACCMODE == os.O_RDONLY:
@@ -68,8 +68,6 @@ class Entry:
             return
         if self.kind == MEMORY:
             memfd.shrink(self.fd, self.size)
-        elif self.kind == SOCKET and self.value is not None:
-            os.set_blocking(self.fd, self.value.gettimeout() is None)
         elif before is not None:
             os.set_blocking(self.fd, before[0])
             if before[1] >= 0:

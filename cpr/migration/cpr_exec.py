@@ -44,11 +44,11 @@ STATE_FILE = "vmstate"
 class Exec(KeepsRam):
     """One update's exec of `command`.
 
-    `process` is what executes, `files` are its program's, and `park()` ends all its threads but
-    the caller's.  `directory` is the private temporary
-    directory with the new image's state, which this owns, or None.  `give_back(self, update,
-    reason)` goes on after a new image has refused; the update is its own.  `serve()` is called
-    while a program is asked what it knows, and true where nobody waits for that any more.
+    `process` is what executes, `files` are its program's, and `park()` ends all its threads but the
+    caller's.  `directory` is the private temporary directory with the new image's state, which this
+    owns, or None.  `give_back(self, update, reason)` makes what goes on after a new image has
+    refused; the update is its own.  `serve()` is called while a program is asked what it knows, and
+    true where nobody waits for that any more.
     """
 
     ends_process = True
@@ -61,7 +61,7 @@ class Exec(KeepsRam):
         parameters: Parameters,
         files: ProgramFiles,
         park: Callable[[], None],
-        give_back: Callable[[Exec, Update, str], None],
+        give_back: Callable[[Exec, Update, str], Callable[[], None]],
         serve: Callable[[], bool],
         directory: str | None = None,
     ) -> None:
@@ -136,13 +136,13 @@ class Exec(KeepsRam):
         try:
             point("refused")
             self._process.on_new_pid()
-            self._give_back(self, update, reason)
+            give_back = self._give_back(self, update, reason)
         except Exception:
             if not update.take_back():
                 update.leave()
             update.close()
             raise
-        self.gives_back = True
+        self.gives_back = give_back
         raise MigrationError(f"the new program refused: {reason}")
 
     def _become(self, machine: Machine) -> tuple[str, Update]:

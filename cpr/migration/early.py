@@ -109,7 +109,7 @@ class EarlyUpdate:
                 self._mode.command,
                 os.environ,
                 early=True,
-                timeout_ns=0,
+                timeout_ns=self._mode.timeout_ms * NS_PER_MS,
                 holds_signals=True,
                 park=self._process.park,
                 unpark=self._process.unpark,
@@ -120,11 +120,11 @@ class EarlyUpdate:
             exception_report(error)
             self._fail(str(error))
         else:
-            self._watch()
+            self._guarded(self._watch)
 
     def give_back(self, reason: str) -> None:
         """Goes on after a late update that was refused: the old command gets the PID."""
-        self._watch()
+        self._guarded(self._watch)
         self._guarded(lambda: self._on_refusal(reason))
 
     def _watch(self) -> None:
@@ -192,6 +192,7 @@ class EarlyUpdate:
 
     def continue_(self) -> None:
         """migrate-continue: goes on from pre-switchover."""
+        self._start_timer()
         self._guarded(self._hand_over)
 
     def _send_state(self, message: Message) -> None:
@@ -261,9 +262,12 @@ class EarlyUpdate:
 
     def _on_commit(self, events: int) -> None:
         """The new image has the guest: nothing more is done here than to say so."""
-        point("leave")
-        self._state.set("completed")
-        self._process.before_exec()
+        if self._update.has_token:  # it is gone because this image has taken it
+            self._loop.unwatch(self._update.token)
+            return
+        carefully(lambda: point("leave"))
+        carefully(lambda: self._state.set("completed"))
+        carefully(self._process.before_exec)
         if self._keeps:
             carefully(lambda: send_all(self._update, self._process.connections()))
         self._update.leave()

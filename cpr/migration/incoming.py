@@ -180,6 +180,7 @@ class Incoming:
         except RuntimeError:
             self._thread_done.release()
             self._source = None
+            source.shutdown()
             source.close()
             raise MigrationError(NO_THREAD) from None
 
@@ -274,6 +275,9 @@ class Incoming:
         """Loads the stream and closes it; returns the state in which the guest was."""
         try:
             return self._read(lambda: loadvm.load(self._machine, self._state.capabilities, source))
+        except BaseException:
+            source.shutdown()  # an exec: command may not be writing, and see nothing else
+            raise
         finally:
             source.close()
 

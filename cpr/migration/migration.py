@@ -133,7 +133,7 @@ class Migration:
             self.outgoing.park(CLOSE_TIMEOUT)
         self.process.park()
 
-    def _give_back(self, mode: Exec, update: Update, reason: str) -> None:
+    def _give_back(self, mode: Exec, update: Update, reason: str) -> Callable[[], None]:
         """A new image has refused, and still has the PID: the old command has it next."""
         from cpr.migration.early import EarlyUpdate
 
@@ -145,7 +145,7 @@ class Migration:
             outgoing.early = early
             early.give_back(reason)
 
-        self.loop.call_soon(give_back)
+        return give_back
 
     # Commands.
 

@@ -29,13 +29,13 @@ class Mode:
     `finish` there is another image, or an error.  `regenerates`: the new image makes the machine's
     own blocks again.  `stages`: RAM that it could not map is copied for it.  `stopped_ns` is when
     the guest was stopped for it.  After a `finish` that failed, `ended_by` is the signal that ended
-    the new image, and the VM with it, or 0; `gives_back`: that has refused, and what becomes of the
-    update is told later.
+    the new image, and the VM with it, or 0; `gives_back` is what goes on at once where that has
+    refused, and what becomes of the update is told later, or None.
     """
 
     ends_process = False
     regenerates = True
-    gives_back = False
+    gives_back: Callable[[], None] | None = None
     ended_by = 0
 
     def __init__(self, name: str, stages: bool = False) -> None:

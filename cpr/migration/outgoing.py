@@ -158,13 +158,20 @@ class Outgoing:
             self.stop_guest()
 
     def stop_guest(self) -> None:
-        """Stops the guest for the rest of the migration; `run_on` is the inverse."""
+        """Stops the guest for the rest of the migration; `run_on` is the inverse.
+
+        Raises MigrationError, with the guest stopped, where it has just powered itself off.
+        """
         self.times.stop()
         self.old_state = self.machine.runstate.current
         mark("stop")
         if self._mode is not None:
             self._mode.stopped_ns = self.times.stopped_ns
         self.machine.stop(runstate.FINISH_MIGRATE)
+        if self.machine.shutdown_requested:
+            raise MigrationError("the guest has powered itself off at that moment")
+        if self.machine.was_suspended:
+            self.old_state = runstate.SUSPENDED
         mark("save")
 
     # The thread.
@@ -326,9 +333,11 @@ class Outgoing:
         except Exception as error:  # the guest must not be lost to a bug here
             if not isinstance(error, CprError):
                 exception_report(error)
-            if not mode.gives_back:
+            if mode.gives_back is None:
                 error_report(error)
             self.end("failed", str(error))
+            if mode.gives_back is not None:
+                mode.gives_back()  # no command comes in between
             if mode.ended_by:
                 self.machine.shutdown(False, "host-signal")
             return

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 
-from cpr.live.token import PROCESSOR_FIELD, STATE_FIELD, read_stat
+from cpr.live.token import PROCESSOR_FIELD, STATE_FIELD, is_kernels, read_stat
 from cpr.report import warn_report
 from cpr.vcpus import Scheduling
 
@@ -36,6 +36,7 @@ class Placement:
         self._own = set(own)
         self._away = set(away)
         self._vcpus = [Scheduling(*each) for each in vcpus]
+        self._threads: Sequence[VCpuThread] = ()
 
     @classmethod
     def of(cls, threads: Sequence[VCpuThread]) -> Placement:
@@ -46,7 +47,9 @@ class Placement:
         away = own - {
             _busy_cpu(thread.thread_id, ran) for thread, ran in zip(threads, before, strict=True)
         }
-        return cls(own, away, [Scheduling.of(thread.thread_id).describe() for thread in threads])
+        found = cls(own, away, [Scheduling.of(thread.thread_id).describe() for thread in threads])
+        found._threads = threads
+        return found
 
     def describe(self) -> list:
         """The arguments of the constructor, as plain data."""
@@ -67,11 +70,17 @@ class Placement:
             _move(self._own - self._away)
 
     def give_back(self) -> None:
-        """The caller's thread may run where the main thread might before the update."""
+        """The caller's thread, and those that it has started meanwhile, may run where the main
+        thread might before the update; vCPU threads are where they were."""
         _move(self._own)
+        vcpus = {thread.thread_id for thread in self._threads}
+        for task in map(int, os.listdir("/proc/self/task")):
+            if task not in vcpus and not is_kernels(read_stat(f"/proc/self/task/{task}/stat")[1]):
+                _move(self._own, task)
 
     def place(self, threads: Sequence[VCpuThread]) -> None:
         """Has vCPU threads scheduled as the old VMM's were."""
+        self._threads = threads
         for thread, wanted in zip(threads, self._vcpus, strict=True):
             thread.schedule(wanted)
 

@@ -27,7 +27,7 @@ class Process:
         self.machine.unpark()
 
     def on_new_pid(self) -> None:
-        """The VM goes on in another process than before."""
+        """The VM goes on in another process than before.  Raises nothing."""
 
     def on_update(self) -> None:
         """An update begins that executes another program."""

@@ -61,12 +61,14 @@ def rehearse(
             update.spawn(command, os.environ)
         finally:
             placement.give_back()
-        refusal = _converse(machine, fds, serve, update, timeout_ms, placement)
-        took = (time.monotonic_ns() - began) // NS_PER_MS
-        if refusal is None:
-            update.send(END, {"status": 0})
-            update.is_dead(timeout_ms or END_MS)
-        status, words = update.end_child()
+        try:
+            refusal = _converse(machine, fds, serve, update, timeout_ms, placement)
+            took = (time.monotonic_ns() - began) // NS_PER_MS
+            if refusal is None:
+                update.send(END, {"status": 0})
+                update.is_dead(timeout_ms or END_MS)
+        finally:
+            status, words = update.end_child()
     except UpdateError as error:
         raise MigrationError(str(error)) from None
     finally:

@@ -10,7 +10,7 @@ from cpr.faults import point
 from cpr.live import guard
 from cpr.mainloop import READ
 from cpr.migration.process import Process
-from cpr.report import error_report, exception_report
+from cpr.report import carefully, error_report, exception_report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -83,11 +83,11 @@ class Vmm(Process):
             self.start_populating()
 
     def on_new_pid(self) -> None:
-        """This VMM goes on in another process than before."""
+        """This VMM goes on in another process than before.  Raises nothing: the guest waits."""
         if self.pidfile is not None:
-            self.pidfile.rewrite()
+            carefully(self.pidfile.rewrite)
         for chardev in self.chardevs.values():
-            chardev.expect_another()
+            carefully(chardev.expect_another)
 
     def hold_commands(self, on: bool) -> None:
         for _, monitor in self.monitors:

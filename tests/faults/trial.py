@@ -16,7 +16,7 @@ from faults.steps import CONT, ENDED, MOVED, NEW, OLD, Row
 
 HEARTBEAT = 0x8000
 RAM = "16M"
-DEADLINE_MS = 2000
+DEADLINE_MS = {True: 3000, False: 60_000}  # with a hang
 SHARED = ["-object", f"memory-backend-memfd,id=ram0,size={RAM},share=on"]
 PRIVATE = ["-object", f"memory-backend-ram,id=ram0,size={RAM}"]
 SETTLED = ("failed", "completed", "cancelled", "none")
@@ -38,7 +38,7 @@ class Trial:
             *("-nodefaults", "-display", "none", "-accel", accel, "-m", RAM, *ram),
             *("-machine", "pc,memory-backend=ram0,aux-ram-share=on"),
             *("-drive", "file=examples/build/heartbeat.img,format=raw,if=floppy"),
-            *("-global", f"migration.x-cpr-exec-timeout={DEADLINE_MS}"),
+            *("-global", f"migration.x-cpr-exec-timeout={DEADLINE_MS[fault == HANG]}"),
             *("-chardev", "null,id=first", "-serial", "chardev:first"),
         ]
         self.vm: Vm = start(*self.words, "-name", "old", env=self.environment)

@@ -1,0 +1,48 @@
+"""The VMM with one step changed, for what no input brings: `patched_vmm.py WHAT run …`."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cpr.devices import base
+from cpr.errors import KernelError
+from cpr.live import old_image
+from cpr.migration.outgoing import Outgoing
+
+stop_guest = Outgoing.stop_guest
+
+
+def no_memory(*arguments: object) -> None:
+    raise KernelError("a step of the test", 12)
+
+
+def not_permitted(*arguments: object) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
+def powers_off(outgoing: Outgoing) -> None:
+    outgoing.machine.request_shutdown(True, "guest-shutdown")
+    stop_guest(outgoing)
+
+
+def sleeps(outgoing: Outgoing) -> None:
+    outgoing.machine.request_suspend()
+    stop_guest(outgoing)
+
+
+PATCHES = {
+    "rollback": (base.Device, "cpr_rollback", no_memory),
+    "kill": (old_image.signal, "pidfd_send_signal", not_permitted),
+    "power-off": (Outgoing, "stop_guest", powers_off),
+    "sleep": (Outgoing, "stop_guest", sleeps),
+}
+
+if __name__ == "__main__":
+    owner, name, function = PATCHES[sys.argv.pop(1)]
+    setattr(owner, name, function)
+    sys.argv[0] = "cpr.vmm"
+    runpy.run_module("cpr.vmm", run_name="__main__", alter_sys=True)
