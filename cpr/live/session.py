@@ -19,7 +19,7 @@ from cpr.constants import NS_PER_S
 from cpr.live import arguments, auditing, forked, hooks, image, notify, old_image, program
 from cpr.live.arguments import EARLY, FORK
 from cpr.live.errors import UpdateError, reason_of
-from cpr.live.kept import Kept
+from cpr.live.kept import for_the_exec
 from cpr.live.last_words import LAST_LINES, LastWords
 from cpr.live.said import Said, Send
 from cpr.live.token import describe_status, is_readable
@@ -115,28 +115,16 @@ class Session:
         if not early:
             self._send_header(self._update.leave_open)
             self._send_rest(self._update.queue)
-        kept, here = Kept(), -1
         try:
-            here = os.open(".", os.O_PATH | os.O_CLOEXEC)  # it may have been removed
-            words.divert()
-            signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
-            if self._folder:
-                os.chdir(self._folder)
-            self._update.execute(
-                self.argv, self.env, early=early, timeout_ns=int(self.timeout * NS_PER_S)
-            )
+            with for_the_exec(words, self._blocked, self._folder):
+                self._update.execute(
+                    self.argv, self.env, early=early, timeout_ns=int(self.timeout * NS_PER_S)
+                )
         except OSError as error:
             place = error.filename
             if not place or error.errno in old_image.NO_DESCRIPTORS:
                 place = "descriptors of the update"
             raise UpdateError(f"{place}: {error.strerror}") from None
-        finally:
-            kept.restore()
-            words.restore()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._blocked)
-            if here >= 0:
-                os.fchdir(here)
-                os.close(here)
         if not early:
             self._receive()
             if not self._refusal:
