@@ -184,3 +184,108 @@ def test_a_writer_that_saves_its_place_goes_on_there(tmp_path: Path) -> None:
     result = run(tmp_path, SLOW)
     assert result.of("end") == [[True]], result.stderr
     assert len(result.of("generation")) > 1
+
+
+CLOSED = """
+import asyncio, socket
+live.on_save(lambda: live.generation)
+
+async def on_client(reader, writer):
+    while line := await reader.readline():
+        writer.write(b"%d %s" % (live.generation, line))
+        await writer.drain()
+
+async def ask(sock, line):
+    await asyncio.get_running_loop().sock_sendall(sock, line)
+    return (await asyncio.get_running_loop().sock_recv(sock, 100)).decode()
+
+async def main():
+    if live.generation < 2:
+        server = await live.aio.start_server("web", on_client, path="web.sock")
+        live.ready()
+    else:
+        live.ready()
+        say("without", live.get("client:0").recv(9).decode(), live.names())
+        return
+    for number in range(2) if not live.generation else ():
+        client = socket.socket(socket.AF_UNIX)
+        client.setblocking(False)
+        client.connect("web.sock")
+        live.keep(f"client:{number}", client)
+        say("first", await ask(client, b"a\\n"))
+        if number == 0:
+            server.close()
+            server = await live.aio.start_server("web", on_client, path="web.sock")
+    server.close()
+    for name in live.names("client"):
+        say("again", await ask(live.get(name), b"b\\n"))
+    await live.aio.update()
+
+asyncio.run(main())
+"""
+
+
+def test_connections_of_a_closed_server_go_over_or_are_closed(tmp_path: Path) -> None:
+    result = run(tmp_path, CLOSED)
+    assert result.of("first") == [["0 a\n"]] * 2, result.stderr
+    assert result.of("again") == [["0 b\n"]] * 2 + [["1 b\n"]] * 2
+    assert result.of("without") == [["", ["client:0", "client:1"]]], result.stderr
+
+
+STREAMING = """
+import asyncio
+
+async def on_client(reader, writer):
+    writer.transport.set_write_buffer_limits(1024)
+    while True:
+        writer.write(bytes(256 << 10))
+        await writer.drain()
+
+async def main():
+    from cpr.live import streams
+    streams.MOST_PENDING = 1 << 20
+    server = await live.aio.start_server("feed", on_client, path="feed.sock")
+    live.ready()
+    reader, writer = await asyncio.open_unix_connection("feed.sock", limit=1024)
+    try:
+        await live.aio.update(["/bin/false"], timeout=0.3, mode="late")
+    except live.UpdateError as error:
+        (connection,) = server._connections.values()
+        say("streams", error.reason, connection.transport.get_write_buffer_size())
+
+asyncio.run(main())
+"""
+
+
+def test_a_handler_that_streams_does_not_fill_the_memory(tmp_path: Path) -> None:
+    ((reason, size),) = run(tmp_path, STREAMING).of("streams")
+    assert "'feed:1' is in the middle" in reason and "has set writer.saved" in reason
+    assert size < 2 << 20
+
+
+STALE = """
+import asyncio, errno, socket
+
+async def main():
+    for number in range(2):
+        server = await live.aio.start_server("web", print, path="web.sock")
+        if number == 0:
+            server.close()
+    for path in ("web.sock", __file__, "no/folder"):
+        try:
+            await live.aio.start_server("other", print, path=path)
+        except OSError as error:
+            say(errno.errorcode[error.errno], error.filename)
+
+asyncio.run(main())
+"""
+
+
+def test_a_socket_file_that_was_left_over_is_replaced(tmp_path: Path) -> None:
+    result = run(tmp_path, STALE)
+    program = str(tmp_path / "program.py")
+    assert result.lines == [
+        ["EADDRINUSE", "web.sock"],
+        ["EADDRINUSE", program],
+        ["ENOENT", "no/folder"],
+    ], result.stderr

@@ -19,6 +19,7 @@ if live.generation == 0:
     memory[0] = 7
     live.keep("one", socket.socketpair()[0])
     live.ready()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])
     if what == "changed":
         os.utime(__file__)
     error = fails(OLDER, mode=mode, back=what != "off")
@@ -43,7 +44,7 @@ def test_the_old_command_has_the_pid_again(tmp_path: Path, what: str, mode: str)
     if what == "back":
         ((failure, *rest),) = result.of("back")
         assert reason in failure
-        assert rest == [True, [0], 7, ["memory", "one"], [], []]
+        assert rest == [True, [0], 7, ["memory", "one"], [10, 15], []]
         assert result.of("again") == [[1, 1, True]] and "said" in result.stderr
     else:
         ((failure, *rest),) = result.of("failed")

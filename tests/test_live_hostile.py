@@ -31,6 +31,8 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("version=-1 is none", lambda: live.state(version=-1)),
     ("'m': a memory of True bytes", lambda: live.memory("m", True)),
     ("'b' is not there, and None cannot be called", lambda: live.socket("b", None)),
+    ("no option nosuch=5", lambda: live.update_on(signal.SIGUSR2, nosuch=5)),
+    ("mode 'x' is neither", lambda: live.update_on(signal.SIGUSR2, mode="x")),
     ("no update can be made at signal 9", lambda: live.update_on(signal.SIGKILL)),
 ]
 
@@ -38,7 +40,7 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
 @pytest.mark.parametrize(("text", "call"), BAD, ids=range(len(BAD)))
 def test_what_makes_no_sense_is_named(text: str, call: Callable[[], Any]) -> None:
     with testing.fake() as process:
-        with pytest.raises((live.UpdateError, live.PreserveError, ValueError), match=text):
+        with pytest.raises((live.UpdateError, TypeError, ValueError), match=text):
             call()
         assert process.updates == 0 and live.names() == []
         assert process.run(live.update, ["new"], allow="thread")
@@ -83,8 +85,9 @@ live.update(NEW)
 def test_there_is_one_update_at_a_time_and_the_main_thread_makes_it(tmp_path: Path) -> None:
     result = run(tmp_path, NESTED)
     under_way = "an update is under way already"
+    failed = f"save, of on_save, failed: {under_way}"
     nested = result.of("nested")
-    assert nested == [[under_way, under_way, True], [under_way, under_way, False]], result.stderr
+    assert nested == [[under_way, failed, True], [under_way, failed, False]], result.stderr
     assert result.of("signal") == [[under_way, 5]]
     ((reason, pid_changed),) = result.of("thread")
     assert "main thread" in reason and "'other'" in reason and not pid_changed

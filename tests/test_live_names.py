@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +73,61 @@ def test_a_file_stands_at_the_same_place(
     again.close()
 
 
+@pytest.mark.parametrize("newline", [None, "", "\n", "\r", "\r\n"])
+def test_a_text_file_is_what_it_was(
+    process: testing.Process, tmp_path: Path, newline: str | None
+) -> None:
+    def make() -> Any:
+        return open(tmp_path / "log", "w", 1, "latin-1", "replace", newline)
+
+    file = live.file("log", make)
+    file.write("ü\n€\n")
+    restart(process)
+    again = live.file("log", make)
+    for each in (file, again):
+        assert (each.name, each.encoding, each.errors) == (file.name, "latin-1", "replace")
+        assert each.line_buffering and not each.write_through
+    again.write("end\n")
+    end = (newline or "\n").encode()
+    assert (tmp_path / "log").read_bytes() == b"\xfc" + end + b"?" + end + b"end" + end
+    file.close()
+    again.close()
+
+
+@pytest.mark.parametrize("newline", [None, "", "\r"])
+def test_lines_are_told_apart_as_before(
+    process: testing.Process, tmp_path: Path, newline: str | None
+) -> None:
+    (tmp_path / "lines").write_bytes(b"a\rb\rc\r")
+    file = live.file("lines", lambda: open(tmp_path / "lines", newline=newline))  # noqa: SIM115
+    assert file.readline() == ("a\n" if newline is None else "a\r")
+    restart(process)
+    again = live.file("lines", lambda: pytest.fail("made again"))
+    assert again.readline() == ("b\n" if newline is None else "b\r")
+    file.close()
+    again.close()
+
+
+def test_what_would_lose_bytes_is_refused(process: testing.Process) -> None:
+    reader, writer = os.pipe()
+    with open(reader) as lines, open(writer, "w") as out:
+        with pytest.raises(live.PreserveError, match=r"'lines' is a pipe.*live\.fd"):
+            live.file("lines", lambda: lines)
+        with pytest.raises(live.PreserveError, match=r"'lines' is a pipe.*live\.fd"):
+            live.keep("lines", lines.buffer)
+        live.keep("raw", open(os.dup(reader), "rb", 0))  # noqa: SIM115
+        live.keep("out", out)
+    first, second = socket.socketpair()
+    context = ssl.create_default_context()
+    tls = context.wrap_socket(first, do_handshake_on_connect=False, server_hostname="a")
+    with pytest.raises(live.PreserveError, match="'tls' is a TLS socket"):
+        live.keep("tls", tls)
+    assert live.names() == ["out", "raw"]
+    live.get("raw").close()
+    tls.close()
+    second.close()
+
+
 def test_an_eventfd_keeps_its_count(process: testing.Process) -> None:
     number = live.fd("count", lambda: os.eventfd(30))
     os.eventfd_write(number, 30)
@@ -107,6 +165,15 @@ def test_memory_grows_only_where_asked_to(process: testing.Process) -> None:
     assert len(memory) == 16384 and memory[:3] == b"abc" and memory[-1] == 0
 
 
+def test_memory_without_huge_pages_where_there_are_none(process: testing.Process) -> None:
+    restart(process)
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (2 << 20)
+    size = pages // 4 * 3 * (2 << 20)  # so much is never free in huge pages
+    with pytest.raises(live.PreserveError, match=r"'ü+'.* huge pages"):
+        live.memory("ü" * 200, size, huge=True)
+    assert len(live.memory("ü" * 200, 4096)) == 4096
+
+
 def closed() -> socket.socket:
     sock = socket.socket()
     sock.close()
@@ -117,6 +184,7 @@ BAD: list[tuple[str, Any]] = [
     ("'a' is closed", lambda: live.keep("a", closed())),
     ("'a' is closed", lambda: live.keep("a", 12345)),
     ("'a' is closed", lambda: live.socket("a", closed)),
+    ("'a' is closed, or has no", lambda: live.keep("a", io.StringIO())),
     ("'a' is a list, which has no descriptor", lambda: live.keep("a", [])),
     ("'a': make\\(\\) returned a int, and no socket", lambda: live.socket("a", lambda: 0)),
     ("'' is no name", lambda: live.keep("", 0)),
@@ -184,9 +252,33 @@ def test_states_come_back_as_they_were(process: testing.Process, value: Any) -> 
 
 def test_a_function_that_fails_is_told(process: testing.Process) -> None:
     live.on_save(lambda: json.loads("{"))
-    with pytest.raises(live.UpdateError, match="JSONDecodeError") as caught:
+    with pytest.raises(live.UpdateError, match=r"<lambda>, of on_save, .*JSONDecode") as caught:
         live.update(["new"], allow=["thread"])
     assert isinstance(caught.value.__cause__, json.JSONDecodeError)
+
+    @live.on_pause
+    def end_threads() -> None:
+        raise RuntimeError("no")
+
+    with pytest.raises(live.UpdateError, match=r"end_threads, of on_pause, .*RuntimeError"):
+        live.update(["new"], allow=["thread"])
+
+
+def test_a_file_that_cannot_go_over_is_named(process: testing.Process, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("one\ntwo\n")
+    with open(tmp_path / "lines") as lines:
+        live.keep("lines", lines)
+        for _ in lines:
+            with pytest.raises(live.UpdateError, match="'lines' cannot go over: telling position"):
+                live.update(["new"], allow=["thread"])
+        live.drop("lines")
+    full = open("/dev/full", "w")  # noqa: SIM115
+    live.keep("full", full)
+    full.write("x")
+    with pytest.raises(live.UpdateError, match=r"'full' cannot go over: .*No space left"):
+        live.update(["new"], allow=["thread"])
+    with contextlib.suppress(OSError):
+        full.close()
 
 
 @pytest.mark.parametrize(

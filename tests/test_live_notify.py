@@ -11,12 +11,16 @@ from live_programs import run
 
 SERVICE = """
 import socket
-sock = live.socket("web", lambda: socket.create_server(("127.0.0.1", 0)))
+sock = live.socket("web:1", lambda: socket.create_server(("127.0.0.1", 0)))
 live.ready()
 if live.generation == 0:
-    say("old", os.getpid(), fails(["/bin/false"]).pid_changed, os.getpid())
+    NEW = [PYTHON, "-c", "import socket; from cpr import live; live.state();"
+           "live.socket('admin', socket.socket); live.drop('web:1'); live.notify.status('up');"]
+    assert live.rehearse([*NEW[:2], NEW[2] + "live.ready()"])
+    say("old", os.getpid(), fails([*NEW[:2], NEW[2].replace("status", "no_such")]).pid_changed)
+    say("pid", os.getpid())
     live.update()
-live.drop("web")
+live.drop("web:1")
 """
 
 
@@ -41,17 +45,18 @@ def test_what_is_said(tmp_path: Path) -> None:
             thread.join()
     for fd in stored:
         os.close(fd)
-    first, changed, second = result.of("old")[0]
+    first, changed = result.of("old")[0]
+    second = result.of("pid")[0][0]
     assert changed and first != second
     reloading = [text for text in said if text.startswith("RELOADING=1\nMONOTONIC_USEC=")]
     assert len(reloading) == 2
     assert [text for text in said if text not in reloading and not text.startswith("MAINPID")] == [
-        "FDSTORE=1\nFDNAME=web",
+        "FDSTORE=1\nFDNAME=web%3A1",
         "READY=1",
         "READY=1",
-        "FDSTORE=1\nFDNAME=web",
+        "FDSTORE=1\nFDNAME=web%3A1",
         "READY=1",
-        "FDSTOREREMOVE=1\nFDNAME=web",
+        "FDSTOREREMOVE=1\nFDNAME=web%3A1",
     ]
     pids = [text for text in said if text.startswith("MAINPID")]
     assert pids[0] == f"MAINPID={second}"
@@ -64,6 +69,7 @@ import socket
 os.environ["LISTEN_PID"] = str(os.getpid())
 first = live.socket("web", lambda: 1 / 0)
 say("web", first.getsockname()[1], "LISTEN_FDS" in os.environ)
+say("admin", live.socket("ü:%", lambda: 1 / 0).fileno())
 made = live.socket("other", socket.socket)
 say("other", made.fileno() > 4)
 live.ready()
@@ -75,7 +81,7 @@ web, admin = socket.create_server(("127.0.0.1", 0)), socket.create_server(("127.
 os.write(1, (f'["port", {web.getsockname()[1]}]' + chr(10)).encode())
 first, second = os.dup(web.fileno()), os.dup(admin.fileno())
 os.dup2(first, 3), os.dup2(second, 4)
-os.environ.update(LISTEN_FDS="2", LISTEN_FDNAMES="web:admin")
+os.environ.update(LISTEN_FDS="2", LISTEN_FDNAMES="web:%C3%BC%3A%25")
 os.execv(sys.executable, [sys.executable, "passed.py"])
 """
 
@@ -87,4 +93,4 @@ def test_passed_sockets_are_found_by_name(tmp_path: Path) -> None:
     result = run(tmp_path, PASSING)
     port = result.of("port")[0][0]
     assert result.of("web") == [[port, False]], result.stderr
-    assert result.of("other") == [[True]]
+    assert result.of("other") == [[True]] and result.of("admin") == [[4]]

@@ -20,9 +20,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from cpr.live import notify, session
+from cpr.live import arguments, hooks, notify, session
 from cpr.live.aio_server import Server, servers, start_server
-from cpr.live.errors import UpdateError
+from cpr.live.errors import UpdateError, cause_of
 from cpr.live.streams import StreamWriter
 from cpr.live.token import is_readable
 
@@ -40,8 +40,8 @@ async def update(
     *,
     env: Mapping[str, str] | None = None,
     timeout: float = 30,
-    mode: str = session.EARLY,
-    guard: str = session.FORK,
+    mode: str = arguments.EARLY,
+    guard: str = arguments.FORK,
     allow: Iterable[str] = (),
     back: bool = False,
 ) -> NoReturn:
@@ -57,7 +57,7 @@ async def update(
         await _end_executor(loop, current)
         current.check()
         notify.reloading()
-        if mode == session.LATE:
+        if mode == arguments.LATE:
             await _stop(current)
         current.start()
         while True:
@@ -70,11 +70,11 @@ async def update(
             current.hand_over()
     except Exception as error:
         failure = current.fail(error)
-        _resume()
-        raise failure from (None if isinstance(error, UpdateError) else error)
+        _go_on(loop)
+        raise failure from cause_of(error)
     except BaseException as error:
         current.fail(error)
-        _resume()
+        _go_on(loop)
         raise
 
 
@@ -127,7 +127,10 @@ async def _stop(current: session.Session) -> None:
         try:
             await asyncio.wait_for(function(), current.remaining())
         except TimeoutError:
-            raise UpdateError(f"{function!r} takes more than {current.timeout:g} s") from None
+            text = f"{hooks.name_of(function)}, of on_stop, takes more than {current.timeout:g} s"
+            raise UpdateError(text) from None
+        except Exception as error:
+            raise hooks.failed("on_stop", function, error) from error
     while True:
         for server in servers:
             server.stop()
@@ -137,7 +140,8 @@ async def _stop(current: session.Session) -> None:
         if current.remaining() == 0:
             raise UpdateError(
                 f"the handler of '{names[0]}' is in the middle of something since "
-                f"{current.timeout:g} s: it neither waits for input nor has set writer.saved"
+                f"{current.timeout:g} s: it neither waits for input nor, where it waits in "
+                "writer.drain(), has set writer.saved"
             )
         await asyncio.sleep(STEP)
 
@@ -148,8 +152,16 @@ def _resume() -> None:
         server.resume()
     if _stopped:
         _stopped = False
-        for function in _resuming:
-            function()
+        hooks.call_all("aio.on_resume", _resuming)
+
+
+def _go_on(loop: asyncio.AbstractEventLoop) -> None:
+    """`_resume` after a failure, which comes first: what fails here is for the loop to tell."""
+    try:
+        _resume()
+    except UpdateError as error:
+        context = {"message": "a function of aio.on_resume failed", "exception": error.__cause__}
+        loop.call_exception_handler(context)
 
 
 async def _end_executor(loop: Any, current: session.Session) -> None:

@@ -8,14 +8,14 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from cpr.live import api, image
+from cpr.live import api, image, listening
 from cpr.live.streams import Connection
 
 LIMIT = 1 << 16  # bytes, as in asyncio
 AT_ONCE = 100  # connections that are accepted before anything else runs
 
 servers: list[Server] = []
-"""All that are not closed."""
+"""All that are not closed, and those with connections."""
 
 
 class Server:
@@ -30,7 +30,7 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._connections: dict[str, Connection] = {}
         self._serial = 0
-        self._accepting = False
+        self._accepting = self._begun = False
         self._closed = self._loop.create_future()
 
     @property
@@ -57,19 +57,25 @@ class Server:
         self.close()
 
     def close(self) -> None:
-        """Closes the listening socket; connections go on."""
+        """Closes the listening socket; connections go on, and over to the next program."""
         if self._closed.done():
             return
         self._closed.set_result(None)
         self._set_accepting(False)
-        image.current().parts.pop(f"aio:{self.name}", None)
-        if self in servers:
-            servers.remove(self)
         try:
             api.drop(self.name)
         except ValueError:
             pass
         self._listener.close()
+        self._end_if_idle()
+
+    def _end_if_idle(self) -> None:
+        if self._begun and self._closed.done() and not self._connections and self in servers:
+            servers.remove(self)
+            this = image.current()
+            this.obstacles.remove(self._obstacle)
+            if all(each.name != self.name for each in servers):
+                this.parts.pop(_part_of(self.name), None)
 
     # The listening socket.
 
@@ -95,10 +101,17 @@ class Server:
                 self._loop.call_exception_handler(context)
                 return
             sock.setblocking(False)
-            self._serial += 1
-            name = f"{self.name}:{self._serial}"
+            name = self._next_name()
             image.current().registry.keep(name, sock)
             self._start(name, sock, None, None)
+
+    def _next_name(self) -> str:
+        """One that no connection has, of an earlier server of this name neither."""
+        while True:
+            self._serial += 1
+            name = f"{self.name}:{self._serial}"
+            if image.current().registry.find(name) is None:
+                return name
 
     # Connections.
 
@@ -134,6 +147,7 @@ class Server:
     def _on_lost(self, connection: Connection) -> None:
         if self._connections.pop(connection.name, None) is not None:
             image.current().registry.drop(connection.name)
+            self._end_if_idle()
 
     # An update.
 
@@ -147,7 +161,7 @@ class Server:
                 connection.stop()
 
     def resume(self) -> None:
-        self._set_accepting(True)
+        self._set_accepting(not self._closed.done())
         for connection in self._connections.values():
             if hasattr(connection, "writer") and connection.stopped:
                 connection.resume()
@@ -167,14 +181,15 @@ class Server:
     def _begin(self) -> None:
         """The process is ours: connections of the previous program first, then new ones."""
         this = image.current()
-        found = this.part(f"aio:{self.name}")
+        found = this.part(_part_of(self.name))
         if found is not None:
             described, reader = found
             for name, saved in described.items():
                 self._serial = max(self._serial, int(name.rpartition(":")[2]))
                 self._start(name, this.registry.take(name), saved, reader)
-        if not self._closed.done():
-            self._set_accepting(True)
+        self._begun = True
+        self._set_accepting(not self._closed.done())
+        self._end_if_idle()
 
 
 async def start_server(
@@ -190,14 +205,19 @@ async def start_server(
 ) -> Server:
     """Serves `on_client(reader, writer)` on the preserved socket `name`, else on a new one.
 
-    That is a TCP socket of `host` and `port`, a Unix socket of `path`, or `sock`, which becomes the
-    server's.  It accepts when `live.ready` has been called, or at once in a first program.
+    That is a TCP socket of `host` and `port`, a Unix socket of `path`, where a socket's file that
+    nobody listens at is replaced, or `sock`, which becomes the server's.  It accepts when
+    `live.ready` has been called, or at once in a first program.
 
     A connection of the previous program comes back with its buffered bytes: `on_client` is called
     again, with the keywords `resumed=True` and `saved=`, what the handler had set as
     `writer.saved`; either is left out if the function does not take it.  A handler that sets
     nothing is called again only where it was waiting for input.  The connection is closed when the
-    handler returns.
+    handler returns.  One whose server the next program does not start before its `ready` is closed
+    there.
+
+    A host name is one address, and the first of IPv4; for several, or an option of the socket's,
+    make it yourself, and pass it as `sock`.  There is no TLS.
 
     Raises OSError where the socket cannot be made, PreserveError for a name used twice.
     """
@@ -205,13 +225,7 @@ async def start_server(
     def make() -> socket.socket:
         if sock is not None:
             return sock
-        if path is not None:
-            made = socket.socket(socket.AF_UNIX)
-            made.bind(path)
-            made.listen(backlog)
-            return made
-        family = socket.AF_INET6 if host and ":" in host else socket.AF_INET
-        return socket.create_server((host or "", port or 0), family=family, backlog=backlog)
+        return listening.listen(host or "", port or 0, path, backlog)
 
     this = image.current()
     listener = api.socket(name, make)
@@ -220,7 +234,7 @@ async def start_server(
         sock.close()
     server = Server(name, on_client, listener, limit)
     servers.append(server)
-    this.parts[f"aio:{name}"] = server._save
+    this.parts[_part_of(name)] = lambda writer: _save(name, writer)
     this.obstacles.append(server._obstacle)
     if this.is_starting:
         loop = asyncio.get_running_loop()
@@ -228,6 +242,19 @@ async def start_server(
     else:
         server._begin()
     return server
+
+
+def _part_of(name: str) -> str:
+    return f"aio:{name}"
+
+
+def _save(name: str, writer: Any) -> dict[str, Any]:
+    """The connections of all servers of that name: one that was closed may have some still."""
+    saved: dict[str, Any] = {}
+    for server in servers:
+        if server.name == name:
+            saved.update(server._save(writer))
+    return saved
 
 
 def _keywords(function: Callable[..., Any]) -> set[str]:

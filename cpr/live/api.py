@@ -38,6 +38,7 @@ def socket(name: str, make: Callable[[], sockets.socket]) -> sockets.socket:
 def file(name: str, make: Callable[[], IO[Any]]) -> IO[Any]:
     """The same for a file object: the next program's stands at the same place.
 
+    Raises PreserveError also for one that reads ahead what it cannot give back: a pipe, a terminal.
     A file of a class of its own, such as a compressed one, is preserved by its descriptor only.
     """
     return cast("IO[Any]", _find_or_make(name, preserved.FILE, make))
@@ -57,14 +58,24 @@ def _find_or_make(name: str, kind: str, make: Callable[[], Any]) -> Any:
     if this.registry.find(name) is None:
         notify.take_listening(this.registry, name, kind)
     value = preserved.find_or_make(this.registry, name, kind, make)
-    notify.store(name)
+    _when_ours(lambda: notify.store(name))
     return value
+
+
+def _when_ours(action: Callable[[], Any]) -> None:
+    """Does what outlives this program: now, or at `ready`, which a rehearsal does not come to."""
+    this = image.current()
+    if this.is_starting:
+        this.committing.append(action)
+    else:
+        action()
 
 
 def keep(name: str, obj: Any) -> None:
     """Preserves a socket, a file or a descriptor, which stays the caller's, until `drop`.
 
-    Raises PreserveError for a name used twice, or an object that is closed.
+    Raises PreserveError for a name used twice, or an object that is closed; for a file as `file`
+    does, and for a socket of TLS.
     """
     this = image.current()
     this.take_over()
@@ -76,7 +87,7 @@ def drop(name: str) -> None:
     this = image.current()
     this.take_over()
     this.registry.drop(name)
-    notify.remove(name)
+    _when_ours(lambda: notify.remove(name))
 
 
 def names(prefix: str = "") -> list[str]:
@@ -109,17 +120,22 @@ def memory(name: str, size: int, *, huge: bool = False, grow: bool = False) -> m
     this.take_over()
     this.registry.claim(name)
     entry = this.registry.find(name)
+    made = entry is None
     if entry is None:
         number = memfd.create(name, size, huge)
         entry = preserved.Entry(preserved.MEMORY, number, None, {})
         this.registry.add(name, entry)
     elif entry.kind == preserved.MEMORY:
         memfd.resize(name, entry.fd, size, grow)
+        entry.size = size
     try:
         return cast("mmap.mmap", this.registry.take(name, preserved.MEMORY))
-    except PreserveError:
-        if this.previous is None:
+    except PreserveError as error:
+        if made:
             this.registry.drop(name)
+        if made and huge:
+            text = f"{error}: huge pages are missing; sysctl vm.nr_hugepages=N makes some"
+            raise PreserveError(text) from None
         raise
 
 

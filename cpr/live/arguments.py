@@ -4,10 +4,50 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from cpr.live.errors import UpdateError
 
+EARLY, LATE = "early", "late"
+FORK, VM = "fork", "vm"
 MOST_SECONDS = 1_000_000  # poll(2) takes milliseconds in an int
+
+
+class Options(NamedTuple):
+    """Those of `update`, as they are used; `argv` and `env` are None where nothing was said."""
+
+    argv: list[str] | None
+    env: dict[str, str] | None
+    timeout: float
+    mode: str
+    guard: str
+    allow: tuple[str, ...]
+    back: bool
+
+
+def check(
+    argv: Sequence[str] | None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 30,
+    mode: str = EARLY,
+    guard: str = FORK,
+    allow: Iterable[str] = (),
+    back: bool = False,
+) -> Options:
+    """Raises UpdateError for what no update can be made with, whatever there is."""
+    if mode not in (EARLY, LATE):
+        raise UpdateError(f"mode '{mode}' is neither early nor late")
+    if guard not in (FORK, VM):
+        raise UpdateError(f"guard '{guard}' is neither fork nor vm")
+    return Options(
+        None if argv is None else check_command(argv),
+        None if env is None else check_environment(env),
+        check_timeout(timeout),
+        mode,
+        guard,
+        check_allowed(allow),
+        bool(back),
+    )
 
 
 def check_command(argv: Sequence[str]) -> list[str]:

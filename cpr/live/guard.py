@@ -15,7 +15,14 @@ import time
 from cpr._native._cpr import ffi, lib
 from cpr.constants import NS_PER_S
 from cpr.errors import KernelError
-from cpr.live.token import Returned, candidates, is_kernels, read_stat, wait_status
+from cpr.live.token import (
+    Returned,
+    above_streams,
+    candidates,
+    is_kernels,
+    read_stat,
+    wait_status,
+)
 from cpr.uapi.fd import Fd
 
 TYPE_CHECKING = False
@@ -39,7 +46,7 @@ class Page:
 
     def __init__(self, fd: int = -1) -> None:
         """A new one, or the one of `fd`, which becomes this object's.  Raises OSError."""
-        self.fd = os.memfd_create("cpr-live") if fd < 0 else fd
+        self.fd = above_streams(os.memfd_create("cpr-live")) if fd < 0 else fd
         size = ffi.sizeof("struct cpr_live_page")
         if fd < 0:
             os.ftruncate(self.fd, size)

@@ -54,7 +54,7 @@ class Image:
         self.previous: Previous | None = None
         self.saver: Callable[[], Any] | None = None
         self.save_version = 1
-        self.parts: dict[str, Callable[[payload.Writer], Any]] = {}
+        self.parts: dict[str, Callable[[payload.Writer], dict[str, Any]]] = {}
         self.obstacles: list[Callable[[], str | None]] = []
         self.pausing: list[Callable[[], Any]] = []
         self.resuming: list[Callable[[], Any]] = []
@@ -83,6 +83,7 @@ class Image:
         self._link, self._header, self._body = link, body, body
         self._reader = payload.Reader(fds[0])
         self.registry.receive(body["names"], body["fresh"], fds[1:])
+        self.registry.move(body["names"])
         self.generation = int(body["generation"]) + 1
         self.previous = Previous(int(body["pid"]), list(body["argv"]), body["started"])
 
@@ -118,6 +119,7 @@ class Image:
         body, fds = message.body, message.fds
         self._reader = payload.Reader(fds.pop(0))
         self.registry.receive(body["names"], body["fresh"], fds)
+        self.registry.move(body["names"])
         self.registry.forget_unclaimed(set(body["names"]))
         self._body = body
 
@@ -137,11 +139,14 @@ class Image:
         return self._reader.get_value(self._body["state"], default)
 
     def part(self, name: str) -> tuple[Any, payload.Reader] | None:
-        """What the previous program's part of that name has saved, and the bytes it points to."""
+        """What the previous program's part of that name has saved, and the bytes it points to.
+
+        Once: who asks has it from then on.
+        """
         self.take_over()
         if self._body is None or self._reader is None or name not in self._body["parts"]:
             return None
-        return self._body["parts"][name], self._reader
+        return self._body["parts"].pop(name), self._reader
 
     def commit(self) -> None:
         """Everything is this program's; the previous one ends.  Raises UpdateError: too late."""
@@ -153,6 +158,7 @@ class Image:
             self._call(link.commit)
             self._link = None
             assert self._header is not None
+            self._close_unclaimed()
             self._get_stderr_back()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self._header["blocked"])
             if isinstance(link, new_image.Predecessor):
@@ -187,8 +193,9 @@ class Image:
         try:
             return self._link.receive(kind)
         except transaction.UpdateError as error:
-            self.refuse(str(error))
-            raise
+            reason = str(error)
+        self.refuse(reason)
+        raise UpdateError(reason)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -203,6 +210,17 @@ class Image:
         except (SystemExit, transaction.UpdateError):
             pass
         os._exit(0)
+
+    def _close_unclaimed(self) -> None:
+        """What was a part's, and here is nobody's: who is at the other end need not wait.
+
+        The names of a part are the keys of what it has saved.
+        """
+        parts = self._body["parts"] if self._body is not None else {}
+        for part in parts.keys() - self.parts.keys():
+            for name in parts[part]:
+                if self.registry.find(name) is not None and name not in self.registry.claimed:
+                    self.registry.drop(name)
 
     def _get_stderr_back(self) -> None:
         """Until the commit stderr is a memfd that the previous program could read."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
+from collections.abc import Iterator, Sequence
+
+from cpr.live.last_words import LastWords
 
 TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 
@@ -61,3 +66,26 @@ class Kept:
     def _set_wakeup(self) -> None:
         if self._wakeup >= 0:
             signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+
+
+@contextlib.contextmanager
+def for_the_exec(words: LastWords, blocked: Sequence[int], folder: str | None) -> Iterator[None]:
+    """stderr, blocked signals and working directory are the new program's; afterwards as before.
+
+    That is in the guard, where an exec within has made one.  Raises OSError.
+    """
+    kept, here = Kept(), -1
+    try:
+        here = os.open(".", os.O_PATH | os.O_CLOEXEC)  # it may have been removed
+        words.divert()
+        signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+        if folder:
+            os.chdir(folder)
+        yield
+    finally:
+        kept.restore()
+        words.restore()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
+        if here >= 0:
+            os.fchdir(here)
+            os.close(here)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import sys
 
 from cpr.constants import STDERR
+from cpr.live.token import above_streams
 
 NAME = "cpr-live-stderr"
 LINK = f"/memfd:{NAME}"
@@ -16,24 +19,25 @@ LAST_LINES = 20
 class LastWords:
     """Of one update, in the old program.  Owns `real`, a copy of stderr, until `take`.
 
-    `real` is -1 where there is no stderr: then nothing else happens either.
+    `real` is -1 where there is no stderr, or where something that is not passed on has its number:
+    then nothing else happens either.
     """
 
     def __init__(self) -> None:
-        self._memfd = -1
+        """Raises OSError."""
+        self._memfd = self.real = -1
         try:
-            self.real = os.dup(STDERR)
+            is_stream = os.get_inheritable(STDERR)
         except OSError:
-            self.real = -1
+            return
+        if is_stream:
+            self.real = fcntl.fcntl(STDERR, fcntl.F_DUPFD_CLOEXEC, STDERR + 1)
 
     def divert(self) -> None:
         """stderr is the memfd, for the exec.  Raises OSError."""
-        for name in ("stdout", "stderr"):
-            stream = getattr(sys, name)
-            if stream is not None:
-                stream.flush()
+        flush()
         if self.real >= 0:
-            self._memfd = os.memfd_create(NAME)
+            self._memfd = above_streams(os.memfd_create(NAME))
             os.dup2(self._memfd, STDERR)
 
     def restore(self) -> None:
@@ -52,6 +56,13 @@ class LastWords:
                 os.close(fd)
         self.real = self._memfd = -1
         return lines
+
+
+def flush() -> None:
+    """Writes what stdout and stderr have buffered; nobody is to fail by one that is closed."""
+    for name in ("stdout", "stderr"):
+        with contextlib.suppress(Exception):  # it may be of any class, and None
+            getattr(sys, name).flush()
 
 
 def forward(source: int, target: int) -> bytes:

@@ -8,6 +8,7 @@ import os
 from cpr.live.errors import PreserveError
 
 MFD_HUGETLB = 4  # memfd_create(2); os has no name for it before Python 3.13
+MOST_NAME = 200  # bytes; memfd_create(2) takes 249
 
 
 def create(name: str, size: int, huge: bool) -> int:
@@ -17,15 +18,19 @@ def create(name: str, size: int, huge: bool) -> int:
     _check_total(name, size)
     try:
         fd = os.memfd_create(
-            f"cpr-live:{name}"[:200], os.MFD_CLOEXEC | (MFD_HUGETLB if huge else 0)
+            f"cpr-live:{name}".encode()[:MOST_NAME].decode(errors="ignore"),
+            os.MFD_CLOEXEC | (MFD_HUGETLB if huge else 0),
         )
     except OSError as error:
-        raise PreserveError(f"'{name}': memfd_create: {error.strerror}") from None
+        what = "memfd_create of huge pages" if huge else "memfd_create"
+        raise PreserveError(f"'{name}': {what}: {error.strerror}") from None
     try:
         os.ftruncate(fd, size)
     except (OSError, OverflowError) as error:
         os.close(fd)
         why = error.strerror if isinstance(error, OSError) else error
+        if huge:
+            why = f"{why}; it has to be a multiple of Hugepagesize in /proc/meminfo"
         raise PreserveError(f"'{name}': {size} bytes of memory: {why}") from None
     return fd
 
@@ -50,6 +55,15 @@ def resize(name: str, fd: int, size: int, grow: bool) -> None:
     except (OSError, OverflowError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise PreserveError(f"'{name}': {size} bytes of memory: {why}") from None
+
+
+def shrink(fd: int, size: int) -> None:
+    """The inverse of `resize`: it has `size` bytes at most, which stay as they are.
+
+    Raises OSError.
+    """
+    if os.fstat(fd).st_size > size:
+        os.ftruncate(fd, size)
 
 
 def _check_total(name: str, size: int) -> None:

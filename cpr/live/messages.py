@@ -9,12 +9,15 @@ before it, in packets of their own.
 from __future__ import annotations
 
 import array
+import fcntl
 import json
 import os
 import socket
 from typing import Any
 
+from cpr.constants import STDERR
 from cpr.live import sealed
+from cpr.live.token import above_streams
 
 INLINE, MEMFD, MORE = b"i", b"m", b"+"
 END_OF_TEXT = b"\0"  # which JSON never has
@@ -51,9 +54,18 @@ class Ended(Exception):
     """The other side has hung up, or has sent what is no message."""
 
 
+class InPart(Ended):
+    """A message that this process has no room for; the other side is there."""
+
+
 def pair() -> tuple[socket.socket, socket.socket]:
     """Both ends, close-on-exec; the caller owns them.  Raises OSError."""
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return _above_streams(first), _above_streams(second)
+
+
+def _above_streams(sock: socket.socket) -> socket.socket:
+    return socket.socket(fileno=above_streams(sock.detach())) if sock.fileno() <= STDERR else sock
 
 
 def send(
@@ -94,7 +106,7 @@ def receive(sock: socket.socket, in_one: bool = False) -> Message:
         for _ in range(MOST_PACKETS):
             packet, flags = _receive_packet(sock, fds)
             if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
-                raise Ended("a message of the other side came in part only: raise RLIMIT_NOFILE")
+                raise InPart("a message of the other side came in part only: raise RLIMIT_NOFILE")
             if packet[:1] != MORE:
                 return _decode(packet, fds)
             if in_one:
@@ -120,6 +132,10 @@ def _receive_packet(sock: socket.socket, fds: list[int]) -> tuple[bytes, int]:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
     fds += numbers
+    for index in range(len(fds) - len(numbers), len(fds)):
+        if (low := fds[index]) <= STDERR:  # a stream of this process is closed
+            fds[index] = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, STDERR + 1)
+            os.close(low)
     return packet, flags
 
 

@@ -80,6 +80,8 @@ class Predecessor:
 
         try:
             message = messages.receive(self._socket)
+        except messages.InPart as error:
+            raise UpdateError(str(error)) from None
         except messages.Ended as error:
             raise UpdateError(f"the old program has ended: {error}") from None
         if message.kind == END:

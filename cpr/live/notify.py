@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from cpr.live import preserved
 
 FIRST_FD = 3  # SD_LISTEN_FDS_START
+MOST_FD_NAME = 255  # characters; FDNAME= in sd_notify(3)
 SEND_TIMEOUT = 1.0  # s; a manager that reads nothing is not to hold up the service
 
-EXEC_PID = "SYSTEMD_EXEC_PID"
+SOCKET, EXEC_PID = "NOTIFY_SOCKET", "SYSTEMD_EXEC_PID"
 
 _own_pid = ""
 _passed: dict[str, list[int]] | None = None
@@ -36,7 +37,7 @@ _stored: set[str] = set()
 
 def connect() -> sockets.socket | None:
     """A socket to the manager, the caller's; None where there is none.  Raises no OSError."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
+    address = os.environ.get(SOCKET, "")
     if not address.startswith(("/", "@")):
         return None
     if address.startswith("@"):
@@ -126,13 +127,16 @@ def failed() -> None:
 
 
 def store(name: str) -> bool:
-    """Stores the descriptor of a preserved name with systemd, for a restart after a crash."""
+    """Stores the descriptor of a preserved name with systemd, for a restart after a crash.
+
+    False where nobody listens, or the name is longer than systemd takes.
+    """
     from cpr.live import image
 
-    entry = image.current().registry.find(name)
-    if entry is None or name in _stored or not _is_fd_name(name):
+    entry, fd_name = image.current().registry.find(name), _fd_name(name)
+    if entry is None or name in _stored or len(fd_name) > MOST_FD_NAME:
         return False
-    if not send("FDSTORE=1", f"FDNAME={name}", fds=(entry.fd,)):
+    if not send("FDSTORE=1", f"FDNAME={fd_name}", fds=(entry.fd,)):
         return False
     _stored.add(name)
     return True
@@ -143,11 +147,17 @@ def remove(name: str) -> bool:
     if name not in _stored:
         return False
     _stored.discard(name)
-    return send("FDSTOREREMOVE=1", f"FDNAME={name}")
+    return send("FDSTOREREMOVE=1", f"FDNAME={_fd_name(name)}")
 
 
-def _is_fd_name(name: str) -> bool:
-    return name.isascii() and name.isprintable() and ":" not in name
+def _fd_name(name: str) -> str:
+    """`name` in ASCII and without a colon, as systemd takes it: other bytes are %XX, as is "%"."""
+    if name.isascii() and not {":", "%"} & {*name}:
+        return name
+    return "".join(
+        chr(byte) if 32 <= byte < 127 and chr(byte) not in ":%" else f"%{byte:02X}"
+        for byte in name.encode()
+    )
 
 
 def passed() -> dict[str, list[int]]:
@@ -173,7 +183,7 @@ def take_listening(registry: preserved.Registry, name: str, kind: str) -> None:
     """Puts what systemd has passed under that name into the registry."""
     from cpr.live import preserved
 
-    fds = passed().get(name)
+    fds = passed().get(name) or passed().get(_fd_name(name))
     if not fds:
         return
     how: dict[str, Any] = {}

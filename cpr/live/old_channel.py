@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 
 from cpr.constants import STDERR
@@ -137,7 +138,7 @@ class Channel:
         try:
             for fd in fds:
                 if fd <= STDERR or fd in numbers:  # each is one of its own in the new image
-                    fd = os.dup(fd)
+                    fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, STDERR + 1)
                     self._copies.append(fd)
                 numbers.append(fd)
             self._left_open += [fd for fd in numbers if not os.get_inheritable(fd)]

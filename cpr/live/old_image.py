@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _signal as signal  # `signal` itself makes enums, which a late update would wait for
+import errno
 import os
 import time
 from _thread import start_new_thread
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 LAST_BYTES = 2000  # of what a rehearsed program has said
 END_TIMEOUT_MS = 5000  # for a new image that was told to end
+NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
 class Update(Channel):
@@ -91,7 +93,8 @@ class Update(Channel):
         the old image goes on in another process, and there is no new one any more.
 
         With `holds_signals` the new image has the signals ENDING blocked, for as long as it has no
-        handler for them; it is one that unblocks them then.
+        handler for them; it is one that unblocks them then.  Otherwise it has those blocked that
+        the caller has.
         `park()` ends the other threads; it is called last thing, and may raise.  `unpark()` is its
         inverse, called wherever the old image goes on after that.
         `interrupted()` tells of one that the old image has taken, and would not come to.
@@ -151,9 +154,7 @@ class Update(Channel):
             self.dropped = returned.dropped
             self._has_token = returned.outcome in (self._guard.DIED, self._guard.KILLED)
         except (OSError, ValueError) as error:
-            text = error.strerror if isinstance(error, OSError) else str(error)
-            name = argv[0] if argv else ""
-            raise UpdateError(f"execvp {name} failed: {text}") from None
+            raise _not_executed(argv, error) from None
         finally:
             try:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -194,7 +195,8 @@ class Update(Channel):
 
         assert self._theirs is not None
         try:
-            self._words = os.memfd_create("cpr-rehearsal-stderr")  # no pipe, which others may hold
+            # No pipe, which others may hold.
+            self._words = tokens.above_streams(os.memfd_create("cpr-rehearsal-stderr"))
             self._child = subprocess.Popen(
                 list(argv),
                 env=self.environment(REHEARSE, environment),
@@ -205,8 +207,7 @@ class Update(Channel):
                 cwd=folder,
             )
         except (OSError, ValueError) as error:
-            text = error.strerror if isinstance(error, OSError) else str(error)
-            raise UpdateError(f"execvp {argv[0]} failed: {text}") from None
+            raise _not_executed(argv, error) from None
         self.pid = self._child.pid
         try:
             self.pidfd = os.pidfd_open(self.pid)
@@ -288,6 +289,13 @@ class Update(Channel):
         self.token = self.pidfd = self._words = -1
         if self.page is not None and self.page.struct is not None:
             self.page.close()
+
+
+def _not_executed(argv: Sequence[str], error: OSError | ValueError) -> UpdateError:
+    text = error.strerror if isinstance(error, OSError) else str(error)
+    if isinstance(error, OSError) and error.errno in NO_DESCRIPTORS:  # of the guard, before
+        return UpdateError(f"descriptors of the update: {text}")
+    return UpdateError(f"execvp {argv[0] if argv else ''} failed: {text}")
 
 
 def _default_backend() -> ModuleType:

@@ -6,6 +6,8 @@ import errno
 import mmap
 import os
 
+from cpr.live.token import above_streams
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -49,7 +51,7 @@ class Page:
 
     def __init__(self, fd: int = -1) -> None:
         """A new one, or the one of `fd`, which becomes this object's.  Raises OSError."""
-        self.fd = os.memfd_create("cpr-live") if fd < 0 else fd
+        self.fd = above_streams(os.memfd_create("cpr-live")) if fd < 0 else fd
         try:
             if fd < 0:
                 os.ftruncate(self.fd, SIZE)

@@ -7,11 +7,14 @@ somebody asks for it by name.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
-from typing import IO, TYPE_CHECKING, Any, cast
+import sys
+from typing import IO, TYPE_CHECKING, Any
 
-from cpr.live.errors import PreserveError
-from cpr.live.memfd import map_memory
+from cpr.live import files, memfd
+from cpr.live.errors import PreserveError, UpdateError
 
 if TYPE_CHECKING:
     import mmap
@@ -19,11 +22,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SOCKET, FILE, FD, MEMORY = "socket", "file", "fd", "memory"
-MOST_NAME = 200  # characters; systemd's FDNAME takes 255
+MOST_NAME = 200  # characters
 
 
 class Entry:
-    """One name: `kind`, the descriptor `fd`, the object once there is one, and how to make it."""
+    """One name: `kind`, the descriptor `fd`, the object once there is one, and how to make it.
+
+    `size` is that of memory, in bytes, as this program knows it.  What new programs can change,
+    who have the same open file, comes back by `restore`.
+    """
 
     def __init__(self, kind: str, fd: int, value: Any, how: dict[str, Any]) -> None:
         self.kind = kind
@@ -32,12 +39,39 @@ class Entry:
         self.how = how
         status = os.fstat(fd)
         self.identity = (status.st_dev, status.st_ino)
+        self.size = status.st_size
+        self._before: tuple[bool, int] | None = None
 
     def take(self, private: bool) -> Any:
         """The object, made of the descriptor at the first time.  Raises OSError."""
         if self.value is None:
             self.value = _build(self, private)
         return self.value
+
+    def remember(self) -> None:
+        """This program stands still, and changes nothing of the open file itself.
+
+        The place counts where it only reads: what a new program has written stays.
+        """
+        if self.kind == MEMORY:
+            return
+        flags, place = fcntl.fcntl(self.fd, fcntl.F_GETFL), -1
+        if flags & os.O_ACCMODE == os.O_RDONLY:
+            with contextlib.suppress(OSError):  # a pipe
+                place = os.lseek(self.fd, 0, os.SEEK_CUR)
+        self._before = not flags & os.O_NONBLOCK, place
+
+    def restore(self) -> None:
+        """The new program has failed: size, place and blocking are as they were."""
+        before, self._before = self._before, None
+        if self.check() is not None:
+            return
+        if self.kind == MEMORY:
+            memfd.shrink(self.fd, self.size)
+        elif before is not None:
+            os.set_blocking(self.fd, before[0])
+            if before[1] >= 0:
+                os.lseek(self.fd, before[1], os.SEEK_SET)
 
     def check(self) -> str | None:
         """Why the descriptor is not the one that was kept, or None."""
@@ -60,7 +94,10 @@ class Entry:
         if self.kind == SOCKET and self.value is not None:
             return {"kind": self.kind, "timeout": self.value.gettimeout()}
         if self.kind == FILE and self.value is not None:
-            synchronize(self.value)
+            files.synchronize(self.value)
+            self.how = files.describe(self.value)
+            if (place := files.place_of(self.value)) is not None:
+                self.how["place"] = place
         return {"kind": self.kind, **self.how}
 
 
@@ -101,7 +138,8 @@ class Registry:
         try:
             value = entry.take(self.private_memory)
         except (OSError, ValueError) as error:
-            raise PreserveError(f"'{name}' cannot be used: {error}") from None
+            text = getattr(error, "strerror", None) or error
+            raise PreserveError(f"'{name}' cannot be used: {text}") from None
         self.claimed.add(name)
         return value
 
@@ -114,21 +152,53 @@ class Registry:
         if entry.kind == MEMORY or entry.value is None:  # the registry's own descriptor
             os.close(entry.fd)
 
-    def check(self) -> list[str]:
-        """What is wrong with the names, one sentence each."""
-        found = [(name, entry.check()) for name, entry in self.entries.items()]
-        return [f"'{name}' cannot go over: {why}; live.drop it" for name, why in found if why]
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """What the next program is told of each name.  Raises UpdateError, naming all faults."""
+        described, found = {}, []
+        for name, entry in self.entries.items():
+            why = entry.check()
+            try:
+                if why is None:
+                    described[name] = entry.describe()
+            except (OSError, ValueError) as error:  # a full disk, a loop over a file's lines
+                why = str(error)
+            if why is not None:
+                found.append(f"'{name}' cannot go over: {why}; live.drop it")
+        if found:
+            raise UpdateError("; ".join(found))
+        return described
+
+    def remember(self) -> None:
+        for entry in self.entries.values():
+            entry.remember()
+
+    def restore(self) -> None:
+        """After a new program that has failed, or was rehearsed: its changes are undone."""
+        for entry in self.entries.values():
+            entry.restore()
 
     def receive(
         self, described: dict[str, dict[str, Any]], fresh: list[str], fds: list[int]
     ) -> None:
-        """Takes over what the previous program has sent: `fds` are those of the names `fresh`."""
+        """Takes over what the previous program has sent: `fds` are those of the names `fresh`.
+
+        It may go on, and its files with it: `move` comes last.
+        """
         for name, fd in zip(fresh, fds, strict=True):
             old = self.entries.get(name)
             if old is not None and old.value is None:
                 os.close(old.fd)
             how = dict(described[name])
+            how.pop("place", None)
             self.entries[name] = Entry(str(how.pop("kind")), fd, None, how)
+
+    def move(self, described: dict[str, dict[str, Any]]) -> None:
+        """Files stand where the previous program's do, which stands still now."""
+        for name, entry in self.entries.items():
+            if entry.kind == FILE and (place := described.get(name, {}).get("place")) is not None:
+                entry.how["place"] = place
+                if entry.value is not None:
+                    files.move(entry.value, place)
 
     def forget_unclaimed(self, present: set[str]) -> None:
         """Names that the previous program has dropped meanwhile, and nobody has asked for."""
@@ -153,9 +223,11 @@ def make_entry(name: str, value: Any) -> Entry:
 
     try:
         if isinstance(value, socket.socket):
+            _check_plain(name, value)
             kind, how = SOCKET, {"timeout": value.gettimeout()}
         elif isinstance(value, io.IOBase):
-            kind, how = FILE, _file_mode(value)
+            files.check(name, value)
+            kind, how = FILE, files.describe(value)
         elif isinstance(value, int) and not isinstance(value, bool):
             kind, how = FD, {}
         elif hasattr(value, "fileno"):  # asyncio's TransportSocket, a Popen's pipe, an epoll
@@ -164,32 +236,20 @@ def make_entry(name: str, value: Any) -> Entry:
             raise PreserveError(f"'{name}' is a {type(value).__name__}, which has no descriptor")
         fd = value if isinstance(value, int) else value.fileno()
         return Entry(kind, fd, value, how)
-    except (OSError, ValueError, OverflowError) as error:
+    except (OSError, ValueError, OverflowError, AttributeError) as error:
         if isinstance(error, PreserveError):
             raise
         raise PreserveError(f"'{name}' is closed, or has no descriptor: {error}") from None
 
 
-def _file_mode(file: Any) -> dict[str, Any]:
-    import io
-
-    if isinstance(file, io.TextIOBase):
-        text = cast("io.TextIOWrapper", file)
-        return {
-            "mode": _plain_mode(text.buffer),
-            "encoding": text.encoding,
-            "errors": text.errors,
-        }
-    return {
-        "mode": _plain_mode(file) + "b",
-        "buffering": 0 if isinstance(file, io.RawIOBase) else -1,
-    }
-
-
-def _plain_mode(file: Any) -> str:
-    """A mode that neither truncates nor creates; O_APPEND is the open file's own."""
-    readable, writable = file.readable(), file.writable()
-    return "r+" if readable and writable else "w" if writable else "r"
+def _check_plain(name: str, sock: sockets.socket) -> None:
+    """Raises PreserveError for a socket of the module ssl, which is not loaded for this."""
+    ssl = sys.modules.get("ssl")
+    if ssl is not None and isinstance(sock, ssl.SSLSocket):
+        raise PreserveError(
+            f"'{name}' is a TLS socket, whose session cannot go over: end TLS before this process, "
+            "or preserve the listening socket, and wrap what it accepts"
+        )
 
 
 def _build(entry: Entry, private: bool) -> Any:
@@ -202,20 +262,10 @@ def _build(entry: Entry, private: bool) -> Any:
             sock.settimeout(timeout)
         return sock
     if entry.kind == FILE:
-        return os.fdopen(entry.fd, **entry.how)
+        return files.build(entry.fd, entry.how)
     if entry.kind == MEMORY:
-        return map_memory(entry.fd, private=private)
+        return memfd.map_memory(entry.fd, private=private)
     return entry.fd
-
-
-def synchronize(file: IO[Any]) -> None:
-    """Writes what a file object has buffered, and puts the descriptor where the object stands."""
-    if file.writable():
-        file.flush()
-    if file.readable() and file.seekable():
-        place = file.tell()
-        file.seek(0, os.SEEK_END)  # a seek within the buffer would not move the descriptor
-        file.seek(place)
 
 
 def find_or_make(

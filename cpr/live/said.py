@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cpr.live import image, payload
+from cpr.live import hooks, image, last_words, payload
 from cpr.live.errors import UpdateError
 from cpr.live.preserved import Entry
 from cpr.live.transaction import HAND_OVER, STATE
@@ -25,10 +26,10 @@ class Said:
     def header(self, send: Send, blocked: list[int], refusal: str, stderr: int) -> None:
         """The names, while this program goes on; `stderr` is the real one, or -1.
 
-        It may be said again, to another new program.  Raises what `send` raises.
+        It may be said again, to another new program.  Raises UpdateError, and what `send` raises.
         """
         this, entries = self._image, self._image.registry.entries
-        names = {name: entry.describe() for name, entry in entries.items()}
+        names = this.registry.describe()
         fds = [entry.fd for entry in entries.values()]
         self.sent = dict(entries)
         body = {
@@ -37,7 +38,7 @@ class Said:
             "started": this.started,
             "generation": this.generation,
             "version": this.save_version if this.saver is not None else 0,
-            "saver": getattr(this.saver, "__qualname__", str(this.saver)),
+            "saver": hooks.name_of(this.saver),
             "names": names,
             "blocked": blocked,
             "failure": refusal,
@@ -51,18 +52,20 @@ class Said:
         this, entries = self._image, self._image.registry.entries
         writer = payload.Writer()
         try:
-            value = this.saver() if this.saver is not None else None
-            what = f"what {getattr(this.saver, '__qualname__', 'on_save')} returned"
-            state = writer.add_value(value, what)
+            value = hooks.call("on_save", this.saver) if this.saver is not None else None
+            state = writer.add_value(value, f"what {hooks.name_of(this.saver)} returned")
             parts = {name: part(writer) for name, part in this.parts.items()}
-            found = this.registry.check()
+            last_words.flush()  # this program may end without another chance
+            names = this.registry.describe()
             if not rehearsing:
-                found += [why for obstacle in this.obstacles if (why := obstacle())]
-            if found:
-                raise UpdateError("; ".join(found))
+                found = [why for obstacle in this.obstacles if (why := obstacle())]
+                if found:
+                    raise UpdateError("; ".join(found))
+            if not rehearsing or threading.active_count() == 1:
+                this.registry.remember()
             fresh = [name for name, entry in entries.items() if self.sent.get(name) is not entry]
             body = {
-                "names": {name: entry.describe() for name, entry in entries.items()},
+                "names": names,
                 "fresh": fresh,
                 "state": state,
                 "parts": parts,

@@ -16,17 +16,14 @@ from types import ModuleType
 from typing import NoReturn
 
 from cpr.constants import NS_PER_S
-from cpr.errors import CprError
-from cpr.live import arguments, auditing, forked, image, notify, old_image, program
-from cpr.live.errors import UpdateError
-from cpr.live.kept import Kept
+from cpr.live import arguments, auditing, forked, hooks, image, notify, old_image, program
+from cpr.live.arguments import EARLY, FORK
+from cpr.live.errors import UpdateError, reason_of
+from cpr.live.kept import for_the_exec
 from cpr.live.last_words import LAST_LINES, LastWords
 from cpr.live.said import Said, Send
 from cpr.live.token import describe_status, is_readable
 from cpr.live.transaction import BACK, HELLO, READY, REFUSE
-
-EARLY, LATE = "early", "late"
-FORK, VM = "fork", "vm"
 
 fake: Callable[[Session], None] | None = None
 """What stands for the exec, and for a rehearsal's child, in a unit test (see `testing`)."""
@@ -49,17 +46,14 @@ class Session:
         back: bool = False,
     ) -> None:
         """Raises UpdateError for what can be seen to be wrong."""
+        options = arguments.check(argv, env, timeout, mode, guard, allow, back)
         self._image = image.current()
         self._folder = self._image.folder if argv is None else None
-        self.argv = arguments.check_command(self._image.argv if argv is None else argv)
-        self.env = arguments.check_environment(os.environ if env is None else env)
-        self._allow = arguments.check_allowed(allow)
-        if mode not in (EARLY, LATE):
-            raise UpdateError(f"mode '{mode}' is neither early nor late")
-        if guard not in (FORK, VM):
-            raise UpdateError(f"guard '{guard}' is neither fork nor vm")
+        self.argv = self._image.argv if options.argv is None else options.argv
+        self.env = dict(os.environ) if options.env is None else options.env
+        self._allow = options.allow
         self.mode = mode
-        self.timeout = arguments.check_timeout(timeout)
+        self.timeout = timeout
         self._deadline = time.monotonic() + timeout
         self._backend = forked if guard == FORK else _vm_backend()
         self._old_pid = os.getpid()
@@ -86,29 +80,23 @@ class Session:
             )
         if self._image.is_starting:
             raise UpdateError("this program has not called live.ready(): it cannot be updated yet")
-        found = self._image.registry.check()
-        blockers = auditing.blocking(self._image, self._allow)
-        found += [f"{each}; allow='{each.kind}' accepts that" for each in blockers]
-        if found:
-            raise UpdateError("; ".join(found))
+        self._image.registry.describe()
+        if found := auditing.blocking(self._image, self._allow):
+            raise UpdateError(
+                "; ".join(f"{each}; allow='{each.kind}' accepts that" for each in found)
+            )
 
     def pause(self) -> None:
         """What has said so by live.on_pause ends its threads."""
         self._paused = True
         for hook in self._image.pausing:
-            hook()
+            hooks.call("on_pause", hook)
 
     def resume(self) -> None:
         """Calls all functions of live.on_resume, and then raises the first error of theirs."""
-        hooks = self._image.resuming if self._paused else ()
-        self._paused, failed = False, None
-        for hook in hooks:
-            try:
-                hook()
-            except Exception as error:
-                failed = failed or error
-        if failed is not None:
-            raise failed
+        resuming = self._image.resuming if self._paused else []
+        self._paused = False
+        hooks.call_all("on_resume", resuming)
 
     def start(self) -> None:
         """Executes.  Early: returns in the guard.  Late: raises UpdateError; see `fail`.
@@ -120,30 +108,23 @@ class Session:
             fake(self)
         self._update = old_image.Update(backend=self._backend)
         early = self.mode == EARLY
-        self._last_words = words = LastWords()
+        try:
+            self._last_words = words = LastWords()
+        except OSError as error:
+            raise UpdateError(f"descriptors of the update: {error.strerror}") from None
         if not early:
             self._send_header(self._update.leave_open)
             self._send_rest(self._update.queue)
-        kept, here = Kept(), -1
         try:
-            here = os.open(".", os.O_PATH | os.O_CLOEXEC)  # it may have been removed
-            words.divert()
-            signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
-            if self._folder:
-                os.chdir(self._folder)
-            self._update.execute(
-                self.argv, self.env, early=early, timeout_ns=int(self.timeout * NS_PER_S)
-            )
+            with for_the_exec(words, self._blocked, self._folder):
+                self._update.execute(
+                    self.argv, self.env, early=early, timeout_ns=int(self.timeout * NS_PER_S)
+                )
         except OSError as error:
-            place = error.filename or "descriptors of the update"
+            place = error.filename
+            if not place or error.errno in old_image.NO_DESCRIPTORS:
+                place = "descriptors of the update"
             raise UpdateError(f"{place}: {error.strerror}") from None
-        finally:
-            kept.restore()
-            words.restore()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._blocked)
-            if here >= 0:
-                os.fchdir(here)
-                os.close(here)
         if not early:
             self._receive()
             if not self._refusal:
@@ -156,7 +137,8 @@ class Session:
             fake(self)
             return
         self._update = old_image.Update(backend=self._backend)
-        self._update.spawn(self.argv, self.env, self._folder)
+        env = {name: value for name, value in self.env.items() if name != notify.SOCKET}
+        self._update.spawn(self.argv, env, self._folder)
 
     def end_rehearsal(self) -> list[str]:
         """Ends the child, if there is one; its last lines of stderr."""
@@ -165,6 +147,7 @@ class Session:
             return []
         text = self._update.end_child()[1] if self._update.pid else ""
         self._update.close()
+        self._image.registry.restore()
         return text.splitlines()[-LAST_LINES:]
 
     def fds(self) -> tuple[int, int]:
@@ -228,17 +211,20 @@ class Session:
         """Everything is this program's again; what is to be raised for `error`."""
         self._image.updating = False
         update, lines = self._update, []
+        ended_by = getattr(error, "ended_by", 0)
         if update is not None:
             if not update.take_back():
                 update.leave()  # the new program has committed after all
+            ended_by = ended_by or update.pending_signal()
             update.close()
+            self._image.registry.restore()
         if self._last_words is not None:
             lines = self._last_words.take()
         reason = reason_of(error)
         try:
             self.resume()
-        except Exception as failed:
-            reason += f"; a function of on_resume failed: {failed!r}"
+        except UpdateError as failed:
+            reason += f"; {failed.reason}"
         if self._refusal:
             reason = f"{self._refusal}; the PID is not given back: {reason}"
         notify.failed()
@@ -247,6 +233,7 @@ class Session:
             getattr(error, "wait_status", getattr(error, "status", None)),
             os.getpid() != self._old_pid,
             lines,
+            ended_by,
         )
 
     # What is said.
@@ -279,9 +266,11 @@ class Session:
             raise UpdateError(reason)
         self._refusal = reason
         this = self._image
+        this.registry.restore()
         variables = dict(os.environ)
         body = {"argv": this.argv, "cwd": this.folder, "environment": variables}
-        self._update.send(BACK, {**body, "blocked": self._blocked})
+        blocked = {*signal.pthread_sigmask(signal.SIG_BLOCK, ()), *self._blocked}
+        self._update.send(BACK, {**body, "blocked": sorted(blocked)})
 
     def _raise_death(self) -> NoReturn:
         assert self._update is not None
@@ -303,11 +292,3 @@ def _vm_backend() -> ModuleType:
     except ImportError as error:
         raise UpdateError(f"guard='vm' needs the C part of cpr: {error}") from None
     return guard
-
-
-def reason_of(error: BaseException) -> str:
-    """Why an update or a rehearsal came to nothing; never empty."""
-    if isinstance(error, MemoryError):
-        return "there is no memory for the update"
-    reason: str = getattr(error, "reason", str(error) if isinstance(error, CprError) else "")
-    return reason or repr(error)

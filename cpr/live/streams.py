@@ -3,7 +3,8 @@
 A handler is at rest where it waits for input, or, if it has set `writer.saved`, in `drain`: its
 place is then told by the buffered bytes and by what it has saved.  An update waits until all are at
 rest.  Meanwhile nothing is read from the socket, and `drain` lets a handler that has saved nothing
-through to its next read.
+through to its next read: what it has written by then goes over.  Where the client has MOST_PENDING
+to take it waits as ever, for nobody knows its place in an answer that is longer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import asyncio
 from typing import Any, cast
 
 from cpr.live.payload import Reader, Writer
+
+MOST_PENDING = 16 << 20  # bytes
 
 
 class StreamWriter(asyncio.StreamWriter):
@@ -31,10 +34,10 @@ class StreamWriter(asyncio.StreamWriter):
             while True:
                 if connection.lost:
                     raise ConnectionResetError("Connection lost")
-                if connection.stopped and self.saved is None:
-                    await asyncio.sleep(0)
+                if not connection.full and not connection.stopped:
                     return
-                if not connection.stopped and not connection.full:
+                if self.saved is None and connection.stopped and not connection.is_clogged():
+                    await asyncio.sleep(0)
                     return
                 await connection.changed()
         finally:
@@ -113,6 +116,10 @@ class Connection:
         self.writer.connection = self
         if pending:
             self.transport.write(pending)
+
+    def is_clogged(self) -> bool:
+        """The client has more to take than a handler may add to for the sake of an update."""
+        return self.full and self.transport.get_write_buffer_size() >= MOST_PENDING
 
     def is_at_rest(self) -> bool:
         if self.task is None or self.task.done() or self.lost:

@@ -28,7 +28,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cpr.live import image, session
+from cpr.live import arguments, image, session
 from cpr.live.errors import UpdateError
 
 WAIT_STATUS_SHIFT = 8  # of an exit status in a wait status
@@ -107,7 +107,7 @@ class Process:
 class _Link:
     """The predecessor of a new program in a test."""
 
-    mode = session.EARLY  # all has come at once: nothing is queued
+    mode = arguments.EARLY  # all has come at once: nothing is queued
 
     def __init__(self, process: Process) -> None:
         self._process = process

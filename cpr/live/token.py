@@ -10,7 +10,7 @@ import os
 import select
 import time
 
-from cpr.constants import NS_PER_MS
+from cpr.constants import NS_PER_MS, STDERR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,9 +42,25 @@ class Returned:
         self.dropped = dropped
 
 
+def above_streams(fd: int) -> int:
+    """`fd`, or a copy in its place where it has the number of a stream that was closed.
+
+    In the new image such a number is stdin, stdout or stderr.  Close-on-exec; the caller owns what
+    comes back, and where it raises OSError nothing.
+    """
+    if fd > STDERR:
+        return fd
+    import fcntl
+
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, STDERR + 1)
+    finally:
+        os.close(fd)
+
+
 def create_token() -> int:
     """A new token; the caller owns the descriptor, close-on-exec.  Raises OSError."""
-    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    fd = above_streams(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
     put_token_back(fd)
     return fd
 

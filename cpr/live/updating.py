@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from cpr.live import notify, session
-from cpr.live.errors import UpdateError
+from cpr.live import arguments, notify, session
+from cpr.live.errors import UpdateError, cause_of, reason_of
 
 log = logging.getLogger("cpr.live")
 
@@ -19,8 +19,8 @@ def update(
     *,
     env: Mapping[str, str] | None = None,
     timeout: float = 30,
-    mode: str = session.EARLY,
-    guard: str = session.FORK,
+    mode: str = arguments.EARLY,
+    guard: str = arguments.FORK,
     allow: Iterable[str] = (),
     back: bool = False,
 ) -> NoReturn:
@@ -54,7 +54,7 @@ def update(
             current.hand_over()
     except Exception as error:
         failure = current.fail(error)
-        raise failure from (None if isinstance(error, UpdateError) else error)
+        raise failure from cause_of(error)
     except BaseException as error:
         current.fail(error)
         raise
@@ -97,7 +97,7 @@ def rehearse(
     except UpdateError as error:
         ended = (error.reason, error.status, error.signal)
     except Exception as error:
-        ended = (session.reason_of(error), None, None)
+        ended = (reason_of(error), None, None)
     finally:
         lines = current.end_rehearsal()
     return Verdict(not ended[0], *ended, lines)
@@ -114,8 +114,13 @@ def update_on(
 
     An error goes to `on_error`, else to the logger cpr.live.  Where an asyncio loop runs it is
     live.aio.update that is called.  Raises ValueError outside the main thread, and for a signal
-    that nobody can catch.
+    that nobody can catch, TypeError for an option that `update` has not, UpdateError for a value
+    that it does not take.
     """
+    if unknown := sorted(options.keys() - set(arguments.Options._fields)):
+        raise TypeError(f"live.update has no option {unknown[0]}={options[unknown[0]]!r}")
+    checked = arguments.check(argv, **options)._asdict()
+    argv = checked.pop("argv")
 
     def report(error: UpdateError) -> None:
         if on_error is not None:
@@ -129,10 +134,10 @@ def update_on(
         if loop is not None:
             from cpr.live import aio
 
-            aio.schedule(loop, report, argv, options)
+            aio.schedule(loop, report, argv, checked)
             return
         try:
-            update(argv, **options)
+            update(argv, **checked)
         except UpdateError as error:
             report(error)
 

@@ -1,0 +1,54 @@
+"""What a new program changes, and then fails, is as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from live_programs import run
+
+CHANGES = """
+import socket
+mode = sys.argv[1]
+size = 8192 if len(sys.argv) > 2 else 4096
+memory = live.memory("memory", size, grow=True)
+ours, theirs = socket.socketpair()
+sock = live.socket("socket", lambda: ours)
+file = live.file("file", lambda: open(__file__))
+if size == 8192:
+    memory[5000] = 5
+    sock.setblocking(False)
+    file.readline()
+    if sys.argv[2] == "back":
+        live.state(version=0)
+    if sys.argv[2] == "dies":
+        raise SystemExit(3)
+    live.ready()
+    say("end", len(memory), memory[0])
+    raise SystemExit
+live.on_save(lambda: "state")
+if live.generation:  # the old command again, which has the PID back
+    say("back", len(memory), os.get_blocking(sock.fileno()), file.readline())
+    live.ready()
+    live.update([PYTHON, __file__, mode, "good"], mode=mode)
+memory[0] = 1
+live.ready()
+file.readline()
+for what in ("rehearse", "dies"):
+    NEW = [PYTHON, __file__, mode, what]
+    say(what, bool(live.rehearse(NEW)) if what == "rehearse" else fails(NEW, mode=mode).status)
+    say("size", os.stat(f"/proc/self/fd/{live.image.current().registry.find('memory').fd}").st_size)
+    say("blocking", os.get_blocking(sock.fileno()))
+say("line", file.readline())
+live.update([PYTHON, __file__, mode, "back"], mode=mode, back=True)
+"""
+
+
+@pytest.mark.parametrize("mode", ["early", "late"])
+def test_what_a_failed_program_has_changed_is_undone(tmp_path: Path, mode: str) -> None:
+    result = run(tmp_path, CHANGES, mode)
+    assert result.of("rehearse") == [[True]] and result.of("dies") == [[3]], result.stderr
+    assert result.of("size") == [[4096]] * 2 and result.of("blocking") == [[True]] * 2
+    assert result.of("line") == [["import json, os, sys, time\n"]]
+    assert result.of("back") == [[4096, True, "from cpr import live\n"]]
+    assert result.of("end") == [[8192, 1]]
