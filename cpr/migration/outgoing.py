@@ -170,7 +170,7 @@ class Outgoing:
         self.machine.stop(runstate.FINISH_MIGRATE)
         if self.machine.shutdown_requested:
             raise MigrationError("the guest has powered itself off at that moment")
-        if self.machine.was_suspended:
+        if self.old_state == runstate.RUNNING and self.machine.was_suspended:
             self.old_state = runstate.SUSPENDED
         mark("save")
 
