@@ -16,6 +16,7 @@ import psutil
 import pytest
 from conftest import ROOT
 from failing import HEARTBEAT, bad, start_vm, words
+from harness.qmp import QmpError
 from harness.vm import Vm
 from test_virtio_updates import MIB, Guest
 from waiting import wait_for, wait_for_change
@@ -239,3 +240,21 @@ def test_threads_of_a_disk_run_everywhere_after_an_update(accel, tmp_path):
             tasks = [thread.id for thread in psutil.Process(vm.follow()).threads()]
             cpus = [os.sched_getaffinity(task) for task in tasks]
             assert cpus == [os.sched_getaffinity(0)] * len(tasks)
+
+
+def test_every_number_of_descriptors_that_is_too_small(start):
+    vm: Vm = start(*words("tcg"))
+    counts(vm)
+    for headroom in range(8):
+        process = psutil.Process(vm.pid)
+        most = max(vm.descriptors()) + 1
+        process.rlimit(psutil.RLIMIT_NOFILE, (most + headroom, 4096))
+        with suppress(QmpError):
+            vm.qmp.command("cpr-exec")
+            wait_for(lambda: status(vm) in ("failed", "completed"), "the update is over")
+        process.rlimit(psutil.RLIMIT_NOFILE, (4096, 4096))
+        assert vm.ask("query-status")["status"] == "running"
+        counts(vm)
+    vm.update()
+    assert status(vm) == "completed"
+    counts(vm)

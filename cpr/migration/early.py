@@ -320,7 +320,7 @@ class EarlyUpdate:
         if not self._update.take_back():
             self._on_commit(0)
         new_pid = self._update.pid not in (0, os.getpid())
-        self.close()
+        carefully(self.close)
         if new_pid:
             self._process.on_new_pid()
             reason += f"; the guest goes on in the old VMM, PID {os.getpid()}"

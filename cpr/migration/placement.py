@@ -71,12 +71,19 @@ class Placement:
 
     def give_back(self) -> None:
         """The caller's thread, and those that it has started meanwhile, may run where the main
-        thread might before the update; vCPU threads are where they were."""
+        thread might before the update; vCPU threads are where they were.  Raises nothing."""
         _move(self._own)
         vcpus = {thread.thread_id for thread in self._threads}
-        for task in map(int, os.listdir("/proc/self/task")):
-            if task not in vcpus and not is_kernels(read_stat(f"/proc/self/task/{task}/stat")[1]):
-                _move(self._own, task)
+        try:
+            others = set(map(int, os.listdir("/proc/self/task"))) - vcpus
+        except OSError:  # no descriptor is left
+            return
+        for task in others:
+            try:
+                if not is_kernels(read_stat(f"/proc/self/task/{task}/stat")[1]):
+                    os.sched_setaffinity(task, self._own)
+            except OSError:  # it has ended meanwhile, or is not to be moved
+                pass
 
     def place(self, threads: Sequence[VCpuThread]) -> None:
         """Has vCPU threads scheduled as the old VMM's were."""
