@@ -300,7 +300,7 @@ class EarlyUpdate:
     def _go_on(self, signo: int, reason: str) -> None:
         """There is no new image any more; one that `signo` has ended was meant with the old one."""
         if signo and self._update.take_back():
-            self.close()
+            carefully(self.close)
             self._end_by(signo)
         else:
             self._fail(self._failure or reason)
