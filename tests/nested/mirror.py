@@ -22,6 +22,12 @@ LOGS = ROOT / "build" / "nested"  # of the last run with each kernel
 SECONDS_OF_A_TEST = 1500
 
 
+def is_roots(item: pytest.Item) -> bool:
+    """Whether it is not the variant of a test in which another user than root has the VMM."""
+    callspec = getattr(item, "callspec", None)
+    return callspec is None or callspec.params.get("user") != "user"
+
+
 class Mirror:
     """Plugin that boots the VM at the first inner item and reports what it reports."""
 
@@ -45,7 +51,7 @@ class Mirror:
                 continue
             if INSIDE in item.path.parents:
                 item.add_marker(pytest.mark.timeout(0))  # the VM has limits of its own
-            smoke = item.get_closest_marker("nested_smoke") is not None
+            smoke = item.get_closest_marker("nested_smoke") is not None and is_roots(item)
             iommufd = item.get_closest_marker("iommufd") is not None
             if (asked is None and not smoke) or (iommufd and asked != "iommufd"):
                 dropped.append(item)
