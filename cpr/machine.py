@@ -239,6 +239,11 @@ class Machine:
         for thread in self.threads:
             thread.request_pause()
 
+    def withdraw_pause(self) -> None:
+        """The inverse of `request_pause` where no `stop` has come."""
+        for thread in self.threads:
+            thread.withdraw_pause()
+
     def pause_vcpus(self) -> None:
         """Nothing happens where they are paused, as those of a suspended guest are."""
         if not self.clock.enabled:

@@ -141,6 +141,12 @@ class VCpuThread:
             self._stopping = True
             self._kick()
 
+    def withdraw_pause(self) -> None:
+        """The inverse of `request_pause` where no `pause` has come."""
+        if self._running and self._stopping:
+            self.pause()
+            self.resume()
+
     def pause(self) -> None:
         """Stops the vCPU and waits until it is out of guest mode and its state is readable."""
         self.request_pause()

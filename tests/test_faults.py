@@ -18,6 +18,7 @@ SAMPLE = {
     ("early", "load", "kill"),
     ("early", "commit", "fail"),
     ("early", "resume", "fail"),
+    ("early", "stop", "fail"),
     ("early", "save", "kill"),
     ("late", "save", "fail"),
     ("late", "finish", "fail"),

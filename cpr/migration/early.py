@@ -339,6 +339,7 @@ class EarlyUpdate:
             self._loop.unwatch(self._update.token)
             self._machine.events.release()
             self._outgoing.run_on()
+            self._machine.withdraw_pause()  # it has failed before the guest was stopped
 
     def cancel(self) -> None:
         """migrate_cancel: the new image is killed, and the guest goes on here."""

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from harness.qmp import QmpError
 from harness.vm import VMM, Vm
 from waiting import is_listening, wait_for, wait_for_change
 
@@ -171,9 +172,17 @@ class Trial:
         wait_for(lambda: vm.ask("query-migrate").get("status") in SETTLED, "it is settled")
         if vm.ask("query-status")["status"] == "postmigrate":
             wait_for(lambda: self.target is None or not self.target.processes(), "it has ended")
-            vm.ask("cont")
+            wait_for(self._goes_on, "the lock of a target that has no memory any more is gone")
             return CONT
         return CONT if expected == CONT else OLD
+
+    def _goes_on(self) -> bool:
+        try:
+            self.vm.ask("cont")
+        except QmpError as error:
+            assert "lock" in str(error), error
+            return False
+        return True
 
     def _waits_or_has_ended(self) -> bool:
         """Where the source has sent its CPR state only, the target goes on waiting, as QEMU's."""
