@@ -91,7 +91,9 @@ class SocketChardev(FdChardev):
 
     backend = "socket"
 
-    def __init__(self, label: str, loop: MainLoop, options: SocketOptions, kept: Kept) -> None:
+    def __init__(
+        self, label: str, loop: MainLoop, options: SocketOptions, kept: Kept | None = None
+    ) -> None:
         super().__init__(label, loop)
         self._options = options
         self._addresses: list[tuple[int, Any]] = []
@@ -102,7 +104,7 @@ class SocketChardev(FdChardev):
         self._timer: Timer | None = None
         self._gives_way = False
         self._passed: list[int] = []
-        if kept.fds:
+        if kept is not None and kept.fds:
             self._adopt(kept)
             return
         self._resolve()
