@@ -16,7 +16,7 @@ from cpr.errors import CommandError, CprError
 from cpr.faults import point
 from cpr.memory import GuestMemory
 from cpr.runstate import RunState
-from cpr.vcpus import VCpuThread
+from cpr.vcpus import VCPUS_FIRST, VCpuThread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -285,6 +285,8 @@ class Machine:
                 thread.pause()
             if was_running:
                 thread.resume()
+        if any(self._parked):
+            time.sleep(VCPUS_FIRST)
 
     def stop(self, new_state: str = runstate.PAUSED) -> None:
         """vm_stop: pauses a running VM into `new_state`, with a STOP event if it was running.

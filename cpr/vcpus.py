@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from cpr.accel.base import Bus, VCpu
 
 
+VCPUS_FIRST = 100e-6
+"""How long, in s, who lets vCPUs go leaves CPU and interpreter to their threads."""
+
+
 class Scheduling:
     """How a thread is scheduled, which a management program may have set from outside."""
 

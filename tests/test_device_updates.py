@@ -122,7 +122,7 @@ def source(guests) -> Iterator[Source]:
 
 
 def test_order_where_the_exec_fails(source: Source, monkeypatch) -> None:
-    monkeypatch.setattr(guard, "wait_alone", lambda: None)  # what runs the tests has threads
+    monkeypatch.setattr(guard, "wait_alone", lambda known: None)  # what runs the tests has threads
     source.migration.start_cpr_exec(["/nonexistent"])
     source.run_to_the_end()
     assert source.migration.error == "execvp /nonexistent failed: No such file or directory"

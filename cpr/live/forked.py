@@ -38,7 +38,12 @@ NOTIFY_MS = 1000  # as in _native/guard.c
 TICK_MS = 50  # how often it is looked at the hold, which no descriptor tells
 
 
-def wait_alone() -> None:
+def workers() -> frozenset[str]:
+    """None that would matter; see `wait_alone`."""
+    return frozenset()
+
+
+def wait_alone(known: frozenset[str] = frozenset()) -> None:
     """Other threads end in the guard and in the new image; who updates has looked at them."""
 
 

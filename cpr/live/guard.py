@@ -68,13 +68,22 @@ class Page:
         os.close(self.fd)
 
 
-def wait_alone() -> None:
+def workers() -> frozenset[str]:
+    """The numbers of this process's threads that are the kernel's (KVM, vhost).  Raises OSError."""
+    return frozenset(task for task in os.listdir("/proc/self/task") if _is_worker(task))
+
+
+def wait_alone(known: frozenset[str] = frozenset()) -> None:
     """Waits until the caller is the only thread of this process; all others have been ended.
 
-    Raises KernelError naming one that stays.
+    `known` are workers of the kernel's, which it takes a while to tell from others: a guest stands
+    still.  Raises KernelError naming one that stays.
     """
     deadline = time.monotonic_ns() + ALONE_TIMEOUT_NS
-    while others := [task for task in os.listdir("/proc/self/task") if _is_other_thread(task)]:
+    known |= {str(os.getpid())}
+    while others := [
+        task for task in os.listdir("/proc/self/task") if task not in known and not _is_worker(task)
+    ]:
         if time.monotonic_ns() > deadline:
             names = [_task_name(task) for task in others]
             text = f"an update with the threads {', '.join(names)}"
@@ -82,14 +91,11 @@ def wait_alone() -> None:
         time.sleep(ALONE_STEP)
 
 
-def _is_other_thread(task: str) -> bool:
-    """Whether this is a thread of the program's, and not a kernel's worker (KVM, vhost)."""
-    if int(task) == os.getpid():
-        return False
+def _is_worker(task: str) -> bool:
     try:
-        return not is_kernels(read_stat(f"/proc/self/task/{task}/stat")[1])
+        return is_kernels(read_stat(f"/proc/self/task/{task}/stat")[1])
     except OSError:  # it has ended meanwhile
-        return False
+        return True
 
 
 def _task_name(task: str) -> str:

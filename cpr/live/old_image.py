@@ -6,7 +6,7 @@ import _signal as signal  # `signal` itself makes enums, which a late update wou
 import errno
 import os
 import time
-from _thread import start_new_thread
+from _thread import allocate_lock, start_new_thread
 
 from cpr.constants import NS_PER_MS
 from cpr.live import token as tokens
@@ -106,14 +106,12 @@ class Update(Channel):
 
         def ready() -> None:
             nonlocal parked
-            if holds_signals:  # the guard is one more than the threads that are ended for it
-                try:
-                    start_new_thread(lambda: None, ())
-                except RuntimeError:
-                    raise UpdateError("there is no process for the guard") from None
+            if holds_signals:
+                _check_task()
+            workers = self._guard.workers()
             parked = True
             park()
-            self._guard.wait_alone()
+            self._guard.wait_alone(workers)
             if interrupted():
                 raise UpdateError("a signal that ends what is updated has come before the exec")
             mark("exec")
@@ -289,6 +287,17 @@ class Update(Channel):
         self.token = self.pidfd = self._words = -1
         if self.page is not None and self.page.struct is not None:
             self.page.close()
+
+
+def _check_task() -> None:
+    """The guard is one task more than the threads that are ended for it.  Raises UpdateError."""
+    ended = allocate_lock()
+    ended.acquire()
+    try:
+        start_new_thread(ended.release, ())
+    except RuntimeError:
+        raise UpdateError("there is no process for the guard") from None
+    ended.acquire()
 
 
 def _not_executed(argv: Sequence[str], error: OSError | ValueError) -> UpdateError:

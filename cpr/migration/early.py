@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import time
 
 from cpr import runstate
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
 
 MOST_RETURNS = 1
 NONE = Capabilities()  # those that the user has set are about streams to anybody
+LONG_INTERVAL = 0.005
+"""Of switches between threads, in s: a vCPU that is stopped need not be served soon."""
 HOLD_NS = 200 * NS_PER_MS  # for a new image that has the guest and has not taken it
 DEATH_MS = 1000  # between the end of a process's descriptors and its own
 SIGNAL_NS = 50 * NS_PER_MS
@@ -90,6 +93,7 @@ class EarlyUpdate:
         self._hold_timer: Timer | None = None
         self._native = False
         self._stopped = False
+        self._switch_interval = 0.0
         self._closed = False
         self._placement = Placement.of(self._machine.threads)
         if update is not None:
@@ -222,12 +226,14 @@ class EarlyUpdate:
         channel = MemoryChannel()
         saver = savevm.Saver(machine, NONE, self._mode, channel)
         saver.ram()
+        self._switch_interval = sys.getswitchinterval()
+        self._stopped = True  # from here on there is something to undo
         gc.disable()
+        sys.setswitchinterval(LONG_INTERVAL)
         machine.accel.saves_cpu_model = False
         machine.accel.saves_native = self._native
         self._placement.bring(self._update.pid)
         self._update.page.struct.stopped_ns = time.monotonic_ns()
-        self._stopped = True
         machine.events.hold()
         machine.request_pause()
         self._placement.hand_over()
@@ -336,6 +342,7 @@ class EarlyUpdate:
             self._machine.accel.saves_cpu_model = True
             self._machine.accel.saves_native = False
             gc.enable()
+            sys.setswitchinterval(self._switch_interval)
             self._loop.unwatch(self._update.token)
             self._machine.events.release()
             self._outgoing.run_on()

@@ -18,6 +18,7 @@ from cpr.migration import channel, loadvm
 from cpr.phases import mark
 from cpr.report import carefully, error_report, exception_report
 from cpr.state.reader import StreamError
+from cpr.vcpus import VCPUS_FIRST
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 DEFER = "defer"
 NO_THREAD = "cannot start a thread for the migration: raise RLIMIT_NPROC or pids.max"
 PREFIX = "load of migration failed: "
-VCPUS_FIRST = 100e-6
-"""For how long, in s, the interpreter and the CPU are left to the vCPUs that have been let go."""
 
 
 class Sources:
