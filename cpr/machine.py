@@ -12,7 +12,7 @@ from cpr import boot, report, runstate
 from cpr.bus import IOBus, Region
 from cpr.clock import VirtualClock
 from cpr.constants import MIB, PAGE_SIZE
-from cpr.errors import CommandError, CprError
+from cpr.errors import CommandError, ConfigError, CprError
 from cpr.faults import point
 from cpr.memory import GuestMemory
 from cpr.runstate import RunState
@@ -164,7 +164,7 @@ class Machine:
 
     def request_stop(self, state: str) -> None:
         """Stops the VM soon, in run state `state`; from any thread."""
-        self.loop.call_soon(lambda: self.stop(state))
+        self.loop.call_soon(lambda: self._stop_running(state))
 
     @property
     def suspended(self) -> bool:
@@ -315,7 +315,7 @@ class Machine:
         with self._state_lock:
             if self.runstate.current in runstate.LIVE:
                 return
-            if self.runstate.current == runstate.SHUTDOWN:
+            if self.runstate.current in (runstate.SHUTDOWN, runstate.INTERNAL_ERROR):
                 raise CommandError("Resetting the Virtual Machine is required")
             if self.was_suspended:
                 self.runstate.set(runstate.SUSPENDED)
@@ -409,6 +409,7 @@ class Machine:
             return True
         guest, reason = self._reset_requested
         self._reset_requested = None
+        self.was_suspended = False
         try:
             self.load_boot_image()
         except CprError as error:
@@ -429,7 +430,13 @@ class Machine:
 
     def _on_vcpu_error(self, error: CprError) -> None:
         report.error_report(error)
-        self.loop.call_soon(lambda: self.stop(runstate.INTERNAL_ERROR))
+        self.loop.call_soon(lambda: self._stop_running(runstate.INTERNAL_ERROR))
+
+    def _stop_running(self, state: str) -> None:
+        """One that has been stopped meanwhile stays as it is: it finds the same when it goes on."""
+        with self._state_lock:
+            if self.runstate.current in runstate.LIVE:
+                self.stop(state)
 
     # Looking in from outside.
 
@@ -500,10 +507,19 @@ class Machine:
             for device in self.devices:
                 device.cpr_prepare(mode)
 
-    def cpr_rollback(self) -> None:
+    def cpr_rollback(self) -> CprError | None:
+        """The inverse of `cpr_prepare`; why the guest must not run here, or None: another process
+        has what a device had given up."""
+        refusal: CprError | None = None
         with self.lock:
             for device in reversed(self.devices):
-                report.carefully(device.cpr_rollback)
+                try:
+                    device.cpr_rollback()
+                except ConfigError as error:
+                    refusal = error
+                except Exception as error:
+                    report.exception_report(error)
+        return refusal
 
     def take_over(self) -> None:
         """The guest that was loaded is this VMM's for good; it runs on whatever a device says."""

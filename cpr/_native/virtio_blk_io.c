@@ -17,7 +17,8 @@ static const uint8_t zeros[ZEROS_SIZE];
 
 static bool in_range(const struct cpr_blk_options *options, uint64_t sector, uint64_t bytes)
 {
-    return !(bytes % SECTOR_SIZE) && sector <= options->sectors &&
+    return !(bytes % SECTOR_SIZE) && bytes >> SECTOR_SHIFT <= MOST_SECTORS &&
+           sector <= options->sectors &&
            bytes >> SECTOR_SHIFT <= options->sectors - sector;
 }
 

@@ -229,9 +229,13 @@ class SocketChardev(FdChardev):
             self.detach_fds()
         if self._listener is not None:
             self.loop.unwatch(self._listener.detach())
+            self._listener = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def reopen(self) -> None:
-        if self._listener is not None:
+        if self._options.server:
             self._listener = self._listen()
             self._watch_listener()
         elif self._options.reconnect_ms:
@@ -268,12 +272,14 @@ class SocketChardev(FdChardev):
     def _listen(self) -> socket.socket:
         failure = ""
         for family, address in self._resolve():
-            listener = socket.socket(family, socket.SOCK_STREAM)
+            listener = None
             try:
+                listener = socket.socket(family, socket.SOCK_STREAM)
                 self._bind(listener, family, address)
                 return listener
             except OSError as error:
-                listener.close()
+                if listener is not None:
+                    listener.close()
                 failure = self._bind_failure(error)
         raise ConfigError(failure)
 
@@ -360,7 +366,11 @@ class SocketChardev(FdChardev):
         except ConfigError:  # no name server now
             self._reconnect_later()
             return
-        peer = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            peer = socket.socket(family, socket.SOCK_STREAM)
+        except OSError:  # no descriptor now
+            self._reconnect_later()
+            return
         peer.setblocking(False)
         try:
             peer.connect(address)

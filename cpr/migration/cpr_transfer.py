@@ -16,6 +16,7 @@ import fcntl
 import os
 import select
 import socket
+import stat
 import time
 from contextlib import suppress
 
@@ -112,8 +113,11 @@ class Transfer(KeepsRam):
         self._socket.shutdown(socket.SHUT_WR)
 
     def _twin(self, fd: int) -> int:
-        """A duplicate, as a device may close its own while the target is slow."""
-        if fd >= 0:
+        """A duplicate, as a device may close its own while the target is slow.
+
+        None of RAM, which no device closes: that duplicate's end would take this process's lock.
+        """
+        if fd >= 0 and not stat.S_ISREG(os.fstat(fd).st_mode):
             fd = os.dup(fd)
             self._twins.append(fd)
         return fd

@@ -9,7 +9,7 @@ from __future__ import annotations
 from _thread import allocate_lock
 
 from cpr import runstate
-from cpr.errors import CprError, MigrationError
+from cpr.errors import CommandError, CprError, MigrationError
 from cpr.migration import address as addresses
 from cpr.migration import checks
 from cpr.migration.incoming import Incoming
@@ -304,7 +304,8 @@ class Migration:
                 raise
             if self.outgoing is not None:
                 self.outgoing.unstage()  # the guest goes on in its own RAM
-            self.machine.cpr_rollback()
+            if (refusal := self.machine.cpr_rollback()) is not None:
+                raise CommandError(str(refusal))
 
     def close(self, exit_status: int) -> None:
         """The VM ends, with whatever is under way."""

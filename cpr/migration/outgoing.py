@@ -19,7 +19,7 @@ from cpr.migration.incoming import NO_THREAD
 from cpr.migration.mode import EXEC, TRANSFER
 from cpr.migration.statistics import STOPPED_SYNCS, RamCounters, Times
 from cpr.phases import mark
-from cpr.report import error_report, exception_report
+from cpr.report import carefully, error_report, exception_report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -361,19 +361,20 @@ class Outgoing:
     def end(self, status: str, error: str | None) -> None:
         """Rollback: the channel, what the mode did, and the vCPUs."""
         if self._channel is not None:
+            self._channel.shutdown()  # an exec: command may not be reading, and see nothing else
             self._channel.close()
             self._channel = None
         if self._mode is not None:
             self._mode.rollback()
             self._mode = None
         self.early = None
-        self.machine.cpr_rollback()
+        refusal = self.machine.cpr_rollback()
         self.unstage()
         self.state.error = error
         exec_failed = self.state.status == "completed"
         if exec_failed:
             self.state.set(status)
-        self._go_back(exec_failed)
+        carefully(lambda: self._go_back(exec_failed, refusal))
         if not exec_failed:
             self.state.set(status)
         self.state.call_back()
@@ -386,13 +387,15 @@ class Outgoing:
 
     def run_on(self) -> None:
         """The inverse of `stop_guest`, for a hand-over that did not happen."""
-        self.machine.cpr_rollback()
-        self._go_back(False)
+        self._go_back(False, self.machine.cpr_rollback())
 
-    def _go_back(self, exec_failed: bool) -> None:
+    def _go_back(self, exec_failed: bool, refusal: CprError | None) -> None:
         if self.machine.runstate.current != runstate.FINISH_MIGRATE:
             return
-        if self.old_state in runstate.LIVE:
+        if refusal is not None:  # another VMM may run the guest: `cont` tries again
+            error_report(f"the guest stays stopped: {refusal}")
+            self.machine.runstate.set(runstate.POSTMIGRATE)
+        elif self.old_state in runstate.LIVE:
             self.machine.cont()
         elif exec_failed:
             self.machine.runstate.set(runstate.POSTMIGRATE)

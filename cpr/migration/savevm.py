@@ -115,7 +115,10 @@ class Saver:
                 counts = pool.save(pages, channel.fd, layout.pages_offset, present)
                 self.counters.duplicate += counts.zero
                 self.counters.normal += counts.normal
-                os.pwrite(channel.fd, present, layout.bitmap_offset)
+                view, offset = memoryview(present), layout.bitmap_offset
+                while view:  # a disk that becomes full takes a part
+                    done = os.pwrite(channel.fd, view, offset)
+                    view, offset = view[done:], offset + done
 
     def _write_pages(self, blocks: list[RAMBlock]) -> None:
         """Writes all the pages of `blocks`, from where they are to the channel's descriptor."""

@@ -48,5 +48,7 @@ def decode(data: bytes, descriptors: list[int]) -> CprState:
         if len(fds) == len(descriptors):
             raise StateError(f"CPR fd '{name}' id {state['id']} came without its descriptor")
         fds.append((name, state["id"], descriptors[len(fds)]))
+    if len(fds) < len(descriptors):
+        raise StateError(f"{len(descriptors) - len(fds)} descriptors came without a name")
     rest = CprState.decode(data[:HEADER_SIZE] + b"\0" + reader.data[reader.offset :])
     return CprState(fds, rest.vfio_devices)

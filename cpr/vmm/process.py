@@ -206,6 +206,7 @@ def _end_update(vmm: Vmm, predecessor: Predecessor) -> None:
     vmm.migration.update_times = times
     point("end")
     predecessor.close()
+    carefully(vmm.lock_ram)
     notify.status(times.text())
     if not os.isatty(STDERR):  # a user at the terminal asks `info migrate`
         info_report(times.text())

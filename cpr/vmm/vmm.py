@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cpr.vmm.populate import Populator
 
 FLUSH_NS = 200 * NS_PER_MS
+LOCK_NS = 1000 * NS_PER_MS  # the process that had it has closed all, or does in a moment
 
 
 class Vmm(Process):
@@ -86,8 +87,16 @@ class Vmm(Process):
         """This VMM goes on in another process than before.  Raises nothing: the guest waits."""
         if self.pidfile is not None:
             carefully(self.pidfile.rewrite)
+        carefully(self.lock_ram)
         for chardev in self.chardevs.values():
             carefully(chardev.expect_another)
+
+    def lock_ram(self) -> None:
+        """The source of a cpr-transfer must not run the guest: no exec keeps the lock on its RAM,
+        as the descriptors of the image before are closed, in a moment.  Raises CommandError."""
+        from cpr.migration.cpr_transfer import take_guest
+
+        take_guest(self.machine, LOCK_NS)
 
     def hold_commands(self, on: bool) -> None:
         for _, monitor in self.monitors:

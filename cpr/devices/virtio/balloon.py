@@ -87,11 +87,15 @@ class VirtioBalloon(VirtioDevice):
     def kick(self, index: int) -> None:
         """Pages become holes before the guest is told that they are taken, and may want them."""
         queue, memory = self.transport.queues[index], self.transport.platform.memory
-        while (numbers := queue.peek(ARRAY_BYTES)) is not None:
+        for _ in range(QUEUE_SIZE):
+            numbers = queue.peek(ARRAY_BYTES)
+            if numbers is None:
+                return
             if index == INFLATE and not self._is_inhibited():
                 for first, count in runs(numbers):
                     memory.discard(first * PAGE_SIZE, count * PAGE_SIZE)
             queue.receive(ARRAY_BYTES)
+        self.kick_again(index)
 
     def save(self) -> dict:
         return {"num_pages": self._wanted, "actual": self._pages}

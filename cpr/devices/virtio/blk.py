@@ -78,6 +78,7 @@ class VirtioBlk(VirtioDevice):
         self._drive = drive
         self._fds = fds
         self._comes_later = comes_later
+        self._gave_up_locks = False
         self._serial = serial
         self._policies = policies
         if write_cache is None:
@@ -194,10 +195,13 @@ class VirtioBlk(VirtioDevice):
 
     def cpr_prepare(self, mode: str) -> None:
         if mode not in DESCRIPTORS_KEPT:  # the other VMM opens the file itself
+            self._gave_up_locks = True
             self._image.unlock()
 
     def cpr_rollback(self) -> None:
-        self._image.lock()
+        if self._gave_up_locks:
+            self._image.lock()
+            self._gave_up_locks = False
 
     def take_over(self) -> None:
         self._image.lock()

@@ -66,6 +66,21 @@ class VirtioDevice:
     def kick(self, index: int) -> None:
         """The guest says that queue `index` has chains."""
 
+    _again: frozenset[int] = frozenset()
+
+    def kick_again(self, index: int) -> None:
+        """`kick` comes soon: another vCPU may bring chains as fast as they are taken, and others
+        want the machine's lock."""
+        if index not in self._again:
+            self._again |= {index}
+            self.transport.platform.loop.call_soon(lambda: self._kick_again(index))
+
+    def _kick_again(self, index: int) -> None:
+        with self.transport.platform.lock:
+            self._again -= {index}
+            if index < len(self.transport.queues):
+                self.kick(index)
+
     def start(self) -> None:
         """The guest runs and its driver is there: chains that are waiting are taken from now on.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from cpr import report
+from cpr.constants import NS_PER_MS
 from cpr.devices import pci_config
 from cpr.devices.base import Device
 from cpr.devices.pci import PciFunction, parse_slot
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from cpr.devices.virtio.device import VirtioDevice
 
 PCI_BUS = "pci.0"
+RETRY_NS = 200 * NS_PER_MS  # until a device that could not start is tried again
 
 
 class VirtioPci(Device, PciFunction):
@@ -75,6 +77,7 @@ class VirtioPci(Device, PciFunction):
         self._on = False  # the guest runs
         self._started = False  # and its driver is there: the queues work
         self._parked = False
+        self._retries = 0  # of a start that has failed
         self._notifies: list[tuple[int, int]] = []  # (address, eventfd) of ioeventfds
         self._realized = False
 
@@ -131,6 +134,7 @@ class VirtioPci(Device, PciFunction):
 
     def unrealize(self) -> None:
         self._stop()
+        self._on = False
         if self._realized:
             self._realized = False
             self.device.unrealize()
@@ -287,8 +291,22 @@ class VirtioPci(Device, PciFunction):
                 return
         try:
             self.device.start()
-        except CprError as error:
-            self._break(str(error))
+        except CprError as error:  # no thread now: the guest waits for its device
+            self._stop()
+            if not self._retries:
+                report.error_report(f"{self.name}: {error}; it is tried again")
+            self._retry_later()
+        else:
+            self._retries = 0
+
+    def _retry_later(self) -> None:
+        self._retries += 1
+
+        def again() -> None:
+            with self.platform.lock:
+                self._start()
+
+        self.platform.loop.call_later(RETRY_NS, again)
 
     def _stop(self) -> None:
         """The inverse of `_start`; the positions of the queues are in the registers then."""
@@ -374,8 +392,10 @@ class VirtioPci(Device, PciFunction):
         self.device.cpr_prepare(mode)
 
     def cpr_rollback(self) -> None:
-        self.device.cpr_rollback()
-        self._interrupts.resume()
+        try:
+            self.device.cpr_rollback()
+        finally:
+            self._interrupts.resume()
 
     def save(self) -> dict:
         for queue, registers in zip(self.queues, self.common.queues, strict=True):

@@ -52,12 +52,17 @@ class VirtioRng(VirtioDevice):
 
     def kick(self, index: int) -> None:
         (queue,) = self.transport.queues
-        while self._runs and self._left > 0:
+        for _ in range(QUEUE_SIZE):
+            if not self._runs or self._left <= 0:
+                break
             count = queue.send_random(min(MOST_BYTES, self._left))
             if count < 0:
                 return
             if self._max_bytes is not None:
                 self._left -= count
+        else:
+            self.kick_again(0)
+            return
         if self._runs and self._timer is None:
             delay = self._period * MS
             self._timer = self.transport.platform.loop.call_later(delay, self._on_timer)

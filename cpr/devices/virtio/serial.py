@@ -71,12 +71,15 @@ class VirtioSerial(VirtioDevice):
 
     def _transmit(self) -> None:
         queue = self.transport.queues[TRANSMIT]
-        while self._runs and not self._waits_for_chardev:
+        for _ in range(QUEUE_SIZE):
+            if not self._runs or self._waits_for_chardev:
+                return
             data = queue.receive(MOST_OUTPUT)
             if data is None:
                 return
             if self._chardev is not None:
                 self._chardev.write(data)
+        self.kick_again(TRANSMIT)
 
     def _can_receive(self) -> int:
         with self.transport.platform.lock:

@@ -1,0 +1,72 @@
+"""Guests that stand still for a reason of their own, and what stops, resets and updates do."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from conftest import missing_kvm
+from failing import HEARTBEAT, bad, words
+from harness.qmp import QmpError
+from harness.vm import Vm
+from test_survives_suspend import GUEST
+from updating import MEMFD, Journey, cpr_transfer
+from waiting import wait_for, wait_for_change
+
+AWAKE = bytes.fromhex("66ff060080ebf9")  # 1: incl 0x8000; jmp 1b
+
+
+def state(vm: Vm) -> str:
+    return str(vm.ask("query-status")["status"])
+
+
+def test_a_migration_that_fails_leaves_an_internal_error_as_it_is(start, accel, tmp_path):
+    image = tmp_path / "boot.img"
+    shutil.copy("examples/build/heartbeat.img", image)
+    options = " ".join(words(accel, cpus=1)).replace("examples/build/heartbeat.img", str(image))
+    vm: Vm = start(*options.split())
+    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
+    image.unlink()
+    vm.ask("system_reset")
+    wait_for(lambda: state(vm) == "internal-error", "it cannot be reset")
+    vm.ask("migrate", uri="exec:false")
+    wait_for(lambda: vm.ask("query-migrate")["status"] == "failed", "the migration has failed")
+    assert state(vm) == "internal-error"
+    with pytest.raises(QmpError, match="Resetting the Virtual Machine is required"):
+        vm.ask("cont")
+    shutil.copy("examples/build/heartbeat.img", image)
+    vm.ask("system_reset")
+    vm.ask("cont")
+    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts again")
+
+
+def test_a_guest_that_slept_and_is_reset_boots(start, accel, tmp_path):
+    image = tmp_path / "sleeper.img"
+    image.write_bytes(GUEST.ljust(510, b"\0") + b"\x55\xaa")
+    options = " ".join(words(accel, cpus=1)).replace("examples/build/heartbeat.img", str(image))
+    vm: Vm = start(*options.split())
+    wait_for(lambda: state(vm) == "suspended", "the guest sleeps")
+    vm.ask("stop")
+    image.write_bytes(AWAKE.ljust(510, b"\0") + b"\x55\xaa")
+    vm.ask("system_reset")
+    vm.ask("cont")
+    assert state(vm) == "running"
+    wait_for_change(lambda: vm.u32(0x8000), "it has booted")
+
+
+@pytest.mark.skipif(missing_kvm() is not None, reason=str(missing_kvm()))
+def test_a_transferred_guest_that_is_updated_stays_one(start, tmp_path):
+    """The source must not run it, whichever process of the target has it by now."""
+    journey = Journey(start, tmp_path, "examples/build/heartbeat.img", MEMFD, [])
+    source = journey.vm
+    cpr_transfer(journey)
+    target = journey.vm
+    for setting in ("on", "off"):
+        target.ask("migrate-set-parameters", x_cpr_exec_overlap=setting)
+        target.update()
+        with pytest.raises(QmpError, match='Failed to get "write" lock'):
+            source.ask("cont")
+    target.qmp.command("cpr-exec", command=bad("exit"))
+    wait_for(lambda: target.ask("query-migrate")["status"] == "failed", "the update has failed")
+    with pytest.raises(QmpError, match='Failed to get "write" lock'):
+        source.ask("cont")
