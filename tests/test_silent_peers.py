@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from harness.qmp import QmpError
 from harness.vm import Vm
@@ -179,6 +180,33 @@ def test_a_thread_that_cannot_start_fails_the_migration(monkeypatch, guests, tmp
     target.loop.iterate(None)
     assert (target.migration.status, target.migration.error) == ("failed", incoming.NO_THREAD)
     target.close()
+
+
+def test_a_command_that_lives_on_refuses_no_update(start, guests):
+    """It has closed its end of the pipe, or has said all; it is reaped, and not waited for."""
+    vm: Vm = start.guest("heartbeat", "tcg")
+    vm.ask("migrate", uri="exec:cat >$0.stream; sleep 1000".replace("$0", str(vm.directory)))
+    wait_for(lambda: vm.ask("query-migrate")["status"] == "active", "the stream is written")
+    vm.ask("migrate_cancel")
+    wait_for(lambda: vm.ask("query-migrate")["status"] == "cancelled", "it is cancelled")
+    vm.ask("migrate", uri="exec:exec 0<&-; sleep 1000")
+    wait_for(lambda: vm.ask("query-migrate")["status"] == "failed", "nobody reads")
+    vm.update()
+    assert vm.ask("query-migrate")["status"] == "completed"
+
+
+def test_a_source_that_lives_on_refuses_no_update(start, guests, tmp_path):
+    first: Vm = start.guest("heartbeat", "tcg")
+    first.ask("migrate", uri=f"file:{tmp_path}/stream")
+    wait_for(lambda: first.ask("query-migrate")["status"] == "completed", "it is written")
+    first.close()
+    command = f"exec:cat {tmp_path}/stream; exec >&-; sleep 1000"
+    vm: Vm = start.guest("heartbeat", "tcg", "-incoming", command)
+    wait_for(lambda: vm.ask("query-status")["running"], "the guest runs")
+    vm.update()
+    assert vm.ask("query-migrate")["status"] == "completed"
+    for child in psutil.Process(vm.pid).children(recursive=True):
+        child.kill()
 
 
 @pytest.mark.parametrize("answers", [False, True])

@@ -70,3 +70,20 @@ def test_a_transferred_guest_that_is_updated_stays_one(start, tmp_path):
     wait_for(lambda: target.ask("query-migrate")["status"] == "failed", "the update has failed")
     with pytest.raises(QmpError, match='Failed to get "write" lock'):
         source.ask("cont")
+
+
+def test_a_source_whose_disk_another_vmm_has_stays_stopped(start, tmp_path):
+    disk, peer = tmp_path / "disk", f"unix:{tmp_path}/peer"
+    disk.write_bytes(bytes(1 << 20))
+    options = [*words("tcg", cpus=1), "-drive", f"file={disk},format=raw,if=virtio"]
+    source: Vm = start(*options)
+    target: Vm = start(*options, "-incoming", peer)
+    source.ask("migrate", uri=peer)
+    wait_for(lambda: state(target) == "running", "the target has the guest")
+    wait_for(lambda: state(source) == "postmigrate", "the source has not")
+    with pytest.raises(QmpError, match="lock"):
+        source.ask("cont")
+    assert state(source) == "postmigrate"
+    target.close()
+    source.ask("cont")
+    wait_for_change(lambda: source.u32(HEARTBEAT), "the guest goes on there")

@@ -11,7 +11,7 @@ import errno
 import os
 import select
 import stat
-from _thread import allocate_lock
+from _thread import allocate_lock, start_new_thread
 
 from cpr.errors import MigrationError
 from cpr.migration.cancellation import Cancellation
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from cpr.migration.child import Child
+
+    ReapLater = Callable[[int, Callable[[], None]], None]
 
     class Handed(Protocol):
         """Descriptors that monitors were handed; what they give becomes the caller's."""
@@ -34,6 +36,18 @@ BUFFER_SIZE = 1 << 20
 """Bytes of one read, and of what is written before it goes out."""
 
 FD_SET = "/dev/fdset/"
+
+
+def _reap_on_thread(pid: int, reap: Callable[[], None]) -> None:
+    try:
+        start_new_thread(reap, ())
+    except RuntimeError:
+        pass  # there is no thread for it: it stays a zombie until this process ends
+
+
+reap_later: ReapLater = _reap_on_thread
+"""For an exec: command that is left.  In a VMM the main loop waits for it: with a thread that does,
+no update could be made."""
 
 
 class Channel:
@@ -280,7 +294,7 @@ def _open_file(address: dict, handed: Handed) -> Channel:
 def _spawn(args: list[str], writing: bool) -> Channel:
     from cpr.migration.child import Child
 
-    child = Child(args, writing)
+    child = Child(args, writing, reap_later)
     try:
         return Channel(child.fd, "command", child)
     except MigrationError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
-from _thread import allocate_lock, start_new_thread
+from _thread import allocate_lock
 
 from cpr.errors import MigrationError
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from subprocess import Popen
 
     from cpr.migration.cancellation import Cancellation
+    from cpr.migration.channel import ReapLater
 
 
 waited_for: set[int] = set()
@@ -28,10 +29,14 @@ class Child:
     VMM's own.  stderr is the VMM's.
     """
 
-    def __init__(self, args: list[str], writing: bool) -> None:
-        """Starts it; `writing` says that the caller writes.  Raises MigrationError."""
+    def __init__(self, args: list[str], writing: bool, reap_later: ReapLater) -> None:
+        """Starts it; `writing` says that the caller writes.  Raises MigrationError.
+
+        `reap_later(pid, reap)` has `reap()` called when the child has ended.
+        """
         import subprocess
 
+        self._reap_later = reap_later
         try:
             with starting:
                 self._process: Popen = subprocess.Popen(
@@ -74,12 +79,9 @@ class Child:
         return self._process.wait()
 
     def leave(self) -> None:
-        """Has it reaped once it ends, without waiting for that."""
+        """Has it reaped once it ends, without waiting for that; from any thread."""
         if self._process.poll() is None:
-            try:
-                start_new_thread(self._reap, ())
-            except RuntimeError:
-                pass  # there is no thread for it: it stays a zombie until this process ends
+            self._reap_later(self._process.pid, self._reap)
         else:
             self._reap()
 

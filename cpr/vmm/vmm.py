@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 from cpr.constants import NS_PER_MS
 from cpr.errors import ConfigError, CprError
 from cpr.faults import point
 from cpr.live import guard
 from cpr.mainloop import READ
+from cpr.migration import channel
 from cpr.migration.process import Process
 from cpr.report import carefully, error_report, exception_report
 
@@ -59,6 +61,7 @@ class Vmm(Process):
         self.signal_has_come: Callable[[], bool] = lambda: False
         machine.on_exit = self._exit
         migration.process = self
+        channel.reap_later = self.reap_child
 
     def quit(self, reason: str) -> None:
         """Ends the process from the host's side, with a SHUTDOWN event."""
@@ -227,15 +230,25 @@ class Vmm(Process):
                 pidfd = os.pidfd_open(pid)
             except OSError:
                 continue
-            self._reap_later(pid, pidfd)
+            self._call_at_end(pidfd, partial(guard.reap, pid))
 
-    def _reap_later(self, pid: int, pidfd: int) -> None:
+    def _call_at_end(self, pidfd: int, reap: Callable[[], None]) -> None:
+        """The pidfd becomes this object's."""
+
         def on_end(events: int) -> None:
             self.loop.unwatch(pidfd)
             os.close(pidfd)
-            guard.reap(pid)
+            reap()
 
         self.loop.watch(pidfd, READ, on_end)
+
+    def reap_child(self, pid: int, reap: Callable[[], None]) -> None:
+        """channel.reap_later; where there is no descriptor the child stays a zombie."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            return
+        self.loop.call_soon(lambda: self._call_at_end(pidfd, reap))
 
     def close(self) -> None:
         """Stops the guest and frees everything, the terminal's settings included."""
