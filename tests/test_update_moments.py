@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 from failing import HEARTBEAT, bad, start_vm, words
 from harness.qmp import QmpError
-from harness.vm import Vm
+from harness.vm import ALL_CPUS, Vm
 from test_virtio_updates import MIB, Guest
 from waiting import wait_for, wait_for_change
 
@@ -111,6 +111,7 @@ def test_a_command_that_waits_begins_no_second_update(start, accel, tmp_path):
     path, stream = str(tmp_path / "second"), f"file:{tmp_path}/stream"
     more = ("-chardev", f"socket,id=second,path={path},server=on,wait=off,cpr=on")
     vm: Vm = start(*words(accel), *more, "-mon", "chardev=second,mode=control")
+    counts(vm)
     with socket.socket(socket.AF_UNIX) as second, second.makefile("r") as lines:
         second.connect(path)
         lines.readline()
@@ -239,7 +240,7 @@ def test_threads_of_a_disk_run_everywhere_after_an_update(accel, tmp_path):
             guest.wait_rounds()
             tasks = [thread.id for thread in psutil.Process(vm.follow()).threads()]
             cpus = [os.sched_getaffinity(task) for task in tasks]
-            assert cpus == [os.sched_getaffinity(0)] * len(tasks)
+            assert cpus == [ALL_CPUS] * len(tasks)
 
 
 def test_every_number_of_descriptors_that_is_too_small(start):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from functools import partial
 
+from cpr import runstate
 from cpr.constants import NS_PER_MS
-from cpr.errors import ConfigError, CprError
+from cpr.errors import CommandError, ConfigError, CprError
 from cpr.faults import point
 from cpr.live import guard
 from cpr.mainloop import READ
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from cpr.vmm.populate import Populator
 
 FLUSH_NS = 200 * NS_PER_MS
-LOCK_NS = 1000 * NS_PER_MS  # the process that had it has closed all, or does in a moment
+LOCK_NS = 50 * NS_PER_MS
 
 
 class Vmm(Process):
@@ -96,10 +97,19 @@ class Vmm(Process):
 
     def lock_ram(self) -> None:
         """The source of a cpr-transfer must not run the guest: no exec keeps the lock on its RAM,
-        as the descriptors of the image before are closed, in a moment.  Raises CommandError."""
+        as the descriptors of the image before are closed.
+
+        Again in a moment while another image of this VM has it, which is about to end.
+        """
         from cpr.migration.cpr_transfer import take_guest
 
-        take_guest(self.machine, LOCK_NS)
+        state = self.machine.runstate.current
+        if state in (runstate.POSTMIGRATE, runstate.INMIGRATE):  # it is not this VMM's
+            return
+        try:
+            take_guest(self.machine)
+        except CommandError:
+            self.loop.call_later(LOCK_NS, self.lock_ram)
 
     def hold_commands(self, on: bool) -> None:
         for _, monitor in self.monitors:
