@@ -81,7 +81,7 @@ static int execute(const char *path, const char *command, int early, struct cpr_
     guard->early = early;
     guard->timeout_ns = TIMEOUT_NS;
     result = cpr_guard_exec(guard);
-    if (result == CPR_GUARD_EARLY) {
+    if (result == CPR_GUARD_EARLY || result < 0) {
         CHECK(read(token, &count, sizeof(count)) == sizeof(count));
     } else {
         CHECK(read(token, &count, sizeof(count)) < 0 && errno == EAGAIN);
