@@ -368,7 +368,7 @@ class EarlyUpdate:
             return
         self._closed = True
         self._let_commands_go()
-        self._placement.give_back()
+        self._placement.give_back(self._machine.threads)
         self._stop_timer()
         if self._signal_timer is not None:
             self._signal_timer.cancel()

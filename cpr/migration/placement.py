@@ -36,7 +36,6 @@ class Placement:
         self._own = set(own)
         self._away = set(away)
         self._vcpus = [Scheduling(*each) for each in vcpus]
-        self._threads: Sequence[VCpuThread] = ()
 
     @classmethod
     def of(cls, threads: Sequence[VCpuThread]) -> Placement:
@@ -47,9 +46,7 @@ class Placement:
         away = own - {
             _busy_cpu(thread.thread_id, ran) for thread, ran in zip(threads, before, strict=True)
         }
-        found = cls(own, away, [Scheduling.of(thread.thread_id).describe() for thread in threads])
-        found._threads = threads
-        return found
+        return cls(own, away, [Scheduling.of(thread.thread_id).describe() for thread in threads])
 
     def describe(self) -> list:
         """The arguments of the constructor, as plain data."""
@@ -69,11 +66,12 @@ class Placement:
         if self._away:
             _move(self._own - self._away)
 
-    def give_back(self) -> None:
+    def give_back(self, threads: Sequence[VCpuThread]) -> None:
         """The caller's thread, and those that it has started meanwhile, may run where the main
-        thread might before the update; vCPU threads are where they were.  Raises nothing."""
+        thread might before the update; `threads`, the vCPUs', are where they were.  Raises nothing.
+        """
         _move(self._own)
-        vcpus = {thread.thread_id for thread in self._threads}
+        vcpus = {thread.thread_id for thread in threads}
         try:
             others = set(map(int, os.listdir("/proc/self/task"))) - vcpus
         except OSError:  # no descriptor is left
@@ -87,7 +85,6 @@ class Placement:
 
     def place(self, threads: Sequence[VCpuThread]) -> None:
         """Has vCPU threads scheduled as the old VMM's were."""
-        self._threads = threads
         for thread, wanted in zip(threads, self._vcpus, strict=True):
             thread.schedule(wanted)
 

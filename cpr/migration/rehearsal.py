@@ -54,13 +54,13 @@ def rehearse(
     except UpdateError as error:
         raise MigrationError(str(error)) from None
     began = time.monotonic_ns()
-    placement = Placement.of(machine.threads)
     try:
+        placement = Placement.of(machine.threads)
         placement.keep_away()
         try:
             update.spawn(command, os.environ)
         finally:
-            placement.give_back()
+            placement.give_back(machine.threads)
         try:
             refusal = _converse(machine, fds, serve, update, timeout_ms, placement)
             took = (time.monotonic_ns() - began) // NS_PER_MS
