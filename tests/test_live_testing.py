@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-import warnings
 
-import psutil
 import pytest
 
 from cpr import live
 from cpr.live import testing
-
-
-@pytest.fixture(autouse=True)
-def own_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another test of this process has left running is not looked at here, but told."""
-    left = {child.pid: child.cmdline() for child in psutil.Process().children()}
-    if left:
-        warnings.warn(f"left running by other tests: {left}", stacklevel=1)
-    children = psutil.Process.children
-
-    def new_ones(self: psutil.Process, recursive: bool = False) -> list[psutil.Process]:
-        return [child for child in children(self, recursive) if child.pid not in left]
-
-    monkeypatch.setattr(psutil.Process, "children", new_ones)
 
 
 def test_names_state_and_memory_are_there_after_a_restart() -> None:
