@@ -37,7 +37,8 @@ NAMES = {{guard.EARLY: "early", guard.DIED: "died", guard.KILLED: "killed",
 token, page = tokens.create_token(), guard.Page()
 
 def execute(*argv, keep=(), **options):
-    return guard.execute(argv, os.environ, keep, token, page, **options)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    return guard.execute(argv, os.environ, keep, token, page, mask=mask, **options)
 
 def tell(**values):
     os.write(1, (json.dumps(values) + "\\n").encode())  # whole: another process writes too

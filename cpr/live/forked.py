@@ -54,13 +54,13 @@ def execute(
     token: int,
     page: Page,
     *,
+    mask: Iterable[int],
     early: bool = False,
     socket: int = -1,
     timeout_ns: int = 0,
     mappings: Sequence[tuple[int, int]] = (),
     state_fd: int = -1,
     drop: Sequence[int] = (),
-    mask: Iterable[int] | None = None,
     unblock: Sequence[int] = (),
     ending: Sequence[int] = (),
     notify_fd: int = -1,
@@ -77,8 +77,6 @@ def execute(
     if not paths:
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     ready()
-    if mask is None:
-        mask = set(signal.pthread_sigmask(signal.SIG_BLOCK, ())) - set(unblock)
     old_pid = os.getpid()
     pidfd, exec_pipe = os.pidfd_open(old_pid), (-1, -1)
     try:

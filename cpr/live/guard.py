@@ -7,7 +7,6 @@ the same by fork(), without the C part.
 
 from __future__ import annotations
 
-import _signal as signal
 import errno
 import os
 import time
@@ -113,13 +112,13 @@ def execute(
     token: int,
     page: Page,
     *,
+    mask: Iterable[int],
     early: bool = False,
     socket: int = -1,
     timeout_ns: int = 0,
     mappings: Sequence[tuple[int, int]] = (),
     state_fd: int = -1,
     drop: Sequence[int] = (),
-    mask: Iterable[int] | None = None,
     unblock: Sequence[int] = (),
     ending: Sequence[int] = (),
     notify_fd: int = -1,
@@ -132,8 +131,9 @@ def execute(
     `mappings` are (address, bytes) of memory that is freed piece by piece after a commit.
     `state_fd`, one of `keep`, is for a program that knows no token: it has taken over when it has
     closed that and lives on.  `drop` are descriptors that a late exec is to close for good, in the
-    old image as in the new one.  `unblock` are signals that the caller blocks and the program is
-    not to; `ending` are those that the program blocks until it can take them: one that does not for
+    old image as in the new one.  `mask` are the signals that the program has blocked;
+    `unblock` those whose handlers are not to run any more, which the caller blocks and the program
+    is not to; `ending` those that the program blocks until it can take them: one that does not for
     a while is killed.  `notify_fd` is a socket to the service's manager: it hears that the
     guard is the main process before the exec, and that the PID is at a commit.  With `sibling` the
     guard is a child of this process's parent, which has to be that manager and reaps it.
@@ -160,8 +160,6 @@ def execute(
     request.drop, request.drop_count = drop_array, len(drop)
     request.token_fd, request.socket_fd, request.notify_fd = token, socket, notify_fd
     request.early, request.timeout_ns, request.sibling = early, timeout_ns, sibling
-    if mask is None:
-        mask = set(signal.pthread_sigmask(signal.SIG_BLOCK, ())) - set(unblock)
     request.mask = sum(1 << (number - 1) for number in mask)
     request.unblock = sum(1 << (number - 1) for number in unblock)
     if ending:
