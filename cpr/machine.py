@@ -304,17 +304,20 @@ class Machine:
                     self._suspend_requested = False
                     self.was_suspended = True
                     self.events.emit("SUSPEND")
-            elif new_state == runstate.PAUSED:
-                return
+            else:
+                self._reset_stopped()
+                if new_state == runstate.PAUSED:
+                    return
             self.runstate.set(new_state)
             if was_running:
                 self.events.emit("STOP")
 
     def cont(self) -> None:
-        """vm_start: lets a stopped VM run, with a RESUME event."""
+        """vm_start: lets a stopped VM run, with a RESUME event, after a reset that is due."""
         with self._state_lock:
             if self.runstate.current in runstate.LIVE:
                 return
+            is_reset = self._reset_stopped()
             if self.runstate.current in (runstate.SHUTDOWN, runstate.INTERNAL_ERROR):
                 raise CommandError("Resetting the Virtual Machine is required")
             if self.was_suspended:
@@ -322,10 +325,11 @@ class Machine:
                 self.events.emit("RESUME")
                 return
             self.runstate.set(runstate.RUNNING)
+            if not is_reset:
+                self.stop(runstate.INTERNAL_ERROR)
+                return
             self.events.emit("RESUME")
             self.resume_vcpus()
-            if self._reset_requested is not None:
-                self.loop.call_soon(self._reset)
 
     def _suspend(self) -> None:
         with self._state_lock:
@@ -390,18 +394,24 @@ class Machine:
         with self._state_lock:
             if self.runstate.current == runstate.FINISH_MIGRATE:
                 return  # its RAM may be another image's by now; `cont` does it
-            running = self.runstate.current in runstate.LIVE
-            if running:
-                self.pause_vcpus()
-                self.runstate.set(runstate.RUNNING)
-                self.was_suspended = False
-            elif self.runstate.current in (runstate.SHUTDOWN, runstate.INTERNAL_ERROR):
-                self.runstate.set(runstate.PAUSED)
-            if self.reset_if_requested() and running:
+            if self.runstate.current not in runstate.LIVE:
+                self._reset_stopped()
+                return
+            self.pause_vcpus()
+            self.runstate.set(runstate.RUNNING)
+            self.was_suspended = False
+            if self.reset_if_requested():
                 self.resume_vcpus()
-            elif running:
+            else:
                 self.runstate.set(runstate.INTERNAL_ERROR)
                 self.events.emit("STOP")
+
+    def _reset_stopped(self) -> bool:
+        """`reset_if_requested` of a VM that is not live, which can go on then."""
+        due, done = self._reset_requested is not None, self.reset_if_requested()
+        if due and done and self.runstate.current in (runstate.SHUTDOWN, runstate.INTERNAL_ERROR):
+            self.runstate.set(runstate.PAUSED)
+        return done
 
     def reset_if_requested(self) -> bool:
         """Resets the paused VM if that is due; false where its boot image cannot be read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -40,7 +41,8 @@ def test_a_migration_that_fails_leaves_an_internal_error_as_it_is(start, accel, 
     wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts again")
 
 
-def test_a_guest_that_slept_and_is_reset_boots(start, accel, tmp_path):
+def sleeper(start, accel, tmp_path) -> Vm:
+    """One that has slept and is stopped; from its next reset on it counts at 0x8000."""
     image = tmp_path / "sleeper.img"
     image.write_bytes(GUEST.ljust(510, b"\0") + b"\x55\xaa")
     options = " ".join(words(accel, cpus=1)).replace("examples/build/heartbeat.img", str(image))
@@ -48,9 +50,30 @@ def test_a_guest_that_slept_and_is_reset_boots(start, accel, tmp_path):
     wait_for(lambda: state(vm) == "suspended", "the guest sleeps")
     vm.ask("stop")
     image.write_bytes(AWAKE.ljust(510, b"\0") + b"\x55\xaa")
-    vm.ask("system_reset")
+    return vm
+
+
+def at_once(vm: Vm, *commands: dict) -> list[dict]:
+    """The replies to commands that come in one packet."""
+    vm.qmp.send_raw(b"".join(json.dumps(command).encode() + b"\n" for command in commands))
+    return [vm.qmp.read_reply() for _ in commands]
+
+
+def test_a_guest_that_slept_and_is_reset_boots(start, accel, tmp_path):
+    vm = sleeper(start, accel, tmp_path)
+    commands = ("system_reset", "cont", "query-status")
+    *_, status = at_once(vm, *({"execute": name} for name in commands))
+    assert status["return"]["status"] == "running"
+    wait_for_change(lambda: vm.u32(0x8000), "it has booted")
+
+
+def test_a_reset_that_is_due_is_done_before_a_migration(start, accel, tmp_path):
+    vm = sleeper(start, accel, tmp_path)
+    migrate = {"execute": "migrate", "arguments": {"uri": f"file:{tmp_path}/state"}}
+    at_once(vm, {"execute": "system_reset"}, migrate)
+    wait_for(lambda: vm.ask("query-migrate")["status"] == "completed", "it is saved")
+    assert vm.u32(0x7C00) == int.from_bytes(AWAKE[:4], "little")
     vm.ask("cont")
-    assert state(vm) == "running"
     wait_for_change(lambda: vm.u32(0x8000), "it has booted")
 
 
