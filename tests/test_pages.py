@@ -38,6 +38,7 @@ from cpr.state.ram_section import END, Block, RamDecoder
 
 RECORD_SIZE = {True: 9, False: 8 + PAGE_SIZE}
 F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; the fcntl module has it not
+MAX_PIECES = 400  # that a stream is fed in: one byte at a time is slow
 ENDS_OF_WORDS = [1, 63, 64, 65, 511, 512, 513, 1100]
 
 
@@ -210,6 +211,7 @@ def test_records_of_the_encoder_are_loaded(pool, count, seed, bitmap_seed, piece
 
         loader = RecordLoader(pool, [("other", Pages("other", 0, 0)), ("ram0", target.pages())])
         begin = end = 0
+        piece = max(piece, len(stream) // MAX_PIECES)
         while not loader.stopped:
             end += piece
             begin += loader.feed(stream[begin:end])
