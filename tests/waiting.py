@@ -13,11 +13,15 @@ ACCEPTS_CONNECTIONS = 1 << 16  # __SO_ACCEPTCON in the flags of /proc/net/unix (
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = TIMEOUT) -> None:
-    """Polls until `condition()` is true; fails naming `what` after `seconds`."""
-    deadline = time.monotonic() + seconds
+    """Polls until `condition()` is true; fails naming `what` after `seconds`.
+
+    The longer it has waited the more seldom it looks, which takes time from what it waits for.
+    """
+    begin = time.monotonic()
     while not condition():
-        assert time.monotonic() < deadline, f"timed out: {what}"
-        time.sleep(0.002)
+        waited = time.monotonic() - begin
+        assert waited < seconds, f"timed out: {what}"
+        time.sleep(min(max(waited / 10, 0.002), 0.05))
 
 
 def is_listening(path: str) -> bool:
