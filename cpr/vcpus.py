@@ -11,6 +11,7 @@ from _thread import allocate_lock, get_ident, get_native_id, start_new_thread
 from cpr.accel import base
 from cpr.errors import CprError
 from cpr.report import exception_report, warn_report
+from cpr.uapi.affinity import set_affinity
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,10 +49,14 @@ class Scheduling:
         """The arguments of the constructor, as plain data."""
         return [sorted(self._cpus), self._policy, self._priority]
 
+    def within(self, cpus: set[int]) -> Scheduling:
+        """The same on those CPUs alone, if it may run on any of them."""
+        return Scheduling(self._cpus & cpus or self._cpus, self._policy, self._priority)
+
     def give(self, thread_id: int) -> None:
         """Has another thread scheduled so, where it is not.  Raises OSError."""
         if os.sched_getaffinity(thread_id) != self._cpus:
-            os.sched_setaffinity(thread_id, self._cpus)
+            set_affinity(thread_id, self._cpus)
         if os.sched_getscheduler(thread_id) != self._policy:
             os.sched_setscheduler(thread_id, self._policy, os.sched_param(self._priority))
 

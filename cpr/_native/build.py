@@ -29,6 +29,7 @@ FLAGS = ["-O2", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-fcf-protection
 PRELUDE = """
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <stdint.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>

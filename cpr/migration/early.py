@@ -57,6 +57,8 @@ MOST_RETURNS = 1
 NONE = Capabilities()  # those that the user has set are about streams to anybody
 LONG_INTERVAL = 0.005
 """Of switches between threads, in s: a vCPU that is stopped need not be served soon."""
+REST = 0.003
+"""For so long, in s, the CPUs are the new image's that has been sent the guest."""
 HOLD_NS = 200 * NS_PER_MS  # for a new image that has the guest and has not taken it
 DEATH_MS = 1000  # between the end of a process's descriptors and its own
 SIGNAL_NS = 50 * NS_PER_MS
@@ -250,6 +252,7 @@ class EarlyUpdate:
         state = fds.state() if changed else None
         send(self._update, HAND_OVER, body, state, channel.written())
         self._placement.keep_away()  # nothing here goes before the new image from now on
+        time.sleep(REST)
         machine.events.release()
         self._hold_commands()
         self._loop.watch(self._update.token, WRITE, self._on_commit)

@@ -13,6 +13,7 @@ import time
 
 from cpr.live.token import PROCESSOR_FIELD, STATE_FIELD, is_kernels, read_stat
 from cpr.report import warn_report
+from cpr.uapi.affinity import set_affinity
 from cpr.vcpus import Scheduling
 
 TYPE_CHECKING = False
@@ -72,21 +73,57 @@ class Placement:
         """
         _move(self._own)
         vcpus = {thread.thread_id for thread in threads}
-        try:
-            others = set(map(int, os.listdir("/proc/self/task"))) - vcpus
-        except OSError:  # no descriptor is left
-            return
-        for task in others:
-            try:
-                if not is_kernels(read_stat(f"/proc/self/task/{task}/stat")[1]):
-                    os.sched_setaffinity(task, self._own)
-            except OSError:  # it has ended meanwhile, or is not to be moved
-                pass
+        _spread([task for task in _tasks(of_kernel=False) if task not in vcpus], self._own)
 
     def place(self, threads: Sequence[VCpuThread]) -> None:
-        """Has vCPU threads scheduled as the old VMM's were."""
+        """Has vCPU threads scheduled as the old VMM's were, on the CPUs of the guest alone.
+
+        Where one wakes up on another CPU it shares that with both images.  `release` lets them go.
+        """
+        for thread, wanted in zip(threads, self._vcpus, strict=True):
+            thread.schedule(wanted.within(self._own - self._away) if self._away else wanted)
+
+    def release(self, threads: Sequence[VCpuThread]) -> None:
+        """Has vCPU threads scheduled as the old VMM's were, and what KVM has started for them."""
         for thread, wanted in zip(threads, self._vcpus, strict=True):
             thread.schedule(wanted)
+        if not self._away:
+            return
+        guest = self._own - self._away
+        for task in _tasks(of_kernel=True):
+            try:
+                cpus = os.sched_getaffinity(task)
+            except OSError:  # it has ended meanwhile
+                continue
+            if cpus == self._away:  # a main thread has started it, see `keep_away`
+                _spread([task], self._own)
+            elif cpus <= guest and threads:
+                _spread([task], os.sched_getaffinity(threads[0].thread_id))
+
+
+def _tasks(of_kernel: bool) -> list[int]:
+    """This process's threads that are the kernel's, or those that are not."""
+    try:
+        tasks = os.listdir("/proc/self/task")
+    except OSError:  # no descriptor is left
+        return []
+    found = []
+    for task in tasks:
+        try:
+            if is_kernels(read_stat(f"/proc/self/task/{task}/stat")[1]) == of_kernel:
+                found.append(int(task))
+        except OSError:  # it has ended meanwhile
+            pass
+    return found
+
+
+def _spread(tasks: Iterable[int], cpus: set[int]) -> None:
+    """Lets threads run on those CPUs, as far as they can be moved."""
+    for task in tasks:
+        try:
+            set_affinity(task, cpus)
+        except OSError:  # it has ended meanwhile, or is not to be moved
+            pass
 
 
 def _move(cpus: set[int], thread_id: int = 0) -> None:
@@ -94,7 +131,7 @@ def _move(cpus: set[int], thread_id: int = 0) -> None:
     if not cpus:
         return
     try:
-        os.sched_setaffinity(thread_id, cpus)
+        set_affinity(thread_id, cpus)
     except PermissionError:
         pass  # -sandbox resourcecontrol=deny wants it so
     except OSError as error:

@@ -7,6 +7,7 @@ guest was running.
 from __future__ import annotations
 
 import os
+import time
 
 from cpr import runstate
 from cpr.accel.x86 import VMSTATE_CPU
@@ -24,6 +25,7 @@ from cpr.migration.statistics import RamCounters
 from cpr.state import mapped_ram, ram_section, stream
 from cpr.state.configuration import CHECKED_CAPABILITIES, Configuration
 from cpr.state.stream import StreamWriter
+from cpr.vcpus import VCPUS_FIRST
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -161,25 +163,23 @@ class Saver:
         """
         writer, machine = self._writer, self._machine
         bodies: dict[tuple[str, int], bytes] = {}
-        with machine.lock:
-            known = known or {}
-            native = machine.accel.saves_native
-            saved = [
-                device
-                for device in self._devices
-                if not (native and device.of_accel)
-                and (device.needed() or (device.idstr, device.instance_id) in known)
-            ]
-            for number, device in enumerate(saved):
+        known, native = known or {}, machine.accel.saves_native
+        number = FIRST_DEVICE_ID
+        for device in self._devices:
+            if native and device.of_accel:
+                continue
+            key = (device.idstr, device.instance_id)
+            with machine.lock:  # of each for itself: the vCPUs may run
+                if not device.needed() and key not in known:
+                    continue
                 vmstate, state = device.vmstate, device.save()
-                assert vmstate is not None
-                key = (device.idstr, device.instance_id)
-                bodies[key] = body = vmstate.encode(state)
-                if known.get(key) != body:
-                    writer.device(FIRST_DEVICE_ID + number, *key, vmstate, state, body)
-        last_id = FIRST_DEVICE_ID + len(saved)
+            assert vmstate is not None
+            bodies[key] = body = vmstate.encode(state)
+            if known.get(key) != body:
+                writer.device(number, *key, vmstate, state, body)
+            number += 1
         state = encode_runstate(old_state, machine.was_suspended)
-        writer.device(last_id, VMSTATE_GLOBALSTATE.name, 0, VMSTATE_GLOBALSTATE, state)
+        writer.device(number, VMSTATE_GLOBALSTATE.name, 0, VMSTATE_GLOBALSTATE, state)
         writer.eof()
         if described:
             writer.vmdescription(PROGRAM_VERSION)
@@ -198,7 +198,11 @@ def save_running(machine: Machine, mode: Mode) -> tuple[bytes, dict[tuple[str, i
     saver = Saver(machine, Capabilities(), mode, channel, devices)
     saver.ram()
     bodies = saver.devices(runstate.RUNNING, False)
-    VMSTATE_CPU.encode(machine.vcpu_state(0))
+    time.sleep(VCPUS_FIRST)  # not two moments of a stopped vCPU in a row
+    if machine.accel.native_layout() is None:
+        VMSTATE_CPU.encode(machine.vcpu_state(0))
+    else:
+        machine.threads[0].run_on(lambda vcpu: machine.accel.get_native(0))
     return channel.written(), bodies
 
 

@@ -244,6 +244,7 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor, run_wit
         lambda: _end_update(vmm, predecessor),
         lambda: _report(vmm, arrival),
         lambda: vmm.create_frontends(True, kept),
+        lambda: arrival.placement.release(vmm.machine.threads),
         lambda: arrival.placement.give_back(vmm.machine.threads),
         vmm.start_populating,  # what there was no time for
     ):
