@@ -11,7 +11,7 @@ from _thread import allocate_lock, get_ident, get_native_id, start_new_thread
 from cpr.accel import base
 from cpr.errors import CprError
 from cpr.report import exception_report, warn_report
-from cpr.uapi.affinity import set_affinity
+from cpr.uapi.affinity import set_affinity, set_timer_slack
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 VCPUS_FIRST = 100e-6
 """How long, in s, who lets vCPUs go leaves CPU and interpreter to their threads."""
+VCPU_SLACK_NS = 1
+"""A vCPU waits for the interpreter's lock with a timeout, which the default 50 us would double."""
 
 
 class Scheduling:
@@ -202,6 +204,7 @@ class VCpuThread:
 
     def _main(self) -> None:
         self._thread_id = get_native_id()
+        set_timer_slack(VCPU_SLACK_NS)
         self._started.release()
         if self._scheduling is not None:
             self.schedule(self._scheduling)

@@ -308,3 +308,17 @@ def test_a_page_that_is_none(fd, tmp_path):
         with pytest.raises(OSError, match="too small"):
             guard.Page(number)
         os.close(number)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one CPU")
+@pytest.mark.parametrize("early", [False, True])
+def test_the_old_image_goes_on_on_the_cpus_that_it_is_given(early):
+    first, *others = sorted(os.sched_getaffinity(0))
+    told = only(
+        run(f"""
+os.sched_setaffinity(0, {others})
+execute("/bin/false", early={early}, cpus=[{first}])
+tell(pid=os.getpid(), cpus=sorted(os.sched_getaffinity(0)))
+""")
+    )
+    assert told["cpus"] == [first]

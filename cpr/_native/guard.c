@@ -286,6 +286,9 @@ CPR_IN_CHILD static int run_guard(void *argument)
     int executed, outcome;
 
     (void)argument;
+    if (self.guard->cpus) { /* what keeps it where it is waits longer, and no more */
+        cpr_syscall3(SYS_sched_setaffinity, 0, self.guard->cpus_size, self.guard->cpus);
+    }
     executed = wait_for_exec();
     if (self.guard->early) {
         if (executed) {

@@ -42,6 +42,8 @@ struct cpr_guard {
     int32_t sibling;          /* the guard is a child of this process's parent, that manager */
     uint32_t *guard_pid;      /* where the new image finds the guard's PID, to reap it */
     int32_t early;            /* come back as soon as the exec is done */
+    const void *cpus;         /* on which the guard runs, as sched_setaffinity(2) takes them; or NULL */
+    uint64_t cpus_size;
     uint64_t timeout_ns;      /* 0: there is no deadline */
     uint64_t mask;            /* the program's signal mask: bit n - 1 */
     uint64_t unblock;         /* signals that the caller blocks and the program is not to: bit n - 1 */

@@ -27,7 +27,7 @@ from cpr.live.token import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from typing import Any
 
 EARLY, DIED, KILLED, MESSAGE = 1, 2, 3, 4  # as in _native/guard.h
@@ -65,6 +65,7 @@ def execute(
     ending: Sequence[int] = (),
     notify_fd: int = -1,
     sibling: bool = False,
+    cpus: Collection[int] = (),
     ready: Callable[[], None] = lambda: None,
 ) -> Returned:
     """As guard.execute; `mappings`, `state_fd` and `drop` must be empty.  Raises OSError.
@@ -92,6 +93,11 @@ def execute(
             if fd >= 0:
                 os.close(fd)
         raise
+    if cpus:
+        try:
+            os.sched_setaffinity(0, cpus)
+        except OSError:  # as in _native/guard.c
+            pass
     outcome = _guard(pidfd, exec_pipe, token, page, early, socket, timeout_ns, set(ending))
     return Returned(outcome, old_pid, pidfd, False, False)
 

@@ -22,11 +22,12 @@ from cpr.live.token import (
     read_stat,
     wait_status,
 )
+from cpr.uapi.affinity import cpu_mask
 from cpr.uapi.fd import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from typing import Any
 
 EARLY = lib.CPR_GUARD_EARLY
@@ -37,7 +38,9 @@ MESSAGE = lib.CPR_GUARD_MESSAGE
 SIBLINGS = True  # it can be a child of this process's parent
 
 ALONE_TIMEOUT_NS = 2 * NS_PER_S
-ALONE_STEP = 0.00002  # s: a guest may wait too
+ALONE_STEP = 0.0001  # s
+YIELD_NS = 500_000
+"""For so long a thread that ends is waited for by yielding: a guest may stand still too."""
 
 
 class Page:
@@ -78,13 +81,16 @@ def wait_alone(known: frozenset[str] = frozenset()) -> None:
     `known` are workers of the kernel's, which it takes a while to tell from others: a guest stands
     still.  Raises KernelError naming one that stays.
     """
-    deadline = time.monotonic_ns() + ALONE_TIMEOUT_NS
+    begin = time.monotonic_ns()
     known |= {str(os.getpid())}
-    while others := [
-        task for task in os.listdir("/proc/self/task") if task not in known and not _is_worker(task)
-    ]:
-        if time.monotonic_ns() > deadline:
-            names = [_task_name(task) for task in others]
+    while others := frozenset(os.listdir("/proc/self/task")) - known:
+        waited_ns = time.monotonic_ns() - begin
+        if waited_ns < YIELD_NS:
+            lib.sched_yield()
+            continue
+        known |= {task for task in others if _is_worker(task)}
+        if waited_ns > ALONE_TIMEOUT_NS:
+            names = [_task_name(task) for task in others - known]
             text = f"an update with the threads {', '.join(names)}"
             raise KernelError(text, errno.EBUSY, "they have to be ended before")
         time.sleep(ALONE_STEP)
@@ -123,6 +129,7 @@ def execute(
     ending: Sequence[int] = (),
     notify_fd: int = -1,
     sibling: bool = False,
+    cpus: Collection[int] = (),
     ready: Callable[[], None] = lambda: None,
 ) -> Returned:
     """Executes `argv`, looked up in PATH, with the descriptors `keep` and a guard.
@@ -136,7 +143,8 @@ def execute(
     is not to; `ending` those that the program blocks until it can take them: one that does not for
     a while is killed.  `notify_fd` is a socket to the service's manager: it hears that the
     guard is the main process before the exec, and that the PID is at a commit.  With `sibling` the
-    guard is a child of this process's parent, which has to be that manager and reaps it.
+    guard is a child of this process's parent, which has to be that manager and reaps it.  `cpus`
+    are those that it goes on on, if they are not the caller's.
 
     Comes back in the old image only.  Raises OSError of execve where it is the same process as
     before, and nothing has changed.
@@ -160,6 +168,10 @@ def execute(
     request.drop, request.drop_count = drop_array, len(drop)
     request.token_fd, request.socket_fd, request.notify_fd = token, socket, notify_fd
     request.early, request.timeout_ns, request.sibling = early, timeout_ns, sibling
+    if cpus:
+        bits = cpu_mask(cpus)
+        memory.append(ffi.new("char[]", bits))
+        request.cpus, request.cpus_size = memory[-1], len(bits)
     request.mask = sum(1 << (number - 1) for number in mask)
     request.unblock = sum(1 << (number - 1) for number in unblock)
     if ending:

@@ -16,7 +16,7 @@ from cpr.phases import mark
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from types import ModuleType
 
 LAST_BYTES = 2000  # of what a rehearsed program has said
@@ -83,6 +83,7 @@ class Update(Channel):
         drop: Sequence[int] = (),
         interrupted: Callable[[], bool] = lambda: False,
         holds_signals: bool = False,
+        cpus: Collection[int] = (),
         park: Callable[[], None] = lambda: None,
         unpark: Callable[[], None] = lambda: None,
     ) -> None:
@@ -95,6 +96,7 @@ class Update(Channel):
         With `holds_signals` the new image has the signals ENDING blocked, for as long as it has no
         handler for them; it is one that unblocks them then.  Otherwise it has those blocked that
         the caller has.
+        `cpus` are those that the old image goes on on, if they are not the caller's.
         `park()` ends the other threads; it is called last thing, and may raise.  `unpark()` is its
         inverse, called wherever the old image goes on after that.
         `interrupted()` tells of one that the old image has taken, and would not come to.
@@ -145,6 +147,7 @@ class Update(Channel):
                 ending=ENDING if held else (),
                 notify_fd=manager.fileno() if manager is not None else -1,
                 sibling=sibling,
+                cpus=cpus,
                 ready=ready,
             )
             # Before a signal can be taken whose handler raises: it would be forgotten who has it.

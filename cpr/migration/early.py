@@ -59,6 +59,7 @@ LONG_INTERVAL = 0.005
 """Of switches between threads, in s: a vCPU that is stopped need not be served soon."""
 REST = 0.003
 """For so long, in s, the CPUs are the new image's that has been sent the guest."""
+SETTLE_NS = 5 * NS_PER_MS
 HOLD_NS = 200 * NS_PER_MS  # for a new image that has the guest and has not taken it
 DEATH_MS = 1000  # between the end of a process's descriptors and its own
 SIGNAL_NS = 50 * NS_PER_MS
@@ -117,8 +118,9 @@ class EarlyUpdate:
                 early=True,
                 timeout_ns=self._mode.timeout_ms * NS_PER_MS,
                 holds_signals=True,
+                cpus=self._placement.guest_cpus,
                 park=self._process.park,
-                unpark=self._process.unpark,
+                unpark=self._unpark,
             )
         except UpdateError as error:
             self._go_on(error.ended_by, str(error))
@@ -127,6 +129,15 @@ class EarlyUpdate:
             self._fail(str(error))
         else:
             self._guarded(self._watch)
+
+    def _unpark(self) -> None:
+        self._process.unpark()
+        self._loop.call_later(SETTLE_NS, self._settle)
+
+    def _settle(self) -> None:
+        """Nothing but the vCPUs is kept on their CPUs while the new image starts."""
+        if not self._closed and not self._stopped:
+            self._placement.give_back(self._machine.threads)
 
     def give_back(self, reason: str) -> None:
         """Goes on after a late update that was refused: the old command gets the PID."""

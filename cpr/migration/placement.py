@@ -53,19 +53,22 @@ class Placement:
         """The arguments of the constructor, as plain data."""
         return [sorted(self._own), sorted(self._away), [each.describe() for each in self._vcpus]]
 
+    @property
+    def guest_cpus(self) -> set[int]:
+        """Those that vCPUs run on; empty where there are no others."""
+        return self._own - self._away if self._away else set()
+
     def keep_away(self) -> None:
         """Moves the caller's thread, and what it starts; the inverse is `give_back`."""
         _move(self._away)
 
     def bring(self, new_image: int) -> None:
         """Moves the main thread of the new image, which waits, to the CPUs of the guest."""
-        if self._away:
-            _move(self._own - self._away, new_image)
+        _move(self.guest_cpus, new_image)
 
     def hand_over(self) -> None:
         """Moves the caller's thread to the CPUs of the guest, whose vCPUs are leaving them."""
-        if self._away:
-            _move(self._own - self._away)
+        _move(self.guest_cpus)
 
     def give_back(self, threads: Sequence[VCpuThread]) -> None:
         """The caller's thread, and those that it has started meanwhile, may run where the main
@@ -81,7 +84,7 @@ class Placement:
         Where one wakes up on another CPU it shares that with both images.  `release` lets them go.
         """
         for thread, wanted in zip(threads, self._vcpus, strict=True):
-            thread.schedule(wanted.within(self._own - self._away) if self._away else wanted)
+            thread.schedule(wanted.within(self.guest_cpus))
 
     def release(self, threads: Sequence[VCpuThread]) -> None:
         """Has vCPU threads scheduled as the old VMM's were, and what KVM has started for them."""
@@ -89,7 +92,6 @@ class Placement:
             thread.schedule(wanted)
         if not self._away:
             return
-        guest = self._own - self._away
         for task in _tasks(of_kernel=True):
             try:
                 cpus = os.sched_getaffinity(task)
@@ -97,7 +99,7 @@ class Placement:
                 continue
             if cpus == self._away:  # a main thread has started it, see `keep_away`
                 _spread([task], self._own)
-            elif cpus <= guest and threads:
+            elif cpus <= self.guest_cpus and threads:
                 _spread([task], os.sched_getaffinity(threads[0].thread_id))
 
 

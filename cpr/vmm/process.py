@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from cpr.migration.cpr_transfer import CprListener
     from cpr.state.connections import Kept
 
-SWITCH_INTERVAL = 0.0001
+SWITCH_INTERVAL = 0.00002
 """How long, in s, a vCPU that exits to a device waits for another thread's Python at most."""
 
 
