@@ -22,7 +22,6 @@ from cpr.migration.mode import EXEC, KeepsRam
 from cpr.migration.parameters import Parameters
 from cpr.migration.process import Process
 from cpr.migration.program import (
-    ProgramFiles,
     check_own_command,
     early_versions,
     incoming_uri,
@@ -35,6 +34,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cpr.live.program_files import ProgramFiles
     from cpr.machine import Machine
     from cpr.state.fds import PreservedFds
 

@@ -47,11 +47,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cpr.live.messages import Message
+    from cpr.live.program_files import ProgramFiles
     from cpr.mainloop import Timer
     from cpr.migration.cpr_exec import Exec
     from cpr.migration.outgoing import Outgoing
     from cpr.migration.process import Process
-    from cpr.migration.program import ProgramFiles
 
 MOST_RETURNS = 1
 NONE = Capabilities()  # those that the user has set are about streams to anybody

@@ -10,12 +10,13 @@ from _thread import allocate_lock
 
 from cpr import runstate
 from cpr.errors import CommandError, CprError, MigrationError
+from cpr.live.program_files import ProgramFiles
 from cpr.migration import address as addresses
 from cpr.migration import checks
 from cpr.migration.incoming import Incoming
 from cpr.migration.mode import EXEC, TRANSFER, Mode
 from cpr.migration.process import Process
-from cpr.migration.program import ProgramFiles, check_command, early_versions, own_command
+from cpr.migration.program import check_command, early_versions, own_command
 from cpr.migration.state import MigrationState
 from cpr.migration.statistics import RamCounters
 from cpr.report import error_report

@@ -23,16 +23,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from subprocess import Popen
 
+    from cpr.live.program_files import ProgramFiles
+
 VERB = "run"
 PROTOCOL_VERB = "protocol"
 ANSWER_TIMEOUT = 10.0  # s
 ANSWER_STEP = 0.002  # s
 MOST_ANSWER = 200  # bytes
 INCOMING = frozenset({"-incoming", "--incoming"})
-PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SUFFIXES = (".py", ".so")
-
-Stamp = tuple[int, int, int]
 
 
 def own_command() -> list[str]:
@@ -161,32 +159,3 @@ def early_versions(
             "x-cpr-exec-overlap=off updates it in QEMU's way"
         )
     return versions
-
-
-class ProgramFiles:
-    """What the files of this program were when it started: an upgrade in place replaces them."""
-
-    def __init__(self) -> None:
-        self._stamps = _stamps()
-
-    def changed(self) -> list[str]:
-        """The paths of those that are not what they were."""
-        now = _stamps()
-        return sorted(
-            path for path in self._stamps.keys() | now if self._stamps.get(path) != now.get(path)
-        )
-
-
-def _stamps() -> dict[str, Stamp]:
-    """(device, inode, mtime in ns) of the interpreter and of each file of this package."""
-    paths = [sys.executable]
-    for folder, _, names in os.walk(PACKAGE):
-        paths += [os.path.join(folder, name) for name in names if name.endswith(SUFFIXES)]
-    found = {}
-    for path in paths:
-        try:
-            status = os.stat(path)
-        except OSError:
-            continue
-        found[path] = (status.st_dev, status.st_ino, status.st_mtime_ns)
-    return found

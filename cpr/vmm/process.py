@@ -140,17 +140,23 @@ def _bring_over(
     if _loads_at_once(sources.main):
         _load(vmm, sources)
         carefully(lambda: vmm.create_frontends(True, _kept(fds)))
-        preload()
+        _ready_for_updates(vmm)
     else:
-        incoming.on_running = preload
+        incoming.on_running = lambda: _ready_for_updates(vmm)
         vmm.create_frontends(True, _kept(fds))
         _boot(vmm, sources)
+
+
+def _ready_for_updates(vmm: Vmm) -> None:
+    """Has read what a later update must not read any more, see `preload`."""
+    preload()
+    carefully(vmm.migration.files.record)
 
 
 def _bring_up(vmm: Vmm, sources: Sources, settle: Callable[[], None]) -> None:
     """A guest that nobody waits for yet; `settle` is the last step before it can run."""
     vmm.create_frontends(False)
-    preload()
+    _ready_for_updates(vmm)
     if _loads_at_once(sources.main):
         vmm.migration.incoming_side.commit = settle
         _load(vmm, sources)
@@ -229,12 +235,13 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor, run_wit
     incoming.expect(config.start_paused)
     incoming.commit = arrival.commit
     incoming.on_running = _say_up
-    preload()
+    _ready_for_updates(vmm)
     mark("populate")
     populate_before(vmm.machine.blocks)
     gc.disable()  # not in the hand-over, for which the guest stands still
     savevm.warm_up(vmm.machine, KeepsRam(EXEC))
     arrival.load_sections(vmm.machine)
+    gc.freeze()
     mark("ready")
     incoming.take(arrival.receive_guest(fds))
     kept: dict[str, Kept] = {}
