@@ -16,7 +16,7 @@ from waiting import wait_for, wait_for_change
 from cpr.live.token import is_kernels, read_stat
 
 BAD = str(ROOT / "tests" / "bad_program.py")
-DEADLINE_MS = 1000  # for those that hang
+DEADLINE_MS = 700  # for those that hang
 LONG_MS = 60_000
 RAM = "64M"
 

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 from guarded import ends, only, run
+from harness.vm import ALL_CPUS
 
 from cpr.live import guard
 from cpr.live import token as tokens
@@ -310,10 +311,10 @@ def test_a_page_that_is_none(fd, tmp_path):
         os.close(number)
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one CPU")
+@pytest.mark.skipif(len(ALL_CPUS) < 2, reason="there is one CPU")
 @pytest.mark.parametrize("early", [False, True])
 def test_the_old_image_goes_on_on_the_cpus_that_it_is_given(early):
-    first, *others = sorted(os.sched_getaffinity(0))
+    first, *others = sorted(ALL_CPUS)
     told = only(
         run(f"""
 os.sched_setaffinity(0, {others})

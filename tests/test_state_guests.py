@@ -23,6 +23,7 @@ SOURCES = Path(__file__).parent / "guests"
 TSC_DEADLINE, X2APIC = ("tsc-deadline", 24), ("x2apic", 21)  # bits of CPUID leaf 1, ecx
 SOON, FAR = 100_000_000, 2_500_000_000  # TSC ticks
 READY = 0x8000
+every_way = pytest.mark.parametrize("travel", list(WAYS), indirect=True)
 DIFFERENT_WAYS = ["stop-cont", "early", "late", "defer", "transfer", "reboot", "staging"]
 
 
@@ -55,14 +56,10 @@ class Guest(Journey):
         return wait_for_change(lambda: self.read(address), what, steps)
 
 
-@pytest.fixture(params=list(WAYS))
+@pytest.fixture(params=DIFFERENT_WAYS)
 def travel(request, start, tmp_path):
-    return traveller(start, tmp_path, request.param)
-
-
-def traveller(start, tmp_path, name):
     """Boots a guest, waits until it is ready, and returns it with the function that moves it."""
-    way, backend, options = WAYS[name]
+    way, backend, options = WAYS[request.param]
 
     def boot(name: str, **symbols: int):
         image = tmp_path / f"{name}.img"
@@ -101,6 +98,7 @@ def test_tsc_deadline_that_is_armed_again(travel):
     guest.moves_on(0x8004, "interrupts after")
 
 
+@every_way
 def test_tsc_deadline_far_ahead(travel):
     needs(TSC_DEADLINE)
     guest, go = travel("tsc-deadline", TICKS=FAR, REARM=0)
@@ -139,11 +137,9 @@ PERIODIC, ONCE = (2, 3), (0, 4)
 KEPT = 0x3F  # of a PIT's status: all but OUT and whether the count is loaded
 
 
-@pytest.mark.parametrize("way", DIFFERENT_WAYS)
 @pytest.mark.parametrize("mode", range(6))
-def test_pit_mode(start, tmp_path, way, mode):
+def test_pit_mode(travel, mode):
     """Modes 1 and 5 need an edge of the gate, which channel 0 does not have."""
-    travel = traveller(start, tmp_path, way)
     guest, go = travel("pit-mode", MODE=mode, COUNT=11932, RELOAD=int(mode in ONCE))
     statuses = [0x30 | mode << 1] * 2
     guest.moves_on(0x8008, "rounds before")
@@ -157,6 +153,7 @@ def test_pit_mode(start, tmp_path, way, mode):
         guest.moves_on(0x8004, "interrupts after")
 
 
+@every_way
 def test_msr_values(travel):
     guest, go = travel("msr-values")
     count = len(re.findall(r"^.*\.long", (SOURCES / "msr-values.S").read_text(), re.MULTILINE))

@@ -84,6 +84,7 @@ def test_a_transferred_guest_that_is_updated_stays_one(start, tmp_path):
     source = journey.vm
     cpr_transfer(journey)
     target = journey.vm
+    journey.wait_running()
     for setting in ("on", "off"):
         target.ask("migrate-set-parameters", x_cpr_exec_overlap=setting)
         target.update()
