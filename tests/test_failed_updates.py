@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import cycle
 
 import psutil
 import pytest
@@ -61,7 +62,10 @@ def test_a_signal_that_ends_the_new_image_before_the_guard_looks(start, accel, t
     assert vm.complaints == "cpr-vmm: terminating on signal 15\n"
 
 
-@pytest.mark.parametrize("kind", list(protocol_programs()))
+# The accelerators have no part in it: one after the other.
+@pytest.mark.parametrize(
+    ("kind", "accel"), zip(protocol_programs(), cycle(["kvm", "tcg"])), indirect=["accel"]
+)
 def test_a_program_that_breaks_the_protocol(start, accel, tmp_path, kind):
     command, text, same_pid = protocol_programs()[kind]
     failing = Failing(start_vm(start, accel))

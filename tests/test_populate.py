@@ -17,8 +17,8 @@ from cpr.vmm import populate
 
 def guest(start, accel):
     return start(
-        *("-nodefaults", "-display", "none", "-accel", accel, "-m", "256M"),
-        *("-object", "memory-backend-memfd,id=ram0,size=256M,prealloc=on"),
+        *("-nodefaults", "-display", "none", "-accel", accel, "-m", "64M"),
+        *("-object", "memory-backend-memfd,id=ram0,size=64M,prealloc=on"),
         *("-machine", "pc,memory-backend=ram0,aux-ram-share=on"),
         *("-drive", "file=examples/build/heartbeat.img,format=raw,if=floppy"),
     )
@@ -32,20 +32,20 @@ def told(vm):
 @pytest.mark.parametrize("updates", [1, 3], ids=["one", "before it has ended"])
 def test_ram_ends_populated(start, accel, updates):
     vm = guest(start, accel)
-    assert told(vm) == 256 * MIB, "at the start all of it is, before the guest runs"
-    assert mapping(vm, "ram0")["Rss"] == 256 * MIB
+    assert told(vm) == 64 * MIB, "at the start all of it is, before the guest runs"
+    assert mapping(vm, "ram0")["Rss"] == 64 * MIB
     for _ in range(updates):
         vm.update()
     first = told(vm)
     assert first <= mapping(vm, "ram0")["Rss"], "what is told is there"
     wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest runs meanwhile")
-    wait_for(lambda: told(vm) == 256 * MIB, "all is populated")
-    assert mapping(vm, "ram0")["Rss"] == 256 * MIB
+    wait_for(lambda: told(vm) == 64 * MIB, "all is populated")
+    assert mapping(vm, "ram0")["Rss"] == 64 * MIB
     table = vm.qmp.hmp("info ramblock").replace("\r\n", "\n")
     assert table == vm.qmp.command("x-query-ramblock")["human-readable-text"]
     header, row, *others = table.splitlines()
     assert header.endswith("  RO           Populated")
-    assert re.search(r"rw  0x0000000010000000$", row)
+    assert re.search(r"rw  0x0000000004000000$", row)
     assert all(other.endswith("ro") for other in others)
     assert vm.complaints == ""
 
