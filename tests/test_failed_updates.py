@@ -64,7 +64,7 @@ def test_a_signal_that_ends_the_new_image_before_the_guard_looks(start, accel, t
 
 # The accelerators have no part in it: one after the other.
 @pytest.mark.parametrize(
-    ("kind", "accel"), zip(protocol_programs(), cycle(["kvm", "tcg"])), indirect=["accel"]
+    ("kind", "accel"), list(zip(protocol_programs(), cycle(["kvm", "tcg"]))), indirect=["accel"]
 )
 def test_a_program_that_breaks_the_protocol(start, accel, tmp_path, kind):
     command, text, same_pid = protocol_programs()[kind]
