@@ -21,13 +21,13 @@ LONG_MS = 60_000
 RAM = "64M"
 
 
-def words(accel: str, ram: str = RAM, cpus: int = 2) -> list[str]:
-    """The options of the guest that the updates are tried on."""
+def words(accel: str, ram: str = RAM, cpus: int = 2, guest: str = "timer") -> list[str]:
+    """The options of the guest that the updates are tried on; it counts 100 times a second."""
     return [
         *("-nodefaults", "-display", "none", "-accel", accel, "-m", ram, "-smp", str(cpus)),
         *("-object", f"memory-backend-memfd,id=ram0,size={ram},share=on"),
         *("-machine", "pc,memory-backend=ram0,aux-ram-share=on"),
-        *("-drive", "file=examples/build/heartbeat.img,format=raw,if=floppy"),
+        *("-drive", f"file=examples/build/{guest}.img,format=raw,if=floppy"),
     ]
 
 

@@ -28,7 +28,7 @@ def test_a_pinned_vcpu_stays_pinned_over_an_early_update(start, accel):
 
 @several
 def test_the_new_image_starts_away_from_the_vcpu(start, accel):
-    vm = start_vm(start, accel)
+    vm = start(*words(accel, guest="heartbeat"))  # which does not halt
     os.sched_setaffinity(vcpu_thread(vm), {CPUS[0]})
     hang = ["/bin/sh", "-c", '[ -n "$CPR_LIVE" ] && exec sleep 60; exec "$@"', "sh"]
     vm.qmp.command("migrate-set-parameters", x_cpr_exec_timeout=1000)

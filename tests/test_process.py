@@ -17,7 +17,7 @@ ARGUMENTS = (
     *("-nodefaults", "-display", "none", "-m", "16M"),
     *("-object", "memory-backend-memfd,id=ram0,size=16M,share=on"),
     *("-machine", "pc,memory-backend=ram0,aux-ram-share=on"),
-    *("-drive", "file=examples/build/heartbeat.img,format=raw,if=floppy"),
+    *("-drive", "file=examples/build/timer.img,format=raw,if=floppy"),
 )
 
 

@@ -23,8 +23,8 @@ def state(vm: Vm) -> str:
 
 def test_a_migration_that_fails_leaves_an_internal_error_as_it_is(start, accel, tmp_path):
     image = tmp_path / "boot.img"
-    shutil.copy("examples/build/heartbeat.img", image)
-    options = " ".join(words(accel, cpus=1)).replace("examples/build/heartbeat.img", str(image))
+    shutil.copy("examples/build/timer.img", image)
+    options = " ".join(words(accel, cpus=1)).replace("examples/build/timer.img", str(image))
     vm: Vm = start(*options.split())
     wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
     image.unlink()
@@ -35,7 +35,7 @@ def test_a_migration_that_fails_leaves_an_internal_error_as_it_is(start, accel, 
     assert state(vm) == "internal-error"
     with pytest.raises(QmpError, match="Resetting the Virtual Machine is required"):
         vm.ask("cont")
-    shutil.copy("examples/build/heartbeat.img", image)
+    shutil.copy("examples/build/timer.img", image)
     vm.ask("system_reset")
     vm.ask("cont")
     wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts again")
@@ -45,7 +45,7 @@ def sleeper(start, accel, tmp_path) -> Vm:
     """One that has slept and is stopped; from its next reset on it counts at 0x8000."""
     image = tmp_path / "sleeper.img"
     image.write_bytes(GUEST.ljust(510, b"\0") + b"\x55\xaa")
-    options = " ".join(words(accel, cpus=1)).replace("examples/build/heartbeat.img", str(image))
+    options = " ".join(words(accel, cpus=1)).replace("examples/build/timer.img", str(image))
     vm: Vm = start(*options.split())
     wait_for(lambda: state(vm) == "suspended", "the guest sleeps")
     vm.ask("stop")
@@ -80,7 +80,7 @@ def test_a_reset_that_is_due_is_done_before_a_migration(start, accel, tmp_path):
 @pytest.mark.skipif(missing_kvm() is not None, reason=str(missing_kvm()))
 def test_a_transferred_guest_that_is_updated_stays_one(start, tmp_path):
     """The source must not run it, whichever process of the target has it by now."""
-    journey = Journey(start, tmp_path, "examples/build/heartbeat.img", MEMFD, [])
+    journey = Journey(start, tmp_path, "examples/build/timer.img", MEMFD, [])
     source = journey.vm
     cpr_transfer(journey)
     target = journey.vm

@@ -38,7 +38,7 @@ class Trial:
         self.words = [
             *("-nodefaults", "-display", "none", "-accel", accel, "-m", RAM, *ram),
             *("-machine", "pc,memory-backend=ram0,aux-ram-share=on"),
-            *("-drive", "file=examples/build/heartbeat.img,format=raw,if=floppy"),
+            *("-drive", "file=examples/build/timer.img,format=raw,if=floppy"),
             *("-global", f"migration.x-cpr-exec-timeout={DEADLINE_MS[fault == HANG]}"),
             *("-chardev", "null,id=first", "-serial", "chardev:first"),
         ]
