@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 LAST_BYTES = 2000  # of what a rehearsed program has said
-END_TIMEOUT_MS = 5000  # for a new image that was told to end
+END_TIMEOUT_MS = 2000  # for a new image that was told to end
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
