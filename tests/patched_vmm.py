@@ -12,8 +12,10 @@ from cpr.devices import base
 from cpr.errors import KernelError
 from cpr.live import old_image
 from cpr.migration.outgoing import Outgoing
+from cpr.monitor.qmp import QmpMonitor
 
 stop_guest = Outgoing.stop_guest
+save_monitor = QmpMonitor.save
 
 
 def no_memory(*arguments: object) -> None:
@@ -22,6 +24,11 @@ def no_memory(*arguments: object) -> None:
 
 def not_permitted(*arguments: object) -> None:
     raise PermissionError(1, "Operation not permitted")
+
+
+def forgets(monitor: QmpMonitor) -> dict[str, object]:
+    """As a version would that knows less of a monitor."""
+    return {key: value for key, value in save_monitor(monitor).items() if key != "last-event"}
 
 
 def powers_off(outgoing: Outgoing) -> None:
@@ -37,6 +44,7 @@ def sleeps(outgoing: Outgoing) -> None:
 PATCHES = {
     "rollback": (base.Device, "cpr_rollback", no_memory),
     "kill": (old_image.signal, "pidfd_send_signal", not_permitted),
+    "forgets": (QmpMonitor, "save", forgets),
     "power-off": (Outgoing, "stop_guest", powers_off),
     "sleep": (Outgoing, "stop_guest", sleeps),
 }

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 from failing import HEARTBEAT, bad, start_vm, words
 from harness.qmp import QmpError
-from harness.vm import ALL_CPUS, Vm
+from harness.vm import ALL_CPUS, VMM, Vm
 from test_virtio_updates import MIB, Guest
 from waiting import wait_for, wait_for_change
 
@@ -258,4 +258,19 @@ def test_every_number_of_descriptors_that_is_too_small(start):
         counts(vm)
     vm.update()
     assert status(vm) == "completed"
+    counts(vm)
+
+
+def test_a_monitor_of_which_less_is_known_is_a_new_one(start, accel):
+    """A client of an old VMM that says less than the new one needs starts anew, as at a restart."""
+    command = [sys.executable, str(ROOT / "tests" / "patched_vmm.py"), "forgets", "run"]
+    vm: Vm = start(*words(accel), command=command)
+    counts(vm)
+    first = vm.qmp
+    vm.qmp.command("cpr-exec", command=[*VMM, *words(accel), *vm.words[-2:]])
+    while "QMP" not in (message := first.read()):
+        assert "event" in message or "return" in message
+    assert first.execute("qmp_capabilities") == {"return": {}}
+    assert vm.ask("query-status")["status"] == "running"
+    assert "KeyError" in vm.complaints
     counts(vm)

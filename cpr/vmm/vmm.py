@@ -213,19 +213,29 @@ class Vmm(Process):
         self.events.forget()
 
     def _create_monitors(self, arrived: Arrived) -> None:
-        from cpr.monitor.hmp import HmpMonitor
-        from cpr.monitor.qmp import QmpMonitor
-
         for config in self.config.monitors:
             chardev = self.chardevs.get(config.chardev)
             if chardev is None:
                 continue
             kept = arrived.monitor(chardev)
-            if config.mode == "control":
-                monitor: Any = QmpMonitor(chardev, self, config.pretty, kept)
-            else:
-                monitor = HmpMonitor(chardev, self, kept)
+            try:
+                monitor = self._create_monitor(config, chardev, kept)
+            except Exception as error:
+                if kept is None:
+                    raise
+                exception_report(error)  # another version's: a new monitor is better than none
+                monitor = self._create_monitor(config, chardev, None)
             self.monitors.append((config, monitor))
+
+    def _create_monitor(
+        self, config: MonitorConfig, chardev: Chardev, kept: dict[str, Any] | None
+    ) -> Any:
+        from cpr.monitor.hmp import HmpMonitor
+        from cpr.monitor.qmp import QmpMonitor
+
+        if config.mode == "control":
+            return QmpMonitor(chardev, self, config.pretty, kept)
+        return HmpMonitor(chardev, self, kept)
 
     def start_populating(self) -> None:
         """Populates RAM that prealloc=on asks for, while the guest runs already."""
