@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import socket
 import struct
@@ -13,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from descriptors import open_fds
 
 from cpr import boot
 from cpr.errors import ConfigError, StateError
@@ -209,10 +209,10 @@ def test_a_cpr_channel_without_end(
     thread = threading.Thread(target=flood, args=(send,), daemon=True)
     thread.start()
     listener = cpr_transfer.CprListener({"type": "unix", "path": path})
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_fds())
     with pytest.raises(StateError, match="its sender is no VMM"):
         listener.receive()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_fds()) == before
     listener.close()
     thread.join()
     peers[0].close()

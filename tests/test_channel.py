@@ -4,7 +4,6 @@ system call takes."""
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import signal
 import socket
@@ -17,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from descriptors import open_fds
 
 from cpr.errors import MigrationError
 from cpr.migration import address as addresses
@@ -35,10 +35,9 @@ MORE_THAN_A_PIPE = bytes(4 << 20)
 
 @pytest.fixture(autouse=True)
 def nothing_left_open() -> Iterator[None]:
-    gc.collect()  # what a test before this one has dropped
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_fds())
     yield
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_fds()) == before
 
 
 @pytest.fixture

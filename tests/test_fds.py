@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from descriptors import open_fds
 
 from cpr.errors import KernelError, StateError
 from cpr.state.cpr_state import REMEDY, STATE_NAME, CprState, VfioDevice
@@ -164,7 +165,7 @@ def test_refresh_writes_what_has_changed_since(memfd):
 
 def test_persist_leaves_nothing_behind_when_it_fails(monkeypatch):
     environ: dict[str, str] = {}
-    fds, before = PreservedFds(), os.listdir("/proc/self/fd")
+    fds, before = PreservedFds(), open_fds()
 
     def full(fd: int, size: int) -> None:
         raise OSError(28, "No space left on device")
@@ -172,7 +173,7 @@ def test_persist_leaves_nothing_behind_when_it_fails(monkeypatch):
     monkeypatch.setattr(os, "ftruncate", full)
     with pytest.raises(KernelError, match=f"write to memfd {STATE_NAME}: No space left"):
         fds.persist(environ)
-    assert (environ, fds.state_fd, os.listdir("/proc/self/fd")) == ({}, -1, before)
+    assert (environ, fds.state_fd, open_fds()) == ({}, -1, before)
 
 
 def test_load_reads_from_the_start_and_takes_over(memfd):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from conftest import missing_kvm
+from descriptors import open_fds
 from waiting import wait_for
 
 from cpr.accel import x86
@@ -175,8 +176,8 @@ def test_level_interrupt_is_resampled(vm: CountingVm) -> None:
 
 
 def test_kvm_vfio_device_goes_with_its_last_file(vm: CountingVm) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_fds())
     with open("/dev/null") as file, pytest.raises(KernelError, match="KVM_DEV_VFIO_FILE_ADD"):
         vm.accel.add_vfio_file(file.fileno())  # no VFIO file
     vm.accel.remove_vfio_file(0)
-    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    assert len(open_fds()) <= before + 1

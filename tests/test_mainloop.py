@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 
+from descriptors import open_fds
+
 from cpr.mainloop import FEW_TIMERS, READ, MainLoop
 
 
@@ -54,9 +56,9 @@ def test_calls_from_another_thread_run_on_the_loop():
 
 
 def test_all_its_descriptors_are_close_on_exec():
-    before = set(os.listdir("/proc/self/fd"))
+    before = set(open_fds())
     loop = MainLoop()
-    for name in set(os.listdir("/proc/self/fd")) - before:
+    for name in set(open_fds()) - before:
         try:
             assert not os.get_inheritable(int(name))
         except OSError:  # the descriptor of the listing itself

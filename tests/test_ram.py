@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from descriptors import open_fds
 
 from cpr import memory as guest_memory
 from cpr import ram, ram_backend
@@ -120,11 +121,11 @@ def test_a_found_descriptor_that_is_too_small_is_refused():
     ],
 )
 def test_bad_backends(kind, properties, text):
-    before = set(os.listdir("/proc/self/fd"))
+    before = set(open_fds())
     with pytest.raises(ConfigError) as refused:
         create(kind, **properties)
     assert str(refused.value) == text
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(open_fds()) == before
 
 
 def test_hugetlb_without_pages_says_how_many_are_needed():

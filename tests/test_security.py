@@ -15,6 +15,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from descriptors import open_fds
 from doc_tables import Document
 from waiting import wait_for
 
@@ -42,7 +43,7 @@ def handed(fd: int, recorded: list[list[int]]) -> Message:
 def test_a_descriptor_that_is_another_one_is_refused_by_name(what):
     fd = memfd(8192)
     good = identify(fd)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_fds())
     (name, _, number) = decode_state(handed(fd, [good])).fds[0]
     os.close(number)
     bad = list(good)
@@ -51,7 +52,7 @@ def test_a_descriptor_that_is_another_one_is_refused_by_name(what):
         decode_state(handed(fd, [bad]))
     with pytest.raises(StateError, match="has 1 descriptors, and says what 0 are"):
         decode_state(handed(fd, []))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_fds()) == before
     os.close(fd)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from descriptors import open_fds
 from harness.qmp import QmpError
 from harness.vm import Vm
 from test_device_updates import Source
@@ -140,7 +141,7 @@ def test_a_target_that_reads_its_state_late(tmp_path):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(open_fds())
         transfer = Transfer(fds, loop, addr(path), False)
         assert transfer.begin(lambda: gone.append(True))
         loop.iterate(0)
@@ -156,7 +157,7 @@ def test_a_target_that_reads_its_state_late(tmp_path):
         assert received == 600 and not gone
         loop.iterate(None)
     assert gone == [True]
-    assert len(os.listdir("/proc/self/fd")) == before - 1  # the listener
+    assert len(open_fds()) == before - 1  # the listener
     loop.close()
     os.close(fds.read)
     os.close(fds.write)

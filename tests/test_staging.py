@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+from descriptors import open_fds
 
 from cpr import ram_backend
 from cpr.constants import MIB
@@ -217,8 +217,7 @@ def test_the_downtime_limit_ends_the_passes(guest):
 @pytest.mark.parametrize("share", [False, True])
 def test_close_is_the_inverse(share):
     guest = Guest(share)
-    gc.collect()  # what other tests left open is not to be closed in between
-    before, entries = set(os.listdir("/proc/self/fd")), guest.fds.entries()
+    before, entries = set(open_fds()), guest.fds.entries()
     if share:
         assert staging.wanted(guest.machine, True, 0) == []
         assert staging.wanted(guest.machine, True, PAGE) == []
@@ -229,7 +228,7 @@ def test_close_is_the_inverse(share):
     stage.close()
     stage.close()
     assert guest.fds.entries() == entries
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(open_fds()) == before
     assert guest.block.copy_fd == -1
     assert guest.accel.calls == ["start", "stop"]
     guest.memory.close()
@@ -269,12 +268,11 @@ def test_cancel_ends_a_pass_and_a_wait(guest):
 
 def test_too_little_memory_is_refused_before_anything_is_done(guest, monkeypatch):
     guest.memory.write(MIB, os.urandom(2 * MIB))
-    gc.collect()  # what other tests left open is not to be closed in between
-    before = set(os.listdir("/proc/self/fd"))
+    before = set(open_fds())
     monkeypatch.setattr(staging, "_available_kib", lambda: 1024)
     with pytest.raises(MigrationError, match=r"needs \d+ MiB of memory and 1 MiB are available"):
         guest.stage()
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(open_fds()) == before
     assert guest.fds.entries() == []
 
 

@@ -7,6 +7,7 @@ import os
 import socket
 
 import pytest
+from descriptors import open_fds
 
 from cpr.live import guard, messages
 from cpr.live.new_image import Predecessor, find_predecessor
@@ -33,7 +34,7 @@ from cpr.live.transaction import (
 
 
 def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(open_fds())
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from descriptors import open_fds
 from fake_vfio import BAR_SIZE, MSI_AT, MSIX_AT, PBA, TABLE, FakeDevice, FakeHost, FakeVmm
 
 from cpr.devices.iommufd import IommufdBackend
@@ -192,7 +193,7 @@ def test_iommufd_names_and_ids_are_qemus(make) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_everything_is_given_back(host: FakeHost, kind: str) -> None:
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_fds()
     vmm = Vmm(host, kind, [NAME, OTHER])
     vmm.enable_msix(NAME)
     vmm.close()
@@ -204,7 +205,7 @@ def test_everything_is_given_back(host: FakeHost, kind: str) -> None:
             for fd in triggers.values():
                 if fd >= 0:
                     os.close(fd)
-    assert len(os.listdir("/proc/self/fd")) <= len(before) + 12  # the host's own copies
+    assert len(open_fds()) <= len(before) + 12  # the host's own copies
 
 
 @pytest.mark.parametrize("kind", KINDS)
