@@ -204,8 +204,8 @@ class VCpuThread:
 
     def _main(self) -> None:
         self._thread_id = get_native_id()
-        set_timer_slack(VCPU_SLACK_NS)
         self._started.release()
+        set_timer_slack(VCPU_SLACK_NS)
         if self._scheduling is not None:
             self.schedule(self._scheduling)
         while True:

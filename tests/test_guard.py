@@ -323,3 +323,12 @@ tell(pid=os.getpid(), cpus=sorted(os.sched_getaffinity(0)))
 """)
     )
     assert told["cpus"] == [first]
+
+
+def test_a_thread_that_a_listing_misses_is_waited_for(monkeypatch):
+    """While threads end the kernel may leave others out of /proc/self/task."""
+    counts = iter([2, 2, 1])
+    monkeypatch.setattr(guard.os, "listdir", lambda path: [str(os.getpid())])
+    monkeypatch.setattr(guard, "_thread_count", lambda: next(counts))
+    guard.wait_alone()
+    assert next(counts, None) is None

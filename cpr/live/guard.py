@@ -15,6 +15,7 @@ from cpr._native._cpr import ffi, lib
 from cpr.constants import NS_PER_S
 from cpr.errors import KernelError
 from cpr.live.token import (
+    THREADS_FIELD,
     Returned,
     above_streams,
     candidates,
@@ -83,7 +84,11 @@ def wait_alone(known: frozenset[str] = frozenset()) -> None:
     """
     begin = time.monotonic_ns()
     known |= {str(os.getpid())}
-    while others := frozenset(os.listdir("/proc/self/task")) - known:
+    while True:
+        tasks = frozenset(os.listdir("/proc/self/task"))
+        others = tasks - known
+        if not others and len(tasks) == _thread_count():
+            return
         waited_ns = time.monotonic_ns() - begin
         if waited_ns < YIELD_NS:
             lib.sched_yield()
@@ -94,6 +99,11 @@ def wait_alone(known: frozenset[str] = frozenset()) -> None:
             text = f"an update with the threads {', '.join(names)}"
             raise KernelError(text, errno.EBUSY, "they have to be ended before")
         time.sleep(ALONE_STEP)
+
+
+def _thread_count() -> int:
+    """Also of those that a listing misses while others end (proc_task_readdir of the kernel)."""
+    return int(read_stat("/proc/self/stat")[1][THREADS_FIELD])
 
 
 def _is_worker(task: str) -> bool:

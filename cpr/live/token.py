@@ -20,7 +20,7 @@ TOKEN = (1 << 64) - 2
 """The most that an eventfd counts (eventfd(2)): it becomes writable when this has been read."""
 
 # Of /proc/PID/stat after the name: proc_pid_stat(5) counts from 1, and three more.
-STATE_FIELD, FLAGS_FIELD, PROCESSOR_FIELD, EXIT_CODE_FIELD = 0, 6, 36, 49
+STATE_FIELD, FLAGS_FIELD, THREADS_FIELD, PROCESSOR_FIELD, EXIT_CODE_FIELD = 0, 6, 17, 36, 49
 PF_USER_WORKER = 0x4000  # include/linux/sched.h: a worker of the kernel in a process of the user's
 STATUS_TIMEOUT_NS = 100 * NS_PER_MS
 STEP = 0.0002  # s
