@@ -226,11 +226,11 @@ CPR_IN_CHILD static int wait_for_exec(void)
     }
     while ((count = cpr_syscall3(SYS_poll, ready, 2, timeout_ms ? (long)timeout_ms : -1)) < 0) {
     }
+    cpr_syscall1(SYS_close, self.exec_pipe[0]);
     if (count == 0 && take_token()) {
         kill_new_image();
         go_back(CPR_GUARD_KILLED);
     }
-    cpr_syscall1(SYS_close, self.exec_pipe[0]);
     return !(ready[0].revents & POLLIN);
 }
 
