@@ -317,7 +317,7 @@ class Machine:
         with self._state_lock:
             if self.runstate.current in runstate.LIVE:
                 return
-            is_reset = self._reset_stopped()
+            is_reset = self._reset_to_go_on()
             if self.runstate.current in (runstate.SHUTDOWN, runstate.INTERNAL_ERROR):
                 raise CommandError("Resetting the Virtual Machine is required")
             if self.was_suspended:
@@ -392,8 +392,6 @@ class Machine:
 
     def _reset(self) -> None:
         with self._state_lock:
-            if self.runstate.current == runstate.FINISH_MIGRATE:
-                return  # its RAM may be another image's by now; `cont` does it
             if self.runstate.current not in runstate.LIVE:
                 self._reset_stopped()
                 return
@@ -406,7 +404,13 @@ class Machine:
                 self.runstate.set(runstate.INTERNAL_ERROR)
                 self.events.emit("STOP")
 
-    def _reset_stopped(self) -> bool:
+    def _reset_stopped(self) -> None:
+        """Of a VM that is not live; in a migration its RAM may be another image's by now, and `cont`
+        does it where it is not."""
+        if self.runstate.current != runstate.FINISH_MIGRATE:
+            self._reset_to_go_on()
+
+    def _reset_to_go_on(self) -> bool:
         """`reset_if_requested` of a VM that is not live, which can go on then."""
         due, done = self._reset_requested is not None, self.reset_if_requested()
         if due and done and self.runstate.current in (runstate.SHUTDOWN, runstate.INTERNAL_ERROR):

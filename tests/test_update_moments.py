@@ -56,13 +56,15 @@ def counts(vm: Vm) -> None:
     wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts on")
 
 
-def test_a_reset_is_not_done_in_ram_that_has_been_handed_over(start, accel, tmp_path):
+@pytest.mark.parametrize("more", [[], ["stop"]], ids=["alone", "and a stop"])
+def test_a_reset_is_not_done_in_ram_that_has_been_handed_over(start, accel, tmp_path, more):
     held = Held(start, accel, tmp_path)
     held.begin("commit")
     held.wait()
     mark = b"\xaa" * 8
     held.vm.ram[0x7C00:0x7C08] = mark  # where a boot sector is
-    held.vm.qmp.command("system_reset")
+    for name in ("system_reset", *more):
+        held.vm.qmp.command(name)
     assert held.vm.qmp.command("query-status")["status"] == "finish-migrate"
     held.let_go()
     held.vm.reconnect()
