@@ -405,7 +405,7 @@ class Machine:
                 self.events.emit("STOP")
 
     def _reset_stopped(self) -> None:
-        """Of a VM that is not live; in a migration its RAM may be another image's by now, and `cont`
+        """Of a VM that is not live.  In a migration its RAM may be another image's by now: `cont`
         does it where it is not."""
         if self.runstate.current != runstate.FINISH_MIGRATE:
             self._reset_to_go_on()
