@@ -14,11 +14,9 @@ from examples.linux import build as linux
 
 BOOT_SECONDS = 200.0
 PROMPT = "/ # "
-# What a kernel says of clocks that cannot be right, and of vCPUs that stood still unawares; an
-# interrupt of its timer may take as long as a pause of this busy machine's: less than 0.1 s.
+# What a kernel says of clocks that cannot be right, and of vCPUs that stood still unawares.
 TROUBLE = re.compile(
-    r"unstable|skew|lockup|hrtimer: interrupt took \d{9}|stall|Not enough CPUs|Unable to|BUG:"
-    r"|WARNING:",
+    r"unstable|skew|lockup|hrtimer: interrupt took|stall|Not enough CPUs|Unable to|BUG:|WARNING:",
     re.IGNORECASE,
 )
 
