@@ -38,11 +38,6 @@ NOTIFY_MS = 1000  # as in _native/guard.c
 TICK_MS = 50  # how often it is looked at the hold, which no descriptor tells
 
 
-def workers() -> frozenset[str]:
-    """None that would matter; see `wait_alone`."""
-    return frozenset()
-
-
 def wait_alone(known: frozenset[str] = frozenset()) -> None:
     """Other threads end in the guard and in the new image; who updates has looked at them."""
 
@@ -68,12 +63,12 @@ def execute(
     cpus: Collection[int] = (),
     ready: Callable[[], None] = lambda: None,
 ) -> Returned:
-    """As guard.execute; `mappings`, `state_fd` and `drop` must be empty.  Raises OSError.
+    """As guard.execute; `mappings`, `state_fd`, `drop` and `cpus` must be empty.  Raises OSError.
 
     There is no fork() with which the guard could be a `sibling`: it is a child.
     """
-    if mappings or drop or state_fd >= 0:
-        raise ValueError("a guard that was forked has no mappings and no CPR state")
+    if mappings or drop or cpus or state_fd >= 0:
+        raise ValueError("a guard that was forked has no mappings, no CPUs and no CPR state")
     paths = candidates(argv[0], environment) if argv else []
     if not paths:
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -93,11 +88,6 @@ def execute(
             if fd >= 0:
                 os.close(fd)
         raise
-    if cpus:
-        try:
-            os.sched_setaffinity(0, cpus)
-        except OSError:  # as in _native/guard.c
-            pass
     outcome = _guard(pidfd, exec_pipe, token, page, early, socket, timeout_ns, set(ending))
     return Returned(outcome, old_pid, pidfd, False, False)
 

@@ -19,8 +19,9 @@ from cpr.live.token import (
     Returned,
     above_streams,
     candidates,
-    is_kernels,
+    is_worker,
     read_stat,
+    tasks,
     wait_status,
 )
 from cpr.uapi.affinity import cpu_mask
@@ -71,29 +72,24 @@ class Page:
         os.close(self.fd)
 
 
-def workers() -> frozenset[str]:
-    """The numbers of this process's threads that are the kernel's (KVM, vhost).  Raises OSError."""
-    return frozenset(task for task in os.listdir("/proc/self/task") if _is_worker(task))
-
-
 def wait_alone(known: frozenset[str] = frozenset()) -> None:
     """Waits until the caller is the only thread of this process; all others have been ended.
 
-    `known` are workers of the kernel's, which it takes a while to tell from others: a guest stands
-    still.  Raises KernelError naming one that stays.
+    `known` are workers of the kernel's (token.workers), which it takes a while to tell from others:
+    a guest stands still.  Raises KernelError naming one that stays.
     """
     begin = time.monotonic_ns()
     known |= {str(os.getpid())}
     while True:
-        tasks = frozenset(os.listdir("/proc/self/task"))
-        others = tasks - known
-        if not others and len(tasks) == _thread_count():
+        found = tasks()
+        others = found - known
+        if not others and len(found) == _thread_count():
             return
         waited_ns = time.monotonic_ns() - begin
         if waited_ns < YIELD_NS:
             lib.sched_yield()
             continue
-        known |= {task for task in others if _is_worker(task)}
+        known |= {task for task in others if is_worker(task)}
         if waited_ns > ALONE_TIMEOUT_NS:
             names = [_task_name(task) for task in others - known]
             text = f"an update with the threads {', '.join(names)}"
@@ -104,13 +100,6 @@ def wait_alone(known: frozenset[str] = frozenset()) -> None:
 def _thread_count() -> int:
     """Also of those that a listing misses while others end (proc_task_readdir of the kernel)."""
     return int(read_stat("/proc/self/stat")[1][THREADS_FIELD])
-
-
-def _is_worker(task: str) -> bool:
-    try:
-        return is_kernels(read_stat(f"/proc/self/task/{task}/stat")[1])
-    except OSError:  # it has ended meanwhile
-        return True
 
 
 def _task_name(task: str) -> str:
@@ -224,10 +213,10 @@ def end(mappings: Sequence[tuple[int, int]]) -> None:
     Nothing comes after this, no exit handler and no exit status that anybody sees.
     """
     try:
-        tasks = os.listdir("/proc/self/task")
+        found = tasks()
     except OSError:  # no descriptor for it, and none is worth that this one stays
-        tasks = []
-    for task in tasks:  # whichever ends last frees what is left
+        found = frozenset()
+    for task in found:  # whichever ends last frees what is left
         if int(task) != os.getpid():
             try:
                 os.sched_setscheduler(int(task), os.SCHED_IDLE, os.sched_param(0))

@@ -110,7 +110,7 @@ class Update(Channel):
             nonlocal parked
             if holds_signals:
                 _check_task()
-            workers = self._guard.workers()
+            workers = tokens.workers()
             parked = True
             park()
             self._guard.wait_alone(workers)

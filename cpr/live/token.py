@@ -138,6 +138,24 @@ def is_kernels(fields: list[str]) -> bool:
     return bool(int(fields[FLAGS_FIELD]) & PF_USER_WORKER)
 
 
+def is_worker(task: str) -> bool:
+    """Whether a thread of this process, by its number, is the kernel's, or has ended meanwhile."""
+    try:
+        return is_kernels(read_stat(f"/proc/self/task/{task}/stat")[1])
+    except OSError:
+        return True
+
+
+def tasks() -> frozenset[str]:
+    """The numbers of this process's threads, the kernel's too.  Raises OSError."""
+    return frozenset(os.listdir("/proc/self/task"))
+
+
+def workers() -> frozenset[str]:
+    """Those of `tasks` that are the kernel's, or have ended meanwhile.  Raises OSError."""
+    return frozenset(filter(is_worker, tasks()))
+
+
 def zombie_status(pid: int) -> int | None:
     """The wait status of a process that has ended and is not reaped yet, where it may be known."""
     try:

@@ -59,7 +59,7 @@ LONG_INTERVAL = 0.005
 """Of switches between threads, in s: a vCPU that is stopped need not be served soon."""
 REST = 0.003
 """For so long, in s, the CPUs are the new image's that has been sent the guest."""
-SETTLE_NS = 5 * NS_PER_MS
+SETTLE_NS = 5 * NS_PER_MS  # that the vCPUs have to themselves after an exec
 HOLD_NS = 200 * NS_PER_MS  # for a new image that has the guest and has not taken it
 DEATH_MS = 1000  # between the end of a process's descriptors and its own
 SIGNAL_NS = 50 * NS_PER_MS

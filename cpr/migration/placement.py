@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 
-from cpr.live.token import PROCESSOR_FIELD, STATE_FIELD, is_kernels, read_stat
+from cpr.live.token import PROCESSOR_FIELD, STATE_FIELD, read_stat, tasks, workers
 from cpr.report import warn_report
 from cpr.uapi.affinity import set_affinity
 from cpr.vcpus import Scheduling
@@ -75,8 +75,12 @@ class Placement:
         thread might before the update; `threads`, the vCPUs', are where they were.  Raises nothing.
         """
         _move(self._own)
-        vcpus = {thread.thread_id for thread in threads}
-        _spread([task for task in _tasks(of_kernel=False) if task not in vcpus], self._own)
+        vcpus = {str(thread.thread_id) for thread in threads}
+        try:
+            others = tasks() - workers() - vcpus
+        except OSError:  # no descriptor is left
+            return
+        _spread(others, self._own)
 
     def place(self, threads: Sequence[VCpuThread]) -> None:
         """Has vCPU threads scheduled as the old VMM's were, on the CPUs of the guest alone.
@@ -90,11 +94,13 @@ class Placement:
         """Has vCPU threads scheduled as the old VMM's were, and what KVM has started for them."""
         for thread, wanted in zip(threads, self._vcpus, strict=True):
             thread.schedule(wanted)
-        if not self._away:
+        try:
+            started = workers() if self._away else ()
+        except OSError:  # no descriptor is left
             return
-        for task in _tasks(of_kernel=True):
+        for task in started:
             try:
-                cpus = os.sched_getaffinity(task)
+                cpus = os.sched_getaffinity(int(task))
             except OSError:  # it has ended meanwhile
                 continue
             if cpus == self._away:  # a main thread has started it, see `keep_away`
@@ -103,27 +109,11 @@ class Placement:
                 _spread([task], os.sched_getaffinity(threads[0].thread_id))
 
 
-def _tasks(of_kernel: bool) -> list[int]:
-    """This process's threads that are the kernel's, or those that are not."""
-    try:
-        tasks = os.listdir("/proc/self/task")
-    except OSError:  # no descriptor is left
-        return []
-    found = []
-    for task in tasks:
-        try:
-            if is_kernels(read_stat(f"/proc/self/task/{task}/stat")[1]) == of_kernel:
-                found.append(int(task))
-        except OSError:  # it has ended meanwhile
-            pass
-    return found
-
-
-def _spread(tasks: Iterable[int], cpus: set[int]) -> None:
+def _spread(numbers: Iterable[str], cpus: set[int]) -> None:
     """Lets threads run on those CPUs, as far as they can be moved."""
-    for task in tasks:
+    for task in numbers:
         try:
-            set_affinity(task, cpus)
+            set_affinity(int(task), cpus)
         except OSError:  # it has ended meanwhile, or is not to be moved
             pass
 
