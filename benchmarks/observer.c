@@ -13,9 +13,12 @@
  *
  *     window START_NS LENGTH_NS ERROR_NS BEFORE AFTER OPEN_NS BACKWARDS POLLS LATEST_NS
  *
- * START, LENGTH: the longest gap between two changes that ended in the window: from the poll that
- *     saw BEFORE first to the one that saw AFTER.  ERROR is the sum of the two poll intervals in
- *     which the counter stopped and went on, out of sight.  All 0 if it never changed.
+ * START, LENGTH: the longest time in the window for which the counter can have stood still.  It is
+ *     that between two looks, the first of which saw BEFORE first and the second AFTER, less what the
+ *     guest needs to count so far.  So a gap in which nobody looked, because the host took the CPU
+ *     away, is as long as the guest stood still in it, and no longer.
+ * ERROR: how far off that may be, of the two intervals in which the counter stopped and went on.
+ *     All 0 if it never changed.
  * OPEN: how long it has stood still now.  BACKWARDS: how often it went back since the start.
  * POLLS, LATEST: how often it was looked at, and the longest interval between two looks.
  *
@@ -38,6 +41,8 @@
 
 #define NS_PER_US 1000
 #define STDIN_CHECK_NS 1000000 /* how often stdin is looked at */
+#define BLOCK_NS 2000000       /* for so long the guest's speed is measured */
+#define BLIND_NS 500000        /* a block that nobody looked at for so long is none */
 
 struct gap {
     uint64_t start, length, error;
@@ -48,6 +53,41 @@ struct window {
     struct gap longest;
     uint64_t polls, latest;
 };
+
+/* How fast the guest counts at most, in steps per ns: nothing slows it down while nobody looks. */
+struct speed {
+    double fastest;
+    uint64_t start;
+    uint32_t value;
+};
+
+/* `value` was read after `before` and before `now`. */
+static void measure(struct speed *speed, uint64_t before, uint64_t now, uint64_t interval,
+                    uint32_t value)
+{
+    double steps = (int32_t)(value - speed->value);
+
+    if (interval < BLIND_NS) {
+        if (now - speed->start < BLOCK_NS) {
+            return;
+        }
+        steps /= (double)(now - speed->start);
+        speed->fastest = steps > speed->fastest ? steps : speed->fastest;
+    }
+    speed->start = before;
+    speed->value = value;
+}
+
+/* The least time that the guest needs for so many steps, but not more than `most`. */
+static uint64_t least_time(const struct speed *speed, uint32_t steps, uint64_t most)
+{
+    double least = speed->fastest > 0 ? (int32_t)steps / speed->fastest : 0;
+
+    if (least < 0) {
+        return 0;
+    }
+    return least < (double)most ? (uint64_t)least : most;
+}
 
 static uint64_t now_ns(void)
 {
@@ -110,11 +150,13 @@ static void watch(const volatile uint32_t *counter, uint64_t poll_ns)
     struct window window = {0};
     uint32_t last = *counter;
     uint64_t changed = now_ns(), polled = changed, checked = changed;
-    uint64_t before_change = 0; /* the poll interval in which the counter became `last` */
+    struct speed speed = {.start = changed, .value = last};
+    uint64_t before_change = 0; /* unknown of the interval in which the counter became `last` */
     uint64_t backwards = 0;
     int question;
 
     for (;;) {
+        uint64_t before = now_ns();
         uint32_t value = *counter;
         uint64_t now = now_ns(), interval = now - polled;
 
@@ -123,15 +165,19 @@ static void watch(const volatile uint32_t *counter, uint64_t poll_ns)
         if (interval > window.latest) {
             window.latest = interval;
         }
+        measure(&speed, before, now, interval, value);
         if (value != last) {
+            uint64_t counting = least_time(&speed, value - last, interval);
+            uint64_t stood = now - changed - counting;
+
             backwards += (int32_t)(value - last) < 0;
-            if (now - changed > window.longest.length) {
-                window.longest =
-                    (struct gap){changed, now - changed, before_change + interval, last, value};
+            if (stood > window.longest.length) {
+                window.longest = (struct gap){
+                    changed, stood, before_change + interval - counting, last, value};
             }
             last = value;
             changed = now;
-            before_change = interval;
+            before_change = interval - counting;
         }
         if (now - checked >= STDIN_CHECK_NS) {
             checked = now;

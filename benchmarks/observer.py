@@ -23,9 +23,10 @@ class Window:
     """The time between two questions.
 
     The longest gap that ended in it: the counter stood still from `start_ns` (CLOCK_MONOTONIC)
-    for `length_ns`, give or take `error_ns`, at `before`, and went on as `after`.  `open_ns`: it
-    stands still since then.  `backwards`: how often it ever went back.  `polls` and `latest_ns`:
-    how often the observer looked, and the longest time that it did not.
+    for `length_ns`, give or take `error_ns`, at `before`, and was next seen as `after`; the time
+    that it took to count so far is no part of the gap.  `open_ns`: it stands still since then.
+    `backwards`: how often it ever went back.  `polls` and `latest_ns`: how often the observer
+    looked, and the longest time that it did not.
     """
 
     start_ns: int

@@ -26,9 +26,6 @@ from benchmarks.settings import shmem_hugepages
 SETTLE = 0.1  # how long a window goes on after the update
 LONGEST_BASELINE = 10.0
 MOVE_TIMEOUT = 20.0
-BLIND_NS = 1_000_000
-"""A host that takes the observer's CPU away for longer makes a gap that the guest does not have."""
-MOST_AGAIN = 5
 
 
 @dataclass
@@ -40,8 +37,7 @@ class Result:
     `populating`, with prealloc, the longest gap in the time after that in which RAM came into the
     page tables again;
     `phases` and `reported` are the VMM's own report: of where the time went, and of how long the
-    guest stood still.  `blind` is how many updates were done again, because nobody looked for a
-    part of their windows.  `skipped` is why the case could not be run.
+    guest stood still.  `skipped` is why the case could not be run.
     """
 
     case: Case
@@ -52,7 +48,6 @@ class Result:
     phases: list[dict[str, float]] = field(default_factory=list)
     reported: list[float] = field(default_factory=list)
     realtime: bool = True
-    blind: int = 0
     skipped: str = ""
 
     @property
@@ -115,13 +110,7 @@ class Subject:
         """One window without an update, one with, and one after it.  Raises one of FAILURES."""
         self._observer.look()
         self._vm.qmp.command("cont")
-        windows = self._windows()
-        for _ in range(MOST_AGAIN):
-            if not any(map(_is_blind, windows)):
-                break
-            self.result.blind += 1
-            windows = self._windows()
-        baseline, pause, *populating = windows
+        baseline, pause, *populating = self._windows()
         self.result.pauses.append(pause.milliseconds)
         self.result.errors.append(pause.error_ns / 1e6)
         self.result.baselines.append(baseline.milliseconds)
@@ -155,11 +144,6 @@ class Subject:
             phases = {each["name"]: each["ns"] / 1e6 for each in answer["x-cpr-phases"]}
             self.result.phases.append(phases)
             self.result.reported.append(answer["x-cpr-downtime-ns"] / 1e6)
-
-
-def _is_blind(window: Window) -> bool:
-    """Whether the longest gap of the window may be one of the observer's own."""
-    return window.latest_ns > BLIND_NS and window.latest_ns > window.length_ns / 4
 
 
 def measure(

@@ -154,8 +154,6 @@ def markdown(document: Document) -> str:
         parts += ["Phases in ms, as the VMM reports them (medians):", phases]
     if models := model_table(measured):
         parts += ["Pause = a + b * RAM, through the medians:", models]
-    if blind := sum(result.blind for result in results):
-        parts.append(f"{blind} updates were done again: the observer could not look for over 1 ms.")
     if left_out := [line(result) for result in results if result.skipped]:
         parts += ["Left out:", "\n".join(f"- {each}" for each in left_out)]
     return "\n\n".join([*parts, summary(measured)]) + "\n"

@@ -48,6 +48,18 @@ class Counter:
             self.set(value)
         return value
 
+    def count_slowly(self, first: int, seconds: float, step: float) -> int:
+        """With so many seconds at least from one to the next."""
+        value, now = first, time.monotonic()
+        end = now + seconds
+        while now < end:
+            value += 1
+            self.set(value)
+            next_step = now + step
+            while now < next_step:
+                now = time.monotonic()
+        return value
+
     def close(self) -> None:
         self._map.close()
         os.close(self._fd)
@@ -79,6 +91,29 @@ def test_observer_sees_how_long_a_counter_stands_still(counter):
         time.sleep(0.05)
         still = observer.window()
         assert still.open_ns >= 50_000_000
+
+
+@pytest.fixture
+def first_cpu() -> Iterator[None]:
+    """This process is on that alone: an observer on the last one does not slow it down."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+def test_observer_that_could_not_look_knows_how_far_the_counter_went(counter, first_cpu):
+    with Observer(counter.path, 64) as observer:
+        value = counter.count_slowly(0, 0.1, 50e-6)  # as fast as it ever is
+        observer.rest()
+        value = counter.count_slowly(value, 0.3, 150e-6)
+        time.sleep(0.1)
+        value = counter.count_slowly(value, 0.3, 150e-6)
+        observer.look()
+        counter.count_slowly(value, 0.02, 150e-6)
+        window = observer.window()
+        assert window.latest_ns > 700_000_000
+        assert 100_000_000 <= window.length_ns < window.latest_ns - 50_000_000
 
 
 def test_observer_sees_a_counter_go_back(counter):
