@@ -1,35 +1,29 @@
-"""The machine: runs, stops, resets and is saved; `pc.build` makes one from a Config.
+"""The machine: what it is made of, and how that is saved; `pc.build` makes one from a Config.
 
 The machine does not know whether it comes from an exec.
 """
 
 from __future__ import annotations
 
-import time
-from _thread import RLock
-
-from cpr import boot, report, runstate
+from cpr import report
 from cpr.bus import IOBus, Region
-from cpr.clock import VirtualClock
 from cpr.constants import MIB, PAGE_SIZE
 from cpr.errors import CommandError, ConfigError, CprError
-from cpr.faults import point
-from cpr.memory import GuestMemory
-from cpr.runstate import RunState
-from cpr.vcpus import VCPUS_FIRST, VCpuThread
+from cpr.lifecycle import Lifecycle
+from cpr.vcpus import VCpuThread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Protocol
 
-    from cpr.accel.base import Accelerator, VCpu
-    from cpr.boot import BootImage
+    from cpr.accel.base import Accelerator
     from cpr.chardev.base import Chardev
     from cpr.config import Config
     from cpr.devices.base import Device
     from cpr.events import EventBus
     from cpr.mainloop import MainLoop
+    from cpr.memory import GuestMemory
     from cpr.ram import RAMBlock
 
     class Frontend(Protocol):
@@ -38,16 +32,10 @@ if TYPE_CHECKING:
         def attach(self, chardev: Chardev | None) -> None: ...
 
 
-class Machine:
+class Machine(Lifecycle):
     """One VM: its RAM, accelerator, vCPUs and devices.  Owns all of them.
 
-    `stop`, `cont`, `reset` and `close` are for the main loop or the migration thread, never for
-    a vCPU's own thread and never with `lock` held.  What ends the VM is reported by
-    `on_exit(status)`, set by whoever owns the process; `ended` is true from then on.
-    `was_suspended`: a stopped guest slept before, and `cont` brings it back to that.
-    `advances_clock()`: the guest's clock is to go on while the guest stands still, which it does
-    since `stopped_at`, in ns of the host's wall clock (None: it has not run).  `catches_up`: the
-    guest comes from a VMM that wanted this.
+    `close` is for the main loop, and for a VM that does not run.
     """
 
     def __init__(
@@ -58,33 +46,11 @@ class Machine:
         loop: MainLoop,
         events: EventBus,
     ) -> None:
-        self.config = config
-        self.accel = accel
-        self.memory = memory
-        self.loop = loop
-        self.events = events
-        self.lock = RLock()
-        self.clock = VirtualClock()
-        self.runstate = RunState(runstate.PRELAUNCH)
+        super().__init__(config, accel, memory, loop, events)
         self.bus = IOBus(self.lock)
-        self.devices: list[Device] = []
-        self.vcpus: list[VCpu] = []
-        self.threads: list[VCpuThread] = []
-        self.on_exit: Callable[[int], None] = lambda status: None
         self.frontends: list[tuple[Frontend, str | None]] = []
         self.irq_handlers: list[Callable[[int, bool], None]] = []
         self.message_handler: Callable[[int, int], None] = accel.signal_message
-        self.boot_image: Callable[[], BootImage] | None = None
-        self._reset_requested: tuple[bool, str] | None = None
-        self._shutdown_requested = False
-        self._suspend_requested = False
-        self.was_suspended = False
-        self.advances_clock: Callable[[], bool] = lambda: False
-        self.catches_up = False
-        self.stopped_at: int | None = None
-        self._parked: list[bool] = []
-        self._state_lock = RLock()
-        self.ended = False
 
     @property
     def blocks(self) -> list[RAMBlock]:
@@ -134,47 +100,7 @@ class Machine:
                 return thread.vcpu.index
         return -1
 
-    def request_shutdown(self, guest: bool, reason: str) -> None:
-        """Ends the VM soon; from any thread, also a vCPU's."""
-        if not self._shutdown_requested:
-            self._shutdown_requested = True
-            self.loop.call_soon(lambda: self.shutdown(guest, reason))
-
-    @property
-    def shutdown_requested(self) -> bool:
-        """Whether the main loop has `shutdown` to do."""
-        return self._shutdown_requested
-
-    def request_reset(self, guest: bool, reason: str) -> None:
-        """Resets the VM soon; from any thread.  With -no-reboot it ends the VM instead."""
-        if self.config.no_reboot and guest:
-            self.request_shutdown(guest, reason)
-        elif self._reset_requested is None:
-            self._reset_requested = (guest, reason)
-            self.loop.call_soon(self._reset)
-
-    def request_suspend(self) -> None:
-        """Puts the VM to sleep soon (ACPI S3); from any thread."""
-        self._suspend_requested = True
-        self.loop.call_soon(self._suspend)
-
-    def request_error(self, error: CprError) -> None:
-        """Stops the VM in runstate internal-error; from any thread."""
-        self._on_vcpu_error(error)
-
-    def request_stop(self, state: str) -> None:
-        """Stops the VM soon, in run state `state`; from any thread."""
-        self.loop.call_soon(lambda: self._stop_running(state))
-
-    @property
-    def suspended(self) -> bool:
-        state = self.runstate.current
-        return state == runstate.SUSPENDED or (state not in runstate.LIVE and self.was_suspended)
-
-    def request_exit(self, status: int) -> None:
-        self.loop.call_soon(lambda: self.on_exit(status))
-
-    # Running and stopping.
+    # What it is made of.
 
     def add_device(self, device: Device) -> None:
         """Realizes `device`; it stays until the machine is closed."""
@@ -187,188 +113,10 @@ class Machine:
                 vcpu,
                 self.bus,
                 lambda: self.request_reset(True, "guest-reset"),
-                self._on_vcpu_error,
+                self.request_error,
             )
             for vcpu in self.vcpus
         ]
-
-    def load_boot_image(self) -> None:
-        """Power-on: the boot image into RAM, vCPUs and devices to their initial state.
-
-        Raises ConfigError where the image cannot be read.
-        """
-        assert self.boot_image is not None
-        registers = self.boot_image().load(self.memory)
-        with self.lock:
-            for device in self.devices:
-                device.reset()
-        self.vcpus[0].set_state(registers)
-        self.accel.apply_state()
-
-    def keep_boot_image(self) -> None:
-        """Reads the boot image for all resets to come: its file will be out of reach.
-
-        One that cannot be read is none that a reset could use later either.
-        """
-        assert self.boot_image is not None
-        try:
-            image = self.boot_image()
-        except CprError:
-            return
-        self.boot_image = lambda: image
-
-    def resume_vcpus(self) -> None:
-        """Lets the clock and the vCPUs go; `pause_vcpus` is the inverse.  No event is sent."""
-        with self.lock:
-            now, advance = time.monotonic_ns(), self._take_advance()
-            self.clock.enable(now - advance)
-            for device in self.devices:
-                device.on_run()
-            self.accel.start_time(now, advance)
-        for thread in self.threads:
-            thread.resume()
-
-    def _take_advance(self) -> int:
-        """How far the guest's clock is ahead of where it was stopped, in ns, when it goes on."""
-        stopped_at, self.stopped_at = self.stopped_at, None
-        advances, self.catches_up = self.catches_up or self.advances_clock(), False
-        return max(0, time.time_ns() - stopped_at) if advances and stopped_at is not None else 0
-
-    def request_pause(self) -> None:
-        """The vCPUs leave the guest soon; `stop` comes next, and waits for that."""
-        for thread in self.threads:
-            thread.request_pause()
-
-    def withdraw_pause(self) -> None:
-        """The inverse of `request_pause` where no `stop` has come."""
-        for thread in self.threads:
-            thread.withdraw_pause()
-
-    def pause_vcpus(self) -> None:
-        """Nothing happens where they are paused, as those of a suspended guest are."""
-        if not self.clock.enabled:
-            return
-        self.request_pause()
-        for thread in self.threads:
-            thread.pause()
-        with self.lock:
-            now = time.monotonic_ns()
-            self.accel.stop_time(now)
-            self.clock.disable(now)
-            self.stopped_at = time.time_ns()
-            for device in self.devices:
-                device.on_stop()
-
-    def park(self) -> None:
-        """Ends the vCPUs' threads, and those of devices, for the moment of an exec.
-
-        The guest does not notice: its clock goes on.  `unpark` is the inverse.
-        """
-        self.request_pause()
-        self._parked = [thread.running for thread in self.threads]
-        for thread in self.threads:
-            thread.end()
-            point("park")
-        with self.lock:
-            for device in self.devices:
-                device.park()
-
-    def unpark(self) -> None:
-        """Starts the threads again that have ended, and those vCPUs that ran."""
-        with self.lock:
-            for device in self.devices:
-                device.unpark()
-        for thread, was_running in zip(self.threads, self._parked, strict=True):
-            if thread.has_ended:
-                thread.start()
-            else:
-                thread.pause()
-            if was_running:
-                thread.resume()
-        if any(self._parked):
-            time.sleep(VCPUS_FIRST)
-
-    def stop(self, new_state: str = runstate.PAUSED) -> None:
-        """vm_stop: pauses a running VM into `new_state`, with a STOP event if it was running.
-
-        A reset or a sleep that the guest has asked for is done before, so that no saved state
-        misses it.
-        """
-        with self._state_lock:
-            was_running = self.runstate.current in runstate.LIVE
-            if was_running:
-                self.was_suspended = self.runstate.current == runstate.SUSPENDED
-                self.pause_vcpus()
-                self.reset_if_requested()
-                if self._suspend_requested:
-                    self._suspend_requested = False
-                    self.was_suspended = True
-                    self.events.emit("SUSPEND")
-            else:
-                self._reset_stopped()
-                if new_state == runstate.PAUSED:
-                    return
-            self.runstate.set(new_state)
-            if was_running:
-                self.events.emit("STOP")
-
-    def cont(self) -> None:
-        """vm_start: lets a stopped VM run, with a RESUME event, after a reset that is due."""
-        with self._state_lock:
-            if self.runstate.current in runstate.LIVE:
-                return
-            is_reset = self._reset_to_go_on()
-            if self.runstate.current in (runstate.SHUTDOWN, runstate.INTERNAL_ERROR):
-                raise CommandError("Resetting the Virtual Machine is required")
-            if self.was_suspended:
-                self.runstate.set(runstate.SUSPENDED)
-                self.events.emit("RESUME")
-                return
-            self.runstate.set(runstate.RUNNING)
-            if not is_reset:
-                self.stop(runstate.INTERNAL_ERROR)
-                return
-            self.events.emit("RESUME")
-            self.resume_vcpus()
-
-    def _suspend(self) -> None:
-        with self._state_lock:
-            requested, self._suspend_requested = self._suspend_requested, False
-            if requested and self.runstate.current == runstate.RUNNING:
-                self.pause_vcpus()
-                self.runstate.set(runstate.SUSPENDED)
-                self.events.emit("SUSPEND")
-
-    def wakeup(self) -> None:
-        """system_wakeup: vCPUs and devices are reset, and RAM is kept.
-
-        vCPU 0 goes on where the guest's ACPI tables say, else it boots.  Raises CommandError where
-        the guest is not asleep.
-        """
-        with self._state_lock:
-            if self.runstate.current != runstate.SUSPENDED:
-                raise CommandError("Unable to wake up: guest is not in suspended state")
-            registers = self._waking_registers()
-            with self.lock:
-                for device in self.devices:
-                    device.reset()
-                for device in self.devices:
-                    device.on_wakeup()
-            self.vcpus[0].set_state(registers)
-            self.accel.apply_state()
-            self.was_suspended = False
-            self.runstate.set(runstate.RUNNING)
-            self.events.emit("WAKEUP")
-            self.resume_vcpus()
-
-    def _waking_registers(self) -> dict:
-        from cpr.acpi.tables import FACS_ADDRESS, FACS_SIZE, waking_vector
-
-        vector = waking_vector(self.memory.read(FACS_ADDRESS, FACS_SIZE))
-        if vector:
-            return boot.waking_registers(vector)
-        assert self.boot_image is not None
-        return self.boot_image().registers
 
     def acpi_tables(self) -> bytes:
         """What the devices say of themselves, as it lies in the memory of a guest that asks."""
@@ -378,79 +126,6 @@ class Machine:
         for device in self.devices:
             device.describe(acpi)
         return acpi.build()
-
-    def reset(self) -> None:
-        """system_reset: asked for by the host, never turned into a shutdown."""
-        self.request_reset(False, "host-qmp-system-reset")
-
-    def powerdown(self) -> None:
-        """system_powerdown: presses the ACPI power button."""
-        self.events.emit("POWERDOWN")
-        with self.lock:
-            for device in self.devices:
-                device.on_powerdown()
-
-    def _reset(self) -> None:
-        with self._state_lock:
-            if self.runstate.current not in runstate.LIVE:
-                self._reset_stopped()
-                return
-            self.pause_vcpus()
-            self.runstate.set(runstate.RUNNING)
-            self.was_suspended = False
-            if self.reset_if_requested():
-                self.resume_vcpus()
-            else:
-                self.runstate.set(runstate.INTERNAL_ERROR)
-                self.events.emit("STOP")
-
-    def _reset_stopped(self) -> None:
-        """Of a VM that is not live.  In a migration its RAM may be another image's by now: `cont`
-        does it where it is not."""
-        if self.runstate.current != runstate.FINISH_MIGRATE:
-            self._reset_to_go_on()
-
-    def _reset_to_go_on(self) -> bool:
-        """`reset_if_requested` of a VM that is not live, which can go on then."""
-        due, done = self._reset_requested is not None, self.reset_if_requested()
-        if due and done and self.runstate.current in (runstate.SHUTDOWN, runstate.INTERNAL_ERROR):
-            self.runstate.set(runstate.PAUSED)
-        return done
-
-    def reset_if_requested(self) -> bool:
-        """Resets the paused VM if that is due; false where its boot image cannot be read."""
-        if self._reset_requested is None:
-            return True
-        guest, reason = self._reset_requested
-        self._reset_requested = None
-        self.was_suspended = False
-        try:
-            self.load_boot_image()
-        except CprError as error:
-            report.error_report(f"reset failed: {error}")
-            return False
-        self.events.emit("RESET", {"guest": guest, "reason": reason})
-        return True
-
-    def shutdown(self, guest: bool, reason: str) -> None:
-        """Ends the VM now, with a SHUTDOWN event; with -no-shutdown the guest only stops."""
-        self.events.emit("SHUTDOWN", {"guest": guest, "reason": reason})
-        self._shutdown_requested = False
-        if guest and self.config.no_shutdown:
-            self.stop(runstate.SHUTDOWN)
-        else:
-            self.ended = True
-            self.on_exit(0)
-
-    def _on_vcpu_error(self, error: CprError) -> None:
-        report.error_report(error)
-        self.loop.call_soon(lambda: self._stop_running(runstate.INTERNAL_ERROR))
-
-    def _stop_running(self, state: str) -> None:
-        """One that has been stopped meanwhile stays as it is: it finds the same when it goes on."""
-        with self._state_lock:
-            if self.runstate.current in runstate.LIVE:
-                self.stop(state)
 
     # Looking in from outside.
 
