@@ -35,7 +35,8 @@ class Lifecycle:
     `was_suspended`: a stopped guest slept before, and `cont` brings it back to that.
     `advances_clock()`: the guest's clock is to go on while the guest stands still, which it does
     since `stopped_at`, in ns of the host's wall clock (None: it has not run).  `catches_up`: the
-    guest comes from a VMM that wanted this.
+    guest comes from a VMM that wanted this.  `shares_ram`: the guest has gone to another VMM, which
+    has mapped the same RAM.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Lifecycle:
         self.on_exit: Callable[[int], None] = lambda status: None
         self.ended = False
         self.was_suspended = False
+        self.shares_ram = False
         self.advances_clock: Callable[[], bool] = lambda: False
         self.catches_up = False
         self.stopped_at: int | None = None
@@ -215,6 +217,7 @@ class Lifecycle:
         with self._state_lock:
             if self.runstate.current in runstate.LIVE:
                 return
+            self.shares_ram = False
             is_reset = self._reset_to_go_on()
             if self.runstate.current in (runstate.SHUTDOWN, runstate.INTERNAL_ERROR):
                 raise CommandError("Resetting the Virtual Machine is required")
@@ -294,9 +297,14 @@ class Lifecycle:
                 self.events.emit("STOP")
 
     def _reset_stopped(self) -> None:
-        """Of a VM that is not live.  In a migration its RAM may be another image's by now: `cont`
-        does it where it is not."""
-        if self.runstate.current != runstate.FINISH_MIGRATE:
+        """Of a VM that is not live, whose RAM may be that of another image's guest.
+
+        A guest that may come back is reset by `cont`; one that is still to come in is not there.
+        """
+        state = self.runstate.current
+        if state == runstate.INMIGRATE:
+            self._end_reset()
+        elif state != runstate.FINISH_MIGRATE and not self.shares_ram:
             self._reset_to_go_on()
 
     def _reset_to_go_on(self) -> bool:
@@ -310,16 +318,21 @@ class Lifecycle:
         """Resets the paused VM if that is due; false where its boot image cannot be read."""
         if self._reset_requested is None:
             return True
-        guest, reason = self._reset_requested
-        self._reset_requested = None
         self.was_suspended = False
         try:
             self.load_boot_image()
         except CprError as error:
+            self._reset_requested = None
             report.error_report(f"reset failed: {error}")
             return False
-        self.events.emit("RESET", {"guest": guest, "reason": reason})
+        self._end_reset()
         return True
+
+    def _end_reset(self) -> None:
+        if self._reset_requested is not None:
+            guest, reason = self._reset_requested
+            self._reset_requested = None
+            self.events.emit("RESET", {"guest": guest, "reason": reason})
 
     def shutdown(self, guest: bool, reason: str) -> None:
         """Ends the VM now, with a SHUTDOWN event; with -no-shutdown the guest only stops."""

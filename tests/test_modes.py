@@ -14,6 +14,7 @@ from harness.vm import VMM, Vm
 from waiting import is_listening, wait_for, wait_for_change
 
 RAM = "64M"
+BOOT_SECTOR = 0x7C00
 INET = {
     "channel-type": "cpr",
     "addr": {"transport": "socket", "type": "inet", "host": "127.0.0.1", "port": "1"},
@@ -208,6 +209,42 @@ def test_transfer(start, accel, tmp_path, defer, keyval):
     target.process.wait(10)
     source.qmp.command("cont")
     assert source.qmp.command("query-status")["running"]
+
+
+def test_a_reset_where_the_guest_is_not_leaves_its_ram_alone(start, accel, tmp_path):
+    pair = Pair(start, accel, tmp_path, defer=True)
+    pair.begin()
+    target, source = pair.target, pair.source
+    mark, place = b"\xaa" * 8, slice(BOOT_SECTOR, BOOT_SECTOR + 8)
+    source.ram[place] = mark
+    target.ask("system_reset")
+    assert target.ask("query-status")["status"] == "inmigrate"
+    target.qmp.command("migrate-incoming", uri=f"unix:{pair.main}")
+    wait_completed(source)
+    source.ask("system_reset")
+    source.ask("stop")
+    assert source.ask("query-status")["status"] == "postmigrate"
+    check_churn(target)
+    assert source.ram[place] == mark
+    target.close()
+    source.qmp.command("cont")
+    wait_for(lambda: source.ram[place] != mark, "it is booted again")
+
+
+def test_a_reset_before_the_load_of_a_late_update(start, accel, tmp_path):
+    vm: Vm = start(*arguments(accel, "memory-backend-memfd,share=on"))
+    wait_for_change(lambda: u64(vm, 0x9018), "the guest writes")
+    command = [*vm.words, "-incoming", "defer"]
+    vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=command)
+    vm.qmp.command("migrate", uri=f"file:{tmp_path}/state")
+    vm.reconnect()
+    mark, place = b"\xaa" * 8, slice(BOOT_SECTOR, BOOT_SECTOR + 8)
+    vm.ram[place] = mark
+    vm.qmp.command("system_reset")
+    vm.qmp.command("migrate-incoming", uri=f"file:{tmp_path}/state")
+    wait_for(lambda: is_running(vm), "the guest runs")
+    assert vm.ram[place] == mark
+    check_churn(vm)
 
 
 def test_a_chain_of_transfers(start, accel, tmp_path):

@@ -124,6 +124,7 @@ class Transfer(KeepsRam):
 
     def finish(self, machine: Machine) -> None:
         give_guest_away(machine)
+        machine.shares_ram = True
         point("given-away")
         super().finish(machine)
 

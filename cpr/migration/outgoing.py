@@ -394,6 +394,7 @@ class Outgoing:
             return
         if refusal is not None:  # another VMM may run the guest: `cont` tries again
             error_report(f"the guest stays stopped: {refusal}")
+            self.machine.shares_ram = True
             self.machine.runstate.set(runstate.POSTMIGRATE)
         elif self.old_state in runstate.LIVE:
             self.machine.cont()
