@@ -76,12 +76,13 @@ class Populator:
         self._ended.acquire()
 
 
-def populate_before(blocks: Sequence[RAMBlock], budget_ns: int = BUDGET_NS) -> None:
+def populate_before(blocks: Sequence[RAMBlock], apart: bool, budget_ns: int = BUDGET_NS) -> None:
     """Maps what there is of the guest's RAM, before this process has the guest.
 
     All of a block that asks for prealloc, and of others what the guest has touched, so that it
     meets no page faults after the hand-over; no longer than the budget.  A thread of its own does
-    it, which takes no time slice from the vCPUs.
+    it, which takes no time slice from the vCPUs: where they do not run `apart`, on CPUs that the
+    caller's thread does not use, it waits until nobody else wants its CPU.
     """
     done = allocate_lock()
     done.acquire()
@@ -92,7 +93,8 @@ def populate_before(blocks: Sequence[RAMBlock], budget_ns: int = BUDGET_NS) -> N
         nonlocal thread_id
         thread_id = get_native_id()
         try:
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+            if not apart:
+                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
             for block in blocks:
                 while block.prealloc and time.monotonic_ns() < deadline:
                     if not ram.populate_chunk(block):

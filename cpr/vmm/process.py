@@ -237,7 +237,7 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor, run_wit
     incoming.on_running = _say_up
     _ready_for_updates(vmm)
     mark("populate")
-    populate_before(vmm.machine.blocks)
+    populate_before(vmm.machine.blocks, bool(arrival.placement.guest_cpus))
     gc.disable()  # not in the hand-over, for which the guest stands still
     savevm.warm_up(vmm.machine, KeepsRam(EXEC))
     arrival.load_sections(vmm.machine)
