@@ -40,7 +40,7 @@
 /* For so long a program that has read its CPR state, and knows no token, may still fail to load. */
 #define PATIENCE_NS ((uint64_t)1000000000)
 /* For so long a new image may leave a signal that ends it waiting: it starts. */
-#define STATUS_SIZE 4096
+#define STATUS_SIZE 16384 /* the groups of a process are in its status, before its signals */
 #define TIMERS 3                      /* ITIMER_REAL, _VIRTUAL, _PROF */
 #define TEXT_SIZE 256
 #define SIGNALS 64
@@ -210,10 +210,10 @@ CPR_IN_CHILD static void committed(void)
 }
 
 /* Comes back when the exec is done; false where the process has ended before. An exec that takes too
-   long keeps who wants to go on at once waiting: it is not waited for any more. */
+   long is not waited for any more. */
 CPR_IN_CHILD static int wait_for_exec(void)
 {
-    uint64_t timeout_ms = self.guard->early ? self.guard->timeout_ns / NS_PER_MS : 0;
+    uint64_t timeout_ms = self.guard->timeout_ns / NS_PER_MS;
     long count;
     struct pollfd ready[2] = {
         {.fd = self.guard->pid_fd, .events = POLLIN},
@@ -227,7 +227,11 @@ CPR_IN_CHILD static int wait_for_exec(void)
     while ((count = cpr_syscall3(SYS_poll, ready, 2, timeout_ms ? (long)timeout_ms : -1)) < 0) {
     }
     cpr_syscall1(SYS_close, self.exec_pipe[0]);
-    if (count == 0 && take_token()) {
+    if (count == 0) {
+        if (!take_token()) { /* the caller was first: it goes on, and ends this process now */
+            cpr_syscall3(SYS_poll, ready, 1, -1);
+            cpr_syscall1(SYS_exit_group, 0);
+        }
         kill_new_image();
         go_back(CPR_GUARD_KILLED);
     }

@@ -20,7 +20,7 @@ struct cpr_live_page {
     uint32_t version;    /* of this layout: CPR_LIVE_VERSION */
     uint32_t hold;       /* not 0: the new image waits for somebody, and the deadline does not run */
     uint32_t guard_pid;  /* the child of the new image that it reaps */
-    uint32_t reserved;
+    uint32_t ended;      /* not 0: what is updated ends with the new image, before a commit */
     uint64_t began_ns;   /* CLOCK_MONOTONIC: the update was asked for, */
     uint64_t stopped_ns; /* what is updated stood still (0: it has not yet), */
     uint64_t exec_ns;    /* the exec began */

@@ -14,6 +14,7 @@ import time
 
 from cpr.constants import NS_PER_MS, NS_PER_S
 from cpr.live.page import Page
+from cpr.live.parentage import Parentage
 from cpr.live.token import (
     Returned,
     candidates,
@@ -36,6 +37,10 @@ WALL = 0x40000000  # __WALL of wait(2): also children that were cloned without a
 PATIENCE_NS = NS_PER_S  # as in _native/guard.c
 NOTIFY_MS = 1000  # as in _native/guard.c
 TICK_MS = 50  # how often it is looked at the hold, which no descriptor tells
+
+
+_parentage: Parentage | None = None
+"""Of the process that executed last."""
 
 
 def wait_alone(known: frozenset[str] = frozenset()) -> None:
@@ -73,6 +78,8 @@ def execute(
     if not paths:
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     ready()
+    global _parentage
+    _parentage = Parentage()
     old_pid = os.getpid()
     pidfd, exec_pipe = os.pidfd_open(old_pid), (-1, -1)
     try:
@@ -81,7 +88,13 @@ def execute(
         if pid := _fork():
             page.struct.guard_pid = pid
             _tell(notify_fd, f"MAINPID={pid}")
-            _execute(paths, list(argv), dict(environment), keep, token, pid, set(mask))
+            handlers = _set_default(unblock)
+            try:
+                _forward(set(mask), set(unblock), pid)
+                _execute(paths, list(argv), dict(environment), keep, token, pid, set(mask))
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
     except BaseException:  # in the process that was there before
         os.close(pidfd)
         for fd in exec_pipe:
@@ -89,7 +102,30 @@ def execute(
                 os.close(fd)
         raise
     outcome = _guard(pidfd, exec_pipe, token, page, early, socket, timeout_ns, set(ending))
+    _parentage.give_orphans()
+    if outcome in (DIED, KILLED):
+        adopted()
     return Returned(outcome, old_pid, pidfd, False, False)
+
+
+def _set_default(numbers: Iterable[int]) -> dict[int, Any]:
+    """Signals that end the process from now on: a handler would run in a program that is gone a
+    moment later.  The guard sees that end.  Returns what they had, for those that had a handler."""
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    try:
+        for number in handlers:
+            signal.signal(number, signal.SIG_DFL)
+    except ValueError:  # not the main thread, which runs the handlers
+        return {}
+    return handlers
+
+
+def _forward(mask: set[Any], unblock: set[Any], guard_pid: int) -> None:
+    """What has come for the old image since its signals were blocked, and would be taken here."""
+    for number in signal.sigpending() - mask - unblock:
+        if callable(signal.getsignal(number)) and signal.sigtimedwait([number], 0) is not None:
+            os.kill(guard_pid, number)
 
 
 def _fork() -> int:
@@ -172,9 +208,11 @@ def _guard(
     poll = select.poll()
     for fd in (pidfd, exec_pipe[0]):
         poll.register(fd, select.POLLIN)
-    timeout_ms = timeout_ns / NS_PER_MS if early and timeout_ns else None
-    ready = poll.poll(timeout_ms)
-    if not ready and take_token(token):  # the exec hangs
+    ready = poll.poll(timeout_ns / NS_PER_MS if timeout_ns else None)
+    if not ready:  # the exec hangs
+        if not take_token(token):  # the caller was first: it goes on, and ends this process now
+            is_readable(pidfd, None)
+            os._exit(0)
         kill(pidfd)
         return KILLED
     died = any(fd == pidfd for fd, _ in ready)
@@ -242,7 +280,9 @@ def end(mappings: Sequence[tuple[int, int]] = ()) -> None:
 
 
 def adopted() -> None:
-    """The new image has ended; a forked guard has set no signal for that."""
+    """The new image has ended: the signal at the parent's death is about the next parent's."""
+    if _parentage is not None:
+        _parentage.give_parent()
 
 
 def reap(pid: int) -> None:

@@ -148,6 +148,8 @@ def execute(
     Comes back in the old image only.  Raises OSError of execve where it is the same process as
     before, and nothing has changed.
     """
+    if any("\0" in text for pair in environment.items() for text in (*argv, *pair)):
+        raise ValueError("embedded null byte")
     request: Any = ffi.new("struct cpr_guard *")
     words = [ffi.new("char[]", os.fsencode(word)) for word in argv]
     variables = [ffi.new("char[]", os.fsencode(f"{k}={v}")) for k, v in environment.items()]

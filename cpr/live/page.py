@@ -39,6 +39,7 @@ for _view, _index, _name in (
     ("_words", 0, "version"),
     ("_words", 1, "hold"),
     ("_words", 2, "guard_pid"),
+    ("_words", 3, "ended"),
     ("_times", 2, "began_ns"),
     ("_times", 3, "stopped_ns"),
     ("_times", 4, "exec_ns"),
