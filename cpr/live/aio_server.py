@@ -188,6 +188,7 @@ class Server:
                 self._serial = max(self._serial, int(name.rpartition(":")[2]))
                 self._start(name, this.registry.take(name), saved, reader)
         self._begun = True
+        self._listener.setblocking(False)  # the previous program has it too, until here
         self._set_accepting(not self._closed.done())
         self._end_if_idle()
 
@@ -229,7 +230,6 @@ async def start_server(
 
     this = image.current()
     listener = api.socket(name, make)
-    listener.setblocking(False)
     if sock is not None and sock is not listener:
         sock.close()
     server = Server(name, on_client, listener, limit)

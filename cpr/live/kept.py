@@ -76,7 +76,8 @@ def for_the_exec(words: LastWords, blocked: Sequence[int], folder: str | None) -
     """
     kept, here = Kept(), -1
     try:
-        here = os.open(".", os.O_PATH | os.O_CLOEXEC)  # it may have been removed
+        if folder:
+            here = os.open(".", os.O_PATH | os.O_CLOEXEC)  # it may have been removed
         words.divert()
         signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         if folder:

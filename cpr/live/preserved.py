@@ -48,18 +48,20 @@ class Entry:
             self.value = _build(self, private)
         return self.value
 
-    def remember(self) -> None:
-        """This program stands still, and changes nothing of the open file itself.
+    def remember(self, stands_still: bool) -> None:
+        """Before a new program has the descriptor, and again when this one `stands_still`, and
+        changes nothing of the open file itself any more.
 
         The place counts where it only reads: what a new program has written stays.
         """
         if self.kind == MEMORY:
             return
         flags, place = fcntl.fcntl(self.fd, fcntl.F_GETFL), -1
-        if flags & os.O_ACCMODE == os.O_RDONLY:
+        blocking = not flags & os.O_NONBLOCK if self._before is None else self._before[0]
+        if stands_still and flags & os.O_ACCMODE == os.O_RDONLY:
             with contextlib.suppress(OSError):  # a pipe
                 place = os.lseek(self.fd, 0, os.SEEK_CUR)
-        self._before = not flags & os.O_NONBLOCK, place
+        self._before = blocking, place
 
     def restore(self) -> None:
         """The new program has failed: size, place and blocking are as they were."""
@@ -168,9 +170,10 @@ class Registry:
             raise UpdateError("; ".join(found))
         return described
 
-    def remember(self) -> None:
+    def remember(self, stands_still: bool) -> None:
+        """The inverse is `restore`; see Entry.remember.  Raises OSError."""
         for entry in self.entries.values():
-            entry.remember()
+            entry.remember(stands_still)
 
     def restore(self) -> None:
         """After a new program that has failed, or was rehearsed: its changes are undone."""

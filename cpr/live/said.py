@@ -30,6 +30,7 @@ class Said:
         """
         this, entries = self._image, self._image.registry.entries
         names = this.registry.describe()
+        this.registry.remember(False)
         fds = [entry.fd for entry in entries.values()]
         self.sent = dict(entries)
         body = {
@@ -62,7 +63,7 @@ class Said:
                 if found:
                     raise UpdateError("; ".join(found))
             if not rehearsing or threading.active_count() == 1:
-                this.registry.remember()
+                this.registry.remember(True)
             fresh = [name for name, entry in entries.items() if self.sent.get(name) is not entry]
             body = {
                 "names": names,
