@@ -18,8 +18,10 @@ import os
 import select
 import stat
 import sys
+import time
 
 from cpr.constants import PROGRAM, STDERR, STDIN, STDOUT
+from cpr.errors import CprError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
 
 MAX_TEXT = 64 << 10
 """Bytes of one report; the rest is dropped."""
+
+MOST_REPORTS = 1000
+REPORTS_PER_S = 10
+"""A guest can cause some of them, again and again, and the disk is its host's: so many at once, and
+so many a second after that; the others are counted."""
 
 PIECE = 512
 """Bytes that a descriptor which poll(2) calls writable takes without blocking, at the least."""
@@ -37,17 +44,17 @@ _SHOWN = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if c
 
 def error_report(text: object) -> None:
     """Says what is wrong."""
-    _write(STDERR, f"{PROGRAM}: {text}\n")
+    _report(f"{PROGRAM}: {text}\n")
 
 
 def warn_report(text: object) -> None:
     """Says what is odd, and costs the guest nothing."""
-    _write(STDERR, f"{PROGRAM}: warning: {text}\n")
+    _report(f"{PROGRAM}: warning: {text}\n")
 
 
 def info_report(text: object) -> None:
     """Says what the user may wait for."""
-    _write(STDERR, f"{PROGRAM}: info: {text}\n")
+    _report(f"{PROGRAM}: info: {text}\n")
 
 
 def exception_report(error: BaseException) -> None:
@@ -58,13 +65,45 @@ def exception_report(error: BaseException) -> None:
         text = "".join(traceback.format_exception(error))
     except Exception:  # no memory, no descriptor for the import, an error that cannot be shown
         text = f"{PROGRAM}: internal error: {type(error).__name__}\n"
-    _write(STDERR, text)
+    _report(text)
+
+
+class _Limit:
+    """How many reports may be made now: a token bucket."""
+
+    def __init__(self) -> None:
+        self._left = float(MOST_REPORTS)
+        self._filled = 0.0
+        self.left_out = 0
+
+    def allows(self) -> bool:
+        """Whether one more may be made, which counts."""
+        now, before = time.monotonic(), self._filled
+        self._filled = now
+        self._left = min(self._left + (now - before) * REPORTS_PER_S, float(MOST_REPORTS))
+        if self._left < 1:
+            self.left_out += 1
+            return False
+        self._left -= 1
+        return True
+
+
+_limit = _Limit()
+
+
+def _report(text: str) -> None:
+    if _limit.allows():
+        left_out, _limit.left_out = _limit.left_out, 0
+        more = f"{PROGRAM}: warning: {left_out} reports were left out\n" if left_out else ""
+        _write(STDERR, more + text)
 
 
 def carefully(step: Callable[[], object]) -> None:
     """Takes a step for which no guest that runs here already is to be lost."""
     try:
         step()
+    except CprError as error:
+        error_report(error)
     except Exception as error:
         exception_report(error)
 

@@ -22,6 +22,11 @@ FLOOD = 300  # of these lines together are more than any pipe, socket or termina
 LINE = "x" * 4000
 
 
+@pytest.fixture(autouse=True)
+def no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpr.report._limit", report._Limit())
+
+
 @contextmanager
 def standing_for(fd: int, other: int) -> Iterator[None]:
     """`fd` is what `other` is; other < 0: closed."""
@@ -160,6 +165,20 @@ def test_no_descriptor_left(capfd: pytest.CaptureFixture) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     os.close(reader)
     os.close(writer)
+
+
+def test_what_is_said_again_and_again_is_counted(
+    capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpr.report.REPORTS_PER_S", 0)
+    for _ in range(report.MOST_REPORTS + 5):
+        report.warn_report("a guest's mistake")
+    assert len(capfd.readouterr().err.splitlines()) == report.MOST_REPORTS
+    monkeypatch.setattr("cpr.report.REPORTS_PER_S", 1e9)
+    report.error_report("something else")
+    assert capfd.readouterr().err == (
+        "cpr-vmm: warning: 5 reports were left out\ncpr-vmm: something else\n"
+    )
 
 
 def test_texts(capfd: pytest.CaptureFixture) -> None:
