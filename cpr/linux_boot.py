@@ -90,13 +90,13 @@ class LinuxImage(BootImage):
     def load(self, memory: GuestMemory) -> dict:
         ram = [(s.start, s.start + s.size) for s in memory.sections if not s.readonly]
         initrd = self._place_initrd(max(end for start, end in ram if start <= KERNEL_ADDRESS))
-        self.loads = [
+        loads = [
             *self.loads,
             *([(initrd, self._initrd)] if self._initrd else []),
             (TABLES_ADDRESS, self._acpi()),
             (ZERO_PAGE, self._zero_page(ram, initrd)),
         ]
-        return super().load(memory)
+        return BootImage(loads, self.registers).load(memory)
 
     def _place_initrd(self, end_of_ram: int) -> int:
         """Where the initrd goes.  Raises ConfigError where RAM is too small for all."""

@@ -189,8 +189,8 @@ static bool write_frame(struct cpr_net *net)
     if (!net->has_header) {
         cpr_cursor_read(&out, header, sizeof(header));
     }
-    return !out.count || writev(net->tap, out.pieces, (int)out.count) >= 0 ||
-           (errno != EAGAIN && errno != ENOBUFS);
+    /* ENOBUFS: one that is too long for the kernel, which is no matter of waiting. */
+    return !out.count || writev(net->tap, out.pieces, (int)out.count) >= 0 || errno != EAGAIN;
 }
 
 /* From the guest to the tap; true where there may be more. */

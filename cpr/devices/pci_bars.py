@@ -41,6 +41,7 @@ class EmulatedBar:
     ) -> None:
         self.bar = bar
         self.base: int | None = None
+        self._has_warned = False
         self._name = name
         self._platform = platform
         self._read = read
@@ -60,7 +61,9 @@ class EmulatedBar:
                 )
                 self.base = base
             except ValueError as error:  # the guest put it over another device
-                report.warn_report(f"BAR {self.bar.index}: {error}")
+                if not self._has_warned:
+                    self._has_warned = True
+                    report.warn_report(f"BAR {self.bar.index}: {error}")
         return self.base != before
 
     def remove(self) -> None:

@@ -6,7 +6,7 @@ the host may have mapped RAM for its DMA they are left as they are, as with QEMU
 
 from __future__ import annotations
 
-from cpr.constants import PAGE_SIZE
+from cpr.constants import NS_PER_S, PAGE_SIZE
 from cpr.devices.virtio.device import VirtioDevice
 from cpr.devices.virtio.pci import add_function
 from cpr.errors import CommandError, ConfigError
@@ -52,6 +52,7 @@ class VirtioBalloon(VirtioDevice):
         self._ram_size = ram_size
         self._is_inhibited = is_inhibited
         self._wanted = self._pages = 0  # in the balloon, as the host wants and as the guest says
+        self._changed = self._has_told = False
         self.features = virtio.BALLOON_F_DEFLATE_ON_OOM if deflates else 0
 
     def realize(self, transport: Transport) -> None:
@@ -78,7 +79,21 @@ class VirtioBalloon(VirtioDevice):
             return
         before, self._pages = self._pages, min(value, self._ram_size // PAGE_SIZE)
         if self._pages != before:
-            self.transport.platform.events.emit("BALLOON_CHANGE", {"actual": self.actual})
+            self._changed = True
+            self._tell()
+
+    def _tell(self) -> None:
+        """At most one event a second, as in QEMU: the guest says how often it has changed."""
+        if self._changed and not self._has_told:
+            self._changed, self._has_told = False, True
+            platform = self.transport.platform
+            platform.events.emit("BALLOON_CHANGE", {"actual": self.actual})
+            platform.loop.call_later(NS_PER_S, self._tell_again)
+
+    def _tell_again(self) -> None:
+        with self.transport.platform.lock:
+            self._has_told = False
+            self._tell()
 
     def start(self) -> None:
         for index in range(len(self.queue_sizes)):
