@@ -20,7 +20,7 @@ LAYERS = (
     ("cpr.monitor",),
     ("cpr.migration",),
     ("cpr.pc",),
-    ("cpr.machine", "cpr.boot", "cpr.linux_boot", "cpr.vcpus"),
+    ("cpr.machine", "cpr.lifecycle", "cpr.boot", "cpr.linux_boot", "cpr.vcpus"),
     ("cpr.devices", "cpr.bus"),
     ("cpr.chardev",),
     ("cpr.accel",),
@@ -32,7 +32,7 @@ LAYERS = (
     ("cpr.live",),
     ("cpr.state", "cpr.acpi"),
     ("cpr.uapi", "cpr.runstate", "cpr.events", "cpr.mainloop", "cpr.clock"),
-    ("cpr.launcher", "cpr.phases"),
+    ("cpr.launcher", "cpr.phases", "cpr.process_group"),
     ("cpr.faults",),
     ("cpr.errors", "cpr.report", "cpr.constants", "cpr._native"),
 )
@@ -177,7 +177,14 @@ def test_the_library_imports_nothing_of_the_vmm(names: str) -> None:
     code += f"from cpr.live import {names}\nprint(*sys.modules)"
     run = [sys.executable, "-I", "-S", "-c", code]
     loaded = set(subprocess.run(run, check=True, capture_output=True, text=True).stdout.split())
-    known = ("cpr.live", "cpr.constants", "cpr.errors", "cpr.phases", "cpr.faults")
+    known = (
+        "cpr.live",
+        "cpr.constants",
+        "cpr.errors",
+        "cpr.phases",
+        "cpr.faults",
+        "cpr.process_group",
+    )
     assert not {name for name in loaded if name.startswith("cpr.") and not name.startswith(known)}
 
 

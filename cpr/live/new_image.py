@@ -99,6 +99,10 @@ class Predecessor:
         """While it is on the deadline does not run: somebody is waited for."""
         self.page.struct.hold = int(on)
 
+    def end(self) -> None:
+        """Says that what is updated ends with this process, which has not committed."""
+        self.page.struct.ended = 1
+
     def commit(self) -> None:
         """Takes the token: all that was handed over is this image's from now on.
 

@@ -178,7 +178,8 @@ class Update(Channel):
                 self.pending_signal(),
             )
         status = self._guard.exit_status(self.pid, self.pidfd)
-        if returned.consumed and status == 0:  # it had it all, and was ended in an orderly way
+        ended_itself = self.page.struct.ended and status is not None and os.WIFEXITED(status)
+        if ended_itself or (returned.consumed and status == 0):  # ended in an orderly way
             self._guard.end(self._mappings)
         ended_by = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else 0
         raise UpdateError(
@@ -194,6 +195,8 @@ class Update(Channel):
         """Starts `argv` as a child, for a rehearsal.  Raises UpdateError; then there is none."""
         import subprocess
 
+        from cpr.process_group import own_group
+
         assert self._theirs is not None
         try:
             # No pipe, which others may hold.
@@ -206,6 +209,7 @@ class Update(Channel):
                 stderr=self._words,
                 pass_fds=self.handed_fds,
                 cwd=folder,
+                process_group=own_group(),
             )
         except (OSError, ValueError) as error:
             raise _not_executed(argv, error) from None
@@ -219,7 +223,9 @@ class Update(Channel):
 
     def end_child(self) -> tuple[int, str]:
         """Ends and reaps the child of `spawn`: its exit status, and the end of its stderr."""
-        self._child.kill()
+        from cpr.process_group import kill_group
+
+        kill_group(self._child)
         self._child.wait()
         begin = max(os.fstat(self._words).st_size - LAST_BYTES, 0)
         error = os.pread(self._words, LAST_BYTES, begin)

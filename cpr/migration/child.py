@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 from _thread import allocate_lock
 
 from cpr.errors import MigrationError
+from cpr.process_group import kill_group, own_group
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Child:
                     args,
                     stdin=subprocess.PIPE if writing else subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL if writing else subprocess.PIPE,
-                    process_group=0,
+                    process_group=own_group(),
                 )
                 waited_for.add(self._process.pid)
         except (OSError, ValueError) as error:
@@ -64,10 +64,7 @@ class Child:
         """Ends it and what it has started; from any thread, and again."""
         process = self._process
         if process.returncode is None:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except OSError:
-                pass  # it has ended, or has become another user's
+            kill_group(process)
 
     def wait(self, cancellation: Cancellation) -> int:
         """Its exit status, once it has ended.  Raises OSError ECANCELED where that comes first."""

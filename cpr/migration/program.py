@@ -109,18 +109,21 @@ def spoken_versions(
         return list(VERSIONS)
     import subprocess
 
+    from cpr.process_group import kill_group, own_group
+
     try:
         process = subprocess.Popen(
             [*program, PROTOCOL_VERB],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            process_group=own_group(),
         )
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
     with process:
         answer = _read_answer(process, serve)
-        process.kill()  # also one that has said it and does not end
+        kill_group(process)  # also one that has said it and does not end, or has started others
     words_of_it = answer.split()
     if not all(word.isdigit() for word in words_of_it):
         return []

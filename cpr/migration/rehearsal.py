@@ -66,7 +66,9 @@ def rehearse(
             took = (time.monotonic_ns() - began) // NS_PER_MS
             if refusal is None:
                 update.send(END, {"status": 0})
-                update.is_dead(timeout_ms or END_MS)
+                end = time.monotonic_ns() + END_MS * NS_PER_MS
+                while not update.is_dead(STEP_MS) and not serve() and time.monotonic_ns() < end:
+                    pass
         finally:
             status, words = update.end_child()
     except UpdateError as error:

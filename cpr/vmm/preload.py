@@ -39,6 +39,7 @@ MODULES = (
     "cpr.monitor.introspect",
     "cpr.monitor.qmp",
     "cpr.pages",
+    "cpr.process_group",
     "cpr.vmm.connections",
     "cpr.vmm.populate",
 )
@@ -52,6 +53,7 @@ interpreter for ms, in which a vCPU that exits to a device would wait.
 def preload() -> None:
     """Imports them; what there is then stays, and the garbage collector looks at it no more.
 
+    Raises ImportError, or what else a module that is broken raises; all others are there then.
     A vCPU that exits to a device would wait for that, for ms.  A guest that stands still for a late
     update waits for none of this: it comes after it runs.
     """
