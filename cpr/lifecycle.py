@@ -7,6 +7,7 @@ from _thread import RLock
 
 from cpr import boot, report, runstate
 from cpr.clock import VirtualClock
+from cpr.constants import MIB
 from cpr.errors import CommandError, CprError
 from cpr.faults import point
 from cpr.runstate import RunState
@@ -180,7 +181,7 @@ class Lifecycle:
                 device.unpark()
         for thread, was_running in zip(self.threads, self._parked, strict=True):
             if thread.has_ended:
-                thread.start()
+                thread.start(must=True)
             else:
                 thread.pause()
             if was_running:
@@ -188,14 +189,15 @@ class Lifecycle:
         if any(self._parked):
             time.sleep(VCPUS_FIRST)
 
-    def stop(self, new_state: str = runstate.PAUSED) -> None:
+    def stop(self, new_state: str = runstate.PAUSED) -> str:
         """vm_stop: pauses a running VM into `new_state`, with a STOP event if it was running.
 
         A reset or a sleep that the guest has asked for is done before, so that no saved state
-        misses it.
+        misses it.  Returns the run state that it left.
         """
         with self._state_lock:
-            was_running = self.runstate.current in runstate.LIVE
+            old_state = self.runstate.current
+            was_running = old_state in runstate.LIVE
             if was_running:
                 self.was_suspended = self.runstate.current == runstate.SUSPENDED
                 self.pause_vcpus()
@@ -206,17 +208,25 @@ class Lifecycle:
                     self.events.emit("SUSPEND")
             else:
                 self._reset_stopped()
+                old_state = self.runstate.current
                 if new_state == runstate.PAUSED:
-                    return
+                    return old_state
             self.runstate.set(new_state)
             if was_running:
                 self.events.emit("STOP")
+            return old_state
 
-    def cont(self) -> None:
-        """vm_start: lets a stopped VM run, with a RESUME event, after a reset that is due."""
+    def cont(self, rollback: bool = False) -> None:
+        """vm_start: lets a stopped VM run, with a RESUME event, after a reset that is due.
+
+        Raises CommandError in a migration, unless this is its `rollback`: another VMM may have the
+        guest in the next moment.
+        """
         with self._state_lock:
             if self.runstate.current in runstate.LIVE:
                 return
+            if self.runstate.current == runstate.FINISH_MIGRATE and not rollback:
+                raise CommandError("Migration is not finalized yet")
             self.shares_ram = False
             is_reset = self._reset_to_go_on()
             if self.runstate.current in (runstate.SHUTDOWN, runstate.INTERNAL_ERROR):
@@ -266,7 +276,7 @@ class Lifecycle:
         from cpr.acpi.tables import FACS_ADDRESS, FACS_SIZE, waking_vector
 
         vector = waking_vector(self.memory.read(FACS_ADDRESS, FACS_SIZE))
-        if vector:
+        if 0 < vector < MIB:  # in real mode
             return boot.waking_registers(vector)
         assert self.boot_image is not None
         return self.boot_image().registers

@@ -6,6 +6,7 @@ The hand-over uses plain locks as binary semaphores, because they cost nothing a
 from __future__ import annotations
 
 import os
+import time
 from _thread import allocate_lock, get_ident, get_native_id, start_new_thread
 
 from cpr.accel import base
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 VCPUS_FIRST = 100e-6
 """How long, in s, who lets vCPUs go leaves CPU and interpreter to their threads."""
+RETRY = 0.01  # s, until a thread can be started that the guest cannot go on without
 VCPU_SLACK_NS = 1
 """A vCPU waits for the interpreter's lock with a timeout, which the default 50 us would double."""
 
@@ -30,13 +32,14 @@ VCPU_SLACK_NS = 1
 class Scheduling:
     """How a thread is scheduled, which a management program may have set from outside."""
 
-    __slots__ = ("_cpus", "_policy", "_priority")
+    __slots__ = ("_cpus", "_nice", "_policy", "_priority")
 
-    def __init__(self, cpus: Iterable[int], policy: int, priority: int) -> None:
-        """The CPUs it may run on, the policy SCHED_* and its priority."""
+    def __init__(self, cpus: Iterable[int], policy: int, priority: int, nice: int) -> None:
+        """The CPUs it may run on, the policy SCHED_* with its priority, and the nice value."""
         self._cpus = set(cpus)
         self._policy = policy
         self._priority = priority
+        self._nice = nice
 
     @classmethod
     def of(cls, thread_id: int) -> Scheduling:
@@ -45,15 +48,17 @@ class Scheduling:
             os.sched_getaffinity(thread_id),
             os.sched_getscheduler(thread_id),
             os.sched_getparam(thread_id).sched_priority,
+            os.getpriority(os.PRIO_PROCESS, thread_id),
         )
 
     def describe(self) -> list:
         """The arguments of the constructor, as plain data."""
-        return [sorted(self._cpus), self._policy, self._priority]
+        return [sorted(self._cpus), self._policy, self._priority, self._nice]
 
     def within(self, cpus: set[int]) -> Scheduling:
         """The same on those CPUs alone, if it may run on any of them."""
-        return Scheduling(self._cpus & cpus or self._cpus, self._policy, self._priority)
+        within = self._cpus & cpus or self._cpus
+        return Scheduling(within, self._policy, self._priority, self._nice)
 
     def give(self, thread_id: int) -> None:
         """Has another thread scheduled so, where it is not.  Raises OSError."""
@@ -61,6 +66,8 @@ class Scheduling:
             set_affinity(thread_id, self._cpus)
         if os.sched_getscheduler(thread_id) != self._policy:
             os.sched_setscheduler(thread_id, self._policy, os.sched_param(self._priority))
+        if os.getpriority(os.PRIO_PROCESS, thread_id) != self._nice:
+            os.setpriority(os.PRIO_PROCESS, thread_id, self._nice)
 
 
 class VCpuThread:
@@ -88,13 +95,15 @@ class VCpuThread:
         self._running = False
         self._work: list[tuple[Callable[[VCpu], Any], list, Any]] = []
         self._work_lock = allocate_lock()
+        self._takes_work = False
         self._ended = allocate_lock()
         self.start()
 
-    def start(self) -> None:
+    def start(self, must: bool = False) -> None:
         """Starts the thread, paused; the inverse of `end`.
 
-        After an `end` it is on the CPUs, and has the policy, that it had before.
+        After an `end` it is on the CPUs, and has the policy, that it had before.  Raises
+        RuntimeError where no thread can be started; one that `must` start waits until it can.
         """
         self._ended.acquire()  # there is never a second thread of one vCPU
         self._go = _semaphore()
@@ -102,11 +111,15 @@ class VCpuThread:
         self._woken = _semaphore()
         self._started = _semaphore()
         self._thread_id = 0
-        try:
-            self._ident = start_new_thread(self._main, ())
-        except RuntimeError:  # RLIMIT_NPROC
-            self._ended.release()
-            raise
+        while True:
+            try:
+                self._ident = start_new_thread(self._main, ())
+                break
+            except RuntimeError:  # RLIMIT_NPROC
+                if not must:
+                    self._ended.release()
+                    raise
+                time.sleep(RETRY)
         self._ending = False
 
     @property
@@ -142,6 +155,8 @@ class VCpuThread:
     def resume(self) -> None:
         """Lets the vCPU run; the inverse of `pause`."""
         if not self._running:
+            with self._work_lock:  # which has who looks at the vCPU meanwhile
+                self._takes_work = True
             self._running = True
             self._stopping = False
             self._go.release()
@@ -166,12 +181,15 @@ class VCpuThread:
             self._running = False
 
     def run_on(self, function: Callable[[VCpu], Any]) -> Any:
-        """Calls function(vcpu) while the vCPU is out of guest mode, and returns its result."""
-        if not self._running:
-            return function(self.vcpu)
+        """Calls function(vcpu) while the vCPU is out of guest mode, and returns its result.
+
+        On any thread, whoever pauses and resumes the vCPU meanwhile.
+        """
         done = _semaphore()
         result: list = []
         with self._work_lock:
+            if not self._takes_work:
+                return function(self.vcpu)
             self._work.append((function, result, done))
         self._kick()
         done.acquire()
@@ -215,7 +233,7 @@ class VCpuThread:
                 return
             while not self._stopping:
                 self._run_once()
-            self._do_work()
+            self._do_work(last=True)
             self._parked.release()
 
     def _run_once(self) -> None:
@@ -236,8 +254,9 @@ class VCpuThread:
                 self._woken.acquire()
                 self._do_work()
 
-    def _do_work(self) -> None:
+    def _do_work(self, last: bool = False) -> None:
         with self._work_lock:
+            self._takes_work = not last
             work, self._work = self._work, []
         for function, result, done in work:
             try:

@@ -114,7 +114,7 @@ def _check_arguments(address: dict) -> None:
 
 def _offset(value: object) -> int:
     try:
-        offset = int(str(value))
+        offset = value if type(value) is int else int(str(value))  # which may have 4300 digits
     except ValueError:
         raise MigrationError(f"Parameter 'offset' expects a number, not {value!r}") from None
     if not 0 <= offset <= MAX_FILE_OFFSET:

@@ -36,6 +36,7 @@ BUFFER_SIZE = 1 << 20
 """Bytes of one read, and of what is written before it goes out."""
 
 FD_SET = "/dev/fdset/"
+MOST_DIGITS = 19  # of the number of a set
 
 
 def _reap_on_thread(pid: int, reap: Callable[[], None]) -> None:
@@ -174,9 +175,15 @@ class Channel:
         self.close()
 
     def close(self) -> None:
-        """Closes without flushing and without waiting for anybody; may be called twice."""
+        """Closes without flushing and without waiting for anybody; may be called twice.
+
+        Nobody is told what becomes of what was written; `finish` tells.
+        """
         self._pending = []
-        self._close_fd()
+        try:
+            self._close_fd()
+        except OSError:  # a quota of a network's file system
+            pass
         self._cancellation.close()
         if self._child is not None:
             self._child.leave()
@@ -251,7 +258,7 @@ def _take(address: dict, handed: Handed) -> Channel:
 def _open(path: str, flags: int, handed: Handed) -> int:
     """os.open, but /dev/fdset/N is a duplicate of a descriptor of that set."""
     number = path.removeprefix(FD_SET)
-    if number != path and number.isdecimal():
+    if number != path and number.isdecimal() and len(number) <= MOST_DIGITS:
         return handed.duplicate(int(number), bool(flags & os.O_WRONLY))
     return os.open(path, flags | os.O_CLOEXEC, 0o660)
 

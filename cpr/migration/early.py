@@ -345,7 +345,7 @@ class EarlyUpdate:
             self._process.on_new_pid()
             reason += f"; the guest goes on in the old VMM, PID {os.getpid()}"
         error_report(f"the update failed: {reason}")
-        self._run_on()
+        carefully(self._run_on)
         self._outgoing.end(status, reason)
 
     def _run_on(self) -> None:

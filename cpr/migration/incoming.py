@@ -137,10 +137,16 @@ class Incoming:
             raise ConfigError(str(error)) from None
         self._load(source)
 
-    def start(self, address: dict, exit_on_error: bool) -> None:
+    def start(
+        self,
+        address: dict,
+        exit_on_error: bool,
+        before_hang_up: Callable[[], None] = lambda: None,
+    ) -> None:
         """Waits for a source on a socket, or opens the channel, and loads.
 
-        Raises MigrationError where it is refused, or cannot listen or be opened.
+        Raises MigrationError where it is refused, or cannot listen or be opened, and what
+        `before_hang_up` raises: the last step, which a cpr-transfer's source must not miss.
         """
         self.check()
         if self._state.status != "none":
@@ -155,6 +161,12 @@ class Incoming:
             source = Listener(address)
         else:
             source = channel.open_incoming(address, self._handed)
+        try:
+            before_hang_up()
+        except BaseException:
+            source.shutdown()
+            source.close()
+            raise
         self._hang_up()
         self.started = True
 

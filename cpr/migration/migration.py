@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from cpr.migration.statistics import UpdateTimes
     from cpr.state.fds import PreservedFds
 
-CANCELLABLE = frozenset({"setup", "active", "pre-switchover"})
+CANCELLABLE = frozenset({"setup", "active", "pre-switchover", "device"})
 CLOSE_TIMEOUT = 2.0  # s, for a thread that waits for whoever reads its stream
 
 
@@ -314,7 +314,8 @@ class Migration:
         if self.outgoing is not None:
             self.outgoing.close(exit_status)
         # It reads the machine, which is freed next.
-        self._thread_done.acquire(timeout=CLOSE_TIMEOUT)
+        if self._thread_done.acquire(timeout=CLOSE_TIMEOUT) and self.outgoing is not None:
+            self.outgoing.give_up()
 
     def query(self) -> dict:
         """query-migrate; {} before the first migration."""

@@ -96,6 +96,8 @@ class Outgoing:
         self._thread_done = thread_done
         self._switchover = allocate_lock()
         self._cancel = False
+        self._written = False
+        self._ending = allocate_lock()  # the stream is cancelled, or it is written
         self._waits_for_target = False
         self._channel: Channel | None = None
         self._connecting: Cancellation | None = None
@@ -163,11 +165,10 @@ class Outgoing:
         Raises MigrationError, with the guest stopped, where it has just powered itself off.
         """
         self.times.stop()
-        self.old_state = self.machine.runstate.current
         mark("stop")
         if self._mode is not None:
             self._mode.stopped_ns = self.times.stopped_ns
-        self.machine.stop(runstate.FINISH_MIGRATE)
+        self.old_state = self.machine.stop(runstate.FINISH_MIGRATE)
         if self.machine.shutdown_requested:
             raise MigrationError("the guest has powered itself off at that moment")
         if self.old_state == runstate.RUNNING and self.machine.was_suspended:
@@ -207,6 +208,9 @@ class Outgoing:
                 self._wait_for_switchover()
             self.state.set("device")
             self._write_all()
+            with self._ending:
+                self._check_cancel()
+                self._written = True
             self.times.end()
             self.loop.call_soon(self._complete)
         except Cancelled as error:
@@ -274,8 +278,14 @@ class Outgoing:
     # What comes from outside, on the main loop.
 
     def cancel(self) -> None:
-        """The thread ends with `cancelled` as soon as it can; the guest goes on."""
-        self._cancel = True
+        """The thread ends with `cancelled` as soon as it can; the guest goes on.
+
+        Nothing happens where all is written: whoever has read it may run the guest.
+        """
+        with self._ending:
+            if self._written:
+                return
+            self._cancel = True
         self.state.set("cancelling")
         self.let_go()
         self._interrupt()
@@ -313,6 +323,12 @@ class Outgoing:
         self.let_go()
         self._interrupt()
 
+    def give_up(self) -> None:
+        """Undoes what the mode did, once; its thread has ended, or is what calls."""
+        if self._mode is not None:
+            carefully(self._mode.rollback)
+            self._mode = None
+
     # The end.
 
     def _complete(self) -> None:
@@ -342,7 +358,7 @@ class Outgoing:
                 self.machine.shutdown(False, "host-signal")
             return
         if self._staging is not None:
-            self._staging.hand_over()
+            carefully(self._staging.hand_over)
         self.state.set("completed")
         self.state.call_back()
 
@@ -362,14 +378,12 @@ class Outgoing:
         """Rollback: the channel, what the mode did, and the vCPUs."""
         if self._channel is not None:
             self._channel.shutdown()  # an exec: command may not be reading, and see nothing else
-            self._channel.close()
+            carefully(self._channel.close)
             self._channel = None
-        if self._mode is not None:
-            self._mode.rollback()
-            self._mode = None
+        self.give_up()
         self.early = None
         refusal = self.machine.cpr_rollback()
-        self.unstage()
+        carefully(self.unstage)
         self.state.error = error
         exec_failed = self.state.status == "completed"
         if exec_failed:
@@ -397,7 +411,7 @@ class Outgoing:
             self.machine.shares_ram = True
             self.machine.runstate.set(runstate.POSTMIGRATE)
         elif self.old_state in runstate.LIVE:
-            self.machine.cont()
+            self.machine.cont(rollback=True)
         elif exec_failed:
             self.machine.runstate.set(runstate.POSTMIGRATE)
         else:

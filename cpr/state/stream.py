@@ -48,6 +48,7 @@ SWITCHOVER_START = 11  # the command that says: RAM is done, now come the device
 
 CHUNK = 32768  # bytes asked for in one read
 MAX_DESCRIPTION = 16 << 20
+MOST_SECTIONS = 65536  # of one stream
 """Bytes of a stream's description of itself that are kept; it ends the stream."""
 
 
@@ -291,6 +292,8 @@ class StreamReader:
             if kind in (START, FULL):
                 section = self._section(kind, offset)
                 _check_version(section, versions)
+                if len(started) >= MOST_SECTIONS:
+                    raise StreamError(f"there are more than {MOST_SECTIONS} sections")
                 started[section.section_id] = section
             elif kind in (PART, END):
                 section = self._continuation(kind, offset, started)

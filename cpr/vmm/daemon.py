@@ -61,8 +61,8 @@ class Pidfile:
         """Raises ConfigError where the file cannot be opened, is another process's, or has in it
         what is no PID.
         """
-        self._path = os.path.abspath(path)
         try:
+            self._path = os.path.abspath(path)
             self._fd = _open_pidfile(path)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -98,8 +98,15 @@ class Pidfile:
         return self._fd
 
     def rewrite(self) -> None:
-        """For another PID than before; a lock does not go over to a new process."""
+        """For another PID than before; a lock does not go over to a new process.
+
+        A file that has gone is made again.
+        """
         try:
+            if not os.path.exists(self._path):
+                new = _open_pidfile(self._path)
+                os.dup2(new, self._fd, inheritable=False)
+                os.close(new)
             self._write()
         except OSError as error:
             error_report(f"cannot rewrite PID file '{self._path}': {error.strerror}")

@@ -87,8 +87,8 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
     if after_exec:
         carefully(vmm.reap)
     signals.attach(vmm)
-    if config.pidfile and vmm.pidfile is None:
-        vmm.pidfile = _rewrite_pidfile(config.pidfile)
+    if predecessor is None or predecessor.committed:
+        carefully(lambda: _take_pidfile(vmm))
     if ready is not None:
         ready()
     if predecessor is None:
@@ -96,6 +96,9 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
 
         notify.started(pid_changed=ready is not None)
     vmm.loop.run()
+    if predecessor is not None and not predecessor.committed and vmm.machine.ended:
+        carefully(lambda: _take_pidfile(vmm))
+        predecessor.end()
     vmm.close()
     return vmm.exit_status
 
@@ -140,11 +143,17 @@ def _bring_over(
     if _loads_at_once(sources.main):
         _load(vmm, sources)
         carefully(lambda: vmm.create_frontends(True, _kept(fds)))
-        _ready_for_updates(vmm)
+        carefully(lambda: _ready_for_updates(vmm))
     else:
-        incoming.on_running = lambda: _ready_for_updates(vmm)
+        incoming.on_running = lambda: _go_on_deferred(vmm)
         vmm.create_frontends(True, _kept(fds))
         _boot(vmm, sources)
+
+
+def _go_on_deferred(vmm: Vmm) -> None:
+    """After migrate-incoming; what comes after the start of any other VMM has been by then."""
+    carefully(lambda: _take_pidfile(vmm))
+    _ready_for_updates(vmm)
 
 
 def _ready_for_updates(vmm: Vmm) -> None:
@@ -183,9 +192,12 @@ def _commit(vmm: Vmm, predecessor: Predecessor) -> None:
     then = incoming.on_running
 
     def on_running() -> None:
-        carefully(_say_up)
-        carefully(lambda: _end_update(vmm, predecessor))
-        then()
+        for step in (
+            _say_up,
+            lambda: _end_update(vmm, predecessor),
+            then,
+        ):
+            carefully(step)
 
     incoming.on_running = on_running
 
@@ -308,13 +320,10 @@ def _confine(vmm: Vmm, run_with: RunWith) -> None:
         seccomp.apply(config.sandbox)
 
 
-def _rewrite_pidfile(path: str) -> daemon.Pidfile | None:
-    """That of a guest that runs already, and goes on without one where that fails."""
-    try:
-        return daemon.Pidfile(path)
-    except ConfigError as error:
-        error_report(error)
-        return None
+def _take_pidfile(vmm: Vmm) -> None:
+    """That of a guest that is there already.  Raises ConfigError."""
+    if vmm.config.pidfile and vmm.pidfile is None:
+        vmm.pidfile = daemon.Pidfile(vmm.config.pidfile)
 
 
 def _load(vmm: Vmm, sources: Sources) -> None:
@@ -328,7 +337,7 @@ def _load(vmm: Vmm, sources: Sources) -> None:
     except ConfigError as error:
         raise ConfigError(f"-incoming {sources.option}: {error}") from None
     finally:
-        _remove_directory(source)
+        carefully(lambda: _remove_directory(source))
 
 
 def _remove_directory(source: dict) -> None:
@@ -358,10 +367,11 @@ def _boot(vmm: Vmm, sources: Sources, settle: Callable[[], None] = lambda: None)
         incoming.expect(vmm.config.start_paused)
         if isinstance(source, dict):
             try:
-                incoming.start(source, exit_on_error=True)
+                incoming.start(source, True, settle)
             except MigrationError as error:
                 raise ConfigError(f"-incoming {sources.option}: {error}") from None
-        settle()
+        else:
+            settle()
         return
     incoming.commit()
     vmm.machine.load_boot_image()

@@ -56,6 +56,7 @@ class Vmm(Process):
         self.monitors: list[tuple[MonitorConfig, Any]] = []
         self.passed_fds = passed_fds
         self.populator: Populator | None = None
+        self._was_populating = False
         self._going: dict[str, Kept] = {}  # in a late update
         self.pidfile: Pidfile | None = None
         self.exit_status = 0
@@ -78,13 +79,19 @@ class Vmm(Process):
 
     def park(self) -> None:
         """Ends all threads but the main loop's, for an exec; `unpark` is the inverse."""
-        if self.populator is not None:
-            self.populator.close()
+        self._was_populating = self._end_populator()
         self.machine.park()
+
+    def _end_populator(self) -> bool:
+        """False where there was none."""
+        populator, self.populator = self.populator, None
+        if populator is not None:
+            populator.close()
+        return populator is not None
 
     def unpark(self) -> None:
         self.machine.unpark()
-        if self.populator is not None:
+        if self._was_populating:
             self.start_populating()
 
     def on_new_pid(self) -> None:
@@ -274,15 +281,20 @@ class Vmm(Process):
         """Stops the guest and frees everything, the terminal's settings included."""
         from cpr.live import notify
 
-        notify.stopping()
-        self.migration.close(self.exit_status)
-        if self.populator is not None:
-            self.populator.close()
-        self.machine.pause_vcpus()
-        for chardev in self.chardevs.values():
-            chardev.flush(FLUSH_NS)
-            chardev.close()
-        self.passed_fds.close_all()
-        self.machine.close()
+        for step in (
+            notify.stopping,
+            lambda: self.migration.close(self.exit_status),
+            self._end_populator,
+            self.machine.pause_vcpus,
+            self._close_chardevs,
+            self.passed_fds.close_all,
+            self.machine.close,
+        ):
+            carefully(step)
         if self.pidfile is not None:
             self.pidfile.remove()
+
+    def _close_chardevs(self) -> None:
+        for chardev in self.chardevs.values():
+            chardev.flush(FLUSH_NS)
+            carefully(chardev.close)
