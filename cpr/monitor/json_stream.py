@@ -16,8 +16,8 @@ from cpr.errors import CommandError
 from cpr.monitor.json_value import Broken, decode
 from cpr.state.connections import raw, text
 
-MAX_SIZE = 64 << 20  # bytes of one value, as in QEMU
-MAX_TOKENS = 2 << 20  # as in QEMU
+MAX_SIZE = 8 << 20  # bytes of one value; QEMU takes 64 MiB, which keeps others waiting for seconds
+MAX_TOKENS = 256 << 10  # QEMU: 2 Mi
 MAX_NESTING = 512  # QEMU has 1024; json.dumps could not echo such an id
 MAX_WORD = 64 << 10  # bytes of a number or keyword
 

@@ -6,6 +6,7 @@ The errors name a token, not a position: the library sees the text in the standa
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -13,14 +14,15 @@ from typing import Any
 TOKEN = re.compile(
     r"""[{}\[\],:]|"(?:[^"\\]|\\.)*+"|'(?:[^'\\]|\\.)*+'|[^\s{}\[\],:"']++""", re.ASCII
 )
-QUOTING = re.compile(r'\\.|"')
-# Group 1 is a wrong one.  Surrogates come in pairs, and noncharacters are none.
-ESCAPE = re.compile(
+# Surrogates come in pairs, and noncharacters are none.
+ESCAPE = (
     r"""\\["'\\/bfnrt]"""
     r"|\\u(?![dD][89a-fA-F]|[fF]{3}[efEF]|[fF][dD][deDE])[0-9a-fA-F]{4}"
     r"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-    r"|(\\u.{0,4}|\\.)"
 )
+RIGHT = re.compile(rf"(?:[^\\]++|{ESCAPE})*+")  # in one go: a message may have millions
+NO_CHARACTER = "\0"  # of a string
+WRONG = re.compile(r"\\u.{0,4}|\\.")
 
 
 class Broken(Exception):
@@ -43,17 +45,23 @@ def decode(raw: bytes) -> Any:
     except UnicodeDecodeError as error:
         token = _token_at(raw.decode("latin-1"), error.start)
         raise Broken(token, "invalid UTF-8 sequence in string") from None
-    for escape in ESCAPE.finditer(text) if "\\" in text else ():
-        if wrong := escape[1]:
-            problem = f"{wrong} is not a valid Unicode character"
-            problem = problem if wrong[1] == "u" else "invalid escape sequence in string"
-            raise Broken(_token_at(text, escape.start()), problem)
+    right = RIGHT.match(text)
+    assert right is not None
+    if (position := right.end()) < len(text):
+        found = WRONG.match(text, position)
+        assert found is not None
+        problem = f"{found[0]} is not a valid Unicode character"
+        problem = problem if found[0][1] == "u" else "invalid escape sequence in string"
+        raise Broken(_token_at(text, position), problem)
     if "'" in text:
         text = TOKEN.sub(_double_quoted, text)
     try:
         return DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise _syntax_error(text, error) from None
+    except _TooLarge as error:
+        number = TOKEN.findall(text).index(str(error))
+        raise Broken(number, f"number {error} is too large") from None
     except _DuplicateKey as error:
         raise Broken(_second_value(text, str(error)), "duplicate key") from None
 
@@ -62,8 +70,9 @@ def _double_quoted(token: re.Match[str]) -> str:
     """A token as the standard has it."""
     if token[0][0] not in "\"'":
         return token[0]
-    special = {"\\'": "'", '"': '\\"'}
-    return '"' + QUOTING.sub(lambda found: special.get(found[0], found[0]), token[0][1:-1]) + '"'
+    body = token[0][1:-1].replace("\\\\", NO_CHARACTER)
+    body = body.replace("\\'", "'").replace('\\"', '"').replace('"', '\\"')
+    return '"' + body.replace(NO_CHARACTER, "\\\\") + '"'
 
 
 def _token_at(text: str, position: int) -> int:
@@ -105,6 +114,10 @@ class _DuplicateKey(Exception):
     pass
 
 
+class _TooLarge(Exception):
+    pass
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members: dict[str, Any] = {}
     for key, value in pairs:
@@ -120,4 +133,11 @@ def _integer(digits: str) -> int | float:
     return number if -(1 << 63) <= number < 1 << 64 else float(digits)
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
+def _float(text: str) -> float:
+    """Infinity could not be echoed."""
+    if math.isinf(number := float(text)):
+        raise _TooLarge(text)
+    return number
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer, parse_float=_float)

@@ -22,8 +22,13 @@ OCTAL_DIGITS = {1: 3, 2: 6, 4: 11, 8: 22}
 def dump_virtual(vmm: Any, session: Session, fmt: dict, addr: int) -> str:
     """x: through the page tables of the monitor's vCPU."""
     index = session.cpu_index
+    state = vmm.machine.vcpu_state(index)  # once: the vCPU is interrupted for it
     return _dump(
-        session, fmt, addr, "016x", lambda at, size: vmm.machine.read_virtual(index, at, size)
+        session,
+        fmt,
+        addr,
+        "016x",
+        lambda at, size: vmm.machine.read_virtual(index, at, size, state),
     )
 
 

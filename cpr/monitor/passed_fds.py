@@ -40,9 +40,11 @@ class PassedFds:
     def adopt(self, kept: Kept) -> None:
         """Owns what another table has saved."""
         for index, name in enumerate(kept.data["names"]):
-            self._named[name] = kept.take(f"name{index}")
+            if (fd := kept.take(f"name{index}")) >= 0:
+                self._named[name] = fd
         for index, (set_id, number, opaque) in enumerate(kept.data["sets"]):
-            self._sets.setdefault(set_id, []).append((number, opaque, kept.take(f"set{index}")))
+            if (fd := kept.take(f"set{index}")) >= 0:
+                self._sets.setdefault(set_id, []).append((number, opaque, fd))
 
     def add(self, name: str, fd: int) -> None:
         """Owns `fd` under `name`; one that had the name is closed.

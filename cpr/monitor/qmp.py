@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 from cpr import report
 from cpr.chardev.base import OPENED, Chardev
+from cpr.constants import NS_PER_MS
 from cpr.errors import CommandError, CommandNotFound, CprError
 from cpr.monitor import commands
 from cpr.monitor.control import MAX_UNREAD, VERSION
@@ -16,6 +19,10 @@ from cpr.monitor.json_stream import JsonStream
 from cpr.monitor.schema import Argument, Command, Enum, ListOf, Session
 
 ROOM = 4096
+# Group 1 stays as it is: backslashes, and surrogates in pairs. Others are bytes that are no UTF-8.
+SURROGATES = re.compile(r"(\\\\|\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2})|\\ud[89a-f][0-9a-f]{2}")
+NO_TEXT = "\\ufffd"  # as QEMU writes them
+TURN_NS = 2 * NS_PER_MS
 CAPABILITIES = ("oob",)
 NEGOTIATE = "qmp_capabilities"
 ENABLE = Argument("enable", ListOf(Enum(*CAPABILITIES)), optional=True)
@@ -43,7 +50,7 @@ class QmpMonitor:
         self._vmm = vmm
         self._indent = 4 if pretty else None
         self._session = Session(chardev.take_fd)
-        self._held = False
+        self._held = self._goes_on = False
         self._start()
         if kept is not None:
             self._restore(kept)
@@ -53,7 +60,7 @@ class QmpMonitor:
             knows_peer=kept is not None,
         )
         if self._requests:
-            vmm.loop.call_soon(self._go_on)
+            self._go_on_later()
 
     def save(self) -> dict[str, Any]:
         """A command in which an update ends is among those that are still to be answered."""
@@ -102,6 +109,8 @@ class QmpMonitor:
 
     def _send(self, message: dict) -> None:
         text = json.dumps(message, indent=self._indent)
+        if "\\ud" in text:
+            text = SURROGATES.sub(lambda found: found[1] or NO_TEXT, text)
         self._chardev.write(text.encode() + b"\r\n")
 
     def _can_receive(self) -> int:
@@ -112,15 +121,16 @@ class QmpMonitor:
         """While it is on no further command is read or executed."""
         self._held = on
         if not on:
-            self._vmm.loop.call_soon(self._go_on)  # a command of this client may be the reason
+            self._go_on_later()  # a command of this client may be the reason
 
     def _receive(self, data: bytes) -> None:
         self._requests += self._stream.feed(data)
         self._go_on()
 
     def _go_on(self) -> None:
-        """Executes what has come, as long as the client reads the answers."""
-        requests = self._requests
+        """Executes what has come, as long as the client reads the answers, and for no longer than
+        a turn of the loop's: others are to have theirs."""
+        requests, end = self._requests, time.monotonic_ns() + TURN_NS
         while requests and not self._held and self._chardev.waiting <= MAX_UNREAD:
             self._current, self._executes = requests.popleft(), True
             answer = self._answer(self._current)
@@ -128,7 +138,19 @@ class QmpMonitor:
                 return  # another client has come meanwhile
             self._executes = False
             self._send(answer)
+            if requests and time.monotonic_ns() > end:
+                self._go_on_later()
+                return
         self._chardev.accept_input()
+
+    def _go_on_later(self) -> None:
+        if not self._goes_on:
+            self._goes_on = True
+            self._vmm.loop.call_soon(self._go_on_now)
+
+    def _go_on_now(self) -> None:
+        self._goes_on = False
+        self._go_on()
 
     def _answer(self, request: Any) -> dict:
         error: CprError
