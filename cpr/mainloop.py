@@ -61,9 +61,12 @@ class MainLoop:
 
         A second call for the same fd replaces the first; the fd stays the caller's.
         """
-        if fd in self._watched:
-            self._epoll.modify(fd, events)
-        else:
+        try:
+            if fd in self._watched:
+                self._epoll.modify(fd, events)
+            else:
+                self._epoll.register(fd, events)
+        except FileNotFoundError:  # whoever watched it has closed it, and it is another file now
             self._epoll.register(fd, events)
         self._watched[fd] = callback
 

@@ -192,7 +192,7 @@ def _create(config: ChardevConfig, loop: MainLoop, after_exec: bool, kept: Kept)
         from cpr.chardev.file import FileChardev
 
         path, append = options.get("path", ""), flag(options, "append", False)
-        return FileChardev(label, loop, path, append, kept)
+        return FileChardev(label, loop, path, append, kept, not after_exec)
     if config.backend == "pty":
         from cpr.chardev.pty import PtyChardev
 
@@ -200,7 +200,7 @@ def _create(config: ChardevConfig, loop: MainLoop, after_exec: bool, kept: Kept)
     if config.backend == "socket":
         from cpr.chardev.socket import SocketChardev, SocketOptions
 
-        return SocketChardev(label, loop, SocketOptions(options), kept)
+        return SocketChardev(label, loop, SocketOptions(options), kept, not after_exec)
     raise ConfigError(f"'{config.backend}' is not a valid char driver name")
 
 

@@ -21,13 +21,22 @@ class FileChardev(FdChardev):
 
     backend = "file"
 
-    def __init__(self, label: str, loop: MainLoop, path: str, append: bool, kept: Kept) -> None:
+    def __init__(
+        self,
+        label: str,
+        loop: MainLoop,
+        path: str,
+        append: bool,
+        kept: Kept,
+        may_wait: bool = True,
+    ) -> None:
+        """A FIFO's reader is waited for where it `may_wait`."""
         super().__init__(label, loop)
         self._path = path
         if not path:
             raise ConfigError("chardev: file: no filename given")
         fd = kept.take("file")
-        self.attach_fds(-1, fd if fd >= 0 else _open(path, append))
+        self.attach_fds(-1, fd if fd >= 0 else _open(path, append, may_wait))
         self.adopt_output(kept)
 
     @property
@@ -41,8 +50,9 @@ class FileChardev(FdChardev):
         return kept
 
 
-def _open(path: str, append: bool) -> int:
+def _open(path: str, append: bool, may_wait: bool) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
+    flags |= 0 if may_wait else os.O_NONBLOCK
     try:
         fd = os.open(path, flags, 0o666)
     except OSError as error:

@@ -14,7 +14,7 @@ import socket
 
 from cpr import report
 from cpr.chardev.base import flag
-from cpr.chardev.stream import FdChardev
+from cpr.chardev.stream import RETRY_NS, FdChardev
 from cpr.constants import NS_PER_MS, UNIX_PATH_MAX
 from cpr.errors import ConfigError
 from cpr.mainloop import READ, WRITE
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 MAX_PASSED_FDS = 16
 LISTENER, PEER, PASSED = "listener", "peer", "passed"
 CONNECT_TIMEOUT = 5.0  # s, to a server that does not answer; a guest may run already
-RETRY_NS = 200 * NS_PER_MS  # until a client is accepted again, where there was no descriptor for it
 
 
 class SocketOptions:
@@ -52,6 +51,8 @@ class SocketOptions:
                 f"UNIX socket path '{self.path}' is too long\n"
                 f"Path must be less than {UNIX_PATH_MAX} bytes"
             )
+        if self.reconnect_ms < 0:
+            raise ConfigError(f"'reconnect-ms' must not be negative: {self.reconnect_ms}")
         if self.server and self.reconnect_ms:
             raise ConfigError(
                 "'reconnect-ms' option is incompatible with socket in server listen mode"
@@ -68,8 +69,8 @@ class SocketOptions:
             found = socket.getaddrinfo(
                 self.host or None, self.port, type=socket.SOCK_STREAM, flags=flags
             )
-        except (socket.gaierror, UnicodeError) as error:
-            reason = error.strerror if isinstance(error, socket.gaierror) else str(error)
+        except (OSError, UnicodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigError(
                 f"address resolution failed for {self.host}:{self.port}: {reason}"
             ) from None
@@ -92,7 +93,12 @@ class SocketChardev(FdChardev):
     backend = "socket"
 
     def __init__(
-        self, label: str, loop: MainLoop, options: SocketOptions, kept: Kept | None = None
+        self,
+        label: str,
+        loop: MainLoop,
+        options: SocketOptions,
+        kept: Kept | None = None,
+        may_wait: bool = True,
     ) -> None:
         super().__init__(label, loop)
         self._options = options
@@ -110,7 +116,7 @@ class SocketChardev(FdChardev):
         self._resolve()
         if options.server:
             self._listener = self._listen()
-            if options.wait:
+            if options.wait and may_wait:
                 self._wait_for_client()
             else:
                 self._watch_listener()
@@ -133,7 +139,10 @@ class SocketChardev(FdChardev):
             return f"disconnected:{where}{role}"
         if self._options.path:
             return f"unix:{self._options.path}{role}"
-        peer = _tcp(self._socket.getpeername()).removeprefix("tcp:")
+        try:
+            peer = _tcp(self._socket.getpeername()).removeprefix("tcp:")
+        except OSError:  # it has reset the connection, and what it sent is not read yet
+            peer = "disconnected"
         return f"{_tcp(self._socket.getsockname())}{role} <-> {peer}"
 
     def read_some(self, size: int) -> bytes:
@@ -141,6 +150,7 @@ class SocketChardev(FdChardev):
         if self._gives_way:
             self._gives_way = False
             assert self._listener is not None
+            self._stop_timer()
             self.loop.unwatch(self._listener.fileno())
         if not self._options.path:
             return self._socket.recv(size)
@@ -154,6 +164,10 @@ class SocketChardev(FdChardev):
             self._close_passed()
             self._passed = list(passed)
         return data
+
+    @property
+    def takes_another(self) -> bool:
+        return self._listener is not None
 
     def unread(self) -> bool:
         try:
@@ -230,9 +244,8 @@ class SocketChardev(FdChardev):
         if self._listener is not None:
             self.loop.unwatch(self._listener.detach())
             self._listener = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timer()
+        self._stop_connecting()
 
     def reopen(self) -> None:
         if self._options.server:
@@ -254,12 +267,8 @@ class SocketChardev(FdChardev):
             self._reconnect_later()
 
     def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._connecting is not None:
-            self.loop.unwatch(self._connecting.fileno())
-            self._connecting.close()
-            self._connecting = None
+        self._stop_timer()
+        self._stop_connecting()
         if self._listener is not None:
             self.loop.unwatch(self._listener.fileno())
             self._listener.close()
@@ -323,8 +332,13 @@ class SocketChardev(FdChardev):
         self._listener.setblocking(False)
         self._attach(client)
 
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def _watch_listener(self) -> None:
-        self._timer = None
+        self._stop_timer()
         assert self._listener is not None
         self.loop.watch(self._listener.fileno(), READ, lambda _: self._accept())
 
@@ -337,6 +351,7 @@ class SocketChardev(FdChardev):
                 self.loop.unwatch(self._listener.fileno())  # it is ready, and cannot be taken
                 self._timer = self.loop.call_later(RETRY_NS, self._watch_listener)
             return  # or it has gone again
+        self._stop_timer()
         self.loop.unwatch(self._listener.fileno())
         self._gives_way = False
         if self._socket is not None:
@@ -396,6 +411,13 @@ class SocketChardev(FdChardev):
             self._reconnect_later()
         else:
             self._attach(peer)
+
+    def _stop_connecting(self) -> None:
+        """The inverse of a `_reconnect` that still waits."""
+        if self._connecting is not None:
+            self.loop.unwatch(self._connecting.fileno())
+            self._connecting.close()
+            self._connecting = None
 
     def _reconnect_later(self) -> None:
         self._addresses = self._addresses[1:] + self._addresses[:1]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import time
 from _thread import RLock
 
 from cpr.chardev.base import CLOSED, MAX_WAITING, OPENED, Chardev
+from cpr.constants import NS_PER_MS
 from cpr.mainloop import READ, WRITE
 from cpr.state.connections import raw, text
 
@@ -21,6 +23,9 @@ READ_SIZE = 65536
 READS_PER_ROUND = 256
 BYTES_PER_ROUND = 16384
 HANGUP = select.EPOLLRDHUP
+GONE = select.EPOLLHUP | select.EPOLLERR  # the peer reads nothing either
+NO_MEMORY = (errno.ENOBUFS, errno.ENOMEM)  # for now: nobody has gone
+RETRY_NS = 200 * NS_PER_MS  # until what the kernel had no room for is tried again
 
 
 class FdChardev(Chardev):
@@ -41,6 +46,7 @@ class FdChardev(Chardev):
         self._update_queued = False
         self._read_queued = False
         self._hung_up = False
+        self._ended = False  # all that the peer will ever send is read
         self._tells_writable = False  # the frontend waits for `writable`
 
     def attach_fds(self, in_fd: int, out_fd: int) -> None:
@@ -48,7 +54,7 @@ class FdChardev(Chardev):
         with self._lock:
             self.in_fd, self.out_fd = in_fd, out_fd
             self._pending.clear()
-            self._hung_up = False
+            self._hung_up = self._ended = False
             self.connected = True
         self.event(OPENED)
         self._queue_update()
@@ -148,6 +154,11 @@ class FdChardev(Chardev):
         """At most `size` bytes; b"" at the end.  Raises BlockingIOError or another OSError."""
         return os.read(self.in_fd, size)
 
+    @property
+    def takes_another(self) -> bool:
+        """Whether a peer may come in the place of this one, see `expect_another`."""
+        return False
+
     def unread(self) -> bool:
         """Whether a peer that hung up has left bytes to read."""
         return True
@@ -165,8 +176,9 @@ class FdChardev(Chardev):
                 sent += os.write(self.out_fd, view[sent:])
         except BlockingIOError:
             return sent
-        except OSError:
-            return len(view)  # the reading side finds out that the peer has gone
+        except OSError as error:
+            # The reading side finds out that the peer has gone.
+            return sent if error.errno in NO_MEMORY else len(view)
         return sent
 
     def _drain(self) -> None:
@@ -189,7 +201,7 @@ class FdChardev(Chardev):
     def _update(self) -> None:
         """Watches for what is wanted now: input if there is room, and output that waits."""
         self._update_queued = False
-        room = self.room() if self.in_fd >= 0 else 0
+        room = self.room() if self.in_fd >= 0 and not self._ended else 0
         with self._lock:
             wanted: dict[int, int] = {}
             if self.in_fd >= 0 and (room > 0 or not self._hung_up):
@@ -203,7 +215,7 @@ class FdChardev(Chardev):
                 if self._watched.get(fd) != events:
                     self._watch(fd, events)
         # A vCPU that has made room meanwhile saw in accept_input what was watched before.
-        if room <= 0 <= self.in_fd and self.room() > 0:
+        if room <= 0 <= self.in_fd and not self._ended and self.room() > 0:
             self._queue_update()
 
     def _watch(self, fd: int, events: int) -> None:
@@ -216,6 +228,8 @@ class FdChardev(Chardev):
                 self.loop.call_soon(lambda: self._on_always_ready(fd))
             if events & WRITE:
                 self.loop.call_soon(lambda: self._on_ready(fd, WRITE))
+        except OSError:  # no memory, or no room in epoll's limit, for now
+            self.loop.call_later(RETRY_NS, self._update)
 
     def _on_always_ready(self, fd: int) -> None:
         self._read_queued = False
@@ -226,18 +240,33 @@ class FdChardev(Chardev):
             self._drain()
             if not self._pending:
                 self._tell_writable()
-        if fd == self.in_fd and ready & ~WRITE and not self._read_round():
+        if self._ended:
+            if not self._pending or ready & GONE:
+                self.hang_up()
+        elif fd == self.in_fd and ready & ~WRITE and not self._read_round():
             self._on_hangup(ready)
         if fd in (self.in_fd, self.out_fd):
             self._update()
 
     def _on_hangup(self, ready: int) -> None:
-        """The peer may have gone while the frontend has no room: what it sent is kept."""
-        if ready & (HANGUP | select.EPOLLHUP | select.EPOLLERR):
-            if self.unread():
-                self._hung_up = True
-            else:
-                self.hang_up()
+        """The peer may have gone while the frontend has no room: what it sent is kept.
+
+        One that only sends no more may read on, for as long as nobody takes its place.
+        """
+        gone = GONE if self.takes_another else HANGUP | GONE
+        if ready & gone and not self.unread():
+            self.hang_up()
+        elif ready & (HANGUP | GONE):
+            self._hung_up = True
+            self.expect_another()
+
+    def _on_end(self) -> None:
+        """The peer sends no more; it may read on."""
+        if self._pending:
+            self._ended = self._hung_up = True
+            self.expect_another()
+        else:
+            self.hang_up()
 
     def _read_round(self) -> bool:
         """Gives the frontend what it has room for.  False: it has none."""
@@ -254,12 +283,15 @@ class FdChardev(Chardev):
                     data = self.read_some(min(room, READ_SIZE))
                 except BlockingIOError:
                     return True
-                except OSError:
-                    data = b""
+                except OSError as error:
+                    if error.errno in NO_MEMORY:
+                        return True
+                    self.hang_up()
+                    return True
                 if data:
                     self.receive(data)
             if not data:
-                self.hang_up()
+                self._on_end()
                 return True
             left -= len(data)
             if self.in_fd != fd:

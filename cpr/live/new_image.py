@@ -115,7 +115,8 @@ class Predecessor:
     def wait_hang_up(self, timeout_ns: int) -> Message | None:
         """Waits until the old image has closed all that it had, but no longer than this.
 
-        What it has said as its last, whose descriptors are the caller's, or None.
+        What it has said as its last, whose descriptors are the caller's, or None.  Raises
+        UpdateError where that has come in part only: there is no room for its descriptors.
         """
         from cpr.live import messages
 
@@ -128,6 +129,8 @@ class Predecessor:
                 if last is not None:
                     last.close()
                 last = message
+        except messages.InPart as error:
+            raise UpdateError(str(error)) from None
         except messages.Ended:
             pass
         return last

@@ -48,10 +48,20 @@ def own_command() -> list[str]:
 def check_own_command() -> None:
     """Parses it again: guest.cfg may have become unreadable since.  Raises MigrationError."""
     words = own_command()
+    for word in words[words.index(VERB) + 1 :]:
+        if _is_pipe(word):
+            raise MigrationError(f"'{word}' is a pipe, and cannot be read again: give a file")
     try:
         parse_command_line(words[words.index(VERB) + 1 :])
     except CprError as error:
         raise MigrationError(f"the new VMM would refuse its command line: {error}") from None
+
+
+def _is_pipe(path: str) -> bool:
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def incoming_uri(command: Sequence[str]) -> str | None:
