@@ -10,6 +10,7 @@ import pty
 import resource
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import termios
@@ -22,11 +23,13 @@ from typing import Any
 import pytest
 
 from cpr.chardev.base import MAX_WAITING, Chardev, create
+from cpr.chardev.socket import SocketChardev
 from cpr.chardev.stream import BYTES_PER_ROUND, READ_SIZE
 from cpr.errors import ConfigError
-from cpr.mainloop import MainLoop
+from cpr.mainloop import READ, MainLoop
 
 DEADLINE_S = 10
+LARGE = 1 << 20  # bytes; no socket holds so many
 
 
 class Config:
@@ -562,6 +565,136 @@ def test_tcp_client_reconnects_in_the_background(loop: MainLoop) -> None:
     until(loop, lambda: chardev.connected)
     chardev.close()
     listener.close()
+
+
+def test_a_connection_that_is_being_made_is_given_up_for_an_exec(loop: MainLoop) -> None:
+    """The number of its descriptor becomes that of another file, which is watched as any other."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+    port = listener.getsockname()[1]
+    with socket.create_connection(("127.0.0.1", port)):  # there is no room for a second one
+        chardev = create(Config("socket", host="127.0.0.1", port=str(port), reconnect_ms=10), loop)
+        assert isinstance(chardev, SocketChardev)
+        idle(loop)
+        waiting = chardev._connecting
+        assert waiting is not None
+        number = waiting.fileno()
+        chardev.forget_exec_fds()
+        assert waiting.fileno() < 0
+        reader, writer = os.pipe()
+        os.dup2(reader, number)
+        seen: list[bytes] = []
+        loop.watch(number, READ, lambda events: seen.append(os.read(number, 10)))
+        os.write(writer, b"here")
+        until(loop, lambda: seen)
+        loop.unwatch(number)
+        for fd in {reader, writer, number}:
+            os.close(fd)
+        chardev.close()
+    listener.close()
+
+
+def test_a_half_closed_client_reads_on(loop: MainLoop, tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    chardev = create(Config("socket", path=path, server=True, wait=False), loop)
+    frontend = Frontend(chardev, room=3)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        client.sendall(b"commands")
+        until(loop, lambda: frontend.data == b"com")
+        client.shutdown(socket.SHUT_WR)
+        idle(loop)
+        chardev.write(b"x" * LARGE)
+        assert chardev.waiting
+        frontend.room = 100
+        chardev.accept_input()
+        until(loop, lambda: frontend.data == b"commands")
+        idle(loop)
+        assert chardev.connected
+        client.setblocking(False)
+        got = bytearray()
+
+        def read() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                got.extend(client.recv(1 << 16))
+            return len(got) == LARGE
+
+        until(loop, read)
+        until(loop, lambda: not chardev.connected)
+    chardev.close()
+
+
+def test_a_client_that_has_gone_gives_way_where_nobody_reads_it(
+    loop: MainLoop, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "socket")
+    chardev = create(Config("socket", path=path, server=True, wait=False), loop)
+    Frontend(chardev, room=0)
+    with socket.socket(socket.AF_UNIX) as first:
+        first.connect(path)
+        first.sendall(b"typed")
+        until(loop, lambda: chardev.connected)
+    idle(loop)
+    with socket.socket(socket.AF_UNIX) as second:
+        second.connect(path)
+        until(loop, lambda: is_served(chardev, second))
+    chardev.close()
+
+
+def is_served(chardev: Chardev, client: socket.socket) -> bool:
+    chardev.write(b"!")
+    client.setblocking(False)
+    try:
+        return client.recv(1) == b"!"
+    except BlockingIOError:
+        return False
+
+
+def test_a_listener_without_descriptors_does_not_come_back_for_another(
+    loop: MainLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "socket")
+    chardev = create(Config("socket", path=path, server=True, wait=False), loop)
+    assert isinstance(chardev, SocketChardev)
+    Frontend(chardev)
+    monkeypatch.setattr("cpr.chardev.socket.RETRY_NS", 20_000_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
+        first.connect(path)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            until(loop, lambda: chardev._timer is not None)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        chardev._watch_listener()  # as where another client has gone
+        until(loop, lambda: chardev.connected)
+        assert chardev._timer is None
+        second.connect(path)
+        idle(loop, 50)
+        assert is_served(chardev, first)
+    chardev.close()
+
+
+def test_after_an_exec_nobody_is_waited_for(loop: MainLoop, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ConfigError, match=r"Could not open '.*fifo': No such device or address"):
+        create(Config("file", path=str(tmp_path / "fifo")), loop, after_exec=True)
+    path = str(tmp_path / "socket")
+    chardev = create(Config("socket", path=path, server=True), loop, after_exec=True)
+    assert not chardev.connected
+    chardev.close()
+
+
+def test_a_peer_that_has_reset_the_connection_is_described(loop: MainLoop) -> None:
+    chardev = create(Config("socket", host="127.0.0.1", port="0", server=True, wait=False), loop)
+    Frontend(chardev, room=0)
+    port = int(chardev.describe().split(":")[3].split(",")[0])
+    client = socket.create_connection(("127.0.0.1", port))
+    until(loop, lambda: chardev.connected)
+    client.sendall(b"unread")
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    assert chardev.describe() == f"tcp:127.0.0.1:{port},server=on <-> disconnected"
+    chardev.close()
 
 
 def test_addresses_that_do_not_exist(loop: MainLoop) -> None:

@@ -104,6 +104,16 @@ def test_what_lies_where(make) -> None:
     ]
 
 
+def test_a_reset_loads_the_same_again(make) -> None:
+    made = make(image(), "", b"initrd")
+    first, second = Memory(64 * MIB), Memory(64 * MIB)
+    made.load(first)
+    loads = list(made.loads)
+    made.load(second)
+    assert made.loads == loads
+    assert second.written == first.written
+
+
 @pytest.mark.parametrize(
     ("kernel", "text"),
     [

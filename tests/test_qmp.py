@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,8 @@ from hypothesis import strategies as st
 from cpr.chardev.base import create
 from cpr.errors import CommandError
 from cpr.monitor.control import MAX_UNREAD
-from cpr.monitor.json_stream import JsonStream
-from cpr.monitor.qmp import QmpMonitor
+from cpr.monitor.json_stream import MAX_SIZE, MAX_TOKENS, JsonStream
+from cpr.monitor.qmp import TURN_NS, QmpMonitor
 
 GREETING = {
     "QMP": {
@@ -250,15 +251,50 @@ def test_limits(ready: Client) -> None:
     deepest = "[" * 511 + "]" * 511
     (answer,) = ready.send(f'{{"execute":"query-name","id":{deepest}}}')
     assert answer == {"return": {"name": "guest"}, "id": json.loads(deepest)}
-    (answer,) = ready.send(f'{{"execute":"query-name","id":{"1" * 5000}}}')
-    assert answer["id"] == float("inf")
+    (answer,) = ready.send(f'{{"execute":"query-name","id":{"1" * 50}}}')
+    assert answer["id"] == float("1" * 50)
+    for number in ("1e999", "-1e999", "1" * 5000):
+        (answer,) = ready.send(f'{{"execute":"query-name","id":{number}}}')
+        assert answer["error"]["desc"].endswith(f"number {number} is too large")
     stream = JsonStream()
-    size = 65 << 20
+    size = MAX_SIZE + 1
     results = stream.feed(b'{"id":"') + stream.feed(b"x" * size) + stream.feed(b'"}')
     assert str(results[0]) == "JSON token size limit exceeded"
     assert str(JsonStream().feed(b"1" * (65 << 10))[0]) == "JSON token size limit exceeded"
-    results = JsonStream().feed(b"[" + b"1," * (1 << 20))
+    results = JsonStream().feed(b"[" + b"1," * (MAX_TOKENS // 2))
     assert [str(result) for result in results] == ["JSON token count limit exceeded"]
+
+
+@pytest.mark.parametrize("body", [b'""', rb"\n", rb"\'", rb"\\", rb"\u00e4"])
+def test_a_string_of_many_escapes(body: bytes) -> None:
+    """Each would be looked at for itself otherwise, while all other clients wait."""
+    count = (MAX_SIZE - 100) // len(body)
+    (value,) = JsonStream().feed(b"['" + body * count + b"']")
+    expected = {b'""': '""', rb"\n": "\n", rb"\'": "'", rb"\\": "\\", rb"\u00e4": "ä"}[body]
+    assert value == [expected * count]
+
+
+def test_what_is_no_text_is_none_in_an_answer(client: Client, vmm: FakeVmm) -> None:
+    client.send('{"execute":"qmp_capabilities"}')
+    vmm.events.emit("WATCHED", {"path": "a\udcff\\ud800 \U0001f600\ud83d\udcff", "next": "\udcff"})
+    text = client.chardev.take_output().decode()
+    assert json.loads(text)["data"] == {
+        "path": "a\ufffd\\ud800 \U0001f600\U0001f4ff",
+        "next": "\ufffd",
+    }
+
+
+def test_clients_have_their_turns(ready: Client, vmm: FakeVmm, monkeypatch) -> None:
+    now = [0]
+    monkeypatch.setattr(
+        "cpr.monitor.qmp.time",
+        SimpleNamespace(monotonic_ns=lambda: now.__setitem__(0, now[0] + TURN_NS + 1) or now[0]),
+    )
+    answers = ready.send('{"execute":"query-name"}' * 5)
+    for count in range(1, 6):
+        assert len(answers) == count
+        vmm.loop.iterate(0)
+        answers += ready.read()
 
 
 @pytest.mark.parametrize(

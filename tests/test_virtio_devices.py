@@ -381,6 +381,24 @@ def test_pages_in_the_balloon_are_holes(balloon: Rig) -> None:
     assert state == {"num_pages": 5, "actual": 5}
 
 
+def test_a_guest_that_changes_its_balloon_all_the_time_causes_an_event_a_second(
+    balloon: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[dict] = []
+    platform, actual = balloon.platform, balloon.driver.capabilities[4] + 4
+    platform.events.subscribe(events.append)
+    later: list = []
+    monkeypatch.setattr(platform.loop, "call_later", lambda delay, call: later.append(call))
+    for pages in range(1, 1000):
+        platform.bus.mmio_write(actual, 4, pages)
+    assert [event["data"]["actual"] for event in events] == [RAM_SIZE - PAGE_SIZE]
+    later.pop()()
+    assert [event["data"]["actual"] for event in events[1:]] == [RAM_SIZE - 999 * PAGE_SIZE]
+    later.pop()()
+    assert len(events) == 2
+    assert not later
+
+
 def test_pages_that_a_device_may_have_stay(balloon: Rig) -> None:
     balloon.inhibited = True
     driver = balloon.driver

@@ -130,7 +130,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _integer(digits: str) -> int | float:
     """One that does not fit into 64 bits is a float, as in QEMU."""
     number = int(digits) if len(digits) <= 20 else 1 << 64
-    return number if -(1 << 63) <= number < 1 << 64 else float(digits)
+    return number if -(1 << 63) <= number < 1 << 64 else _float(digits)
 
 
 def _float(text: str) -> float:

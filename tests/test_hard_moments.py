@@ -1,0 +1,186 @@
+"""Updates and migrations that meet what is missing, slow or asked for at a bad moment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from failing import HEARTBEAT, Failing, start_vm, words
+from harness.vm import Vm
+from waiting import wait_for, wait_for_change
+
+
+def counts(vm: Vm) -> None:
+    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts on")
+
+
+def copied(folder: Path) -> dict[str, str]:
+    """A copy of the program, and the environment in which `-m cpr.vmm` is that."""
+    shutil.copytree(ROOT / "cpr", folder / "cpr", ignore=shutil.ignore_patterns("__pycache__"))
+    return os.environ | {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+def test_a_module_that_is_broken_is_missing_or_refuses(start, accel, tmp_path, late):
+    """One that a VMM needs only later: an early update is refused by it, a late one works."""
+    environment = copied(tmp_path / "new")
+    (tmp_path / "new" / "cpr" / "monitor" / "introspect.py").write_text("def (\n")
+    images = [word.replace("examples/", f"{ROOT}/examples/") for word in words(accel)]
+    vm: Vm = start(*images)
+    failing = Failing(vm)
+    program = tmp_path / "program"
+    program.write_text(
+        f"#!/bin/sh\nexport PYTHONPATH={environment['PYTHONPATH']}\ncd {tmp_path}/new\n"
+        f'exec {sys.executable} -m cpr.vmm "$@"\n'
+    )
+    program.chmod(0o755)
+    if late:
+        vm.qmp.command("migrate-set-parameters", x_cpr_exec_overlap="off")
+    vm.qmp.command(
+        "cpr-exec", command=[str(program), "run", *vm.words[vm.words.index("run") + 1 :]]
+    )
+    if late:
+        vm.reconnect()
+        counts(vm)
+        assert vm.ask("query-migrate")["status"] == "completed"
+    else:
+        failing.check("invalid syntax", same_pid=True)
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_a_relative_pidfile_in_a_folder_that_is_gone(start, accel, tmp_path, overlap):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    images = [word.replace("examples/", f"{ROOT}/examples/") for word in words(accel)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    vm: Vm = start(*images, "-pidfile", "vm.pid", cwd=folder, env=environment)
+    wait_for(lambda: vm.u32(HEARTBEAT), "the guest counts")
+    (folder / "vm.pid").unlink()
+    folder.rmdir()
+    vm.qmp.command("migrate-set-parameters", x_cpr_exec_overlap=overlap)
+    vm.update()
+    counts(vm)
+    assert "cannot create PID file: Could not create 'vm.pid'" in vm.stderr
+
+
+def test_a_migration_whose_reader_does_not_end_is_cancelled(start, accel, tmp_path):
+    vm = start_vm(start, accel)
+    vm.ask("migrate", uri="exec:cat >/dev/null; exec sleep 1000")
+    wait_for(lambda: vm.ask("query-migrate")["status"] == "device", "all is written")
+    vm.ask("migrate_cancel")
+    wait_for(lambda: vm.ask("query-migrate")["status"] == "cancelled", "it is cancelled")
+    assert vm.ask("query-status")["running"]
+    counts(vm)
+
+
+def test_quit_right_after_a_late_update_leaves_nothing(start, accel, tmp_path):
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    vm: Vm = start(*words(accel), env=os.environ | {"TMPDIR": str(folder)})
+    vm.qmp.command("migrate-set-parameters", x_cpr_exec_overlap="off")
+    vm.qmp.send("cpr-exec")
+    vm.qmp.send("quit")
+    assert vm.process.wait(20) == 0
+    assert not list(folder.iterdir())
+
+
+def deferred(vm: Vm, folder: Path, *more: str) -> None:
+    """A late update whose new image waits for migrate-incoming."""
+    command = [*vm.words, "-incoming", "defer", *more]
+    vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=command)
+    vm.qmp.command("migrate", uri=f"file:{folder}/state")
+    vm.reconnect()
+    assert vm.ask("query-status")["status"] == "inmigrate"
+
+
+@pytest.mark.parametrize("how", ["quit", "SIGTERM"])
+def test_a_vm_that_waits_for_migrate_incoming_ends(start, accel, tmp_path, how):
+    pidfile = tmp_path / "pid"
+    vm: Vm = start(*words(accel), "-pidfile", str(pidfile))
+    deferred(vm, tmp_path)
+    if how == "quit":
+        vm.qmp.send("quit")
+    else:
+        vm.process.terminate()
+    assert vm.process.wait(20) == 0
+    wait_for(lambda: not vm.processes(), "the guard ends, too")
+    assert not pidfile.exists()
+
+
+def test_the_pidfile_of_a_vm_whose_load_fails(start, accel, tmp_path):
+    pidfile = tmp_path / "pid"
+    vm: Vm = start(*words(accel), "-pidfile", str(pidfile))
+    failing = Failing(vm)
+    deferred(vm, tmp_path)
+    (tmp_path / "nonsense").write_bytes(b"nonsense" * 1000)
+    vm.qmp.command("migrate-incoming", uri=f"file:{tmp_path}/nonsense")
+    failing.check("has ended with exit status 1", same_pid=False)
+    assert int(pidfile.read_text()) == vm.pid != failing.first_pid
+
+
+def test_a_guard_whose_caller_was_first(start, accel, tmp_path):
+    """The exec fails at the deadline, and the caller takes its time to end the guard."""
+    slow = tmp_path / "slow.c"
+    slow.write_text(SLOW_EXEC)
+    library = tmp_path / "slow.so"
+    build = ["gcc", "-shared", "-fPIC", "-o", str(library), str(slow), "-ldl"]
+    subprocess.run(build, check=True)
+    armed = tmp_path / "armed"
+    environment = os.environ | {"LD_PRELOAD": str(library), "SLOW_EXEC": str(armed)}
+    vm: Vm = start(*words(accel), env=environment)
+    wait_for(lambda: vm.u32(HEARTBEAT), "the guest counts")
+    vm.qmp.command("migrate-set-parameters", x_cpr_exec_timeout=900)
+    armed.touch()
+    vm.qmp.command("cpr-exec")
+    wait_for(lambda: vm.ask("query-migrate")["status"] == "failed", "the update fails")
+    armed.unlink()
+    time.sleep(0.5)
+    assert vm.processes() == [vm.pid]
+    counts(vm)
+    vm.update()
+    counts(vm)
+
+
+# execve fails in the moment of the deadline, and the caller is delayed where it has taken the token
+# and ends the guard, by kill(2).
+SLOW_EXEC = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+static int failed;
+
+int execve(const char *path, char *const argv[], char *const envp[])
+{
+    int (*real)(const char *, char *const *, char *const *) = dlsym(RTLD_NEXT, "execve");
+    const char *armed = getenv("SLOW_EXEC");
+
+    if (armed && access(armed, F_OK) == 0) {
+        usleep(800000);
+        failed = 1;
+        errno = ENOEXEC;
+        return -1;
+    }
+    return real(path, argv, envp);
+}
+
+int kill(pid_t pid, int number)
+{
+    int (*real)(pid_t, int) = dlsym(RTLD_NEXT, "kill");
+
+    if (failed && number == SIGKILL) {
+        failed = 0;
+        usleep(400000);
+    }
+    return real(pid, number);
+}
+"""
