@@ -34,8 +34,11 @@ class Scheduling:
 
     __slots__ = ("_cpus", "_nice", "_policy", "_priority")
 
-    def __init__(self, cpus: Iterable[int], policy: int, priority: int, nice: int) -> None:
-        """The CPUs it may run on, the policy SCHED_* with its priority, and the nice value."""
+    def __init__(
+        self, cpus: Iterable[int], policy: int, priority: int, nice: int | None = None
+    ) -> None:
+        """The CPUs it may run on, the policy SCHED_* with its priority, and the nice value; None
+        for any."""
         self._cpus = set(cpus)
         self._policy = policy
         self._priority = priority
@@ -52,8 +55,12 @@ class Scheduling:
         )
 
     def describe(self) -> list:
-        """The arguments of the constructor, as plain data."""
-        return [sorted(self._cpus), self._policy, self._priority, self._nice]
+        """The arguments of the constructor, as plain data, but for the nice value."""
+        return [sorted(self._cpus), self._policy, self._priority]
+
+    @property
+    def nice(self) -> int | None:
+        return self._nice
 
     def within(self, cpus: set[int]) -> Scheduling:
         """The same on those CPUs alone, if it may run on any of them."""
@@ -66,8 +73,9 @@ class Scheduling:
             set_affinity(thread_id, self._cpus)
         if os.sched_getscheduler(thread_id) != self._policy:
             os.sched_setscheduler(thread_id, self._policy, os.sched_param(self._priority))
-        if os.getpriority(os.PRIO_PROCESS, thread_id) != self._nice:
-            os.setpriority(os.PRIO_PROCESS, thread_id, self._nice)
+        nice = self._nice
+        if nice is not None and os.getpriority(os.PRIO_PROCESS, thread_id) != nice:
+            os.setpriority(os.PRIO_PROCESS, thread_id, nice)
 
 
 class VCpuThread:

@@ -118,7 +118,8 @@ def test_how_a_thread_is_scheduled_includes_its_nice_value(thread):
     thread.start()
     assert os.getpriority(os.PRIO_PROCESS, thread.thread_id) == 3
     os.setpriority(os.PRIO_PROCESS, thread.thread_id, 5)
-    Scheduling(*found.describe()).give(thread.thread_id)
+    cpus, policy, priority = found.describe()
+    Scheduling(cpus, policy, priority, found.nice).give(thread.thread_id)
     wait_for(lambda: os.getpriority(os.PRIO_PROCESS, thread.thread_id) == 3, "as before")
 
 

@@ -47,7 +47,8 @@ class Arrival:
         self._predecessor.hello(PROGRAM_VERSION)
         message = self._predecessor.receive(STATE)
         self._guest, self._cpu = message.body["guest"], message.body["cpu"]
-        self.placement = Placement(*message.body["placement"])
+        own, away, vcpus = message.body["placement"]
+        self.placement = Placement(own, away, vcpus, message.body.get("nice", ()))
         self.failure = str(message.body["failure"])
         self._sections = {(idstr, instance) for idstr, instance in message.body["sections"]}
         self._stream = message.data

@@ -98,6 +98,7 @@ def send_state(
         "cpu": machine.accel.cpu_model(),
         "failure": failure,
         "placement": placement.describe(),
+        "nice": placement.nice,
         "sections": list(sections),
     }
     send(update, STATE, body, state, stream)

@@ -31,12 +31,22 @@ BUSY_NS = 200_000
 class Placement:
     """Where the main thread and the vCPU threads of both images may run."""
 
-    def __init__(self, own: Iterable[int], away: Iterable[int], vcpus: Iterable[list]) -> None:
+    def __init__(
+        self,
+        own: Iterable[int],
+        away: Iterable[int],
+        vcpus: Sequence[list],
+        nice: Sequence[int | None] = (),
+    ) -> None:
         """CPUs that a main thread may use, those of them that no vCPU runs on, and how each vCPU
-        thread is scheduled: what `describe` gives."""
+        thread is scheduled: what `describe` and `nice` give.  An older program has no `nice`."""
         self._own = set(own)
         self._away = set(away)
-        self._vcpus = [Scheduling(*each) for each in vcpus]
+        values = nice or [None] * len(vcpus)
+        self._vcpus = [
+            Scheduling(cpus, policy, priority, value)
+            for (cpus, policy, priority), value in zip(vcpus, values, strict=True)
+        ]
 
     @classmethod
     def of(cls, threads: Sequence[VCpuThread]) -> Placement:
@@ -47,10 +57,16 @@ class Placement:
         away = own - {
             _busy_cpu(thread.thread_id, ran) for thread, ran in zip(threads, before, strict=True)
         }
-        return cls(own, away, [Scheduling.of(thread.thread_id).describe() for thread in threads])
+        vcpus = [Scheduling.of(thread.thread_id) for thread in threads]
+        return cls(own, away, [each.describe() for each in vcpus], [each.nice for each in vcpus])
+
+    @property
+    def nice(self) -> list[int | None]:
+        """The nice values of the vCPU threads, None for any."""
+        return [each.nice for each in self._vcpus]
 
     def describe(self) -> list:
-        """The arguments of the constructor, as plain data."""
+        """The other arguments of the constructor, as plain data: an older program takes these."""
         return [sorted(self._own), sorted(self._away), [each.describe() for each in self._vcpus]]
 
     @property
