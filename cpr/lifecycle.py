@@ -119,13 +119,16 @@ class Lifecycle:
     # Running and stopping.
 
     def resume_vcpus(self) -> None:
-        """Lets the clock and the vCPUs go; `pause_vcpus` is the inverse.  No event is sent."""
+        """Lets the clock and the vCPUs go; `pause_vcpus` is the inverse.  No event is sent.
+
+        What a device cannot do is said, and no reason to stop half way: the guest would be lost.
+        """
         with self.lock:
             now, advance = time.monotonic_ns(), self._take_advance()
             self.clock.enable(now - advance)
             for device in self.devices:
-                device.on_run()
-            self.accel.start_time(now, advance)
+                report.carefully(device.on_run)
+            report.carefully(lambda: self.accel.start_time(now, advance))
         for thread in self.threads:
             thread.resume()
 
@@ -154,11 +157,11 @@ class Lifecycle:
             thread.pause()
         with self.lock:
             now = time.monotonic_ns()
-            self.accel.stop_time(now)
+            report.carefully(lambda: self.accel.stop_time(now))
             self.clock.disable(now)
             self.stopped_at = time.time_ns()
             for device in self.devices:
-                device.on_stop()
+                report.carefully(device.on_stop)
 
     def park(self) -> None:
         """Ends the vCPUs' threads, and those of devices, for the moment of an exec.

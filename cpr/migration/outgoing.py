@@ -359,8 +359,9 @@ class Outgoing:
             return
         if self._staging is not None:
             carefully(self._staging.hand_over)
+        callbacks = self.state.take_callbacks()
         self.state.set("completed")
-        self.state.call_back()
+        self.state.call_back(callbacks)
 
     def fail_by(self, error: Exception) -> CprError:
         """Ends as failed by what was raised, expected or not; what is to be told of it."""
@@ -385,13 +386,14 @@ class Outgoing:
         refusal = self.machine.cpr_rollback()
         carefully(self.unstage)
         self.state.error = error
+        callbacks = self.state.take_callbacks()
         exec_failed = self.state.status == "completed"
         if exec_failed:
             self.state.set(status)
         carefully(lambda: self._go_back(exec_failed, refusal))
         if not exec_failed:
             self.state.set(status)
-        self.state.call_back()
+        self.state.call_back(callbacks)
 
     def unstage(self) -> None:
         """Gives up the copies of RAM, if there are any."""

@@ -77,8 +77,12 @@ class MigrationState:
         else:
             self._loop.call_soon(callback)
 
-    def call_back(self) -> None:
-        """The migration has ended: whoever waits for that is told."""
+    def take_callbacks(self) -> list[Callable[[], None]]:
+        """Who waits for the migration that is about to end, for `call_back`: when the last status
+        is set the next one may begin, on another thread."""
         callbacks, self._finish_callbacks = self._finish_callbacks, []
+        return callbacks
+
+    def call_back(self, callbacks: list[Callable[[], None]]) -> None:
         for callback in callbacks:
             self._loop.call_soon(callback)
