@@ -57,6 +57,12 @@ def preload() -> None:
     A vCPU that exits to a device would wait for that, for ms.  A guest that stands still for a late
     update waits for none of this: it comes after it runs.
     """
+    problem = None
     for name in MODULES:
-        import_module(name)
+        try:
+            import_module(name)
+        except Exception as error:
+            problem = problem or error
     gc.freeze()
+    if problem is not None:
+        raise problem
