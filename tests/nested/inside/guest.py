@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from waiting import wait_for
 BUILD = Path(__file__).resolve().parent.parent / "guests" / "build"
 READY = 2
 RAM_MIB = 64
+REST = 5.0  # s, for a round to end
 SECONDS = 300.0
 KINDS = ["type1", pytest.param("iommufd", marks=pytest.mark.iommufd)]
 DEVICE = {"type1": r"\[vfio-device\]", "iommufd": r"\[vfio-device\]|/dev/vfio/devices/"}
@@ -86,6 +87,17 @@ class Guest:
     def go_on(self) -> None:
         self["hold"] = 0
 
+    def leave_at_rest(self) -> None:
+        """Ends a round, if the guest is still there.
+
+        edu cannot be reset: one whose transfer ends when nobody has it any more raises its line,
+        which the next guest would find raised.
+        """
+        if "held" in self.addresses and self.vm.processes():
+            self["hold"] = 1
+            with suppress(AssertionError):
+                wait_for(lambda: self["held"] or self["failed"], "a round ends", REST)
+
 
 @contextmanager
 def running(name: str, *options: str, command: list[str] | None = None) -> Iterator[Guest]:
@@ -95,6 +107,7 @@ def running(name: str, *options: str, command: list[str] | None = None) -> Itera
         guest = Guest(name, vm)
         guest.wait("stage", READY)
         yield guest
+        guest.leave_at_rest()
 
 
 def check_running(guest: Guest) -> None:

@@ -21,11 +21,13 @@ import os, sys, time
 sys.path.insert(0, {root!r})
 from cpr.errors import MigrationError
 from cpr.migration import loadvm
-load = loadvm.load
-def load_and_fail(*arguments, **named):
-    load(*arguments, **named)
-    {step}
-loadvm.load = load_and_fail
+load = loadvm.Loader.load
+def load_and_fail(loader, *arguments, complete=True, **named):
+    state = load(loader, *arguments, complete=complete, **named)
+    if complete:
+        {step}
+    return state
+loadvm.Loader.load = load_and_fail
 from cpr.vmm.main import main
 sys.exit(main(sys.argv[1:]))
 """
