@@ -350,10 +350,13 @@ class Lifecycle:
     def shutdown(self, guest: bool, reason: str) -> None:
         """Ends the VM now, with a SHUTDOWN event; with -no-shutdown the guest only stops."""
         self.events.emit("SHUTDOWN", {"guest": guest, "reason": reason})
-        self._shutdown_requested = False
         if guest and self.config.no_shutdown:
-            self.stop(runstate.SHUTDOWN)
+            self.stop(
+                runstate.SHUTDOWN
+            )  # a migration that stops the guest meanwhile sees the request
+            self._shutdown_requested = False
         else:
+            self._shutdown_requested = False
             self.ended = True
             self.on_exit(0)
 

@@ -253,6 +253,8 @@ class SocketChardev(FdChardev):
             self._watch_listener()
         elif self._options.reconnect_ms:
             self._reconnect_later()
+        else:
+            self._attach(self._connect())
 
     def expect_another(self) -> None:
         if self._listener is not None and self._socket is not None:

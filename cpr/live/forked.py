@@ -209,6 +209,7 @@ def _guard(
     for fd in (pidfd, exec_pipe[0]):
         poll.register(fd, select.POLLIN)
     ready = poll.poll(timeout_ns / NS_PER_MS if timeout_ns else None)
+    os.close(exec_pipe[0])
     if not ready:  # the exec hangs
         if not take_token(token):  # the caller was first: it goes on, and ends this process now
             is_readable(pidfd, None)
@@ -216,7 +217,6 @@ def _guard(
         kill(pidfd)
         return KILLED
     died = any(fd == pidfd for fd, _ in ready)
-    os.close(exec_pipe[0])
     if not died and early:
         return EARLY
     outcome = DIED if died else _watch(pidfd, token, page, socket, timeout_ns, ending)

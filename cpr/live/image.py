@@ -7,6 +7,7 @@ and `commit` ends it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -247,7 +248,9 @@ def _reap(pid: int) -> None:
     if ready:
         forked.reap(pid)
     else:
-        threading.Thread(target=forked.reap, args=(pid,), name="cpr-live-reap", daemon=True).start()
+        name = "cpr-live-reap"
+        with contextlib.suppress(RuntimeError):  # no thread for it: it stays a zombie
+            threading.Thread(target=forked.reap, args=(pid,), name=name, daemon=True).start()
 
 
 _current: Image | None = None

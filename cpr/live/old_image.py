@@ -18,6 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from types import ModuleType
+    from typing import Any
 
 LAST_BYTES = 2000  # of what a rehearsed program has said
 END_TIMEOUT_MS = 2000  # for a new image that was told to end
@@ -45,6 +46,7 @@ class Update(Channel):
         self.dropped = False
         self._has_token = False
         self._words = -1
+        self._on_hangup: Any = None
         self._mappings = list(mappings)
         self.token = -1
         try:
@@ -123,6 +125,7 @@ class Update(Channel):
         held = holds_signals and state_fd < 0
         manager = notify.connect()
         sibling = manager is not None and notify.is_child()
+        leads = os.getsid(0) == os.getpid()
         if sibling:
             environment = {**environment, notify.EXEC_PID: str(os.getpid())}
         # All, until it is known who has the token: a handler may raise.
@@ -150,6 +153,8 @@ class Update(Channel):
                 cpus=cpus,
                 ready=ready,
             )
+            if leads:
+                self._ignore_hangup()
             # Before a signal can be taken whose handler raises: it would be forgotten who has it.
             self.pid, self.pidfd = returned.pid, returned.pidfd
             self.dropped = returned.dropped
@@ -178,7 +183,7 @@ class Update(Channel):
                 self.pending_signal(),
             )
         status = self._guard.exit_status(self.pid, self.pidfd)
-        ended_itself = self.page.struct.ended and status is not None and os.WIFEXITED(status)
+        ended_itself = self.page.struct.ended and (status is None or os.WIFEXITED(status))
         if ended_itself or (returned.consumed and status == 0):  # ended in an orderly way
             self._guard.end(self._mappings)
         ended_by = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else 0
@@ -188,6 +193,14 @@ class Update(Channel):
             ended_by if ended_by in ENDING else self.pending_signal(),
             status,
         )
+
+    def _ignore_hangup(self) -> None:
+        """The end of a process that leads a session hangs up its terminal, and the guard is in that
+        session; until `close`, when the new image has ended."""
+        try:
+            self._on_hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        except ValueError:  # not the main thread
+            pass
 
     def spawn(
         self, argv: Sequence[str], environment: Mapping[str, str], folder: str | None = None
@@ -290,6 +303,9 @@ class Update(Channel):
     def close(self) -> None:
         """Frees everything; may be called twice."""
         self.close_channel()
+        if self._on_hangup is not None:
+            signal.signal(signal.SIGHUP, self._on_hangup)
+            self._on_hangup = None
         for fd in (self.token, self.pidfd, self._words):
             if fd >= 0:
                 os.close(fd)

@@ -128,6 +128,7 @@ class EarlyUpdate:
             exception_report(error)
             self._fail(str(error))
         else:
+            carefully(self._process.lock_ram)  # the exec has given it up
             self._guarded(self._watch)
 
     def _unpark(self) -> None:

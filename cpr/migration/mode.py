@@ -75,6 +75,7 @@ class Mode:
 
     def finish(self, machine: Machine) -> None:
         """The stream is written and closed.  Raises MigrationError where the end fails."""
+        machine.shares_ram |= machine.has_shared_files
         machine.runstate.set(runstate.POSTMIGRATE)
 
     def rollback(self) -> None:

@@ -15,6 +15,7 @@ from cpr.faults import point
 from cpr.migration import address as addresses
 from cpr.migration import channel, savevm
 from cpr.migration.cancellation import Cancellation
+from cpr.migration.cpr_transfer import take_guest
 from cpr.migration.incoming import NO_THREAD
 from cpr.migration.mode import EXEC, TRANSFER
 from cpr.migration.statistics import STOPPED_SYNCS, RamCounters, Times
@@ -92,11 +93,13 @@ class Outgoing:
         self.ram = RamCounters()
         self.times = Times()
         self._handed = handed
+        self._holds_nothing = mode.name not in (EXEC, TRANSFER)
         self._mode: Mode | None = mode
         self._thread_done = thread_done
         self._switchover = allocate_lock()
         self._cancel = False
         self._written = False
+        self._is_out = False  # whoever reads the stream has all of it
         self._ending = allocate_lock()  # the stream is cancelled, or it is written
         self._waits_for_target = False
         self._channel: Channel | None = None
@@ -115,6 +118,8 @@ class Outgoing:
         try:
             mode.prepare()
             savevm.prepare()
+            if mode.name == TRANSFER:  # which the target cannot have before this lets it go
+                take_guest(self.machine)
             self._staging = stage(self.machine, self.fds, self.state, mode, self.ram)
             waits = mode.begin(lambda: self._go_on(address))
             if not waits and not addresses.connects_in_background(address):
@@ -268,12 +273,12 @@ class Outgoing:
     def _write_all(self) -> None:
         assert self._channel is not None and self._saver is not None
         point("devices")
-        saver = self._saver
-        self._write(lambda: saver.devices(self.old_state))
-        capabilities = self.state.capabilities
-        if capabilities.enabled("return-path") and self._channel.kind != "socket":
+        saver, channel = self._saver, self._channel
+        if self.state.capabilities.enabled("return-path") and channel.kind != "socket":
             raise MigrationError("Unable to read from file: Bad file descriptor")
-        self._write(self._channel.finish)
+        self._write(lambda: saver.devices(self.old_state))
+        self._is_out = channel.waits
+        self._write(channel.finish)
 
     # What comes from outside, on the main loop.
 
@@ -283,10 +288,10 @@ class Outgoing:
         Nothing happens where all is written: whoever has read it may run the guest.
         """
         with self._ending:
-            if self._written:
+            if self._written or not self.state.running:
                 return
             self._cancel = True
-        self.state.set("cancelling")
+            self.state.set("cancelling")
         self.let_go()
         self._interrupt()
         if self._waits_for_target:
@@ -389,11 +394,15 @@ class Outgoing:
         callbacks = self.state.take_callbacks()
         exec_failed = self.state.status == "completed"
         if exec_failed:
-            self.state.set(status)
+            self._set_last(status)
         carefully(lambda: self._go_back(exec_failed, refusal))
         if not exec_failed:
-            self.state.set(status)
+            self._set_last(status)
         self.state.call_back(callbacks)
+
+    def _set_last(self, status: str) -> None:
+        with self._ending:  # no `cancel` comes after it
+            self.state.set(status)
 
     def unstage(self) -> None:
         """Gives up the copies of RAM, if there are any."""
@@ -412,12 +421,22 @@ class Outgoing:
             error_report(f"the guest stays stopped: {refusal}")
             self.machine.shares_ram = True
             self.machine.runstate.set(runstate.POSTMIGRATE)
+        elif self._is_out and self._shares_ram:
+            error_report("the guest stays stopped: whoever has read the stream may run it")
+            self.machine.shares_ram = True
+            self.machine.runstate.set(runstate.POSTMIGRATE)
         elif self.old_state in runstate.LIVE:
             self.machine.cont(rollback=True)
         elif exec_failed:
             self.machine.runstate.set(runstate.POSTMIGRATE)
         else:
             self.machine.runstate.set(self.old_state)
+
+    @property
+    def _shares_ram(self) -> bool:
+        """Whether the reader of the stream has the same RAM, and no lock says whose guest it is."""
+        ignores = self.state.capabilities.enabled("x-ignore-shared")
+        return self._holds_nothing and ignores and self.machine.has_shared_files
 
     def query(self) -> dict:
         """What query-migrate tells beside the status."""

@@ -26,6 +26,13 @@ class Process:
         """The inverse of `park`: starts them again."""
         self.machine.unpark()
 
+    def lock_ram(self) -> None:
+        """The source of a cpr-transfer must not run the guest that this VM has."""
+
+    def has_untold_guard(self) -> bool:
+        """Whether an older image may still go on with the guest that this one has by now."""
+        return False
+
     def on_new_pid(self) -> None:
         """The VM goes on in another process than before.  Raises nothing."""
 

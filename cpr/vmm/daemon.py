@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 
+from cpr.constants import NS_PER_MS
 from cpr.errors import ConfigError
 from cpr.live import guard
 from cpr.live.transaction import ENDING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from cpr.vmm.vmm import Vmm
 
 READY = b"\0"
+RETRY_NS = 200 * NS_PER_MS
 INIT = 1  # the PID that orphans become children of: a VMM's in a container
 MOST_PID = 32  # bytes of a PID file that are looked at; more than a PID has
 
@@ -187,5 +189,11 @@ class Signals:
                     error_report(f"terminating on signal {number}")
                     vmm.quit("host-signal")
 
-        vmm.loop.watch(self._reader, READ, on_wakeup)
+        def watch() -> None:
+            try:
+                vmm.loop.watch(self._reader, READ, on_wakeup)
+            except OSError:  # no memory, or no room in epoll's limit, for now
+                vmm.loop.call_later(RETRY_NS, watch)
+
+        watch()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)

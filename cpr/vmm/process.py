@@ -85,7 +85,7 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
         vmm = _start(config, fds, predecessor, run_with)
     fds.incoming = False
     if after_exec:
-        carefully(vmm.reap)
+        carefully(lambda: vmm.reap(untold=predecessor is None))
     signals.attach(vmm)
     if predecessor is None or predecessor.committed:
         carefully(lambda: _take_pidfile(vmm))
@@ -96,7 +96,9 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
 
         notify.started(pid_changed=ready is not None)
     vmm.loop.run()
-    if predecessor is not None and not predecessor.committed and vmm.machine.ended:
+    if predecessor is not None and not predecessor.committed:
+        if not vmm.machine.ended:  # the load has failed: all that is here is the old image's
+            os._exit(vmm.exit_status or 1)
         carefully(lambda: _take_pidfile(vmm))
         predecessor.end()
     vmm.close()

@@ -57,6 +57,7 @@ class Vmm(Process):
         self.passed_fds = passed_fds
         self.populator: Populator | None = None
         self._was_populating = False
+        self._untold: set[int] = set()
         self._going: dict[str, Kept] = {}  # in a late update
         self.pidfile: Pidfile | None = None
         self.exit_status = 0
@@ -92,7 +93,7 @@ class Vmm(Process):
     def unpark(self) -> None:
         self.machine.unpark()
         if self._was_populating:
-            self.start_populating()
+            carefully(self.start_populating)
 
     def on_new_pid(self) -> None:
         """This VMM goes on in another process than before.  Raises nothing: the guest waits."""
@@ -250,14 +251,26 @@ class Vmm(Process):
 
         self.populator = Populator(self.machine.blocks)
 
-    def reap(self) -> None:
-        """Reaps the children that earlier images of this process have left, when they end."""
+    def reap(self, untold: bool) -> None:
+        """Reaps the children that earlier images of this process have left, when they end.
+
+        `untold`: a guard among them has not been told by the token that this image has the guest.
+        """
         for pid in guard.children():
             try:
                 pidfd = os.pidfd_open(pid)
             except OSError:
                 continue
-            self._call_at_end(pidfd, partial(guard.reap, pid))
+            if untold:
+                self._untold.add(pid)
+            self._call_at_end(pidfd, partial(self._reap, pid))
+
+    def _reap(self, pid: int) -> None:
+        self._untold.discard(pid)
+        guard.reap(pid)
+
+    def has_untold_guard(self) -> bool:
+        return bool(self._untold)
 
     def _call_at_end(self, pidfd: int, reap: Callable[[], None]) -> None:
         """The pidfd becomes this object's."""
