@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 MAX_TEXT = 64 << 10
 """Bytes of one report; the rest is dropped."""
 
+KIND = 32  # characters with which a report begins
+MOST_KINDS = 1000  # the others are one
 MOST_REPORTS = 1000
 REPORTS_PER_S = 10
 """A guest can cause some of them, again and again, and the disk is its host's: so many at once, and
@@ -69,7 +71,7 @@ def exception_report(error: BaseException) -> None:
 
 
 class _Limit:
-    """How many reports may be made now: a token bucket."""
+    """How many reports of a kind may be made now: a token bucket."""
 
     def __init__(self) -> None:
         self._left = float(MOST_REPORTS)
@@ -88,12 +90,15 @@ class _Limit:
         return True
 
 
-_limit = _Limit()
+_limits: dict[str, _Limit] = {}
+"""By how a report begins: a guest's mistakes keep back nothing else."""
 
 
 def _report(text: str) -> None:
-    if _limit.allows():
-        left_out, _limit.left_out = _limit.left_out, 0
+    kind = text[:KIND] if text[:KIND] in _limits or len(_limits) < MOST_KINDS else ""
+    limit = _limits.setdefault(kind, _Limit())
+    if limit.allows():
+        left_out, limit.left_out = limit.left_out, 0
         more = f"{PROGRAM}: warning: {left_out} reports were left out\n" if left_out else ""
         _write(STDERR, more + text)
 

@@ -357,7 +357,7 @@ def test_refusals_of_the_callee_are_shown(vmm: FakeVmm, session: Session) -> Non
         ("xp /4xb 0x1000000", "01000000: Cannot access memory\n"),
         ("xp /4xb -1", "ffffffffffffffff: Cannot access memory\n"),
         ("xp /xz 0", "invalid char in format: 'z'\nTry \"help xp\" for more information\n"),
-        ("xp /999999999xg 0", "Error: dumps end at 1 MiB; use memsave or pmemsave\n"),
+        ("xp /999999999xg 0", "Error: dumps end at 128 KiB; use memsave or pmemsave\n"),
         (
             "xp /2i 0",
             "Error: disassembly (format i) is not supported; use x or d\n",

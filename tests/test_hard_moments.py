@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import pty
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from failing import HEARTBEAT, Failing, start_vm, words
-from harness.vm import Vm
+from failing import HEARTBEAT, Failing, bad, start_vm, words
+from harness.qmp import QmpError
+from harness.vm import VMM, Vm
 from waiting import wait_for, wait_for_change
 
 
@@ -122,6 +125,48 @@ def test_the_pidfile_of_a_vm_whose_load_fails(start, accel, tmp_path):
     vm.qmp.command("migrate-incoming", uri=f"file:{tmp_path}/nonsense")
     failing.check("has ended with exit status 1", same_pid=False)
     assert int(pidfile.read_text()) == vm.pid != failing.first_pid
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+def test_a_session_that_ends_with_the_new_image(start, accel, tmp_path, late):
+    """The VMM leads it, as in a terminal of its own: the new image's end hangs that up."""
+    master, terminal = pty.openpty()
+    prefix = ["setsid", "-c", *VMM]
+    try:
+        vm: Vm = start(*words(accel), command=prefix, stdin=terminal)
+        vm.pid = vm.process.pid
+        wait_for(lambda: os.getsid(vm.pid) == vm.pid, "it leads a session")
+        failing = Failing(vm)
+        failing.update(bad("die"), late, tmp_path / "state")
+        failing.check("ended by signal 9", same_pid=False)
+    finally:
+        os.close(terminal)
+        os.close(master)
+
+
+def test_a_second_update_waits_for_an_old_image_that_knows_no_token(start, accel, tmp_path):
+    """The first is to a program that is not asked: its guard sees only that it lives on."""
+    vm = start_vm(start, accel)
+    wrapper = tmp_path / "wrapper"
+    vmm = " ".join(VMM).removesuffix("run")
+    wrapper.write_text(f'#!/bin/sh\nword=ru\nexec {vmm} ${{word}}n "$@"\n')
+    wrapper.chmod(0o755)
+    options = vm.words[vm.words.index("run") + 1 :]
+    vm.qmp.command("cpr-exec", command=[str(wrapper), *options])
+    vm.reconnect()
+    with pytest.raises(QmpError, match="the VMM before this one has not ended yet"):
+        vm.qmp.command("cpr-exec", command=["/bin/false"])
+    counts(vm)
+
+    def is_taken() -> bool:
+        with suppress(QmpError):
+            vm.qmp.command("cpr-exec")
+            return True
+        return False
+
+    wait_for(is_taken, "the old image has ended")
+    vm.reconnect()
+    counts(vm)
 
 
 def test_a_guard_whose_caller_was_first(start, accel, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import socket
 import subprocess
 import threading
@@ -229,6 +230,53 @@ def test_a_reset_where_the_guest_is_not_leaves_its_ram_alone(start, accel, tmp_p
     target.close()
     source.qmp.command("cont")
     wait_for(lambda: source.ram[place] != mark, "it is booted again")
+
+
+def test_a_source_does_not_run_the_guest_that_its_target_updates(start, accel, tmp_path):
+    pair = Pair(start, accel, tmp_path, defer=False)
+    pair.begin()
+    wait_completed(pair.source)
+    target = pair.target
+    wait_for(lambda: target.ask("query-migrate")["status"] == "completed", "it has it")
+    capabilities = on("pause-before-switchover")
+    target.qmp.command("migrate-set-capabilities", capabilities=capabilities)
+    target.qmp.command("cpr-exec")
+    wait_for(lambda: target.ask("query-migrate")["status"] == "pre-switchover", "it waits")
+    with pytest.raises(QmpError, match='Failed to get "write" lock'):
+        pair.source.qmp.command("cont")
+    target.qmp.command("migrate-continue", state="pre-switchover")
+    target.reconnect()
+    check_churn(target)
+    with pytest.raises(QmpError, match='Failed to get "write" lock'):
+        pair.source.qmp.command("cont")
+
+
+def test_the_source_of_a_transfer_has_the_lock_until_it_lets_go(start, accel, tmp_path):
+    """So that a target cannot begin to run a guest whose migration is cancelled."""
+    pair = Pair(start, accel, tmp_path, defer=True)
+    pair.begin()
+    inode = os.stat(pair.source.ram_path()).st_ino
+    with open("/proc/locks") as locks:
+        assert [line for line in locks if f":{inode} " in line and str(pair.source.pid) in line]
+    assert pair.target.ask("query-status")["status"] == "inmigrate"
+
+
+def test_a_reset_where_the_guest_has_left_its_ram_in_a_file(start, accel, tmp_path):
+    backend = f"memory-backend-file,share=on,mem-path={tmp_path}/ram"
+    vm: Vm = start(*arguments(accel, backend))
+    wait_for_change(lambda: u64(vm, 0x9018), "the guest writes")
+    vm.qmp.command("migrate-set-capabilities", capabilities=on("x-ignore-shared"))
+    vm.qmp.command("migrate-set-parameters", mode="cpr-reboot")
+    vm.qmp.command("migrate", uri=f"file:{tmp_path}/state")
+    wait_completed(vm)
+    with open(tmp_path / "ram", "r+b") as ram:
+        ram.seek(BOOT_SECTOR)
+        ram.write(b"\xaa" * 8)
+        ram.flush()
+        vm.ask("system_reset")
+        vm.ask("stop")
+        ram.seek(BOOT_SECTOR)
+        assert ram.read(8) == b"\xaa" * 8
 
 
 def test_a_reset_before_the_load_of_a_late_update(start, accel, tmp_path):

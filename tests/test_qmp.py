@@ -583,11 +583,14 @@ def test_commands_of_a_client_that_reads_no_answer_wait(vmm: FakeVmm, ready: Cli
     chardev.stalled = True
     chardev.type(b'{"execute":"query-commands"}' * 1000)
     largest = 64 << 10  # of one answer
+    for _ in range(20):  # its turns
+        vmm.loop.iterate(0)
     assert MAX_UNREAD < len(chardev.output) < MAX_UNREAD + largest
     assert chardev.typed, "what it sent on was read"
     answers = len(ready.read())
     while answers < 1000:
         chardev.writable()
+        vmm.loop.iterate(0)
         got = len(ready.read())
         assert got
         answers += got

@@ -24,7 +24,7 @@ LINE = "x" * 4000
 
 @pytest.fixture(autouse=True)
 def no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cpr.report._limit", report._Limit())
+    monkeypatch.setattr("cpr.report._limits", {})
 
 
 @contextmanager
@@ -176,8 +176,10 @@ def test_what_is_said_again_and_again_is_counted(
     assert len(capfd.readouterr().err.splitlines()) == report.MOST_REPORTS
     monkeypatch.setattr("cpr.report.REPORTS_PER_S", 1e9)
     report.error_report("something else")
+    assert capfd.readouterr().err == "cpr-vmm: something else\n"
+    report.warn_report("a guest's mistake")
     assert capfd.readouterr().err == (
-        "cpr-vmm: warning: 5 reports were left out\ncpr-vmm: something else\n"
+        "cpr-vmm: warning: 5 reports were left out\ncpr-vmm: warning: a guest's mistake\n"
     )
 
 

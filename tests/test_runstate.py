@@ -24,3 +24,8 @@ def test_an_impossible_transition_raises_and_changes_nothing():
 def test_every_target_is_a_state():
     for targets in runstate.TRANSITIONS.values():
         assert targets <= set(runstate.TRANSITIONS) | {runstate.RESTORE_VM}
+
+
+@pytest.mark.parametrize("state", [runstate.POSTMIGRATE, runstate.IO_ERROR, runstate.PAUSED])
+def test_a_guest_that_slept_can_go_on_sleeping(state):
+    assert runstate.SUSPENDED in runstate.TRANSITIONS[state]

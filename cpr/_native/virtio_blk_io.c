@@ -11,6 +11,7 @@
 #define SECTOR_SHIFT 9
 #define SECTOR_SIZE (1 << SECTOR_SHIFT)
 #define ZEROS_SIZE (64 << 10)
+#define MOST_BYTES (64 << 20) /* of one read or write: who stops the device waits for it */
 #define MOST_SECTORS 0x3fffff /* of one discard or write zeroes, as the configuration says */
 
 static const uint8_t zeros[ZEROS_SIZE];
@@ -211,7 +212,7 @@ void cpr_blk_execute(const struct cpr_blk_options *options, bool write_through,
     result->place = take_status(&in);
     switch (header.type) {
     case VIRTIO_BLK_T_IN:
-        if (!in_range(options, header.sector, in_bytes)) {
+        if (in_bytes > MOST_BYTES || !in_range(options, header.sector, in_bytes)) {
             result->status = VIRTIO_BLK_S_IOERR;
             return;
         }
@@ -220,7 +221,8 @@ void cpr_blk_execute(const struct cpr_blk_options *options, bool write_through,
         return;
     case VIRTIO_BLK_T_OUT:
         result->is_write = true;
-        if (options->readonly || !in_range(options, header.sector, out_bytes)) {
+        if (options->readonly || out_bytes > MOST_BYTES ||
+            !in_range(options, header.sector, out_bytes)) {
             result->status = VIRTIO_BLK_S_IOERR;
             return;
         }

@@ -342,7 +342,10 @@ class SocketChardev(FdChardev):
     def _watch_listener(self) -> None:
         self._stop_timer()
         assert self._listener is not None
-        self.loop.watch(self._listener.fileno(), READ, lambda _: self._accept())
+        try:
+            self.loop.watch(self._listener.fileno(), READ, lambda _: self._accept())
+        except OSError:  # no memory, or no room in epoll's limit, for now
+            self._timer = self.loop.call_later(RETRY_NS, self._watch_listener)
 
     def _accept(self) -> None:
         assert self._listener is not None

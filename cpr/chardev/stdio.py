@@ -113,8 +113,9 @@ class StdioChardev(FdChardev):
             fd, self.in_fd = self.in_fd, -1
             if self._watched.pop(fd, None) is not None:
                 self.loop.unwatch(fd)
-        os.close(fd)
-        self.event(CLOSED)
+        if fd >= 0:
+            os.close(fd)
+            self.event(CLOSED)
 
     def close(self) -> None:
         super().close()

@@ -229,7 +229,9 @@ class FdChardev(Chardev):
             if events & WRITE:
                 self.loop.call_soon(lambda: self._on_ready(fd, WRITE))
         except OSError:  # no memory, or no room in epoll's limit, for now
-            self.loop.call_later(RETRY_NS, self._update)
+            if not self._update_queued:
+                self._update_queued = True
+                self.loop.call_later(RETRY_NS, self._update)
 
     def _on_always_ready(self, fd: int) -> None:
         self._read_queued = False
@@ -242,6 +244,7 @@ class FdChardev(Chardev):
                 self._tell_writable()
         if self._ended:
             if not self._pending or ready & GONE:
+                self._ended = False
                 self.hang_up()
         elif fd == self.in_fd and ready & ~WRITE and not self._read_round():
             self._on_hangup(ready)

@@ -44,6 +44,9 @@ UPDATE_NS = 244_141  # for so long before a second ends UIP warns of it
 OSCILLATOR_HZ = 32768
 
 
+U64_MAX = (1 << 64) - 1
+
+
 class Mc146818Rtc(Device):
     """`base` is "utc", "localtime" or a date as -rtc has it; `clock` "host", "rt" or "vm"."""
 
@@ -127,7 +130,7 @@ class Mc146818Rtc(Device):
             "next_periodic_time": periodic or 0,
             "irq_coalesced": 0,
             "period": self._period() * OSCILLATOR_HZ // SECOND,
-            "base_rtc": self._base,
+            "base_rtc": self._base & U64_MAX,
             "last_update": self._last_update,
             "offset": self._offset,
             "update_timer": NEVER if second is None else second,
@@ -136,7 +139,7 @@ class Mc146818Rtc(Device):
 
     def check(self, state: dict) -> None:
         check_range("cmos_index", state["cmos_index"], 0, INDEX)
-        check_range("base_rtc", state["base_rtc"], 0, 1 << 40)
+        check_range("base_rtc", _signed(state["base_rtc"]), -(1 << 40), 1 << 40)
         check_range("last_update", state["last_update"], 0, 1 << 62)
         check_range("offset", state["offset"], -(1 << 62), 1 << 62)
 
@@ -144,7 +147,7 @@ class Mc146818Rtc(Device):
         self._touched = True
         self._cmos[:] = state["cmos_data"]
         self._index = state["cmos_index"]
-        self._base = state["base_rtc"]
+        self._base = _signed(state["base_rtc"])
         self._last_update = state["last_update"]
         self._offset = state["offset"]
         self._seen = self._now() // SECOND
@@ -354,3 +357,8 @@ def _start(base: str) -> int:
     date = datetime.datetime.now() if is_local else datetime.datetime.fromisoformat(base)
     since = date - datetime.datetime(1970, 1, 1)
     return since.days * DAY + since.seconds
+
+
+def _signed(seconds: int) -> int:
+    """Of a time before 1970, too, as a C program has it in 64 bits."""
+    return seconds - (1 << 64) if seconds >> 63 else seconds

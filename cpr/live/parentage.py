@@ -3,8 +3,6 @@ part."""
 
 from __future__ import annotations
 
-import ctypes
-
 # linux/prctl.h
 PR_SET_PDEATHSIG, PR_GET_PDEATHSIG = 1, 2
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
@@ -27,10 +25,14 @@ class Parentage:
 
 
 def _prctl(option: int, argument: object) -> None:
+    import ctypes
+
     ctypes.CDLL(None).prctl(ctypes.c_int(option), argument, 0, 0, 0)
 
 
 def _get(option: int) -> int:
+    import ctypes
+
     value = ctypes.c_int(0)
     _prctl(option, ctypes.byref(value))
     return value.value

@@ -189,7 +189,11 @@ def _parse(vmm: Any, session: Session, text: str) -> tuple[Command | None, dict[
 
 
 def _register_of(vmm: Any, session: Session) -> Callable[[str], int | None]:
+    known: dict = {}  # read once: the vCPU is interrupted for it
+
     def value(name: str) -> int | None:
-        return registers.value(vmm.machine.vcpu_state(session.cpu_index), name)
+        if not known:
+            known.update(vmm.machine.vcpu_state(session.cpu_index))
+        return registers.value(known, name)
 
     return value

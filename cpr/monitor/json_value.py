@@ -12,7 +12,7 @@ from typing import Any
 
 # Of a value whose tokens are right one by one.
 TOKEN = re.compile(
-    r"""[{}\[\],:]|"(?:[^"\\]|\\.)*+"|'(?:[^'\\]|\\.)*+'|[^\s{}\[\],:"']++""", re.ASCII
+    r"""[{}\[\],:]|"(?:[^"\\]++|\\.)*+"|'(?:[^'\\]++|\\.)*+'|[^\s{}\[\],:"']++""", re.ASCII
 )
 # Surrogates come in pairs, and noncharacters are none.
 ESCAPE = (

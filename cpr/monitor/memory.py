@@ -13,7 +13,7 @@ from cpr.monitor.schema import Session
 
 SAVE_CHUNK = 64 * 1024
 LINE_BYTES = 16
-MAX_DUMP = 1 << 20  # bytes that x and xp show at most, for the output is made in one go
+MAX_DUMP = 128 << 10  # bytes that x and xp show at most, for the output is made in one go
 PHYSICAL_END = 1 << 52  # what a guest-physical address can have at most (Intel SDM vol. 3, 4.1.4)
 UNSIGNED_DIGITS = {1: 3, 2: 5, 4: 10, 8: 20}
 OCTAL_DIGITS = {1: 3, 2: 6, 4: 11, 8: 22}
@@ -43,7 +43,7 @@ def _dump(
     if letter == "i":
         raise CommandError("disassembly (format i) is not supported; use x or d")
     if fmt["count"] * size > MAX_DUMP:
-        raise CommandError("dumps end at 1 MiB; use memsave or pmemsave")
+        raise CommandError("dumps end at 128 KiB; use memsave or pmemsave")
     unit = 1 if letter == "c" else size
     per_line = 8 if size == 1 else LINE_BYTES
     left = fmt["count"] * size

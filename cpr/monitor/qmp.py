@@ -21,6 +21,8 @@ from cpr.monitor.schema import Argument, Command, Enum, ListOf, Session
 ROOM = 4096
 # Group 1 stays as it is: backslashes, and surrogates in pairs. Others are bytes that are no UTF-8.
 SURROGATES = re.compile(r"(\\\\|\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2})|\\ud[89a-f][0-9a-f]{2}")
+LONE = re.compile("[\ud800-\udfff]")
+MOST_SPREAD = 64 << 10  # bytes of an answer that is spread over lines
 NO_TEXT = "\\ufffd"  # as QEMU writes them
 TURN_NS = 2 * NS_PER_MS
 CAPABILITIES = ("oob",)
@@ -99,8 +101,8 @@ class QmpMonitor:
         self._executes = False
 
     def _on_event(self, event: str) -> None:
-        self._start()
-        if event == OPENED:
+        if event == OPENED:  # until then what a client that has gone has said is done
+            self._start()
             self._send({"QMP": {"version": VERSION, "capabilities": list(CAPABILITIES)}})
 
     def _on_vm_event(self, event: dict) -> None:
@@ -108,8 +110,10 @@ class QmpMonitor:
             self._send(event)
 
     def _send(self, message: dict) -> None:
-        text = json.dumps(message, indent=self._indent)
-        if "\\ud" in text:
+        text = json.dumps(message)
+        if self._indent and len(text) < MOST_SPREAD:  # by depth, which is a client's to choose
+            text = json.dumps(message, indent=self._indent)
+        if "\\ud" in text and LONE.search(json.dumps(message, ensure_ascii=False)):
             text = SURROGATES.sub(lambda found: found[1] or NO_TEXT, text)
         self._chardev.write(text.encode() + b"\r\n")
 

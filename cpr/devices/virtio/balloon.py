@@ -6,7 +6,9 @@ the host may have mapped RAM for its DMA they are left as they are, as with QEMU
 
 from __future__ import annotations
 
-from cpr.constants import NS_PER_S, PAGE_SIZE
+import time
+
+from cpr.constants import NS_PER_MS, NS_PER_S, PAGE_SIZE
 from cpr.devices.virtio.device import VirtioDevice
 from cpr.devices.virtio.pci import add_function
 from cpr.errors import CommandError, ConfigError
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from cpr.devices.virtio.device import Transport
 
 QUEUE_SIZE = 128
+TURN_NS = 5 * NS_PER_MS  # with the machine's lock
 INFLATE = 0
 ARRAY_BYTES = 4 << 10  # of page numbers, 4 bytes each, in one chain; Linux gives 1 KiB
 ACTUAL_OFFSET = 4
@@ -102,7 +105,8 @@ class VirtioBalloon(VirtioDevice):
     def kick(self, index: int) -> None:
         """Pages become holes before the guest is told that they are taken, and may want them."""
         queue, memory = self.transport.queues[index], self.transport.platform.memory
-        for _ in range(QUEUE_SIZE):
+        end = time.monotonic_ns() + TURN_NS
+        while time.monotonic_ns() < end:
             numbers = queue.peek(ARRAY_BYTES)
             if numbers is None:
                 return
