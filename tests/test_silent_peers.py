@@ -186,7 +186,7 @@ def test_a_thread_that_cannot_start_fails_the_migration(monkeypatch, guests, tmp
 def test_a_command_that_lives_on_refuses_no_update(start, guests):
     """It has closed its end of the pipe, or has said all; it is reaped, and not waited for."""
     vm: Vm = start.guest("heartbeat", "tcg")
-    vm.ask("migrate", uri="exec:cat >$0.stream; sleep 1000".replace("$0", str(vm.directory)))
+    vm.ask("migrate", uri=f"exec:cat >{vm.directory}/stream; sleep 1000")
     wait_for(lambda: vm.ask("query-migrate")["status"] == "active", "the stream is written")
     vm.ask("migrate_cancel")
     wait_for(lambda: vm.ask("query-migrate")["status"] == "cancelled", "it is cancelled")
