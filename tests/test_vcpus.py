@@ -116,7 +116,7 @@ def test_how_a_thread_is_scheduled_includes_its_nice_value(thread):
     found = Scheduling.of(thread.thread_id)
     thread.end()
     thread.start()
-    assert os.getpriority(os.PRIO_PROCESS, thread.thread_id) == 3
+    wait_for(lambda: os.getpriority(os.PRIO_PROCESS, thread.thread_id) == 3, "as before")
     os.setpriority(os.PRIO_PROCESS, thread.thread_id, 5)
     cpus, policy, priority = found.describe()
     Scheduling(cpus, policy, priority, found.nice).give(thread.thread_id)
