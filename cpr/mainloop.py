@@ -6,6 +6,7 @@ reach the loop with `call_soon`.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import time
@@ -13,7 +14,7 @@ from _thread import allocate_lock, get_ident
 from heapq import heapify, heappop, heappush
 
 from cpr import report
-from cpr.constants import NS_PER_S
+from cpr.constants import NS_PER_MS, NS_PER_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 HANGUP = select.EPOLLHUP
 MAX_WAIT_NS = 3600 * NS_PER_S  # of one epoll_wait, which takes no more than 2^31 ms
+NO_ROOM = (errno.ENOMEM, errno.ENOSPC)  # the latter: fs.epoll.max_user_watches
+RETRY_NS = 200 * NS_PER_MS  # until what the kernel had no room for is tried again
 FEW_TIMERS = 64  # so many may be cancelled before they are looked for
 
 
@@ -59,16 +62,29 @@ class MainLoop:
     def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
         """Calls `callback(events)` on the loop while any of `events` holds for `fd`.
 
-        A second call for the same fd replaces the first; the fd stays the caller's.
+        A second call for the same fd replaces the first; the fd stays the caller's.  Where the
+        kernel has no room for it now it is tried again.  Raises OSError for what cannot be watched.
         """
+        try:
+            self._add(fd, events)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self.call_later(RETRY_NS, lambda: self._watch_again(fd, events, callback))
+        self._watched[fd] = callback
+
+    def _add(self, fd: int, events: int) -> None:
         try:
             if fd in self._watched:
                 self._epoll.modify(fd, events)
-            else:
-                self._epoll.register(fd, events)
-        except FileNotFoundError:  # whoever watched it has closed it, and it is another file now
-            self._epoll.register(fd, events)
-        self._watched[fd] = callback
+                return
+        except FileNotFoundError:  # there was no room, or it is closed, and another file by now
+            pass
+        self._epoll.register(fd, events)
+
+    def _watch_again(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        if self._watched.get(fd) is callback:
+            self.watch(fd, events, callback)
 
     def unwatch(self, fd: int) -> None:
         """The inverse of `watch`; call it before closing the fd.  Unknown fds are ignored."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
+from types import SimpleNamespace
 
+import pytest
 from descriptors import open_fds
 
 from cpr.mainloop import FEW_TIMERS, READ, MainLoop
@@ -22,6 +25,42 @@ def test_watch_and_unwatch():
     os.write(writer, b"two")
     loop.iterate(0)
     assert seen == [b"one"]
+    os.close(reader)
+    os.close(writer)
+    loop.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOMEM])
+def test_what_epoll_has_no_room_for_is_watched_later(monkeypatch, number):
+    loop = MainLoop()
+    reader, writer = os.pipe()
+    monkeypatch.setattr("cpr.mainloop.RETRY_NS", 1_000_000)
+    epoll, failures = loop._epoll, [number] * 3
+
+    def register(fd: int, events: int) -> None:
+        if failures:
+            raise OSError(failures.pop(), "no room")
+        epoll.register(fd, events)
+
+    full = SimpleNamespace(register=register, unregister=epoll.unregister, poll=epoll.poll)
+    full.modify, full.close = epoll.modify, epoll.close
+    monkeypatch.setattr(loop, "_epoll", full)
+    seen: list[str] = []
+    loop.watch(reader, READ, lambda events: seen.append("old"))
+    loop.watch(reader, READ, lambda events: seen.append(os.read(reader, 10).decode()))
+    os.write(writer, b"here")
+    while not seen:
+        loop.iterate(None)
+    assert seen == ["here"]
+    loop.unwatch(reader)
+    failures.append(errno.EPERM)
+    with pytest.raises(PermissionError):
+        loop.watch(reader, READ, print)
+    failures.append(number)
+    loop.watch(reader, READ, print)
+    loop.unwatch(reader)
+    loop.iterate(50_000_000)  # nobody watches it any more
+    assert epoll.poll(0) == []
     os.close(reader)
     os.close(writer)
     loop.close()

@@ -14,10 +14,10 @@ import socket
 
 from cpr import report
 from cpr.chardev.base import flag
-from cpr.chardev.stream import RETRY_NS, FdChardev
+from cpr.chardev.stream import FdChardev
 from cpr.constants import NS_PER_MS, UNIX_PATH_MAX
 from cpr.errors import ConfigError
-from cpr.mainloop import READ, WRITE
+from cpr.mainloop import READ, RETRY_NS, WRITE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -342,10 +342,7 @@ class SocketChardev(FdChardev):
     def _watch_listener(self) -> None:
         self._stop_timer()
         assert self._listener is not None
-        try:
-            self.loop.watch(self._listener.fileno(), READ, lambda _: self._accept())
-        except OSError:  # no memory, or no room in epoll's limit, for now
-            self._timer = self.loop.call_later(RETRY_NS, self._watch_listener)
+        self.loop.watch(self._listener.fileno(), READ, lambda _: self._accept())
 
     def _accept(self) -> None:
         assert self._listener is not None

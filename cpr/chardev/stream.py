@@ -9,7 +9,6 @@ import time
 from _thread import RLock
 
 from cpr.chardev.base import CLOSED, MAX_WAITING, OPENED, Chardev
-from cpr.constants import NS_PER_MS
 from cpr.mainloop import READ, WRITE
 from cpr.state.connections import raw, text
 
@@ -25,7 +24,6 @@ BYTES_PER_ROUND = 16384
 HANGUP = select.EPOLLRDHUP
 GONE = select.EPOLLHUP | select.EPOLLERR  # the peer reads nothing either
 NO_MEMORY = (errno.ENOBUFS, errno.ENOMEM)  # for now: nobody has gone
-RETRY_NS = 200 * NS_PER_MS  # until what the kernel had no room for is tried again
 
 
 class FdChardev(Chardev):
@@ -228,10 +226,6 @@ class FdChardev(Chardev):
                 self.loop.call_soon(lambda: self._on_always_ready(fd))
             if events & WRITE:
                 self.loop.call_soon(lambda: self._on_ready(fd, WRITE))
-        except OSError:  # no memory, or no room in epoll's limit, for now
-            if not self._update_queued:
-                self._update_queued = True
-                self.loop.call_later(RETRY_NS, self._update)
 
     def _on_always_ready(self, fd: int) -> None:
         self._read_queued = False

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import os
 
-from cpr.constants import NS_PER_MS
 from cpr.errors import ConfigError
 from cpr.live import guard
 from cpr.live.transaction import ENDING
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from cpr.vmm.vmm import Vmm
 
 READY = b"\0"
-RETRY_NS = 200 * NS_PER_MS
 INIT = 1  # the PID that orphans become children of: a VMM's in a container
 MOST_PID = 32  # bytes of a PID file that are looked at; more than a PID has
 
@@ -189,11 +187,5 @@ class Signals:
                     error_report(f"terminating on signal {number}")
                     vmm.quit("host-signal")
 
-        def watch() -> None:
-            try:
-                vmm.loop.watch(self._reader, READ, on_wakeup)
-            except OSError:  # no memory, or no room in epoll's limit, for now
-                vmm.loop.call_later(RETRY_NS, watch)
-
-        watch()
+        vmm.loop.watch(self._reader, READ, on_wakeup)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
