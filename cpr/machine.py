@@ -56,11 +56,6 @@ class Machine(Lifecycle):
     def blocks(self) -> list[RAMBlock]:
         return self.memory.blocks
 
-    @property
-    def has_shared_files(self) -> bool:
-        """Whether another VMM can have the same RAM, as it is in a file."""
-        return any(block.reopened for block in self.blocks)
-
     # What devices see (devices.base.Platform).
 
     def register_io(

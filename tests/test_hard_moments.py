@@ -82,6 +82,23 @@ def test_a_migration_whose_reader_does_not_end_is_cancelled(start, accel, tmp_pa
     counts(vm)
 
 
+def test_a_stream_that_is_read_resumes_no_guest_in_the_same_ram(start, accel, tmp_path):
+    """Who has read it may run the guest: only the user can know, and says `cont`."""
+    ram = f"memory-backend-file,id=ram0,size=64M,share=on,mem-path={tmp_path}/ram"
+    options = [ram if "memfd" in word else word for word in words(accel)]
+    vm: Vm = start(*options)
+    ignores = {"capability": "x-ignore-shared", "state": True}
+    vm.qmp.command("migrate-set-capabilities", capabilities=[ignores])
+    vm.ask("migrate", uri="exec:cat >/dev/null; exec sleep 1000")
+    wait_for(lambda: vm.ask("query-migrate")["status"] == "device", "all is written")
+    vm.ask("migrate_cancel")
+    wait_for(lambda: vm.ask("query-migrate")["status"] == "cancelled", "it is cancelled")
+    assert vm.ask("query-status")["status"] == "postmigrate"
+    assert "the guest stays stopped: whoever has read the stream may run it" in vm.stderr
+    vm.qmp.command("cont")
+    assert vm.ask("query-status")["running"]
+
+
 def test_quit_right_after_a_late_update_leaves_nothing(start, accel, tmp_path):
     folder = tmp_path / "tmp"
     folder.mkdir()

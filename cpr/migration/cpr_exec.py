@@ -101,7 +101,7 @@ class Exec(KeepsRam):
         self._versions = early_versions(self.command, self._files, self._serve)
         return self if self._versions else None
 
-    def prepare(self) -> None:
+    def prepare(self, machine: Machine) -> None:
         """Asks once whether the program takes the guest over by the token of an update.
 
         One that has no idea of that has the guest when it has read its CPR state.

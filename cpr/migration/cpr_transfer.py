@@ -68,6 +68,10 @@ class Transfer(KeepsRam):
         self._unsent: list[tuple[bytes, int]] = []
         self._twins: list[int] = []  # what of the descriptors has not gone out yet
 
+    def prepare(self, machine: Machine) -> None:
+        """Takes the lock on the guest's RAM, which the target cannot have before `finish`."""
+        take_guest(machine)
+
     def begin(self, go_on: Callable[[], None]) -> bool:
         """Sends the CPR state, as fast as the target takes it; nothing here waits for that."""
         path = check_address(self._address)

@@ -27,14 +27,16 @@ class Mode:
 
     `stops_first`: the guest is stopped before the migration is `active`.  `ends_process`: after
     `finish` there is another image, or an error.  `regenerates`: the new image makes the machine's
-    own blocks again.  `stages`: RAM that it could not map is copied for it.  `stopped_ns` is when
-    the guest was stopped for it.  After a `finish` that failed, `ended_by` is the signal that ended
-    the new image, and the VM with it, or 0; `gives_back` is what goes on at once where that has
+    own blocks again.  `tells_owner`: a token or a lock says whose the guest is, whoever has read
+    the stream.  `stages`: RAM that it could not map is copied for it.  `stopped_ns` is when the
+    guest was stopped for it.  After a `finish` that failed, `ended_by` is the signal that ended the
+    new image, and the VM with it, or 0; `gives_back` is what goes on at once where that has
     refused, and what becomes of the update is told later, or None.
     """
 
     ends_process = False
     regenerates = True
+    tells_owner = False
     gives_back: Callable[[], None] | None = None
     ended_by = 0
 
@@ -54,8 +56,8 @@ class Mode:
         """
         return None
 
-    def prepare(self) -> None:
-        """Does what takes long, before there is anything to undo."""
+    def prepare(self, machine: Machine) -> None:
+        """Does what takes long, before there is anything to undo.  Raises CprError."""
 
     def begin(self, go_on: Callable[[], None]) -> bool:
         """Sends the CPR state, if the mode has one.
@@ -75,7 +77,7 @@ class Mode:
 
     def finish(self, machine: Machine) -> None:
         """The stream is written and closed.  Raises MigrationError where the end fails."""
-        machine.shares_ram |= machine.has_shared_files
+        machine.shares_ram |= any(block.reopened for block in machine.blocks)
         machine.runstate.set(runstate.POSTMIGRATE)
 
     def rollback(self) -> None:
@@ -84,6 +86,8 @@ class Mode:
 
 class KeepsRam(Mode):
     """A mode in which the new image maps the same RAM: no page of it is in the stream."""
+
+    tells_owner = True
 
     def sends(self, block: RAMBlock, ignore_shared: bool) -> bool:
         return False

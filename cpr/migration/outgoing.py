@@ -15,7 +15,6 @@ from cpr.faults import point
 from cpr.migration import address as addresses
 from cpr.migration import channel, savevm
 from cpr.migration.cancellation import Cancellation
-from cpr.migration.cpr_transfer import take_guest
 from cpr.migration.incoming import NO_THREAD
 from cpr.migration.mode import EXEC, TRANSFER
 from cpr.migration.statistics import STOPPED_SYNCS, RamCounters, Times
@@ -93,13 +92,12 @@ class Outgoing:
         self.ram = RamCounters()
         self.times = Times()
         self._handed = handed
-        self._holds_nothing = mode.name not in (EXEC, TRANSFER)
         self._mode: Mode | None = mode
         self._thread_done = thread_done
         self._switchover = allocate_lock()
         self._cancel = False
         self._written = False
-        self._is_out = False  # whoever reads the stream has all of it
+        self._may_run_elsewhere = False  # who reads the stream may have all of it, and has the RAM
         self._ending = allocate_lock()  # the stream is cancelled, or it is written
         self._waits_for_target = False
         self._channel: Channel | None = None
@@ -116,10 +114,8 @@ class Outgoing:
         mode = self._mode
         assert mode is not None
         try:
-            mode.prepare()
+            mode.prepare(self.machine)
             savevm.prepare()
-            if mode.name == TRANSFER:  # which the target cannot have before this lets it go
-                take_guest(self.machine)
             self._staging = stage(self.machine, self.fds, self.state, mode, self.ram)
             waits = mode.begin(lambda: self._go_on(address))
             if not waits and not addresses.connects_in_background(address):
@@ -273,11 +269,14 @@ class Outgoing:
     def _write_all(self) -> None:
         assert self._channel is not None and self._saver is not None
         point("devices")
-        saver, channel = self._saver, self._channel
+        saver, channel, mode = self._saver, self._channel, self._mode
+        assert mode is not None
         if self.state.capabilities.enabled("return-path") and channel.kind != "socket":
             raise MigrationError("Unable to read from file: Bad file descriptor")
+        ignored = self.state.capabilities.enabled("x-ignore-shared")
+        unsent = any(not mode.sends(block, ignored) for block in self.machine.blocks)
+        self._may_run_elsewhere = channel.waits and unsent and not mode.tells_owner
         self._write(lambda: saver.devices(self.old_state))
-        self._is_out = channel.waits
         self._write(channel.finish)
 
     # What comes from outside, on the main loop.
@@ -417,12 +416,11 @@ class Outgoing:
     def _go_back(self, exec_failed: bool, refusal: CprError | None) -> None:
         if self.machine.runstate.current != runstate.FINISH_MIGRATE:
             return
-        if refusal is not None:  # another VMM may run the guest: `cont` tries again
-            error_report(f"the guest stays stopped: {refusal}")
-            self.machine.shares_ram = True
-            self.machine.runstate.set(runstate.POSTMIGRATE)
-        elif self._is_out and self._shares_ram:
-            error_report("the guest stays stopped: whoever has read the stream may run it")
+        reason = str(refusal) if refusal is not None else ""
+        if not reason and self._may_run_elsewhere:
+            reason = "whoever has read the stream may run it"
+        if reason:  # `cont` tries again
+            error_report(f"the guest stays stopped: {reason}")
             self.machine.shares_ram = True
             self.machine.runstate.set(runstate.POSTMIGRATE)
         elif self.old_state in runstate.LIVE:
@@ -431,12 +429,6 @@ class Outgoing:
             self.machine.runstate.set(runstate.POSTMIGRATE)
         else:
             self.machine.runstate.set(self.old_state)
-
-    @property
-    def _shares_ram(self) -> bool:
-        """Whether the reader of the stream has the same RAM, and no lock says whose guest it is."""
-        ignores = self.state.capabilities.enabled("x-ignore-shared")
-        return self._holds_nothing and ignores and self.machine.has_shared_files
 
     def query(self) -> dict:
         """What query-migrate tells beside the status."""
