@@ -202,7 +202,7 @@ class Lifecycle:
             old_state = self.runstate.current
             was_running = old_state in runstate.LIVE
             if was_running:
-                self.was_suspended = self.runstate.current == runstate.SUSPENDED
+                self.was_suspended = old_state == runstate.SUSPENDED
                 self.pause_vcpus()
                 self.reset_if_requested()
                 if self._suspend_requested:
@@ -351,14 +351,11 @@ class Lifecycle:
         """Ends the VM now, with a SHUTDOWN event; with -no-shutdown the guest only stops."""
         self.events.emit("SHUTDOWN", {"guest": guest, "reason": reason})
         if guest and self.config.no_shutdown:
-            self.stop(
-                runstate.SHUTDOWN
-            )  # a migration that stops the guest meanwhile sees the request
-            self._shutdown_requested = False
+            self.stop(runstate.SHUTDOWN)
         else:
-            self._shutdown_requested = False
             self.ended = True
             self.on_exit(0)
+        self._shutdown_requested = False  # not before: a migration that stops the guest looks
 
     def _stop_running(self, state: str) -> None:
         """One that has been stopped meanwhile stays as it is: it finds the same when it goes on."""

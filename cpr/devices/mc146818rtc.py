@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 
+from cpr.constants import U64_LIMIT
 from cpr.devices.base import Device, check_range
 from cpr.devices.virtual_timer import LEAST_PERIOD_NS, VirtualTimer
 from cpr.state.vmstate import VMStateDescription, buffer, i64, u8, u32, u64, unused
@@ -42,9 +43,6 @@ AT_POWER_ON = {REG_A: 0x26, REG_B: HOURS_24, REG_D: VALID}
 PM = 0x80  # in the hours of the 12-hour mode
 UPDATE_NS = 244_141  # for so long before a second ends UIP warns of it
 OSCILLATOR_HZ = 32768
-
-
-U64_MAX = (1 << 64) - 1
 
 
 class Mc146818Rtc(Device):
@@ -130,7 +128,7 @@ class Mc146818Rtc(Device):
             "next_periodic_time": periodic or 0,
             "irq_coalesced": 0,
             "period": self._period() * OSCILLATOR_HZ // SECOND,
-            "base_rtc": self._base & U64_MAX,
+            "base_rtc": self._base % U64_LIMIT,
             "last_update": self._last_update,
             "offset": self._offset,
             "update_timer": NEVER if second is None else second,
@@ -361,4 +359,4 @@ def _start(base: str) -> int:
 
 def _signed(seconds: int) -> int:
     """Of a time before 1970, too, as a C program has it in 64 bits."""
-    return seconds - (1 << 64) if seconds >> 63 else seconds
+    return seconds - U64_LIMIT if seconds >> 63 else seconds

@@ -48,8 +48,8 @@ SWITCHOVER_START = 11  # the command that says: RAM is done, now come the device
 
 CHUNK = 32768  # bytes asked for in one read
 MAX_DESCRIPTION = 16 << 20
-MOST_SECTIONS = 65536  # of one stream
 """Bytes of a stream's description of itself that are kept; it ends the stream."""
+MOST_SECTIONS = 65536  # of one stream
 
 
 class Section:

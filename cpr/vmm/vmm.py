@@ -10,7 +10,6 @@ from cpr.constants import NS_PER_MS
 from cpr.errors import CommandError, ConfigError, CprError
 from cpr.faults import point
 from cpr.live import guard
-from cpr.live.token import STATE_FIELD, read_stat
 from cpr.mainloop import READ
 from cpr.migration import channel
 from cpr.migration.process import Process
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
 
 FLUSH_NS = 200 * NS_PER_MS
 LOCK_NS = 50 * NS_PER_MS
-
-ZOMBIE = "Z"  # of proc_pid_stat(5)
 
 
 class Vmm(Process):
@@ -273,13 +270,6 @@ class Vmm(Process):
         guard.reap(pid)
 
     def has_untold_guard(self) -> bool:
-        for pid in tuple(self._untold):
-            try:
-                ended = read_stat(f"/proc/{pid}/stat")[1][STATE_FIELD] == ZOMBIE
-            except OSError:
-                ended = True
-            if ended:
-                self._untold.discard(pid)
         return bool(self._untold)
 
     def _call_at_end(self, pidfd: int, reap: Callable[[], None]) -> None:
