@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tcg_guest import PAGE_TABLES, STOP, Bus, Guest, code, real_mode_state, require_tcg
+import pytest
+from tcg_guest import CODE, PAGE_TABLES, STOP, Bus, Guest, code, real_mode_state, require_tcg
 from test_virtio_blk import DATA, IN, OK, Rig
 from virtio_driver import RAM_SIZE, VirtioPlatform
 from waiting import wait_for
 
+from cpr.accel import base
 from cpr.accel.tcg import TcgAccelerator
 
 require_tcg()
@@ -109,3 +112,29 @@ def test_code_that_a_disk_is_read_over(tmp_path: Path) -> None:
     vcpu.close()
     rig.close()
     accel.close()
+
+
+class _Heap(ctypes.Structure):
+    """What mallinfo2(3) gives, in bytes."""
+
+    _fields_ = [
+        ("arenas", 7 * ctypes.c_size_t),
+        ("used", ctypes.c_size_t),
+        ("free", 2 * ctypes.c_size_t),
+    ]
+
+
+def test_memory_is_bounded_for_code_that_is_always_new() -> None:
+    """The library keeps an entry for each block of 1,200,000 that are one jump each: 45 MB."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        pytest.skip("this C library has no mallinfo2(3)")
+    mallinfo2.restype = _Heap
+    guest = Guest()
+    jump_to_next, start = b"\xeb\x00", 0x20000
+    guest.write(start, jump_to_next * 1_200_000 + STOP)
+    guest.start_32(b"\xe9" + (start - CODE - 5).to_bytes(4, "little"))  # jmp start
+    before = mallinfo2().used
+    assert guest.run() == base.KICKED
+    assert mallinfo2().used - before < 30_000_000
+    guest.close()

@@ -12,7 +12,7 @@
 enum { RFLAGS_IF = 1 << 9, HFLAG_INHIBIT_IRQ = 1 << 3 };
 enum { MSR_TSC_AUX = 0xc0000103u };
 enum { CS = 1, VECTOR_BREAKPOINT = 3, OPCODE_INT3 = 0xcc, OPCODE_INT = 0xcd };
-enum { STOP = CPR_TCG_KICK | CPR_TCG_INIT | CPR_TCG_SIPI | TCG_YIELD | TCG_STALE };
+enum { STOP = CPR_TCG_KICK | CPR_TCG_INIT | CPR_TCG_SIPI | TCG_YIELD | TCG_STALE | TCG_MANY };
 
 uint64_t tcg_now_ns(void)
 {
@@ -196,6 +196,18 @@ static void on_block(void *uc, uint64_t address, uint32_t size, void *user)
     }
 }
 
+static void on_translation(void *uc, void *block, void *before, void *user)
+{
+    struct tcg_engine *engine = user;
+
+    (void)uc;
+    (void)block;
+    (void)before;
+    if (++engine->translations == TCG_TRANSLATIONS_MAX) {
+        tcg_add_requests(engine, TCG_MANY);
+    }
+}
+
 static void on_interrupt(void *uc, uint32_t vector, void *user)
 {
     struct tcg_engine *engine = user;
@@ -279,12 +291,17 @@ static int on_cpuid(void *uc, void *user)
     return 1;
 }
 
-static int add_hook(struct tcg_engine *engine, int type, void *callback, int instruction)
+static int add_hook(struct tcg_engine *engine, size_t *hook, int type, void *callback,
+                    int instruction)
 {
-    size_t hook;
-
-    return unicorn.hook_add(engine->cpu.uc, &hook, type, callback, engine, (uint64_t)1,
+    return unicorn.hook_add(engine->cpu.uc, hook, type, callback, engine, (uint64_t)1,
                             (uint64_t)0, instruction);
+}
+
+static int add_block_hook(struct tcg_engine *engine)
+{
+    engine->translations = 0;
+    return add_hook(engine, &engine->block_hook, UC_HOOK_BLOCK, (void *)on_block, 0);
 }
 
 static int add_hooks(struct tcg_engine *engine)
@@ -294,7 +311,7 @@ static int add_hooks(struct tcg_engine *engine)
         int instruction;
         void *callback;
     } hooks[] = {
-        {UC_HOOK_BLOCK, 0, (void *)on_block},
+        {UC_HOOK_EDGE_GENERATED, 0, (void *)on_translation},
         {UC_HOOK_INTR, 0, (void *)on_interrupt},
         {UC_HOOK_MEM_WRITE_PROT | UC_HOOK_MEM_FETCH_PROT, 0, (void *)on_protected_access},
         {UC_HOOK_INSN, UC_X86_INS_IN, (void *)on_in},
@@ -305,10 +322,11 @@ static int add_hooks(struct tcg_engine *engine)
         {UC_HOOK_INSN, UC_X86_INS_RDTSC, (void *)on_rdtsc},
         {UC_HOOK_INSN, UC_X86_INS_RDTSCP, (void *)on_rdtscp},
     };
-    int error = 0;
+    size_t hook;
+    int error = add_block_hook(engine);
 
     for (size_t i = 0; i < sizeof(hooks) / sizeof(hooks[0]) && !error; i++) {
-        error = add_hook(engine, hooks[i].type, hooks[i].callback, hooks[i].instruction);
+        error = add_hook(engine, &hook, hooks[i].type, hooks[i].callback, hooks[i].instruction);
     }
     return error;
 }
@@ -375,6 +393,24 @@ static void forget_code(struct tcg_engine *engine)
     tcg_code_pages_forget(&engine->code_pages);
 }
 
+static int forget_as_asked(struct tcg_engine *engine)
+{
+    const uint32_t requests = tcg_take_requests(engine, CPR_TCG_CODE | TCG_MANY);
+    int error = 0;
+
+    if (requests) {
+        forget_code(engine);
+    }
+    if (requests & TCG_MANY) {
+        /* What the library has kept for the hook goes with it. */
+        error = unicorn.hook_del(engine->cpu.uc, engine->block_hook);
+        if (!error) {
+            error = add_block_hook(engine);
+        }
+    }
+    return error;
+}
+
 void tcg_engine_forget_stale(struct tcg_engine *engine)
 {
     if (engine->stale_count > TCG_STALE_MAX) {
@@ -438,14 +474,14 @@ enum tcg_end tcg_engine_run(struct tcg_engine *engine)
     engine->system_call = NULL;
     if (!error) {
         tcg_code_pages_begin(&engine->code_pages);
-        if (tcg_take_requests(engine, CPR_TCG_CODE)) {
-            forget_code(engine);
+        error = forget_as_asked(engine);
+        if (!error) {
+            tcg_cpu_load(cpu);
+            if (cpu->registers->hflags & HFLAG_INHIBIT_IRQ) {
+                tcg_add_requests(engine, TCG_SHADOW);
+            }
+            error = unicorn.emu_start(cpu->uc, cpu->registers->rip, 0, 0, 0);
         }
-        tcg_cpu_load(cpu);
-        if (cpu->registers->hflags & HFLAG_INHIBIT_IRQ) {
-            tcg_add_requests(engine, TCG_SHADOW);
-        }
-        error = unicorn.emu_start(cpu->uc, cpu->registers->rip, 0, 0, 0);
         tcg_code_pages_end();
         undo_rom_writes(engine);
     }

@@ -12,6 +12,7 @@
 
 enum { TCG_ROM_WRITES_MAX = 256 };
 enum { TCG_STALE_MAX = 256 };
+enum { TCG_TRANSLATIONS_MAX = 1 << 18 };
 enum { TCG_MAPPINGS_MAX = 65 }; /* all RAM slots, and the gaps around them */
 
 /* What is asked of an engine beside the requests of vm.h. */
@@ -19,6 +20,7 @@ enum {
     TCG_YIELD = 1 << 16,    /* another vCPU has waited for a whole time slice */
     TCG_UNDO_ROM = 1 << 17, /* there are writes to ROM to undo */
     TCG_STALE = 1 << 19,    /* a device has written code */
+    TCG_MANY = 1 << 20,     /* TCG_TRANSLATIONS_MAX blocks have been translated */
     TCG_SHADOW = 1 << 18    /* the first block is the instruction in an interrupt shadow */
 };
 
@@ -58,6 +60,10 @@ struct tcg_engine {
     struct tcg_mapping mappings[TCG_MAPPINGS_MAX];
     uint32_t mapping_count;
     uint32_t ram_version;
+
+    /* For a hook the library keeps an entry of each block that it has ever translated. */
+    size_t block_hook;
+    uint32_t translations;
 
     struct tcg_code_pages code_pages;
     /* Pages of code that devices have written, by their addresses; under the VM's lock.  Where there

@@ -24,6 +24,7 @@ static const struct {
     {"uc_mem_unmap", offsetof(struct unicorn_api, mem_unmap)},
     {"uc_mem_write", offsetof(struct unicorn_api, mem_write)},
     {"uc_hook_add", offsetof(struct unicorn_api, hook_add)},
+    {"uc_hook_del", offsetof(struct unicorn_api, hook_del)},
     {"uc_emu_start", offsetof(struct unicorn_api, emu_start)},
     {"uc_emu_stop", offsetof(struct unicorn_api, emu_stop)},
     {"uc_context_size", offsetof(struct unicorn_api, context_size)},

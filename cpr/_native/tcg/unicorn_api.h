@@ -23,7 +23,8 @@ enum {
     UC_HOOK_INSN = 0x2,
     UC_HOOK_BLOCK = 0x8,
     UC_HOOK_MEM_WRITE_PROT = 0x100,
-    UC_HOOK_MEM_FETCH_PROT = 0x200
+    UC_HOOK_MEM_FETCH_PROT = 0x200,
+    UC_HOOK_EDGE_GENERATED = 0x8000
 };
 
 enum {
@@ -107,6 +108,7 @@ struct unicorn_api {
     int (*mem_write)(void *uc, uint64_t address, const void *bytes, size_t size);
     int (*hook_add)(void *uc, size_t *hook, int type, void *callback, void *user,
                     uint64_t begin, uint64_t end, ...);
+    int (*hook_del)(void *uc, size_t hook);
     int (*emu_start)(void *uc, uint64_t begin, uint64_t until, uint64_t timeout, size_t count);
     int (*emu_stop)(void *uc);
     size_t (*context_size)(void *uc);
