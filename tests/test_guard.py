@@ -213,14 +213,19 @@ tell(closed=closed, said=returned.dropped)
     [
         ("exec {fd}<&-; sleep 0.5; exit 0", True, "died"),
         ("sleep 0.3; exit 0", False, "died"),
+        ("bash -c 'exec {fd}<&-; sleep 0.5'; exit 0", True, "died"),
+        ("bash -c 'bash -c \"exec {fd}<&-; sleep 0.5\"; exit 0'; exit 0", True, "died"),
+        ("sleep 0.5 {fd}<&- {kept}<&-; exit 0", False, "died"),
+        ("(sleep 0.5); exit 0", False, "died"),
     ],
 )
 def test_a_program_that_knows_no_token(script, consumed, outcome):
-    """It has what it was given when it has closed the state."""
+    """It has what it was given when it has closed the state, or one that it has started has."""
     told = run(f"""
-state = os.memfd_create("state")
-script = {script!r}.format(fd=state)
-returned = execute("bash", "-c", script, keep=[state], state_fd=state, timeout_ns=10**11)
+state, kept = os.memfd_create("state"), os.memfd_create("ram")
+script = {script!r}.format(fd=state, kept=kept)
+keep = [state, kept]
+returned = execute("bash", "-c", script, keep=keep, state_fd=state, timeout_ns=10**11)
 tell(outcome=NAMES[returned.outcome], consumed=returned.consumed)
 """)
     assert only(told) == {"outcome": outcome, "consumed": consumed}
@@ -249,6 +254,19 @@ def test_a_program_that_knows_no_token_and_lives_on_has_it():
 state = os.memfd_create("state")
 script = f"exec {state}<&-; sleep 3; exit 6"
 execute("bash", "-c", script, keep=[state], state_fd=state, timeout_ns=10**9)
+tell(error="the guard came back")
+""")
+    assert ends(told) == {"first": 6 << 8, "other": 0}
+    assert len(told) == 2
+
+
+def test_a_program_that_has_started_the_one_that_has_it():
+    """A script that waits for it keeps all descriptors open."""
+    told = run("""
+state, kept = os.memfd_create("state"), os.memfd_create("ram")
+script = f"bash -c 'exec {state}<&-; sleep 3; exit 6'; exit $?"
+keep = [state, kept]
+execute("bash", "-c", script, keep=keep, state_fd=state, timeout_ns=10**9)
 tell(error="the guard came back")
 """)
     assert ends(told) == {"first": 6 << 8, "other": 0}

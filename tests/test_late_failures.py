@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 
 import pytest
@@ -33,3 +34,45 @@ def test_a_new_program_that_ends_leaves_guest_and_monitor(start, accel, program)
         assert vm.qmp.command("query-status")["running"]
         wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
     assert "Traceback" not in vm.stderr
+
+
+def script(vm: Vm, text: str) -> list[str]:
+    """A program that is not asked what it knows: `text`, in which $VMM is this VM's command."""
+    vmm = f'{shlex.join([*VMM, *vm.words[len(VMM) :]])} "$@"'
+    return ["/bin/sh", "-c", text.replace("$VMM", vmm), str(vm.directory)]
+
+
+def test_a_script_that_waits_for_the_vmm_hands_it_the_guest(start, accel):
+    """It has all its descriptors for ever, and its end is the guest's."""
+    vm = start.guest("heartbeat", accel)
+    old = vm.pid
+    vm.qmp.command("cpr-exec", command=script(vm, "$VMM; exit $?"))
+    wait_for(lambda: len(vm.processes()) == 3, "script, VMM and guard")
+    wait_for(lambda: len(vm.processes()) == 2, "the guard has ended")
+    vm.qmp.close()
+    vm.qmp = vm.connect()
+    assert vm.qmp.command("query-status")["running"]
+    assert vm.qmp.command("query-migrate")["status"] == "completed"
+    vm.pid = max(vm.processes(), key=lambda pid: pid != old)
+    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
+    vm.qmp.send("quit")
+    assert vm.process.wait(10) == 0
+    wait_for(lambda: not vm.processes(), "nothing is left")
+    assert vm.complaints == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["sh -c 'sleep 1000; true' $0 & exit 3", "(kill -9 $$; sleep 1; $VMM) & wait"],
+    ids=["ends", "dies"],
+)
+def test_a_script_that_fails_leaves_nothing_that_it_has_started(start, accel, text):
+    vm = start.guest("heartbeat", accel)
+    vm.qmp.command("cpr-exec", command=script(vm, text))
+    wait_for(partial(has_failed, vm, 1), "it fails")
+    wait_for(lambda: len(vm.processes()) == 1, "one process is left")
+    vm.follow()
+    vm.qmp.close()
+    vm.qmp = vm.connect()
+    assert vm.qmp.command("query-status")["running"]
+    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")

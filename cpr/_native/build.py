@@ -15,7 +15,15 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 FOLDER = "cpr/_native"
 ABI = sorted(path.name for path in HERE.glob("*_abi.h"))
-C_ONLY = {"cdef.h", "raw_syscall.h", "sandbox_calls.h", "virtio_blk_io.h", "virtio_chain.h", *ABI}
+C_ONLY = {
+    "cdef.h",
+    "guard_proc.h",
+    "raw_syscall.h",
+    "sandbox_calls.h",
+    "virtio_blk_io.h",
+    "virtio_chain.h",
+    *ABI,
+}
 HEADERS = sorted(path.name for path in HERE.glob("*.h") if path.name not in C_ONLY)
 SOURCES = sorted(path.name for path in HERE.glob("[!_]*.c"))
 

@@ -28,6 +28,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "guard_proc.h"
 #include "raw_syscall.h"
 
 #define STACK_SIZE 65536
@@ -40,9 +41,7 @@
 /* For so long a program that has read its CPR state, and knows no token, may still fail to load. */
 #define PATIENCE_NS ((uint64_t)1000000000)
 /* For so long a new image may leave a signal that ends it waiting: it starts. */
-#define STATUS_SIZE 16384 /* the groups of a process are in its status, before its signals */
 #define TIMERS 3                      /* ITIMER_REAL, _VIRTUAL, _PROF */
-#define TEXT_SIZE 256
 #define SIGNALS 64
 #define NOTIFY_MS 1000 /* for so long a manager that reads nothing is waited for */
 #define NOTIFY_SIZE 64
@@ -106,68 +105,6 @@ CPR_IN_CHILD void cpr_guard_end(const struct cpr_mapping *mappings, uint32_t cou
     forget(mappings, count);
     cpr_syscall1(SYS_exit_group, 0);
     __builtin_unreachable();
-}
-
-/* Whether the new program has closed the CPR state that its predecessor gave it. */
-CPR_IN_CHILD static int has_consumed(void)
-{
-    char text[TEXT_SIZE];
-    const char *expected = self.guard->state_text;
-    long size;
-
-    if (self.guard->state_link == NULL) {
-        return 0;
-    }
-    size = cpr_syscall3(SYS_readlink, self.guard->state_link, text, sizeof(text));
-    for (long i = 0; i < size; i++) {
-        if (text[i] != expected[i]) {
-            return 1;
-        }
-    }
-    return size == -ENOENT &&
-           cpr_syscall3(SYS_readlink, self.guard->exe_link, text, sizeof(text)) > 0;
-}
-
-CPR_IN_CHILD static uint64_t read_hex(const char *text, const char *end)
-{
-    uint64_t value = 0;
-
-    for (; text < end; text++) {
-        if (*text >= '0' && *text <= '9') {
-            value = value << 4 | (uint64_t)(*text - '0');
-        } else if (*text >= 'a' && *text <= 'f') {
-            value = value << 4 | (uint64_t)(*text - 'a' + 10);
-        } else {
-            break;
-        }
-    }
-    return value;
-}
-
-/* Whether the new image has one of the ending signals to take: lines "SigPnd:\t" and "ShdPnd:\t"
-   of proc_pid_status(5). */
-CPR_IN_CHILD static int has_ending_signal(void)
-{
-    char text[STATUS_SIZE];
-    uint64_t pending = 0;
-    long fd, size;
-
-    if (self.guard->status_path == NULL) {
-        return 0;
-    }
-    fd = cpr_syscall3(SYS_open, self.guard->status_path, O_RDONLY | O_CLOEXEC, 0);
-    if (fd < 0) {
-        return 0;
-    }
-    size = cpr_syscall3(SYS_read, fd, text, sizeof(text));
-    cpr_syscall1(SYS_close, fd);
-    for (long i = 0; i + 8 < size; i++) {
-        if (text[i] == 'S' && text[i + 3] == 'P' && text[i + 4] == 'n' && text[i + 5] == 'd' &&
-            text[i + 6] == ':') {
-            pending |= read_hex(text + i + 8, text + size);
-        }
-    }
-    return (pending & self.guard->ending) != 0;
 }
 
 CPR_IN_CHILD static void kill_new_image(void)
@@ -267,7 +204,7 @@ CPR_IN_CHILD static int watch(void)
             used_ns += now - before;
         }
         before = now;
-        guard->consumed |= has_consumed();
+        guard->consumed |= cpr_guard_has_consumed(guard);
         if (guard->consumed) { /* there is no other sign: what lives on has the guest */
             consumed_ns = consumed_ns ? consumed_ns : now;
             if (now - consumed_ns > GRACE_NS) {
@@ -275,7 +212,7 @@ CPR_IN_CHILD static int watch(void)
             }
             continue;
         }
-        signalled_ns = !has_ending_signal() ? 0 : signalled_ns ? signalled_ns : now;
+        signalled_ns = !cpr_guard_has_ending_signal(guard) ? 0 : signalled_ns ? signalled_ns : now;
         if (signalled_ns && now - signalled_ns > PATIENCE_NS) {
             return CPR_GUARD_KILLED;
         }

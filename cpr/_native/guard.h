@@ -47,16 +47,15 @@ struct cpr_guard {
     uint64_t timeout_ns;      /* 0: there is no deadline */
     uint64_t mask;            /* the program's signal mask: bit n - 1 */
     uint64_t unblock;         /* signals that the caller blocks and the program is not to: bit n - 1 */
-    /* Signals, bit n - 1, that end what is updated, and /proc/PID/status, which tells of those that
-       wait for the new image; or 0 and NULL. One that has not taken such a signal for a while hangs,
-       and is killed as at its deadline. */
+    /* Signals, bit n - 1, that end what is updated. A new image that has not taken such a one for a
+       while hangs, and is killed as at its deadline. */
     uint64_t ending;
-    const char *status_path;
     const uint32_t *hold;     /* while this is not 0 the deadline does not run; or NULL */
-    /* For a program that does not know of the token: /proc/PID/fd/N of the CPR state, and what that
-       link says for as long as the program has not closed it. NULL otherwise. */
-    const char *state_link, *state_text;
-    const char *exe_link; /* /proc/PID/exe: a process that ends has none, before its descriptors go */
+    /* For a program that does not know of the token: the CPR state, which it closes when it has read
+       it, and one that it keeps (or -1), each with what its link in /proc/PID/fd says. -1 and NULL
+       otherwise. */
+    int32_t state_fd, kept_fd;
+    const char *state_text, *kept_text;
     const struct cpr_mapping *mappings; /* what is given back piece by piece after a commit */
     uint32_t mapping_count;
     /* The answer, in the old image. */

@@ -175,18 +175,15 @@ def execute(
         request.cpus, request.cpus_size = memory[-1], len(bits)
     request.mask = sum(1 << (number - 1) for number in mask)
     request.unblock = sum(1 << (number - 1) for number in unblock)
-    if ending:
-        memory.append(ffi.new("char[]", f"/proc/{os.getpid()}/status".encode()))
-        request.status_path = memory[-1]
-        request.ending = sum(1 << (number - 1) for number in ending)
+    request.ending = sum(1 << (number - 1) for number in ending)
     request.hold = ffi.addressof(page.struct, "hold")
     request.guard_pid = ffi.addressof(page.struct, "guard_pid")
+    request.state_fd = request.kept_fd = -1
     if state_fd >= 0:
-        link = f"/proc/{os.getpid()}/fd/{state_fd}"
-        memory += [ffi.new("char[]", link.encode()), ffi.new("char[]", os.readlink(link).encode())]
-        request.state_link, request.state_text = memory[-2:]
-        memory.append(ffi.new("char[]", f"/proc/{os.getpid()}/exe".encode()))
-        request.exe_link = memory[-1]
+        kept_fd = next((fd for fd in keep if fd != state_fd), -1)
+        memory += [state_text := _link_text(state_fd), kept_text := _link_text(kept_fd)]
+        request.state_fd, request.state_text = state_fd, state_text
+        request.kept_fd, request.kept_text = kept_fd, kept_text
     error = -errno.ENOENT
     ready()
     for path in candidates(argv[0], environment):
@@ -207,6 +204,11 @@ def execute(
             if outcome != -errno.EACCES:
                 break
     raise OSError(-error, os.strerror(-error))
+
+
+def _link_text(fd: int) -> Any:
+    """What /proc/self/fd/FD says, for C; nothing where there is none."""
+    return ffi.new("char[]", os.fsencode(os.readlink(f"/proc/self/fd/{fd}")) if fd >= 0 else b"")
 
 
 def end(mappings: Sequence[tuple[int, int]]) -> None:

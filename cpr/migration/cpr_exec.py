@@ -24,6 +24,7 @@ from cpr.migration.process import Process
 from cpr.migration.program import (
     check_own_command,
     early_versions,
+    end_started,
     incoming_uri,
     own_command,
     spoken_versions,
@@ -200,6 +201,8 @@ class Exec(KeepsRam):
         """What is told of an update after which the guest goes on here."""
         if not error.pid_changed:
             return MigrationError(str(error))
+        if not self._speaks(PROTOCOL):
+            end_started(self._fds.state_fd, [fd for _, _, fd in self._fds.entries()])
         self._process.on_new_pid()
         self.ended_by = error.ended_by
         return MigrationError(f"{error}; the guest goes on in the old VMM, PID {os.getpid()}")

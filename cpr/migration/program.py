@@ -17,6 +17,7 @@ from cpr import launcher
 from cpr.config import parse_command_line, strip_options
 from cpr.errors import CprError, MigrationError
 from cpr.live.transaction import PROTOCOL, VERSIONS
+from cpr.state.cpr_state import STATE_NAME
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ PROTOCOL_VERB = "protocol"
 ANSWER_TIMEOUT = 10.0  # s
 ANSWER_STEP = 0.002  # s
 MOST_ANSWER = 200  # bytes
+END_TIMEOUT = 2.0  # s
 INCOMING = frozenset({"-incoming", "--incoming"})
 
 
@@ -155,6 +157,37 @@ def _read_answer(process: Popen[bytes], serve: Callable[[], bool]) -> bytes:
     except BlockingIOError:  # nothing, and something that it has started is still there
         return b""
     return answer if process.returncode == 0 else b""
+
+
+def end_started(state_fd: int, kept: Sequence[int]) -> None:
+    """Kills what a program that got a CPR state, and has ended, has started, as a script does.
+
+    Such a process has the number of the state in its environment, and one of the descriptors
+    `kept` under its number.
+    """
+    import psutil
+
+    files = {fd: (file.st_dev, file.st_ino) for fd in kept for file in (os.fstat(fd),)}
+
+    def has_one(pid: int) -> bool:
+        for fd, expected in files.items():
+            try:
+                file = os.stat(f"/proc/{pid}/fd/{fd}")
+            except OSError:
+                continue
+            if (file.st_dev, file.st_ino) == expected:
+                return True
+        return False
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(STATE_NAME) == str(state_fd) and has_one(process.pid):
+                process.kill()
+                found.append(process)
+        except (psutil.Error, OSError):  # it has ended, or is another user's
+            continue
+    psutil.wait_procs(found, END_TIMEOUT)
 
 
 def early_versions(

@@ -75,7 +75,7 @@ static int execute(const char *path, const char *command, int early, struct cpr_
     guard->keep = keep;
     guard->keep_count = 1;
     guard->token_fd = token;
-    guard->socket_fd = -1;
+    guard->socket_fd = guard->notify_fd = guard->state_fd = guard->kept_fd = -1;
     guard->guard_pid = &guard_pid;
     guard->hold = &hold;
     guard->early = early;

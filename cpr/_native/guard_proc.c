@@ -1,0 +1,158 @@
+#include "guard_proc.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdint.h>
+
+#include "raw_syscall.h"
+
+#define PATH_SIZE 64
+#define TEXT_SIZE 256
+#define STATUS_SIZE 16384 /* the groups of a process are in its status, before its signals */
+#define PROCESSES_MAX 64  /* of the new program's */
+
+/* Writes `word`, in which each %d is one of the numbers in turn, none of them negative. */
+CPR_IN_CHILD static void format(char *to, const char *word, const int32_t *numbers)
+{
+    for (; *word; word++) {
+        int32_t scale = 1, number;
+
+        if (*word != '%') {
+            *to++ = *word;
+            continue;
+        }
+        word++; /* the d */
+        number = *numbers++;
+        while (number / scale > 9) {
+            scale *= 10;
+        }
+        for (; scale; scale /= 10) {
+            *to++ = (char)('0' + number / scale % 10);
+        }
+    }
+    *to = 0;
+}
+
+/* The size of the link's text, or -errno. */
+CPR_IN_CHILD static long read_link(char *text, const char *path, const int32_t *numbers)
+{
+    char name[PATH_SIZE];
+
+    format(name, path, numbers);
+    return cpr_syscall3(SYS_readlink, name, text, TEXT_SIZE);
+}
+
+/* The size of what is read, at most `size`, or -errno. */
+CPR_IN_CHILD static long read_file(char *text, long size, const char *path, const int32_t *numbers)
+{
+    char name[PATH_SIZE];
+    long fd;
+
+    format(name, path, numbers);
+    fd = cpr_syscall3(SYS_open, name, O_RDONLY | O_CLOEXEC, 0);
+    if (fd < 0) {
+        return fd;
+    }
+    size = cpr_syscall3(SYS_read, fd, text, size);
+    cpr_syscall1(SYS_close, fd);
+    return size;
+}
+
+/* Whether a process has `fd`, with a link that says `expected`; 0 where it has ended too. */
+CPR_IN_CHILD static int has(int32_t pid, int32_t fd, const char *expected)
+{
+    const int32_t numbers[] = {pid, fd};
+    char text[TEXT_SIZE];
+    long size = read_link(text, "/proc/%d/fd/%d", numbers);
+
+    for (long i = 0; i < size; i++) {
+        if (text[i] != expected[i]) {
+            return 0;
+        }
+    }
+    return size > 0;
+}
+
+/* Whether a process lives: one that ends has no file before its descriptors go. */
+CPR_IN_CHILD static int lives(int32_t pid)
+{
+    char text[TEXT_SIZE];
+
+    return read_link(text, "/proc/%d/exe", &pid) > 0;
+}
+
+/* Puts the children of a process behind the `count` PIDs, and returns how many they are then. */
+CPR_IN_CHILD static int add_children(int32_t *pids, int count, int32_t parent)
+{
+    const int32_t numbers[] = {parent, parent};
+    char text[TEXT_SIZE];
+    long size = read_file(text, sizeof(text), "/proc/%d/task/%d/children", numbers);
+    int32_t pid = 0;
+
+    for (long i = 0; i < size && count < PROCESSES_MAX; i++) { /* a space is after each */
+        if (text[i] >= '0' && text[i] <= '9') {
+            pid = 10 * pid + text[i] - '0';
+        } else if (pid) {
+            pids[count++] = pid;
+            pid = 0;
+        }
+    }
+    return count;
+}
+
+CPR_IN_CHILD int cpr_guard_has_consumed(const struct cpr_guard *guard)
+{
+    int32_t pids[PROCESSES_MAX];
+    int count = 1;
+
+    if (guard->state_fd < 0) {
+        return 0;
+    }
+    pids[0] = guard->old_pid;
+    for (int i = 0; i < count; i++) {
+        if (!has(pids[i], guard->state_fd, guard->state_text) &&
+            (i == 0 ||
+             (guard->kept_fd >= 0 && has(pids[i], guard->kept_fd, guard->kept_text))) &&
+            lives(pids[i])) {
+            return 1;
+        }
+        count = add_children(pids, count, pids[i]);
+    }
+    return 0;
+}
+
+CPR_IN_CHILD static uint64_t read_hex(const char *text, const char *end)
+{
+    uint64_t value = 0;
+
+    for (; text < end; text++) {
+        if (*text >= '0' && *text <= '9') {
+            value = value << 4 | (uint64_t)(*text - '0');
+        } else if (*text >= 'a' && *text <= 'f') {
+            value = value << 4 | (uint64_t)(*text - 'a' + 10);
+        } else {
+            break;
+        }
+    }
+    return value;
+}
+
+/* Lines "SigPnd:\t" and "ShdPnd:\t" of proc_pid_status(5). */
+CPR_IN_CHILD int cpr_guard_has_ending_signal(const struct cpr_guard *guard)
+{
+    char text[STATUS_SIZE];
+    uint64_t pending = 0;
+    long size;
+
+    if (!guard->ending) {
+        return 0;
+    }
+    size = read_file(text, sizeof(text), "/proc/%d/status", &guard->old_pid);
+    for (long i = 0; i + 8 < size; i++) {
+        if (text[i] == 'S' && text[i + 3] == 'P' && text[i + 4] == 'n' && text[i + 5] == 'd' &&
+            text[i + 6] == ':') {
+            pending |= read_hex(text + i + 8, text + size);
+        }
+    }
+    return (pending & guard->ending) != 0;
+}
