@@ -192,3 +192,16 @@ def test_a_pidfile_overwrites_nothing_of_others(start, accel, tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 1 and "has in it what is no PID" in done.stderr
     assert target.read_text() == "precious\n"
+
+
+@pytest.mark.parametrize("option", ["-pidfile", "-qmp"])
+def test_no_device_is_replaced_or_removed(tmp_path, option):
+    """As root it would be gone for everybody on this host."""
+    device = tmp_path / "null"
+    os.mkfifo(device)
+    value = str(device) if option == "-pidfile" else f"unix:{device},server=on,wait=off"
+    words = [*VMM, *ARGUMENTS, option, value]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1 and str(device) in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert device.is_fifo()

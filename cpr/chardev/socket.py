@@ -11,6 +11,7 @@ import errno
 import os
 import select
 import socket
+import stat
 
 from cpr import report
 from cpr.chardev.base import flag
@@ -297,7 +298,7 @@ class SocketChardev(FdChardev):
     def _bind(self, listener: socket.socket, family: int, address: Any) -> None:
         if family == socket.AF_UNIX:
             try:
-                os.unlink(address)
+                _remove_old(address)
             except FileNotFoundError:
                 pass
             except OSError as error:
@@ -447,6 +448,13 @@ def forget(kept: Kept) -> None:
     """Closes what a chardev has saved that is not there any more."""
     kept.close()
     unlink(str(kept.data.get("where", {}).get("path", "")), int(kept.data.get("inode", 0)))
+
+
+def _remove_old(path: str) -> None:
+    """Removes what is there, as QEMU does, but no device or FIFO.  Raises OSError."""
+    if stat.S_IFMT(os.lstat(path).st_mode) in (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO):
+        raise OSError(errno.EEXIST, "it is a device or a FIFO")
+    os.unlink(path)
 
 
 def unlink(path: str, inode: int) -> None:

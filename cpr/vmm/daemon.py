@@ -6,6 +6,7 @@ import _signal as signal  # `signal` itself makes enums, which a late update wou
 import errno
 import fcntl
 import os
+import stat
 
 from cpr.errors import ConfigError
 from cpr.live import guard
@@ -58,16 +59,15 @@ class Pidfile:
     """
 
     def __init__(self, path: str) -> None:
-        """Raises ConfigError where the file cannot be opened, is another process's, or has in it
-        what is no PID.
+        """Raises ConfigError where the file cannot be opened, is another process's or no regular
+        one, or has in it what is no PID.
         """
         try:
             self._path = os.path.abspath(path)
             self._fd = _open_pidfile(path)
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigError(
-                f"cannot create PID file: Could not create '{path}': {reason}"
+                f"cannot create PID file: Could not create '{path}': {_reason(error)}"
             ) from None
         try:
             fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,8 +108,8 @@ class Pidfile:
                 os.dup2(new, self._fd, inheritable=False)
                 os.close(new)
             self._write()
-        except OSError as error:
-            error_report(f"cannot rewrite PID file '{self._path}': {error.strerror}")
+        except (OSError, ValueError) as error:
+            error_report(f"cannot rewrite PID file '{self._path}': {_reason(error)}")
 
     def remove(self) -> None:
         """Unlinks the file, if it is still this one, and closes it."""
@@ -122,14 +122,23 @@ class Pidfile:
 
 
 def _open_pidfile(path: str) -> int:
-    flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    """Raises OSError, and ValueError for what would be lost in the end: a device, a FIFO."""
+    flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
     try:
-        return os.open(path, flags, 0o600)
+        fd = os.open(path, flags, 0o600)
     except OSError as error:
         if error.errno != errno.ELOOP or not os.path.islink(path):
             raise
-    os.unlink(path)
-    return os.open(path, flags | os.O_EXCL, 0o600)
+        os.unlink(path)
+        fd = os.open(path, flags | os.O_EXCL, 0o600)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ValueError("it is no regular file")
+    return fd
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return str(error.strerror if isinstance(error, OSError) else error)
 
 
 def reap_orphans() -> None:
