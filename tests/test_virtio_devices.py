@@ -21,7 +21,7 @@ from cpr.devices.virtio.net import VirtioNet, parse_mac
 from cpr.devices.virtio.pci import VirtioPci
 from cpr.devices.virtio.rng import VirtioRng
 from cpr.devices.virtio.serial import VirtioSerial
-from cpr.errors import CommandError, ConfigError
+from cpr.errors import CommandError, ConfigError, CprError
 from cpr.state.fds import PreservedFds
 from cpr.uapi import tap, vhost
 
@@ -90,6 +90,40 @@ def test_what_the_card_is(net: NetRig) -> None:
     assert mac == MAC
     assert net.driver.own(6, 2) == 1
     assert bool(net.driver.offered() & 1) is net.has_header
+
+
+def test_a_device_that_cannot_start_is_tried_again(
+    net: NetRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often its driver resets it meanwhile: one message, and one try at a time."""
+    tries: list[int] = []
+    reports: list[str] = []
+    start = VirtioNet.start
+
+    def fails(card: VirtioNet) -> None:
+        tries.append(1)
+        if len(tries) < 15:
+            raise CprError("there is no thread")
+        start(card)
+
+    monkeypatch.setattr(VirtioNet, "start", fails)
+    monkeypatch.setattr("cpr.report.error_report", reports.append)
+    for _ in range(10):
+        net.start()
+    assert len(tries) == 10
+    net.platform.loop.iterate(0)
+    net.platform.wait(lambda: len(tries) == 11)
+    for _ in range(3):
+        net.platform.loop.iterate(0)
+    assert len(tries) == 11
+    net.platform.wait(lambda: len(tries) == 15)
+    assert [text.partition(":")[2] for text in reports] == [
+        " there is no thread; it is tried again"
+    ]
+    ring = net.driver.queues[1]
+    ring.add([(BUFFERS, HEADER, False), (BUFFERS + HEADER, 60, False)])
+    ring.kick()
+    assert len(net.wire.recv(2000)) == len(frame_of(net, bytes(60)))
 
 
 def test_frames_to_the_wire(net: NetRig) -> None:

@@ -77,7 +77,8 @@ class VirtioPci(Device, PciFunction):
         self._on = False  # the guest runs
         self._started = False  # and its driver is there: the queues work
         self._parked = False
-        self._retries = 0  # of a start that has failed
+        self._failed_to_start = False
+        self._retries = False  # later
         self._notifies: list[tuple[int, int]] = []  # (address, eventfd) of ioeventfds
         self._realized = False
 
@@ -293,17 +294,22 @@ class VirtioPci(Device, PciFunction):
             self.device.start()
         except CprError as error:  # no thread now: the guest waits for its device
             self._stop()
-            if not self._retries:
+            if not self._failed_to_start:
                 report.error_report(f"{self.name}: {error}; it is tried again")
+            self._failed_to_start = True
             self._retry_later()
         else:
-            self._retries = 0
+            self._failed_to_start = False
 
     def _retry_later(self) -> None:
-        self._retries += 1
+        """Once, however often the guest's driver asks for it meanwhile."""
+        if self._retries:
+            return
+        self._retries = True
 
         def again() -> None:
             with self.platform.lock:
+                self._retries = False
                 self._start()
 
         self.platform.loop.call_later(RETRY_NS, again)
