@@ -334,8 +334,10 @@ class Lifecycle:
         self.was_suspended = False
         try:
             self.load_boot_image()
-        except CprError as error:
+        except Exception as error:  # the VM must not be left as one that runs and does not
             self._reset_requested = None
+            if not isinstance(error, CprError):
+                report.exception_report(error)
             report.error_report(f"reset failed: {error}")
             return False
         self._end_reset()

@@ -10,10 +10,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cpr.devices import base
 from cpr.errors import KernelError
+from cpr.lifecycle import Lifecycle
 from cpr.live import old_image
 from cpr.migration.outgoing import Outgoing
 from cpr.monitor.qmp import QmpMonitor
 
+load_boot_image = Lifecycle.load_boot_image
 stop_guest = Outgoing.stop_guest
 save_monitor = QmpMonitor.save
 
@@ -41,12 +43,21 @@ def sleeps(outgoing: Outgoing) -> None:
     stop_guest(outgoing)
 
 
+def third_time(machine: Lifecycle, calls: list[int] = []) -> None:  # noqa: B006
+    """Loads the boot image when the VM is powered on, not at its first reset, and again then."""
+    calls.append(1)
+    if len(calls) == 2:
+        raise MemoryError
+    load_boot_image(machine)
+
+
 PATCHES = {
     "rollback": (base.Device, "cpr_rollback", no_memory),
     "kill": (old_image.signal, "pidfd_send_signal", not_permitted),
     "forgets": (QmpMonitor, "save", forgets),
     "power-off": (Outgoing, "stop_guest", powers_off),
     "sleep": (Outgoing, "stop_guest", sleeps),
+    "reset": (Lifecycle, "load_boot_image", third_time),
 }
 
 if __name__ == "__main__":

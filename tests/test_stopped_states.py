@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 from conftest import missing_kvm
 from failing import HEARTBEAT, bad, words
 from harness.qmp import QmpError
-from harness.vm import Vm
+from harness.vm import ROOT, Vm
 from test_survives_suspend import GUEST
 from updating import MEMFD, Journey, cpr_transfer
 from waiting import wait_for, wait_for_change
@@ -36,6 +37,18 @@ def test_a_migration_that_fails_leaves_an_internal_error_as_it_is(start, accel, 
     with pytest.raises(QmpError, match="Resetting the Virtual Machine is required"):
         vm.ask("cont")
     shutil.copy("examples/build/timer.img", image)
+    vm.ask("system_reset")
+    vm.ask("cont")
+    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts again")
+
+
+def test_a_reset_that_fails_for_no_known_reason_can_be_done_again(start, accel):
+    """MemoryError, say: the VM stops, and does not stand still as one that runs."""
+    command = [sys.executable, str(ROOT / "tests" / "patched_vmm.py"), "reset", "run"]
+    vm: Vm = start(*words(accel, cpus=1), command=command)
+    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
+    vm.ask("system_reset")
+    wait_for(lambda: state(vm) == "internal-error", "it cannot be reset")
     vm.ask("system_reset")
     vm.ask("cont")
     wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts again")
