@@ -336,9 +336,8 @@ class Lifecycle:
             self.load_boot_image()
         except Exception as error:  # the VM must not be left as one that runs and does not
             self._reset_requested = None
-            if not isinstance(error, CprError):
-                report.exception_report(error)
-            report.error_report(f"reset failed: {error}")
+            known = isinstance(error, CprError)
+            report.error_report(f"reset failed: {error if known else report.unexpected(error)}")
             return False
         self._end_reset()
         return True

@@ -4,6 +4,7 @@
     warn_report(text)       cpr-vmm: warning: TEXT
     info_report(text)       cpr-vmm: info: TEXT
     exception_report(error) the traceback of an exception that nobody expected
+    unexpected(error)       the same, and what is told of it elsewhere
     announce(text)          TEXT on stdout, such as the path of a pty
     output(text)            TEXT on stdout, all of it: the answer of a program that then ends
 
@@ -20,6 +21,7 @@ import stat
 import sys
 import time
 
+from cpr import terminal
 from cpr.constants import PROGRAM, STDERR, STDIN, STDOUT
 from cpr.errors import CprError
 
@@ -68,6 +70,17 @@ def exception_report(error: BaseException) -> None:
     except Exception:  # no memory, no descriptor for the import, an error that cannot be shown
         text = f"{PROGRAM}: internal error: {type(error).__name__}\n"
     _report(text)
+
+
+def unexpected(error: BaseException) -> str:
+    """What is told of an exception that nobody expected; where it showed goes to stderr.
+
+    Memory that has run out is nothing to look for in the program.
+    """
+    if isinstance(error, MemoryError):
+        return "out of memory: raise RLIMIT_AS, or what else bounds it"
+    exception_report(error)
+    return f"internal error: {str(error) or type(error).__name__}"
 
 
 class _Limit:
@@ -191,7 +204,7 @@ def _put(fd: int, data: memoryview) -> None:
             return
     try:
         while data:
-            data = data[os.write(fd if twin < 0 else twin, data) :]
+            data = data[terminal.write(fd if twin < 0 else twin, data) :]
     finally:
         if twin >= 0:
             os.close(twin)
@@ -201,4 +214,4 @@ def _put_in_pieces(fd: int, data: memoryview) -> None:
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     while data and poll.poll(0) == [(fd, select.POLLOUT)]:
-        data = data[os.write(fd, data[:PIECE]) :]
+        data = data[terminal.write(fd, data[:PIECE]) :]

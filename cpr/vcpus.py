@@ -11,7 +11,7 @@ from _thread import allocate_lock, get_ident, get_native_id, start_new_thread
 
 from cpr.accel import base
 from cpr.errors import CprError
-from cpr.report import exception_report, warn_report
+from cpr.report import unexpected, warn_report
 from cpr.uapi.affinity import set_affinity, set_timer_slack
 
 TYPE_CHECKING = False
@@ -251,8 +251,7 @@ class VCpuThread:
             self._on_error(error)
             reason = ""
         except Exception as error:  # a bug in a device must not leave the others without this vCPU
-            exception_report(error)
-            self._on_error(CprError(f"vCPU {self.vcpu.index}: internal error: {error}"))
+            self._on_error(CprError(f"vCPU {self.vcpu.index}: {unexpected(error)}"))
             reason = ""
         self._do_work()
         if reason in (base.SHUTDOWN, base.RESET):

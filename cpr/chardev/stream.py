@@ -8,12 +8,15 @@ import select
 import time
 from _thread import RLock
 
+from cpr import terminal
 from cpr.chardev.base import CLOSED, MAX_WAITING, OPENED, Chardev
 from cpr.mainloop import READ, WRITE
 from cpr.state.connections import raw, text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cpr.mainloop import MainLoop
     from cpr.state.connections import Kept
 
@@ -38,6 +41,7 @@ class FdChardev(Chardev):
         super().__init__(label, loop)
         self.in_fd = -1
         self.out_fd = -1
+        self._write: Callable[[int, memoryview], int] = os.write
         self._pending = bytearray()
         self._watched: dict[int, int] = {}
         self._lock = RLock()
@@ -51,6 +55,7 @@ class FdChardev(Chardev):
         """Owns the descriptors from now on and tells the frontend that a peer is there."""
         with self._lock:
             self.in_fd, self.out_fd = in_fd, out_fd
+            self._write = terminal.write if out_fd >= 0 and os.isatty(out_fd) else os.write
             self._pending.clear()
             self._hung_up = self._ended = False
             self.connected = True
@@ -171,7 +176,7 @@ class FdChardev(Chardev):
         sent = 0
         try:
             while sent < len(view):
-                sent += os.write(self.out_fd, view[sent:])
+                sent += self._write(self.out_fd, view[sent:])
         except BlockingIOError:
             return sent
         except OSError as error:

@@ -40,7 +40,7 @@ from cpr.migration.hand_over import check_protocol, send, send_state
 from cpr.migration.mode import EXEC, device_blockers
 from cpr.migration.placement import Placement
 from cpr.migration.program import own_command
-from cpr.report import carefully, error_report, exception_report
+from cpr.report import carefully, error_report, unexpected
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -125,8 +125,7 @@ class EarlyUpdate:
         except UpdateError as error:
             self._go_on(error.ended_by, str(error))
         except Exception as error:  # the guest must not be lost to a bug here
-            exception_report(error)
-            self._fail(str(error))
+            self._fail(unexpected(error))
         else:
             carefully(self._process.lock_ram)  # the exec has given it up
             self._guarded(self._watch)
@@ -189,8 +188,7 @@ class EarlyUpdate:
             else:
                 self._fail(str(error))
         except Exception as error:  # the guest must not be lost to a bug here
-            exception_report(error)
-            self._fail(f"internal error: {error}")
+            self._fail(unexpected(error))
 
     def _on_message(self) -> None:
         message = self._update.receive()

@@ -16,7 +16,7 @@ from cpr.faults import point
 from cpr.migration import address as addresses
 from cpr.migration import channel, loadvm
 from cpr.phases import mark
-from cpr.report import carefully, error_report, exception_report
+from cpr.report import carefully, error_report, unexpected
 from cpr.state.reader import StreamError
 from cpr.vcpus import VCPUS_FIRST
 
@@ -265,8 +265,7 @@ class Incoming:
     def _fail(self, error: Exception, exit_on_error: bool) -> None:
         text = str(error)
         if not isinstance(error, CprError):  # no state may leave a VMM that says "active" for ever
-            exception_report(error)
-            text = f"{PREFIX}internal error: {error}"
+            text = f"{PREFIX}{unexpected(error)}"
         self._set_status("failed", text)
         if exit_on_error:
             error_report(text)

@@ -19,7 +19,7 @@ from cpr.migration.incoming import NO_THREAD
 from cpr.migration.mode import EXEC, TRANSFER
 from cpr.migration.statistics import STOPPED_SYNCS, RamCounters, Times
 from cpr.phases import mark
-from cpr.report import carefully, error_report, exception_report
+from cpr.report import carefully, error_report, exception_report, unexpected
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -370,8 +370,7 @@ class Outgoing:
     def fail_by(self, error: Exception) -> CprError:
         """Ends as failed by what was raised, expected or not; what is to be told of it."""
         if not isinstance(error, CprError):
-            exception_report(error)
-            error = MigrationError(f"internal error: {error}")
+            error = MigrationError(unexpected(error))
         self.fail(error)
         return error
 

@@ -155,8 +155,7 @@ def execute(vmm: Any, session: Session, line: str) -> tuple[str, str]:
     except CprError as error:
         return f"Error: {error}\n", NOW
     except Exception as error:  # a running guest must not be lost to a bug in a command
-        report.exception_report(error)
-        return f"Error: internal error: {error}\n", NOW
+        return f"Error: {report.unexpected(error)}\n", NOW
 
 
 def run_line(vmm: Any, session: Session, line: str, cpu_index: int | None) -> str:

@@ -165,8 +165,7 @@ class QmpMonitor:
         except CprError as problem:
             error = problem
         except Exception as problem:  # a running guest must not be lost to a bug in a command
-            report.exception_report(problem)
-            error = CommandError(f"internal error: {problem}")
+            error = CommandError(report.unexpected(problem))
         else:
             answer = {"return": {} if result is None else result}
             return answer | {"id": request["id"]} if "id" in request else answer
