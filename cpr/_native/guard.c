@@ -43,7 +43,8 @@
 /* For so long a new image may leave a signal that ends it waiting: it starts. */
 #define TIMERS 3                      /* ITIMER_REAL, _VIRTUAL, _PROF */
 #define SIGNALS 64
-#define NOTIFY_MS 1000 /* for so long a manager that reads nothing is waited for */
+#define NOTIFY_MS 1000 /* for so long a manager that reads nothing is waited for, */
+#define STOPPED_MS 10  /* and for so long where what is updated stands still */
 #define NOTIFY_SIZE 64
 #define LOWEST 19 /* nice value (setpriority(2)) */
 
@@ -125,7 +126,7 @@ CPR_IN_CHILD static void go_back(int outcome)
 }
 
 /* What the service's manager is told (sd_notify(3)). */
-CPR_IN_CHILD static void tell(const char *text)
+CPR_IN_CHILD static void tell(const char *text, int timeout_ms)
 {
     struct pollfd manager = {.fd = self.guard->notify_fd, .events = POLLOUT};
     long size = 0;
@@ -136,13 +137,14 @@ CPR_IN_CHILD static void tell(const char *text)
     while (text[size]) {
         size++;
     }
-    cpr_syscall3(SYS_poll, &manager, 1, NOTIFY_MS);
+    cpr_syscall3(SYS_poll, &manager, 1, timeout_ms);
     cpr_syscall3(SYS_write, manager.fd, text, size);
 }
 
 CPR_IN_CHILD static void committed(void)
 {
-    tell(self.own_pid_text); /* before its end is seen, and where the new program says nothing */
+    /* Before its end is seen, and where the new program says nothing. */
+    tell(self.own_pid_text, NOTIFY_MS);
     cpr_guard_end(self.guard->mappings, self.guard->mapping_count);
 }
 
@@ -305,7 +307,8 @@ __attribute__((noinline)) static long attempt(void)
     }
     *self.guard->guard_pid = (uint32_t)self.pid;
     snprintf(guard_pid_text, sizeof(guard_pid_text), "MAINPID=%d", self.pid);
-    tell(guard_pid_text); /* the new image may end at once, and is not to end the service */
+    /* The new image may end at once, and is not to end the service. */
+    tell(guard_pid_text, self.guard->early ? NOTIFY_MS : STOPPED_MS);
     set_cloexec(0); /* not earlier: nothing else that is started may inherit them */
     set_default(actions, 1);
     cpr_syscall5(SYS_rt_sigprocmask, SIG_SETMASK, &mask, 0, KERNEL_SIGSET_SIZE, 0);
@@ -320,7 +323,8 @@ __attribute__((noinline)) static long attempt(void)
     }
     set_cloexec(1);
     if (self.guard->sibling) {
-        tell(self.own_pid_text); /* the main process is not to be seen to end */
+        /* The main process is not to be seen to end. */
+        tell(self.own_pid_text, self.guard->early ? NOTIFY_MS : STOPPED_MS);
     }
     stop_guard();
     put_token_back();

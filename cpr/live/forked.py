@@ -35,7 +35,7 @@ EARLY, DIED, KILLED, MESSAGE = 1, 2, 3, 4  # as in _native/guard.h
 SIBLINGS = False
 WALL = 0x40000000  # __WALL of wait(2): also children that were cloned without a signal
 PATIENCE_NS = NS_PER_S  # as in _native/guard.c
-NOTIFY_MS = 1000  # as in _native/guard.c
+NOTIFY_MS, STOPPED_MS = 1000, 10  # as in _native/guard.c
 TICK_MS = 50  # how often it is looked at the hold, which no descriptor tells
 
 
@@ -87,7 +87,7 @@ def execute(
         page.struct.exec_ns = time.monotonic_ns()
         if pid := _fork():
             page.struct.guard_pid = pid
-            _tell(notify_fd, f"MAINPID={pid}")
+            _tell(notify_fd, f"MAINPID={pid}", NOTIFY_MS if early else STOPPED_MS)
             handlers = _set_default(unblock)
             try:
                 _forward(set(mask), set(unblock), pid)
@@ -136,11 +136,11 @@ def _fork() -> int:
         raise OSError(error.errno, text) from None
 
 
-def _tell(notify_fd: int, text: str) -> None:
+def _tell(notify_fd: int, text: str, timeout_ms: int) -> None:
     """What the service's manager is told: the new image may end at once."""
     if notify_fd >= 0:
         try:
-            if is_writable(notify_fd, NOTIFY_MS):
+            if is_writable(notify_fd, timeout_ms):
                 os.write(notify_fd, text.encode())
         except OSError:
             pass
