@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -246,3 +247,75 @@ int kill(pid_t pid, int number)
     return real(pid, number);
 }
 """
+
+
+def test_an_update_without_proc(start, accel):
+    """Nothing is tried: a guard finds its descriptors there."""
+    hidden = ["unshare", "-m", "sh", "-c", 'umount -l /proc; exec "$@"', "sh", *VMM]
+    vm: Vm = start(*words(accel), command=hidden)
+    reason = "there is no /proc, in which an update finds its descriptors"
+    with pytest.raises(QmpError, match=reason):
+        vm.qmp.command("cpr-exec")
+    assert vm.qmp.command("cpr-exec", test=True)["refusals"] == [reason]
+    vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=vm.words)
+    with pytest.raises(QmpError, match=reason):
+        vm.qmp.command("migrate", uri=f"file:{vm.directory}/stream")
+    assert vm.qmp.command("query-status")["running"]
+    assert vm.complaints == ""
+
+
+def test_a_vmm_whose_starter_ignores_its_children(start, accel):
+    """It would never know how a command has ended."""
+    ignores = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
+    command = [sys.executable, "-c", f"{ignores} os.execv(sys.argv[1], sys.argv[1:])", *VMM]
+    vm: Vm = start(*words(accel), command=command)
+    vm.qmp.command("migrate", uri="exec:cat >/dev/null; exit 3")
+    wait_for(lambda: vm.qmp.command("query-migrate").get("status") == "failed", "it has failed")
+    counts(vm)
+
+
+STRAY = (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGUSR2)
+
+
+def test_signals_that_go_astray_and_one_that_does_not(start, accel, tmp_path):
+    """A timer of the program before, say; Ctrl-\\ ends the VM with all that belongs to it."""
+    pidfile = tmp_path / "pid"
+    vm: Vm = start(*words(accel), "-pidfile", str(pidfile))
+    for number in STRAY:
+        os.kill(vm.pid, number)
+        counts(vm)
+    vm.update()
+    os.kill(vm.follow(), signal.SIGALRM)
+    counts(vm)
+    os.kill(vm.pid, signal.SIGQUIT)
+    wait_for(lambda: not pidfile.exists() and not Path(vm.socket).exists(), "it has ended")
+    assert "terminating on signal 3" in vm.stderr
+
+
+def test_words_in_the_background_of_a_terminal_stop_nobody():
+    """`stty tostop`: SIGTTOU would stop the VMM, and its guest."""
+    script = """
+import os, sys, termios
+os.setsid()
+terminal = os.open(sys.argv[1], os.O_RDWR)  # of this session from now on
+settings = termios.tcgetattr(terminal)
+settings[3] |= termios.TOSTOP
+termios.tcsetattr(terminal, termios.TCSANOW, settings)
+if os.fork() == 0:
+    os.setpgid(0, 0)
+    os.dup2(terminal, 2)
+    from cpr import report, terminal as writing
+    report.error_report("a report")
+    writing.write(terminal, b"and more")
+    os._exit(7)
+_, status = os.waitpid(-1, os.WUNTRACED)
+os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1)
+"""
+    ours, theirs = pty.openpty()
+    try:
+        command = [sys.executable, "-c", script, os.ttyname(theirs)]
+        assert subprocess.run(command, cwd=ROOT, timeout=30, check=False).returncode == 7
+        assert os.read(ours, 1000).startswith(b"cpr-vmm: a report")
+    finally:
+        os.close(ours)
+        os.close(theirs)

@@ -144,9 +144,11 @@ def _failed(what: str, error: OSError | ValueError) -> CprError:
 
 
 def obstacles(command: Sequence[str], accel: str) -> list[str]:
-    """Why an update with `command`, if it is known, could not work with what has been given up."""
+    """Why an update with `command`, if it is known, could not work with what is not there, or has
+    been given up.
+    """
     if DONE not in os.environ or not command:
-        return []
+        return list(_no_proc())
     user, _, root = os.environ[DONE].partition("/")
     place = ",".join([f"chroot={root}"] * bool(root) + [f"user={user}"] * bool(user))
     reasons = dict.fromkeys(_obstacles(list(command), accel))
@@ -155,8 +157,7 @@ def obstacles(command: Sequence[str], accel: str) -> list[str]:
 
 def _obstacles(command: list[str], accel: str) -> Iterator[str]:
     yield from check_command(command)
-    if not os.path.exists("/proc/self/exe"):
-        yield "there is no /proc, in which an update finds its descriptors"
+    yield from _no_proc()
     if accel == "kvm":
         yield from _inaccessible("/dev/kvm", os.R_OK | os.W_OK)
     own = own_command()
@@ -168,6 +169,11 @@ def _obstacles(command: list[str], accel: str) -> Iterator[str]:
         yield f"the new VMM would refuse its command line: {error}"
         return
     yield from _unusable(config)
+
+
+def _no_proc() -> Iterator[str]:
+    if not os.path.exists("/proc/self/exe"):
+        yield "there is no /proc, in which an update finds its descriptors"
 
 
 def _unusable(config: Config) -> Iterator[str]:
