@@ -319,3 +319,44 @@ os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1)
     finally:
         os.close(ours)
         os.close(theirs)
+
+
+def test_a_program_that_does_not_get_the_environment(start, accel):
+    """It would start another guest, at this one's monitors: nothing is tried."""
+    vm: Vm = start(*words(accel))
+    command = ["env", "-i", *vm.words]
+    reason = "does not hand its environment to the new program"
+    with pytest.raises(QmpError, match=reason):
+        vm.qmp.command("cpr-exec", command=command)
+    assert reason in vm.qmp.command("cpr-exec", command=command, test=True)["refusals"][0]
+    vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=command)
+    for overlap in ("on", "off"):
+        vm.qmp.command("migrate-set-parameters", x_cpr_exec_overlap=overlap)
+        with pytest.raises(QmpError, match=reason):
+            vm.qmp.command("migrate", uri=f"file:{vm.directory}/stream")
+    assert Path(vm.socket).exists() and vm.processes() == [vm.pid]
+    counts(vm)
+    vm.update(command=["env", *vm.words])
+    counts(vm)
+
+
+def test_a_second_vmm_does_not_boot_into_the_ram_of_a_guest(start, accel, tmp_path):
+    """In a file: it is locked from the start, also over updates, and free when its VMM ends."""
+    backend = f"memory-backend-file,id=ram0,size=16M,share=on,mem-path={tmp_path}/ram"
+    drive = "file=examples/build/heartbeat.img,format=raw,if=floppy"
+    arguments = f"-machine pc,memory-backend=ram0 -m 16M -object {backend} -drive {drive}".split()
+    second = [*VMM, "-accel", accel, *arguments, "-monitor", "none"]
+    vm: Vm = start("-accel", accel, *arguments)
+    for _ in range(3):
+        done = subprocess.run(second, capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == 1
+        assert done.stderr == (
+            'cpr-vmm: Failed to get "write" lock: another VMM has a guest in the file of ram0\n'
+        )
+        vm.update()
+        vm.follow()
+    before = (tmp_path / "ram").read_bytes()[HEARTBEAT : HEARTBEAT + 4]
+    wait_for(lambda: (tmp_path / "ram").read_bytes()[HEARTBEAT : HEARTBEAT + 4] != before, "counts")
+    vm.qmp.send("quit")
+    vm.process.wait(10)
+    start("-accel", accel, *arguments)

@@ -36,7 +36,9 @@ PROTOCOL = 1
 """The version of what is said; a program that has another one is updated late."""
 KEEPS = 2
 """Is spoken besides by a program that takes connections."""
-VERSIONS = (PROTOCOL, KEEPS)
+HEARS = 3
+"""Is spoken besides by a program that repeats what the environment has for it when it is asked."""
+VERSIONS = (PROTOCOL, KEEPS, HEARS)
 
 HELLO, STATE, READY, HAND_OVER = "hello", "state", "ready", "hand-over"
 CONNECTIONS = "connections"

@@ -211,7 +211,8 @@ def _close_all(descriptors: list[int]) -> None:
 
 
 def _lockable(machine: Machine) -> list[int]:
-    return [block.outgoing_fd for block in machine.blocks if block.outgoing_fd >= 0]
+    fds = [block.fd if block.reopened else block.outgoing_fd for block in machine.blocks]
+    return [fd for fd in fds if fd >= 0]
 
 
 def give_guest_away(machine: Machine) -> None:

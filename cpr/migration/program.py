@@ -1,8 +1,9 @@
 """The programs of an update: this one's command line and files, what another one knows.
 
 A program says what it knows when its verb `run` is replaced: `python -m cpr.vmm protocol` prints
-the versions of what old and new image say to each other, one a line.  What is not asked, because
-its command has no such verb, or does not answer, is updated in QEMU's way.
+the versions of what old and new image say to each other, one a line, and a number that it is given
+in the environment.  What is not asked, because its command has no such verb, or does not answer, is
+updated in QEMU's way.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from cpr import launcher
 from cpr.config import parse_command_line, strip_options
 from cpr.errors import CprError, MigrationError
-from cpr.live.transaction import PROTOCOL, VERSIONS
+from cpr.live.transaction import HEARS, PROTOCOL, VERSIONS
 from cpr.state.cpr_state import STATE_NAME
 
 TYPE_CHECKING = False
@@ -31,6 +32,9 @@ PROTOCOL_VERB = "protocol"
 ANSWER_TIMEOUT = 10.0  # s
 ANSWER_STEP = 0.002  # s
 MOST_ANSWER = 200  # bytes
+QUESTION = "CPR_QUESTION"
+"""In the environment of a program that is asked: the number that it is to repeat."""
+LEAST_NUMBER = 1 << 32  # of QUESTION; no version
 END_TIMEOUT = 2.0  # s
 INCOMING = frozenset({"-incoming", "--incoming"})
 
@@ -110,7 +114,8 @@ def spoken_versions(
     idea of that.  Takes a program's start, unless it is this very one.
 
     `serve()` is called again and again meanwhile: the guest runs on.  Where it returns true the
-    program is ended, and nobody waits for its answer.
+    program is ended, and nobody waits for its answer.  Raises MigrationError for one that does not
+    get this process's environment: it would not know of the update, and start another guest.
     """
     words = list(command)
     if VERB not in words:
@@ -123,23 +128,38 @@ def spoken_versions(
 
     from cpr.process_group import kill_group, own_group
 
+    number = LEAST_NUMBER + int.from_bytes(os.urandom(4), "little")
     try:
         process = subprocess.Popen(
             [*program, PROTOCOL_VERB],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env={**os.environ, QUESTION: str(number)},
             process_group=own_group(),
         )
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
     with process:
-        answer = _read_answer(process, serve)
+        said = _read_answer(process, serve)
         kill_group(process)  # also one that has said it and does not end, or has started others
-    words_of_it = answer.split()
+    words_of_it = said.split()
     if not all(word.isdigit() for word in words_of_it):
         return []
-    return [int(word) for word in words_of_it]
+    versions = [int(word) for word in words_of_it]
+    if HEARS in versions and number not in versions:
+        raise MigrationError(
+            f"'{' '.join(program)}' does not hand its environment to the new program, in which an "
+            "update tells of itself: without env -i, sudo or the like it does"
+        )
+    return versions
+
+
+def answer() -> str:
+    """What this program says when it is asked."""
+    number = os.environ.get(QUESTION, "")
+    numbers = [*VERSIONS, number] if number.isdigit() else VERSIONS
+    return "".join(f"{each}\n" for each in numbers)
 
 
 def _read_answer(process: Popen[bytes], serve: Callable[[], bool]) -> bytes:

@@ -40,9 +40,9 @@ def inspect(arguments: list[str]) -> int:
 
 
 def protocol(arguments: list[str]) -> int:
-    from cpr.live.transaction import VERSIONS
+    from cpr.migration.program import answer
 
-    output("".join(f"{version}\n" for version in VERSIONS))
+    output(answer())
     return 0
 
 

@@ -13,7 +13,7 @@ import sys
 from cpr import pc, phases
 from cpr.config import parse_command_line
 from cpr.constants import STDERR
-from cpr.errors import ConfigError, CprError, MigrationError
+from cpr.errors import CommandError, ConfigError, CprError, MigrationError
 from cpr.events import EventBus
 from cpr.faults import point
 from cpr.live.new_image import find_predecessor
@@ -361,6 +361,17 @@ def _receive(address: dict, fds: PreservedFds, after_exec: bool) -> CprListener 
     return listener
 
 
+def _lock_ram(vmm: Vmm) -> None:
+    """Raises ConfigError where another VMM's guest is in a file that is to be this one's RAM."""
+    from cpr.migration.cpr_transfer import take_guest
+
+    try:
+        take_guest(vmm.machine)
+    except CommandError as error:
+        names = ", ".join(block.idstr for block in vmm.machine.blocks if block.reopened)
+        raise ConfigError(f"{error}: another VMM has a guest in the file of {names}") from None
+
+
 def _boot(vmm: Vmm, sources: Sources, settle: Callable[[], None] = lambda: None) -> None:
     """A new guest, or, with -incoming, one that waits for its state."""
     incoming = vmm.migration.incoming_side
@@ -375,6 +386,7 @@ def _boot(vmm: Vmm, sources: Sources, settle: Callable[[], None] = lambda: None)
         else:
             settle()
         return
+    _lock_ram(vmm)
     incoming.commit()
     vmm.machine.load_boot_image()
     settle()
