@@ -11,16 +11,22 @@ stack is below.
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
+
 from cpr.accel import x86
 from cpr.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import BinaryIO
 
     from cpr.config import Config, DriveConfig
     from cpr.memory import GuestMemory
 
+HANDED = ("/dev/fd/", "/proc/self/fd/")  # a pipe there is open already, a shell's <(…)
 SECTOR = 512
 BOOT_ADDRESS = 0x7C00
 BOOT_SIGNATURE = b"\x55\xaa"
@@ -112,10 +118,22 @@ def _rank(order: str, drive: DriveConfig) -> int:
     return min(order.find(letter) % (len(order) + 1) for letter in letters)
 
 
+def _open(path: str) -> BinaryIO:
+    """A file that is read again at each reset.  Raises OSError, also for a named pipe: whoever
+    opens one waits, and here all of the VMM.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    if stat.S_ISFIFO(os.fstat(fd).st_mode) and not path.startswith(HANDED):
+        os.close(fd)
+        raise OSError(errno.ESPIPE, "it is a pipe: give a file")
+    os.set_blocking(fd, True)
+    return open(fd, "rb")
+
+
 def _boot_sector(drive: DriveConfig) -> BootImage:
     assert drive.file is not None
     try:
-        with open(drive.file, "rb") as file:
+        with _open(drive.file) as file:
             sector = file.read(SECTOR)
     except OSError as error:
         raise ConfigError(f"Could not open '{drive.file}': {error.strerror}") from None
@@ -148,7 +166,7 @@ def _kernel(config: Config, path: str, acpi: Callable[[], bytes]) -> BootImage:
 def read_file(option: str, path: str, largest: int) -> bytes:
     """What -kernel or -initrd names.  Raises ConfigError, also for more than `largest` bytes."""
     try:
-        with open(path, "rb") as file:
+        with _open(path) as file:
             pieces, left = [], largest + 1
             while left > 0 and (piece := file.read(min(left, len(ZEROS)))):
                 pieces.append(piece)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,21 @@ def test_bad_drives(tmp_path, content, text):
     with pytest.raises(ConfigError) as refused:
         boot.create(config(None, drive(path)))
     assert str(refused.value) == text.format(path=path)
+
+
+def test_a_named_pipe_is_refused_and_one_that_was_handed_over_is_read(tmp_path):
+    """Whoever opens a named one waits: a reset would, with all monitors."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match="is a pipe: give a file"):
+        boot.create(config(None, drive(path)))
+    with pytest.raises(ConfigError, match="is a pipe: give a file"):
+        boot.create(config(str(path)))
+    reader, writer = os.pipe()
+    os.write(writer, SECTOR)
+    os.close(writer)
+    boot.create(config(None, drive(f"/dev/fd/{reader}")))
+    os.close(reader)
 
 
 @pytest.mark.parametrize("length", [4, 20, 52, 63, 100])
