@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 
 from cpr._native._cpr import ffi, lib
 from cpr.constants import PAGE_SIZE
-from cpr.errors import ConfigError
+from cpr.errors import ConfigError, CprError
 from cpr.ram import HUGEPAGES, RAMBlock, no_memory
 
 TYPE_CHECKING = False
@@ -167,9 +168,18 @@ def _create_shm(block: RAMBlock) -> int:
         except OSError as error:
             raise ConfigError(f"failed to create POSIX shared memory: {error}") from None
         os.unlink(path)
-        os.ftruncate(fd, block.size)
+        _resize(block, fd)
         return fd
     raise ConfigError("failed to create POSIX shared memory: no free name in /dev/shm")
+
+
+def _resize(block: RAMBlock, fd: int) -> None:
+    """Makes an empty file as large as the block.  Raises ConfigError; then `fd` is closed."""
+    try:
+        os.ftruncate(fd, block.size)
+    except OSError as error:
+        os.close(fd)
+        raise no_memory(block, error) from None
 
 
 def _open_file(block: RAMBlock, properties: dict[str, Any]) -> int:
@@ -177,11 +187,14 @@ def _open_file(block: RAMBlock, properties: dict[str, Any]) -> int:
     if os.path.isdir(path):
         path = os.path.join(path, f"qemu_back_mem.{block.idstr}.{os.getpid()}")
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
     except OSError as error:
         raise ConfigError(
             f"can't open backing store {path} for guest RAM: {error.strerror}"
         ) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ConfigError(f"can't open backing store {path} for guest RAM: it is no regular file")
     block.page_size = _page_size(fd)
     align = int(properties.get("align", 0))
     if align % block.page_size:
@@ -191,7 +204,11 @@ def _open_file(block: RAMBlock, properties: dict[str, Any]) -> int:
         )
     current = os.fstat(fd).st_size
     if current == 0:
-        os.ftruncate(fd, block.size)
+        try:
+            _resize(block, fd)
+        except CprError:
+            os.unlink(path)
+            raise
     elif current < block.size:
         os.close(fd)
         raise _too_small(block, current)

@@ -128,6 +128,20 @@ def test_bad_backends(kind, properties, text):
     assert set(open_fds()) == before
 
 
+def test_bad_files(tmp_path):
+    """A device or a FIFO, and a size that no file has: nothing is left behind."""
+    pipe, file = tmp_path / "pipe", tmp_path / "file"
+    os.mkfifo(pipe)
+    before = set(open_fds())
+    for path in (pipe, "/dev/null"):
+        with pytest.raises(ConfigError, match=f"{path} for guest RAM: it is no regular file"):
+            create("file", mem_path=str(path), share=True)
+    with pytest.raises(ConfigError, match="cannot set up guest memory 'ram0': "):
+        create("file", mem_path=str(file), share=True, size=1 << 62)
+    assert not file.exists()
+    assert set(open_fds()) == before
+
+
 def test_hugetlb_without_pages_says_how_many_are_needed():
     pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
     free = int(pool.read_text()) if pool.exists() else 0
