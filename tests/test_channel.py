@@ -399,3 +399,12 @@ def test_a_path_that_is_another_vmms_by_now_stays(tmp_path: Path) -> None:
     assert path.exists()
     second.close()
     assert not path.exists()
+
+
+def test_a_descriptor_that_is_none_to_be_used_leaves_nothing_open() -> None:
+    """O_PATH, say; again and again."""
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(MigrationError, match="Could not use the file: Bad file descriptor"):
+            Channel(os.open("/", os.O_PATH), "file")
+    assert len(os.listdir("/proc/self/fd")) == before

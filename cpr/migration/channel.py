@@ -70,7 +70,6 @@ class Channel:
         self._made_nonblocking = False
         self._closing = allocate_lock()  # a number that was closed may be another file's
         try:
-            self._cancellation = Cancellation()
             mode = os.fstat(fd).st_mode
             self._is_socket = stat.S_ISSOCK(mode)
             self.waits = not stat.S_ISREG(mode)
@@ -78,6 +77,7 @@ class Channel:
             if self.waits and os.get_blocking(fd):
                 os.set_blocking(fd, False)
                 self._made_nonblocking = True
+            self._cancellation = Cancellation()
         except OSError as error:
             os.close(fd)
             raise MigrationError(f"Could not use the {kind}: {_strerror(error)}") from None
