@@ -159,6 +159,8 @@ def test_registers_that_a_processor_does_not_have() -> None:
         device.check({**state, "env.segs": segments})
     with pytest.raises(ValueError, match=r"env\.tsc_khz"):
         device.check({**state, "env.tsc_khz": -1})
+    with pytest.raises(ValueError, match=r"env\.interrupt_shadow"):
+        device.check({**state, "env.interrupt_shadow": 4})
 
 
 def test_times_that_no_clock_shows() -> None:

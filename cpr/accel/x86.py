@@ -79,6 +79,8 @@ VMSTATE_CPUID = VMStateDescription(
     "cpu/cpuid", 1, 1, (u32("nent"), varray("entries", VMSTATE_CPUID_ENTRY, "nent"))
 )
 
+SHADOWS = 3  # of interrupts, by MOV SS and STI (KVM_X86_SHADOW_INT_*)
+
 VMSTATE_CPU = VMStateDescription(
     "cpu",
     12,

@@ -111,6 +111,7 @@ class VCpuState(Device):
         for name in ("env.gdt", "env.idt"):
             check_range(f"{name}.limit", state[name]["limit"], 0, 0xFFFF)
         check_range("env.tsc_khz", state["env.tsc_khz"], 0, 0xFFFFFFFF)
+        check_range("env.interrupt_shadow", state["env.interrupt_shadow"], 0, x86.SHADOWS)
         self._vcpu.check_state(state)
 
     def restore(self, state: dict) -> None:
