@@ -237,3 +237,32 @@ def test_want_of_memory_and_processes_is_said(tmp_path: Path) -> None:
     assert "no process for the guard: Resource temporarily" in found["fork"][0]
     assert found["fork"][1] is False
     assert found["end"] == [1, "hi", ["first"]]
+
+
+CHILD = """
+mode, step = sys.argv[1:3]
+if step == "old":
+    memory = live.memory("table", 4096)
+    live.ready()
+    live.update([PYTHON, __file__, mode, "new"], mode=mode)
+child = os.fork()
+if child == 0:
+    try:
+        live.ready()
+    except live.UpdateError as error:
+        say("child", str(error).replace(str(os.getppid()), "PID"))
+    os._exit(0)
+os.waitpid(child, 0)
+live.memory("table", 4096)
+live.ready()
+say("parent", True)
+"""
+
+
+@pytest.mark.parametrize("mode", ["early", "late"])
+def test_a_child_of_the_new_program_takes_nothing_over(tmp_path: Path, mode: str) -> None:
+    """As a server that forks its workers too soon: the service would be theirs, and then gone."""
+    result = run(tmp_path, CHILD, mode, "old")
+    assert result.of("parent") == [[True]], result.stderr
+    ((said,),) = result.of("child")
+    assert said.startswith("only the new program's own process, PID PID, takes over"), said

@@ -67,6 +67,9 @@ except OSError:
     _folder = "/"
 
 
+_pid = os.getpid()  # of who was started; a child has another
+
+
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 

@@ -70,6 +70,10 @@ class Image:
         self._failure: UpdateError | None = None
         self._link: Any = None  # a Predecessor
         try:
+            if new_image.VARIABLE in os.environ:
+                from cpr import live
+
+                new_image.check_process(live._pid)
             self._link = new_image.find_predecessor(forked)
         except transaction.UpdateError as error:
             self._failure = UpdateError(str(error))

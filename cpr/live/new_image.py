@@ -47,6 +47,7 @@ class Predecessor:
         self._token = token
         self._socket_fd = sock
         self._socket_object: socket.socket | None = None
+        self._pid = os.getpid()
         self.committed = False
 
     @property
@@ -65,6 +66,7 @@ class Predecessor:
         """Raises UpdateError where the old image is not there any more."""
         from cpr.live import messages
 
+        check_process(self._pid)
         try:
             messages.send(self._socket, kind, body or {}, [])
         except messages.Ended as error:
@@ -78,6 +80,7 @@ class Predecessor:
         """
         from cpr.live import messages
 
+        check_process(self._pid)
         try:
             message = messages.receive(self._socket)
         except messages.InPart as error:
@@ -108,6 +111,7 @@ class Predecessor:
 
         Raises UpdateError where the old image has taken it first; this one then has nothing.
         """
+        check_process(self._pid)
         if not tokens.take_token(self._token):
             raise UpdateError("the old program has taken back over: this one came too late")
         self.committed = True
@@ -176,6 +180,14 @@ class Predecessor:
             os.close(self._socket_fd)
         os.close(self._token)
         self.page.close()
+
+
+def check_process(pid: int) -> None:
+    """Raises UpdateError in another process than the one that was started, such as its child."""
+    if os.getpid() != pid:
+        raise UpdateError(
+            f"only the new program's own process, PID {pid}, takes over; this is another one"
+        )
 
 
 def _take_open(numbers: list[int]) -> None:
