@@ -76,3 +76,11 @@ def test_a_script_that_fails_leaves_nothing_that_it_has_started(start, accel, te
     vm.qmp = vm.connect()
     assert vm.qmp.command("query-status")["running"]
     wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
+
+
+def test_a_program_that_a_signal_has_ended_ends_the_vm(start, accel):
+    """It was meant for the VM, and is told so: no guest goes on."""
+    vm = start.guest("heartbeat", accel)
+    vm.qmp.command("cpr-exec", command=["/bin/sh", "-c", "kill -TERM $$", str(vm.directory)])
+    wait_for(lambda: not vm.processes(), "all have ended")
+    assert vm.complaints == "cpr-vmm: terminating on signal 15\n"

@@ -353,12 +353,13 @@ class Outgoing:
         except Exception as error:  # the guest must not be lost to a bug here
             if not isinstance(error, CprError):
                 exception_report(error)
-            if mode.gives_back is None:
+            if mode.gives_back is None and not mode.ended_by:
                 error_report(error)
             self.end("failed", str(error))
             if mode.gives_back is not None:
                 mode.gives_back()  # no command comes in between
             if mode.ended_by:
+                error_report(f"terminating on signal {mode.ended_by}")
                 self.machine.shutdown(False, "host-signal")
             return
         if self._staging is not None:
