@@ -53,6 +53,7 @@ def test_a_script_that_waits_for_the_vmm_hands_it_the_guest(start, accel):
     vm.qmp = vm.connect()
     assert vm.qmp.command("query-status")["running"]
     assert vm.qmp.command("query-migrate")["status"] == "completed"
+    assert not list(vm.directory.glob("cpr-exec-*"))
     vm.pid = max(vm.processes(), key=lambda pid: pid != old)
     wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
     vm.qmp.send("quit")

@@ -247,7 +247,7 @@ def plan(command: list[str] | None) -> tuple[list[str], str, str | None]:
 def _create_directory() -> str:
     base = os.environ.get("TMPDIR") or "/tmp"
     while True:
-        directory = os.path.join(base, f"{_own_prefix()}{os.urandom(4).hex()}")
+        directory = os.path.join(base, f"cpr-exec-{os.getpid()}-{os.urandom(4).hex()}")
         try:
             os.mkdir(directory, 0o700)
         except FileExistsError:
@@ -259,15 +259,16 @@ def _create_directory() -> str:
         return directory
 
 
-def _own_prefix() -> str:
-    """What the names of this process's temporary directories begin with, before and after exec."""
-    return f"cpr-exec-{os.getpid()}-"
-
-
 def remove_own_directory(source: dict) -> None:
-    """Removes the temporary directory that `source`, which has just been loaded, is in, if any."""
-    directory = os.path.dirname(source.get("filename", ""))
-    if os.path.basename(directory).startswith(_own_prefix()):
+    """Removes the temporary directory that `source`, which has just been loaded, is in, if any.
+
+    It may be of another PID: where a script that waits for it has started this process.
+    """
+    import re
+
+    directory, file = os.path.split(source.get("filename", ""))
+    name = os.path.basename(directory)
+    if file == STATE_FILE and re.fullmatch(r"cpr-exec-\d+-[0-9a-f]{8}", name):
         remove_directory(directory)
 
 
