@@ -134,6 +134,18 @@ def test_a_vm_that_waits_for_migrate_incoming_ends(start, accel, tmp_path, how):
     assert not pidfile.exists()
 
 
+def test_a_wrong_name_for_migrate_incoming_can_be_put_right(start, accel, tmp_path):
+    """In a late update, whose guest stands still; QEMU would take no other one."""
+    vm: Vm = start(*words(accel), "-pidfile", str(tmp_path / "pid"))
+    deferred(vm, tmp_path)
+    for uri in (f"file:{tmp_path}/missing", f"unix:{tmp_path}/no/socket", "tcp:127.0.0.1:http"):
+        with pytest.raises(QmpError, match=r"Could not open|Failed to bind"):
+            vm.qmp.command("migrate-incoming", uri=uri)
+        assert vm.qmp.command("query-migrate") == {}
+    vm.qmp.command("migrate-incoming", uri=f"file:{tmp_path}/state")
+    counts(vm)
+
+
 def test_the_pidfile_of_a_vm_whose_load_fails(start, accel, tmp_path):
     pidfile = tmp_path / "pid"
     vm: Vm = start(*words(accel), "-pidfile", str(pidfile))

@@ -178,3 +178,11 @@ def describe(address: dict) -> str:
     if address["transport"] == "exec":
         return " ".join(address["args"])
     return str(address.get("path") or address.get("str") or f"{address['host']}:{address['port']}")
+
+
+def port_of(address: dict) -> int:
+    """Raises ValueError for what is no number of a port."""
+    text = str(address["port"])
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < 1 << 16):
+        raise ValueError(f"'{text}' is no port: give a number below 65536")
+    return int(text)

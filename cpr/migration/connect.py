@@ -8,7 +8,7 @@ import select
 import socket
 
 from cpr.errors import MigrationError
-from cpr.migration.address import describe
+from cpr.migration.address import describe, port_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def connect(address: dict, cancellation: Cancellation) -> int:
 def _targets(address: dict) -> list[tuple[int, Any]]:
     if address["type"] == "unix":
         return [(socket.AF_UNIX, address["path"])]
-    found = socket.getaddrinfo(address["host"], int(address["port"]), type=socket.SOCK_STREAM)
+    found = socket.getaddrinfo(address["host"], port_of(address), type=socket.SOCK_STREAM)
     return [(family, where) for family, _, _, _, where in found]
 
 

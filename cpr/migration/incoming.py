@@ -113,6 +113,7 @@ class Incoming:
         self.listener: CprListener | None = None
         self.commit: Callable[[], None] = lambda: None
         self.hold: Callable[[bool], None] = lambda on: None
+        self.is_late = False
         self.on_running: Callable[[], None] = lambda: None
         self._address: dict | None = None
         self._closing = False
@@ -146,7 +147,8 @@ class Incoming:
         """Waits for a source on a socket, or opens the channel, and loads.
 
         Raises MigrationError where it is refused, or cannot listen or be opened, and what
-        `before_hang_up` raises: the last step, which a cpr-transfer's source must not miss.
+        `before_hang_up` raises: the last step, which a cpr-transfer's source must not miss.  After
+        one that cannot be opened no other is taken, as in QEMU; but in a late update one is.
         """
         self.check()
         if self._state.status != "none":
@@ -154,13 +156,14 @@ class Incoming:
         self.hold(False)
         self._set_status("setup")
         self._address = address
-        source: Listener | channel.Channel
-        if addresses.connects_in_background(address):
-            from cpr.migration.listener import Listener
-
-            source = Listener(address)
-        else:
-            source = channel.open_incoming(address, self._handed)
+        try:
+            source = self._open(address)
+        except MigrationError:
+            if self.is_late:  # its guest stands still for that
+                self._set_status("none")
+                self._address = None
+                self.hold(True)
+            raise
         try:
             before_hang_up()
         except BaseException:
@@ -178,6 +181,13 @@ class Incoming:
             self._loop.call_soon(begin)
         else:
             begin()
+
+    def _open(self, address: dict) -> Listener | channel.Channel:
+        if addresses.connects_in_background(address):
+            from cpr.migration.listener import Listener
+
+            return Listener(address)
+        return channel.open_incoming(address, self._handed)
 
     def _begin(self, source: Listener | channel.Channel, exit_on_error: bool) -> None:
         """Loads a file; what may keep a reader waiting is read on a thread.  Raises CprError."""

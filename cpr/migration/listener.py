@@ -7,7 +7,7 @@ import select
 import stat
 
 from cpr.errors import MigrationError
-from cpr.migration.address import describe
+from cpr.migration.address import describe, port_of
 from cpr.migration.cancellation import Cancellation
 
 TYPE_CHECKING = False
@@ -39,7 +39,7 @@ class Listener:
                 self._socket = listen_at(self._path)
                 self._inode = os.stat(self._path).st_ino
             else:
-                self._socket = socket.create_server((address["host"], int(address["port"])))
+                self._socket = socket.create_server((address["host"], port_of(address)))
         except (OSError, ValueError, OverflowError) as error:
             self.close()
             reason = error.strerror if isinstance(error, OSError) else ""

@@ -138,7 +138,7 @@ def _bring_over(
     """The guest of a late update: what it waits for is short."""
     incoming = vmm.migration.incoming_side
     if predecessor is not None:
-        incoming.hold = predecessor.hold
+        incoming.hold, incoming.is_late = predecessor.hold, True
         incoming.hold(sources.main == DEFER)
         incoming.commit = lambda: _commit(vmm, predecessor)
     _confine(vmm, run_with)
