@@ -167,3 +167,43 @@ tell(pids=len(pids), flat=len(set(sizes)) == 1, threads=sizes[0][1])
         )
     )
     assert told == {"pids": 10, "flat": True, "threads": 1}
+
+
+# struct sock_filter: a prctl(2) of PR_GET_TID_ADDRESS fails with EINVAL, as in a kernel without it.
+NOT_TOLD = """
+import struct
+steps = [
+    (0x20, 0, 0, 0),           # load the number of the call
+    (0x15, 0, 3, 157),         # __NR_prctl, else allow
+    (0x20, 0, 0, 16),          # load the low half of its first argument
+    (0x15, 0, 1, 40),          # PR_GET_TID_ADDRESS, else allow
+    (0x06, 0, 0, 0x00050016),  # SECCOMP_RET_ERRNO of EINVAL
+    (0x06, 0, 0, 0x7FFF0000),  # SECCOMP_RET_ALLOW
+]
+filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+program = struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(filters))
+told = ctypes.c_void_p()
+assert libc.prctl(40, ctypes.byref(told), 0, 0, 0) == 0
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, program, 0, 0) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+assert libc.prctl(40, ctypes.byref(ctypes.c_void_p()), 0, 0, 0) == -1
+from cpr._native._cpr import ffi, lib
+address = lib.cpr_tid_address()
+assert int(ffi.cast("uintptr_t", address)) == told.value, (address, told)
+taken = []
+signal.signal(signal.SIGUSR1, lambda *arguments: taken.append(1))
+"""
+
+
+@RETURNS
+def test_a_kernel_that_does_not_tell_where_the_thread_id_is(early):
+    """Without CONFIG_CHECKPOINT_RESTORE: the guard ended at once, and the guest with it."""
+    told = run(
+        NOT_TOLD
+        + EXECUTE.format(early=early)
+        + """
+signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)  # libc looks the ID up
+tell(same=address[0] == os.getpid() == threading.get_native_id(), taken=len(taken))
+"""
+    )
+    assert only(told) == {"same": True, "taken": 1}

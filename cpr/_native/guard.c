@@ -30,6 +30,7 @@
 
 #include "guard_proc.h"
 #include "raw_syscall.h"
+#include "tid_address.h"
 
 #define STACK_SIZE 65536
 #define PROTECTED 4096                /* below the stack */
@@ -343,6 +344,10 @@ static int remember(void)
         mprotect(base, PROTECTED, PROT_NONE);
         self.stack = base;
     }
+    self.tid_address = cpr_tid_address();
+    if (self.tid_address == NULL) {
+        return -errno;
+    }
     self.guard->pid_fd = (int)syscall(SYS_pidfd_open, getpid(), 0);
     if (self.guard->pid_fd < 0) {
         return -errno;
@@ -360,7 +365,6 @@ static int remember(void)
     }
     prctl(PR_GET_PDEATHSIG, &self.death_signal);
     prctl(PR_GET_CHILD_SUBREAPER, &self.subreaper);
-    prctl(PR_GET_TID_ADDRESS, &self.tid_address);
     syscall(SYS_get_robust_list, 0, &self.robust_list, &self.robust_size);
     return 0;
 }
