@@ -58,6 +58,7 @@ bench-live: setup-dev
 # VFIO, IOMMUFD and KVM on the real kernel interfaces, inside a VM: with Debian's kernel, and with
 # one that has iommufd, which is built once.  QEMU_ROOT=FOLDER: a QEMU there is compared with.
 test-nested test-nested-iommufd: setup-dev nested-guests
+	@$(BIN)/python -m examples.linux.build
 	$(BIN)/python -m pytest tests/nested -v --nested=$(if $(@:test-nested=),iommufd,type1) \
 		$(if $(QEMU_ROOT),--qemu-root '$(QEMU_ROOT)') $(ARGS)
 
