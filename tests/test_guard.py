@@ -213,14 +213,16 @@ tell(closed=closed, said=returned.dropped)
     [
         ("exec {fd}<&-; sleep 0.5; exit 0", True, "died"),
         ("sleep 0.3; exit 0", False, "died"),
-        ("bash -c 'exec {fd}<&-; sleep 0.5'; exit 0", True, "died"),
-        ("bash -c 'bash -c \"exec {fd}<&-; sleep 0.5\"; exit 0'; exit 0", True, "died"),
+        ("bash -c 'exec {fd}<&-; sleep 0.5'; exit 0", False, "died"),
+        ("bash -c 'bash -c \"exec {fd}<&-; sleep 0.5\"; exit 0'; exit 0", False, "died"),
+        ("bash -c 'exec {fd}<&-; sleep 1' & sleep 0.3; exit 0", False, "died"),
+        ("bash -c 'exec {fd}<&-; sleep 0.3'; sleep 3; exit 0", False, "died"),
         ("sleep 0.5 {fd}<&- {kept}<&-; exit 0", False, "died"),
         ("(sleep 0.5); exit 0", False, "died"),
     ],
 )
 def test_a_program_that_knows_no_token(script, consumed, outcome):
-    """It has what it was given when it has closed the state, or one that it has started has."""
+    """It has what it was given when it has closed the state; one that it has started may fail."""
     told = run(f"""
 state, kept = os.memfd_create("state"), os.memfd_create("ram")
 script = {script!r}.format(fd=state, kept=kept)
@@ -229,6 +231,22 @@ returned = execute("bash", "-c", script, keep=keep, state_fd=state, timeout_ns=1
 tell(outcome=NAMES[returned.outcome], consumed=returned.consumed)
 """)
     assert only(told) == {"outcome": outcome, "consumed": consumed}
+
+
+def test_a_child_from_before_has_taken_nothing():
+    """Whatever it has open: a helper that an earlier program has left, say."""
+    told = run("""
+kept = os.memfd_create("ram")
+os.set_inheritable(kept, True)
+child = os.fork()
+if child == 0:
+    os.execvp("sleep", ["sleep", "4"])
+state = os.memfd_create("state")
+keep = [state, kept]
+returned = execute("bash", "-c", "sleep 3; exit 3", keep=keep, state_fd=state, timeout_ns=10**11)
+tell(outcome=NAMES[returned.outcome], consumed=returned.consumed)
+""")
+    assert only(told) == {"outcome": "died", "consumed": False}
 
 
 def test_a_program_that_ends_slowly_has_taken_nothing():
@@ -260,17 +278,25 @@ tell(error="the guard came back")
     assert len(told) == 2
 
 
-def test_a_program_that_has_started_the_one_that_has_it():
-    """A script that waits for it keeps all descriptors open."""
-    told = run("""
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        ("bash -c 'exec {fd}<&-; sleep 3; exit 6'; exit $?", 6),
+        ("bash -c 'exec {fd}<&-; sleep 3' & sleep 0.5; exit 7", 7),
+    ],
+    ids=["waits", "ends"],
+)
+def test_a_program_that_has_started_the_one_that_has_it(script, status):
+    """A script keeps all descriptors open, or ends before."""
+    told = run(f"""
 state, kept = os.memfd_create("state"), os.memfd_create("ram")
-script = f"bash -c 'exec {state}<&-; sleep 3; exit 6'; exit $?"
+script = {script!r}.format(fd=state)
 keep = [state, kept]
 execute("bash", "-c", script, keep=keep, state_fd=state, timeout_ns=10**9)
 tell(error="the guard came back")
 """)
-    assert ends(told) == {"first": 6 << 8, "other": 0}
-    assert len(told) == 2
+    assert all("ended" in each for each in told), told
+    assert ends(told)["first"] == status << 8
 
 
 def test_exit_status_of_processes_that_are_there_and_that_are_not():

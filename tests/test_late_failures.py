@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from functools import partial
 
 import pytest
@@ -85,3 +86,36 @@ def test_a_program_that_a_signal_has_ended_ends_the_vm(start, accel):
     vm.qmp.command("cpr-exec", command=["/bin/sh", "-c", "kill -TERM $$", str(vm.directory)])
     wait_for(lambda: not vm.processes(), "all have ended")
     assert vm.complaints == "cpr-vmm: terminating on signal 15\n"
+
+
+def test_a_second_failure_and_a_script_that_hides_one(start, accel):
+    """What the first had in its environment is no sign of the second; a script's 0 is no success."""
+    vm = start.guest("heartbeat", accel)
+    vm.qmp.command("migrate-set-parameters", x_cpr_exec_overlap="off")
+    vm.update()
+    missing = "$VMM -incoming file:/nonexistent; echo ended"
+    for count, text in enumerate(("exit 3", "sleep 0.3; exit 3", missing, "exit 4"), 1):
+        vm.qmp.command("cpr-exec", command=script(vm, text))
+        wait_for(partial(has_failed, vm, count), "it fails")
+        wait_for(lambda: len(vm.processes()) == 1, "one process is left")
+        vm.follow()
+        vm.qmp.close()
+        vm.qmp = vm.connect()
+        assert vm.qmp.command("query-status")["running"]
+        wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
+
+
+def test_a_script_that_ends_before_its_vmm(start, accel):
+    """It has failed, and the guest is in the VMM that it has started: nobody else runs it too."""
+    vm = start.guest("heartbeat", accel)
+    vm.qmp.command("cpr-exec", command=script(vm, "$VMM & sleep 1.5; exit 1"))
+    vm.process.wait(20)
+    time.sleep(3)
+    assert len(vm.processes()) == 1
+    vm.follow()
+    vm.qmp.close()
+    vm.qmp = vm.connect()
+    assert vm.qmp.command("query-status")["running"]
+    assert vm.qmp.command("query-migrate")["status"] == "completed"
+    assert "goes on in the old VMM" not in vm.stderr
+    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")

@@ -187,7 +187,8 @@ CPR_IN_CHILD static int watch(void)
         {.fd = guard->token_fd, .events = POLLOUT},
         {.fd = guard->socket_fd, .events = POLLIN},
     };
-    uint64_t before = cpr_monotonic_ns(), used_ns = 0, consumed_ns = 0, signalled_ns = 0;
+    uint64_t before = cpr_monotonic_ns(), used_ns = 0, taken_ns = 0, signalled_ns = 0;
+    int32_t taker = 0;
 
     for (;;) {
         uint64_t now;
@@ -197,8 +198,14 @@ CPR_IN_CHILD static int watch(void)
         if (ready[1].revents & POLLOUT) {
             committed();
         }
-        if (ready[0].revents & POLLIN) {
-            return CPR_GUARD_DIED;
+        if (taker && taker != guard->old_pid && !cpr_guard_has_taken(guard, taker)) {
+            taker = 0; /* one that a script has started, and that could not load the guest */
+        }
+        if (ready[0].fd < 0 || ready[0].revents & POLLIN) {
+            if (!taker || taker == guard->old_pid) {
+                return CPR_GUARD_DIED;
+            }
+            ready[0].fd = -1; /* the script has ended, and not the one that has the guest */
         }
         if (ready[2].revents & POLLIN) {
             return CPR_GUARD_MESSAGE;
@@ -207,10 +214,12 @@ CPR_IN_CHILD static int watch(void)
             used_ns += now - before;
         }
         before = now;
-        guard->consumed |= cpr_guard_has_consumed(guard);
-        if (guard->consumed) { /* there is no other sign: what lives on has the guest */
-            consumed_ns = consumed_ns ? consumed_ns : now;
-            if (now - consumed_ns > GRACE_NS) {
+        if (!taker && (taker = cpr_guard_taker(guard))) {
+            taken_ns = now;
+        }
+        if (taker) { /* there is no other sign: what lives on has the guest */
+            guard->consumed = taker == guard->old_pid;
+            if (now - taken_ns > GRACE_NS) {
                 committed();
             }
             continue;
@@ -359,6 +368,9 @@ static int remember(void)
     self.guard->old_pid = getpid();
     snprintf(self.own_pid_text, sizeof(self.own_pid_text), "MAINPID=%d\nREADY=1", getpid());
     self.guard->consumed = self.guard->dropped = 0;
+    if (self.guard->state_fd >= 0) {
+        cpr_guard_note_children();
+    }
     sigaltstack(NULL, &self.altstack);
     for (int i = 0; i < TIMERS; i++) {
         getitimer(i, &self.timers[i]);

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdint.h>
+#include <unistd.h>
 
 #include "raw_syscall.h"
 
@@ -100,7 +101,41 @@ CPR_IN_CHILD static int add_children(int32_t *pids, int count, int32_t parent)
     return count;
 }
 
-CPR_IN_CHILD int cpr_guard_has_consumed(const struct cpr_guard *guard)
+static struct {
+    int32_t pids[PROCESSES_MAX];
+    int count;
+} noted;
+
+CPR_IN_CHILD static int is_noted(int32_t pid)
+{
+    for (int i = 0; i < noted.count; i++) {
+        if (noted.pids[i] == pid) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+void cpr_guard_note_children(void)
+{
+    noted.pids[0] = getpid();
+    noted.count = 1;
+    for (int i = 0; i < noted.count; i++) {
+        noted.count = add_children(noted.pids, noted.count, noted.pids[i]);
+    }
+}
+
+CPR_IN_CHILD int cpr_guard_has_taken(const struct cpr_guard *guard, int32_t pid)
+{
+    if (has(pid, guard->state_fd, guard->state_text)) {
+        return 0;
+    }
+    return (pid == guard->old_pid ||
+            (guard->kept_fd >= 0 && has(pid, guard->kept_fd, guard->kept_text))) &&
+           lives(pid);
+}
+
+CPR_IN_CHILD int32_t cpr_guard_taker(const struct cpr_guard *guard)
 {
     int32_t pids[PROCESSES_MAX];
     int count = 1;
@@ -110,13 +145,12 @@ CPR_IN_CHILD int cpr_guard_has_consumed(const struct cpr_guard *guard)
     }
     pids[0] = guard->old_pid;
     for (int i = 0; i < count; i++) {
-        if (!has(pids[i], guard->state_fd, guard->state_text) &&
-            (i == 0 ||
-             (guard->kept_fd >= 0 && has(pids[i], guard->kept_fd, guard->kept_text))) &&
-            lives(pids[i])) {
-            return 1;
+        if ((i == 0 || !is_noted(pids[i])) && cpr_guard_has_taken(guard, pids[i])) {
+            return pids[i];
         }
-        count = add_children(pids, count, pids[i]);
+        if (noted.count < PROCESSES_MAX) { /* else there may be more that are not noted */
+            count = add_children(pids, count, pids[i]);
+        }
     }
     return 0;
 }

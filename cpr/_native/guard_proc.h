@@ -3,10 +3,17 @@
 #define CPR_GUARD_PROC_H
 #include "guard.h"
 
-/* Whether a program that knows no token has the guest, as far as one can see: it has closed the CPR
-   state that its predecessor gave it. Where it has started others, as a shell does, one of those may
-   have done so that still has `kept_fd`. */
-int cpr_guard_has_consumed(const struct cpr_guard *guard);
+/* Notes the children of this process, and theirs: before the clone. None of them is started by the new
+   program, whatever it has open. */
+void cpr_guard_note_children(void);
+
+/* The PID of who has the guest of a program that knows no token, as far as one can see, or 0: it has
+   closed the CPR state that its predecessor gave it. Where the program has started others, as a
+   script does, one of those may have done so that still has `kept_fd`. */
+int32_t cpr_guard_taker(const struct cpr_guard *guard);
+
+/* Whether that process still has it: also one that the program has left behind. */
+int cpr_guard_has_taken(const struct cpr_guard *guard, int32_t pid);
 
 /* Whether one of the signals `guard->ending` waits for the new image. */
 int cpr_guard_has_ending_signal(const struct cpr_guard *guard);

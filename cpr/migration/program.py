@@ -8,6 +8,7 @@ updated in QEMU's way.
 
 from __future__ import annotations
 
+import _signal as signal  # `signal` itself makes enums, which a late update would wait for
 import errno
 import os
 import stat
@@ -17,8 +18,8 @@ import time
 from cpr import launcher
 from cpr.config import parse_command_line, strip_options
 from cpr.errors import CprError, MigrationError
+from cpr.live.token import is_readable
 from cpr.live.transaction import HEARS, PROTOCOL, VERSIONS
-from cpr.state.cpr_state import STATE_NAME
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ MOST_ANSWER = 200  # bytes
 QUESTION = "CPR_QUESTION"
 """In the environment of a program that is asked: the number that it is to repeat."""
 LEAST_NUMBER = 1 << 32  # of QUESTION; no version
-END_TIMEOUT = 2.0  # s
+END_MS = 2000
+MARK = "CPR_EXEC_UPDATE"
+"""In the environment of a program that is not asked, and of all that it starts: which update."""
 INCOMING = frozenset({"-incoming", "--incoming"})
 
 
@@ -179,35 +182,32 @@ def _read_answer(process: Popen[bytes], serve: Callable[[], bool]) -> bytes:
     return answer if process.returncode == 0 else b""
 
 
-def end_started(state_fd: int, kept: Sequence[int]) -> None:
-    """Kills what a program that got a CPR state, and has ended, has started, as a script does.
-
-    Such a process has the number of the state in its environment, and one of the descriptors
-    `kept` under its number.
-    """
-    import psutil
-
-    files = {fd: (file.st_dev, file.st_ino) for fd in kept for file in (os.fstat(fd),)}
-
-    def has_one(pid: int) -> bool:
-        for fd, expected in files.items():
-            try:
-                file = os.stat(f"/proc/{pid}/fd/{fd}")
-            except OSError:
-                continue
-            if (file.st_dev, file.st_ino) == expected:
-                return True
+def has_mark(pid: int, mark: str) -> bool:
+    """Whether a process was started by the program of the update MARK, or is it."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return f"{MARK}={mark}".encode() in file.read().split(b"\0")
+    except OSError:  # it has ended, or is another user's
         return False
 
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(STATE_NAME) == str(state_fd) and has_one(process.pid):
-                process.kill()
-                found.append(process)
-        except (psutil.Error, OSError):  # it has ended, or is another user's
+
+def end_started(mark: str) -> None:
+    """Kills what the program of an update has started, which has ended itself, as a script has."""
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) == os.getpid() or not has_mark(int(name), mark):
             continue
-    psutil.wait_procs(found, END_TIMEOUT)
+        try:
+            pidfd = os.pidfd_open(int(name))
+        except OSError:
+            continue
+        try:
+            if has_mark(int(name), mark):  # still that process
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                is_readable(pidfd, END_MS)
+        except OSError:
+            pass
+        finally:
+            os.close(pidfd)
 
 
 def early_versions(

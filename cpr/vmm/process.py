@@ -23,6 +23,7 @@ from cpr.migration.address import connects_in_background
 from cpr.migration.incoming import DEFER, Sources
 from cpr.migration.migration import Migration
 from cpr.migration.mode import EXEC, KeepsRam
+from cpr.migration.program import MARK
 from cpr.migration.run_with import RunWith
 from cpr.migration.statistics import UpdateTimes
 from cpr.monitor.passed_fds import PassedFds
@@ -74,6 +75,7 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
     for warning in config.warnings:
         warn_report(warning)
     fds = PreservedFds()
+    started_by = os.environ.pop(MARK, "")
     after_exec = predecessor is not None or STATE_NAME in os.environ
     run_with = RunWith(config.run_with, after_exec)
     ready = None
@@ -85,7 +87,7 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
         vmm = _start(config, fds, predecessor, run_with)
     fds.incoming = False
     if after_exec:
-        carefully(lambda: vmm.reap(untold=predecessor is None))
+        carefully(lambda: vmm.reap(predecessor is None, started_by))
     signals.attach(vmm)
     if predecessor is None or predecessor.committed:
         carefully(lambda: _take_pidfile(vmm))

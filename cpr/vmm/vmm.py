@@ -251,17 +251,20 @@ class Vmm(Process):
 
         self.populator = Populator(self.machine.blocks)
 
-    def reap(self, untold: bool) -> None:
+    def reap(self, untold: bool, mark: str) -> None:
         """Reaps the children that earlier images of this process have left, when they end.
 
         `untold`: a guard among them has not been told by the token that this image has the guest.
+        It is none that the program of the update `mark` has started.
         """
+        from cpr.migration.program import has_mark
+
         for pid in guard.children():
             try:
                 pidfd = os.pidfd_open(pid)
             except OSError:
                 continue
-            if untold:
+            if untold and not (mark and has_mark(pid, mark)):
                 self._untold.add(pid)
             self._call_at_end(pidfd, partial(self._reap, pid))
 
