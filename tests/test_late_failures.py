@@ -89,7 +89,7 @@ def test_a_program_that_a_signal_has_ended_ends_the_vm(start, accel):
 
 
 def test_a_second_failure_and_a_script_that_hides_one(start, accel):
-    """What the first had in its environment is no sign of the second; a script's 0 is no success."""
+    """What the first had in its environment is no sign of the second; nor is 0 of a script."""
     vm = start.guest("heartbeat", accel)
     vm.qmp.command("migrate-set-parameters", x_cpr_exec_overlap="off")
     vm.update()
