@@ -12,11 +12,13 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+from contextlib import suppress
 
 from cpr._native._cpr import ffi, lib
 from cpr.constants import PAGE_SIZE
 from cpr.errors import ConfigError, CprError
 from cpr.ram import HUGEPAGES, RAMBlock, no_memory
+from cpr.uapi import file_lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -115,9 +117,12 @@ def _take_found(block: RAMBlock, fds: PreservedFds) -> bool:
 
 def _attach_descriptor(block: RAMBlock, properties: dict[str, Any], fds: PreservedFds) -> None:
     block.stale = block.backend == "memory-backend-file" and not fds.incoming
-    if block.backend == "memory-backend-file" and block.shared:
+    folder = os.path.isdir(str(properties.get("mem-path", "")))
+    if block.backend == "memory-backend-file" and block.shared and not folder:
         block.fd = _open_file(block, properties)
         block.reopened = True
+        with suppress(OSError):  # a file system without locks
+            file_lock.share(block.fd, file_lock.GUEST)
         return
     if _take_found(block, fds):
         return
@@ -133,6 +138,14 @@ def _attach_descriptor(block: RAMBlock, properties: dict[str, Any], fds: Preserv
     if block.fd >= 0 and block.shared:
         fds.save(block.idstr, 0, block.fd)
         block.preserved = True
+
+
+def is_anothers(block: RAMBlock) -> bool:
+    """Whether another VMM has the block's file as its RAM, or the guard of an update has."""
+    try:
+        return block.reopened and file_lock.is_locked(block.fd, file_lock.GUEST)
+    except OSError:
+        return False
 
 
 def _create_memfd(block: RAMBlock, seal: bool, name: str = "memory-backend-memfd") -> int:
@@ -184,10 +197,13 @@ def _resize(block: RAMBlock, fd: int) -> None:
 
 def _open_file(block: RAMBlock, properties: dict[str, Any]) -> int:
     path = str(properties.get("mem-path", ""))
-    if os.path.isdir(path):
+    folder = os.path.isdir(path)
+    if folder:
         path = os.path.join(path, f"qemu_back_mem.{block.idstr}.{os.getpid()}")
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+        if folder:  # nobody else finds it
+            os.unlink(path)
     except OSError as error:
         raise ConfigError(
             f"can't open backing store {path} for guest RAM: {error.strerror}"
@@ -207,7 +223,8 @@ def _open_file(block: RAMBlock, properties: dict[str, Any]) -> int:
         try:
             _resize(block, fd)
         except CprError:
-            os.unlink(path)
+            if not folder:
+                os.unlink(path)
             raise
     elif current < block.size:
         os.close(fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import pty
 import shutil
@@ -367,8 +368,49 @@ def test_a_second_vmm_does_not_boot_into_the_ram_of_a_guest(start, accel, tmp_pa
         )
         vm.update()
         vm.follow()
+    deferred(vm, tmp_path)
+    assert subprocess.run(second, capture_output=True, timeout=30, check=False).returncode == 1
+    vm.qmp.command("migrate-incoming", uri=f"file:{tmp_path}/state")
     before = (tmp_path / "ram").read_bytes()[HEARTBEAT : HEARTBEAT + 4]
     wait_for(lambda: (tmp_path / "ram").read_bytes()[HEARTBEAT : HEARTBEAT + 4] != before, "counts")
     vm.qmp.send("quit")
     vm.process.wait(10)
     start("-accel", accel, *arguments)
+
+
+def test_ram_in_a_folder_goes_over_updates_that_change_the_pid(start, accel, tmp_path):
+    """Its file has no name: another process would make another one, and the guest were lost."""
+    folder = tmp_path / "ram"
+    folder.mkdir()
+    backend = f"memory-backend-file,id=ram0,size=16M,share=on,mem-path={folder}"
+    drive = "file=examples/build/heartbeat.img,format=raw,if=floppy"
+    arguments = f"-machine pc,memory-backend=ram0 -m 16M -object {backend} -drive {drive}".split()
+    vm: Vm = start("-accel", accel, *arguments)
+    assert not list(folder.iterdir())
+    path = next(
+        f"/proc/{vm.pid}/fd/{fd}"
+        for fd, name in vm.descriptors().items()
+        if name.startswith(str(folder))
+    )
+    with open(path, "rb") as file:
+        ram = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    vm.qmp.command("cpr-exec", command=["/bin/sh", "-c", "exit 3", str(vm.directory)])
+    wait_for(lambda: "goes on in the old VMM" in vm.stderr, "it has failed")
+    vm.follow()
+    vm.qmp.close()
+    vm.qmp = vm.connect()
+    for _ in range(2):
+        vm.update()
+        vm.follow()
+        wait_for_change(lambda: ram[HEARTBEAT], "the guest counts in that RAM")
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"], ids=["late", "early"])
+def test_sigquit_in_an_update_ends_the_vm(start, accel, overlap):
+    vm: Vm = start(*words(accel))
+    vm.qmp.command("migrate-set-parameters", x_cpr_exec_overlap=overlap)
+    vm.qmp.send("cpr-exec")
+    wait_for(lambda: len(vm.processes()) == 2, "the new image and the guard")
+    os.kill(vm.pid, signal.SIGQUIT)
+    wait_for(lambda: not vm.processes(), "all have ended")
+    assert vm.complaints == "cpr-vmm: terminating on signal 3\n"

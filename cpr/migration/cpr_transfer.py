@@ -230,7 +230,7 @@ def take_guest(machine: Machine, wait_ns: int = 0) -> None:
     for fd in _lockable(machine):
         while True:
             try:
-                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
                 break
             except OSError:
                 if time.monotonic_ns() >= deadline:

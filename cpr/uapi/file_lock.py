@@ -11,6 +11,10 @@ import os
 
 from cpr._native._cpr import ffi, lib
 
+GUEST = 300
+"""The byte of a RAM file that whoever has a guest in it has locked; QEMU has those of images up to
+there (block/file-posix.c)."""
+
 
 def share(fd: int, byte: int) -> None:
     """Locks one byte so that others may do the same.  Raises OSError where somebody has it alone,

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 READY = b"\0"
 INIT = 1  # the PID that orphans become children of: a VMM's in a container
-ENDS = (*ENDING, signal.SIGQUIT)
 STRAY = (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGUSR2)
 """From the timers of a program that was this process before, say; children have them as ever."""
 MOST_PID = 32  # bytes of a PID file that are looked at; more than a PID has
@@ -158,11 +157,11 @@ def reap_orphans() -> None:
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP: they end the VM in an orderly way, on its main loop.
+    """SIGINT, SIGTERM, SIGHUP and SIGQUIT: they end the VM in an orderly way, on its main loop.
 
     Before there is one they are blocked in a VMM that takes a guest over, so that they outlive what
     becomes of it; they end the start of another one, which may wait for a client or a source.
-    So does SIGQUIT, Ctrl-\\ on a terminal; no other one that may go astray ends a VM.
+    No other one that may go astray ends a VM.
     As PID 1 of a container a VMM reaps orphans too: SIGCHLD tells of them.
     """
 
@@ -173,14 +172,14 @@ class Signals:
             signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         self._reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (*ENDS, *STRAY):
+        for number in (*ENDING, *STRAY):
             signal.signal(number, self._on_signal)
         # Whoever has started this one may ignore it: no child's status could be known then.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _on_signal(self, number: int, frame: object) -> None:
         """All else is done where the wakeup descriptor is read."""
-        if number not in ENDS:
+        if number not in ENDING:
             return
         self._has_come = True
         if not self._wait:
@@ -198,7 +197,7 @@ class Signals:
             for number in os.read(self._reader, 64):
                 if number == signal.SIGCHLD:
                     reap_orphans()
-                if number in ENDS:
+                if number in ENDING:
                     error_report(f"terminating on signal {number}")
                     vmm.quit("host-signal")
 

@@ -13,7 +13,7 @@ import sys
 from cpr import pc, phases
 from cpr.config import parse_command_line
 from cpr.constants import STDERR
-from cpr.errors import CommandError, ConfigError, CprError, MigrationError
+from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.events import EventBus
 from cpr.faults import point
 from cpr.live.new_image import find_predecessor
@@ -88,6 +88,7 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
     fds.incoming = False
     if after_exec:
         carefully(lambda: vmm.reap(predecessor is None, started_by))
+        carefully(lambda: _warn_of_script(int(started_by.partition("-")[0] or 0)))
     signals.attach(vmm)
     if predecessor is None or predecessor.committed:
         carefully(lambda: _take_pidfile(vmm))
@@ -118,11 +119,12 @@ def _start(
         listener = _receive(sources.cpr, fds, after_exec)
     vmm = _create(config, fds)
     vmm.migration.incoming_side.listener = listener
+    vmm.migration.incoming_side.on_running = vmm.lock_ram
     if after_exec:
         _bring_over(vmm, fds, sources, predecessor, run_with)
     else:
         try:
-            _bring_up(vmm, sources, lambda: _settle(vmm, run_with))
+            _bring_up(vmm, sources, run_with)
         except BaseException:
             carefully(vmm.close)
             raise
@@ -166,10 +168,16 @@ def _ready_for_updates(vmm: Vmm) -> None:
     carefully(vmm.migration.files.record)
 
 
-def _bring_up(vmm: Vmm, sources: Sources, settle: Callable[[], None]) -> None:
-    """A guest that nobody waits for yet; `settle` is the last step before it can run."""
+def _bring_up(vmm: Vmm, sources: Sources, run_with: RunWith) -> None:
+    """A guest that nobody waits for yet."""
+    _claim(vmm, sources, run_with)
     vmm.create_frontends(False)
     _ready_for_updates(vmm)
+
+    def settle() -> None:
+        """The last step before the guest can run."""
+        _confine(vmm, run_with)
+
     if _loads_at_once(sources.main):
         vmm.migration.incoming_side.commit = settle
         _load(vmm, sources)
@@ -181,12 +189,14 @@ def _loads_at_once(source: dict | str | None) -> bool:
     return isinstance(source, dict) and not connects_in_background(source)
 
 
-def _settle(vmm: Vmm, run_with: RunWith) -> None:
-    """The PID file, and what is given up.  Raises CprError."""
+def _claim(vmm: Vmm, sources: Sources, run_with: RunWith) -> None:
+    """What only one VMM can have, before it takes anything away from another one that has it: the
+    PID file, and a file that is its guest's RAM.  Raises CprError."""
     if vmm.config.pidfile:
         vmm.pidfile = daemon.Pidfile(vmm.config.pidfile)
         run_with.owns(vmm.pidfile.fileno())
-    _confine(vmm, run_with)
+    if sources.main is None:
+        _check_ram(vmm)
 
 
 def _commit(vmm: Vmm, predecessor: Predecessor) -> None:
@@ -287,8 +297,18 @@ def _kept(fds: PreservedFds) -> dict[str, Kept]:
         return {}
 
 
+def _warn_of_script(pid: int) -> None:
+    """Whoever knows the VM by the PID that the update was for, `pid`, has another process there."""
+    if pid not in (0, os.getpid()):
+        warn_report(
+            f"the guest is in PID {os.getpid()}, which the program in PID {pid} has started: in a "
+            "script, exec gives it that PID"
+        )
+
+
 def _report(vmm: Vmm, arrival: Arrival) -> None:
     """Says what has become of the update."""
+    _warn_of_script(arrival.old_pid)
     if arrival.failure:
         from cpr.live import notify
 
@@ -363,15 +383,14 @@ def _receive(address: dict, fds: PreservedFds, after_exec: bool) -> CprListener 
     return listener
 
 
-def _lock_ram(vmm: Vmm) -> None:
+def _check_ram(vmm: Vmm) -> None:
     """Raises ConfigError where another VMM's guest is in a file that is to be this one's RAM."""
-    from cpr.migration.cpr_transfer import take_guest
+    from cpr.ram_backend import is_anothers
 
-    try:
-        take_guest(vmm.machine)
-    except CommandError as error:
-        names = ", ".join(block.idstr for block in vmm.machine.blocks if block.reopened)
-        raise ConfigError(f"{error}: another VMM has a guest in the file of {names}") from None
+    if names := [block.idstr for block in vmm.machine.blocks if is_anothers(block)]:
+        raise ConfigError(
+            f'Failed to get "write" lock: another VMM has a guest in the file of {", ".join(names)}'
+        )
 
 
 def _boot(vmm: Vmm, sources: Sources, settle: Callable[[], None] = lambda: None) -> None:
@@ -388,7 +407,6 @@ def _boot(vmm: Vmm, sources: Sources, settle: Callable[[], None] = lambda: None)
         else:
             settle()
         return
-    _lock_ram(vmm)
     incoming.commit()
     vmm.machine.load_boot_image()
     settle()
