@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 LAST_BYTES = 2000  # of what a rehearsed program has said
-END_TIMEOUT_MS = 2000  # for a new image that was told to end
+END_TIMEOUT_MS = 5000  # for a new image that was told to end, and starts
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 

@@ -46,7 +46,7 @@ REFUSE, BACK, END = "refuse", "back", "end"
 LEFT_OPEN = "left open"
 """In a message that was queued before a late exec: the numbers of its descriptors."""
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """The signals that end a VM, at any moment of an update too."""
 
 # What the old image does next; a message that the row does not have ends the update.

@@ -34,6 +34,8 @@ class Arrival:
         self._loader: Loader | None = None
         self._native = False
         self.placement = Placement((), (), ())
+        self.old_pid = 0
+        """The PID that the update is for, where the old VMM has said it."""
         self.failure = ""
         """Why an update failed whose old command this is; empty for a new program."""
 
@@ -47,6 +49,7 @@ class Arrival:
         self._predecessor.hello(PROGRAM_VERSION)
         message = self._predecessor.receive(STATE)
         self._guest, self._cpu = message.body["guest"], message.body["cpu"]
+        self.old_pid = int(message.body.get("pid", 0))
         own, away, vcpus = message.body["placement"]
         self.placement = Placement(own, away, vcpus, message.body.get("nice", ()))
         self.failure = str(message.body["failure"])

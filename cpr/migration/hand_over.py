@@ -94,6 +94,7 @@ def send_state(
     """
     body = {
         "program": PROGRAM_VERSION,
+        "pid": update.pid,
         "guest": describe(machine),
         "cpu": machine.accel.cpu_model(),
         "failure": failure,

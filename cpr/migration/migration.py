@@ -227,7 +227,7 @@ class Migration:
             raise outgoing.fail_by(error) from None
 
         def execute() -> None:
-            if outgoing.early is early:  # and not cancelled meanwhile
+            if outgoing.early is early and not self.machine.ended:  # and not cancelled meanwhile
                 early.execute()
 
         self.loop.call_soon(execute)
