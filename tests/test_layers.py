@@ -34,7 +34,7 @@ LAYERS = (
     ("cpr.uapi", "cpr.runstate", "cpr.events", "cpr.mainloop", "cpr.clock"),
     ("cpr.launcher", "cpr.phases", "cpr.process_group"),
     ("cpr.faults",),
-    ("cpr.errors", "cpr.report", "cpr.constants", "cpr._native"),
+    ("cpr.errors", "cpr.report", "cpr.terminal", "cpr.constants", "cpr._native"),
 )
 ONLY = {
     "cpr._native._tcg": ("cpr.accel.tcg",),
