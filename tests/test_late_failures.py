@@ -60,10 +60,7 @@ def test_a_script_that_waits_for_the_vmm_hands_it_the_guest(start, accel):
     vm.qmp.send("quit")
     assert vm.process.wait(10) == 0
     wait_for(lambda: not vm.processes(), "nothing is left")
-    assert vm.complaints == (
-        f"cpr-vmm: warning: the guest is in PID {vm.pid}, which the program in PID {old} has "
-        "started: in a script, exec gives it that PID\n"
-    )
+    assert vm.complaints == ""
 
 
 @pytest.mark.parametrize(

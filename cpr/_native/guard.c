@@ -202,6 +202,9 @@ CPR_IN_CHILD static int watch(void)
             taker = 0; /* one that a script has started, and that could not load the guest */
         }
         if (ready[0].fd < 0 || ready[0].revents & POLLIN) {
+            if (!taker && (taker = cpr_guard_taker(guard))) {
+                taken_ns = now;
+            }
             if (!taker || taker == guard->old_pid) {
                 return CPR_GUARD_DIED;
             }

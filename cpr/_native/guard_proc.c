@@ -104,7 +104,7 @@ CPR_IN_CHILD static int add_children(int32_t *pids, int count, int32_t parent)
 static struct {
     int32_t pids[PROCESSES_MAX];
     int count;
-} noted;
+} noted, started;
 
 CPR_IN_CHILD static int is_noted(int32_t pid)
 {
@@ -118,6 +118,7 @@ CPR_IN_CHILD static int is_noted(int32_t pid)
 
 void cpr_guard_note_children(void)
 {
+    started.count = 0;
     noted.pids[0] = getpid();
     noted.count = 1;
     for (int i = 0; i < noted.count; i++) {
@@ -137,19 +138,21 @@ CPR_IN_CHILD int cpr_guard_has_taken(const struct cpr_guard *guard, int32_t pid)
 
 CPR_IN_CHILD int32_t cpr_guard_taker(const struct cpr_guard *guard)
 {
-    int32_t pids[PROCESSES_MAX];
-    int count = 1;
-
     if (guard->state_fd < 0) {
         return 0;
     }
-    pids[0] = guard->old_pid;
-    for (int i = 0; i < count; i++) {
-        if ((i == 0 || !is_noted(pids[i])) && cpr_guard_has_taken(guard, pids[i])) {
-            return pids[i];
+    if (lives(guard->old_pid)) {
+        started.pids[0] = guard->old_pid;
+        started.count = 1;
+    }
+    for (int i = 0; i < started.count; i++) {
+        const int32_t pid = started.pids[i];
+
+        if ((i == 0 || !is_noted(pid)) && cpr_guard_has_taken(guard, pid)) {
+            return pid;
         }
         if (noted.count < PROCESSES_MAX) { /* else there may be more that are not noted */
-            count = add_children(pids, count, pids[i]);
+            started.count = add_children(started.pids, started.count, pid);
         }
     }
     return 0;

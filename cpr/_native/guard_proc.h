@@ -9,7 +9,8 @@ void cpr_guard_note_children(void);
 
 /* The PID of who has the guest of a program that knows no token, as far as one can see, or 0: it has
    closed the CPR state that its predecessor gave it. Where the program has started others, as a
-   script does, one of those may have done so that still has `kept_fd`. */
+   script does, one of those may have done so that still has `kept_fd`: also when the program has
+   ended, of those that it had when it was last looked at. */
 int32_t cpr_guard_taker(const struct cpr_guard *guard);
 
 /* Whether that process still has it: also one that the program has left behind. */

@@ -22,7 +22,6 @@ from cpr.migration.mode import EXEC, KeepsRam
 from cpr.migration.parameters import Parameters
 from cpr.migration.process import Process
 from cpr.migration.program import (
-    MARK,
     check_own_command,
     early_versions,
     end_started,
@@ -82,7 +81,6 @@ class Exec(KeepsRam):
         self._directory = directory
         self._versions: list[int] | None = None
         self._persists = False
-        self._mark = ""
 
     def check(self) -> None:
         if not self.command:
@@ -174,15 +172,13 @@ class Exec(KeepsRam):
         Either way this process has all its threads and sockets again.
         """
         try:
-            asked = self._speaks(PROTOCOL)
-            self._mark = "" if asked else f"{os.getpid()}-{os.urandom(8).hex()}"
             update.execute(
                 self.command,
-                {**os.environ, MARK: self._mark} if self._mark else os.environ,
+                os.environ,
                 early=False,
                 timeout_ns=self.timeout_ms * NS_PER_MS,
                 keep=keep,
-                state_fd=-1 if asked else self._fds.state_fd,
+                state_fd=-1 if self._speaks(PROTOCOL) else self._fds.state_fd,
                 drop=self._process.exec_fds(),
                 interrupted=self._process.interrupted,
                 holds_signals=True,
@@ -206,8 +202,8 @@ class Exec(KeepsRam):
         """What is told of an update after which the guest goes on here."""
         if not error.pid_changed:
             return MigrationError(str(error))
-        if self._mark:
-            carefully(lambda: end_started(self._mark))
+        if not self._speaks(PROTOCOL):
+            carefully(lambda: end_started(self._fds.state_fd))
         self._process.on_new_pid()
         self.ended_by = error.ended_by
         return MigrationError(f"{error}; the guest goes on in the old VMM, PID {os.getpid()}")

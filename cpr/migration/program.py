@@ -37,8 +37,6 @@ QUESTION = "CPR_QUESTION"
 """In the environment of a program that is asked: the number that it is to repeat."""
 LEAST_NUMBER = 1 << 32  # of QUESTION; no version
 END_MS = 2000
-MARK = "CPR_EXEC_UPDATE"
-"""In the environment of a program that is not asked, and of all that it starts: which update."""
 INCOMING = frozenset({"-incoming", "--incoming"})
 
 
@@ -182,26 +180,23 @@ def _read_answer(process: Popen[bytes], serve: Callable[[], bool]) -> bytes:
     return answer if process.returncode == 0 else b""
 
 
-def has_mark(pid: int, mark: str) -> bool:
-    """Whether a process was started by the program of the update MARK, or is it."""
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            return f"{MARK}={mark}".encode() in file.read().split(b"\0")
-    except OSError:  # it has ended, or is another user's
-        return False
-
-
-def end_started(mark: str) -> None:
-    """Kills what the program of an update has started, which has ended itself, as a script has."""
+def end_started(state_fd: int) -> None:
+    """Kills what the program of an update has started, which has ended itself, as a script has: who
+    still has the CPR state's memfd open, under its number.
+    """
+    state = os.fstat(state_fd)
     for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == os.getpid() or not has_mark(int(name), mark):
+        if not name.isdigit() or int(name) == os.getpid():
             continue
+        path = f"/proc/{name}/fd/{state_fd}"
         try:
+            if not os.path.samestat(os.stat(path), state):
+                continue
             pidfd = os.pidfd_open(int(name))
-        except OSError:
+        except OSError:  # another user's, or it has ended
             continue
         try:
-            if has_mark(int(name), mark):  # still that process
+            if os.path.samestat(os.stat(path), state):  # it is still that process
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 is_readable(pidfd, END_MS)
         except OSError:

@@ -23,7 +23,6 @@ from cpr.migration.address import connects_in_background
 from cpr.migration.incoming import DEFER, Sources
 from cpr.migration.migration import Migration
 from cpr.migration.mode import EXEC, KeepsRam
-from cpr.migration.program import MARK
 from cpr.migration.run_with import RunWith
 from cpr.migration.statistics import UpdateTimes
 from cpr.monitor.passed_fds import PassedFds
@@ -75,7 +74,6 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
     for warning in config.warnings:
         warn_report(warning)
     fds = PreservedFds()
-    started_by = os.environ.pop(MARK, "")
     after_exec = predecessor is not None or STATE_NAME in os.environ
     run_with = RunWith(config.run_with, after_exec)
     ready = None
@@ -87,8 +85,7 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
         vmm = _start(config, fds, predecessor, run_with)
     fds.incoming = False
     if after_exec:
-        carefully(lambda: vmm.reap(predecessor is None, started_by))
-        carefully(lambda: _warn_of_script(int(started_by.partition("-")[0] or 0)))
+        carefully(lambda: vmm.reap(untold=predecessor is None))
     signals.attach(vmm)
     if predecessor is None or predecessor.committed:
         carefully(lambda: _take_pidfile(vmm))
@@ -297,18 +294,13 @@ def _kept(fds: PreservedFds) -> dict[str, Kept]:
         return {}
 
 
-def _warn_of_script(pid: int) -> None:
-    """Whoever knows the VM by the PID that the update was for, `pid`, has another process there."""
-    if pid not in (0, os.getpid()):
-        warn_report(
-            f"the guest is in PID {os.getpid()}, which the program in PID {pid} has started: in a "
-            "script, exec gives it that PID"
-        )
-
-
 def _report(vmm: Vmm, arrival: Arrival) -> None:
     """Says what has become of the update."""
-    _warn_of_script(arrival.old_pid)
+    if arrival.old_pid not in (0, os.getpid()):  # whoever knows the VM by that finds another one
+        warn_report(
+            f"the guest is in PID {os.getpid()}, which the program in PID {arrival.old_pid} has "
+            "started: in a script, exec gives it that PID"
+        )
     if arrival.failure:
         from cpr.live import notify
 

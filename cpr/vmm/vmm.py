@@ -251,22 +251,28 @@ class Vmm(Process):
 
         self.populator = Populator(self.machine.blocks)
 
-    def reap(self, untold: bool, mark: str) -> None:
+    def reap(self, untold: bool) -> None:
         """Reaps the children that earlier images of this process have left, when they end.
 
         `untold`: a guard among them has not been told by the token that this image has the guest.
-        It is none that the program of the update `mark` has started.
         """
-        from cpr.migration.program import has_mark
-
         for pid in guard.children():
             try:
                 pidfd = os.pidfd_open(pid)
             except OSError:
                 continue
-            if untold and not (mark and has_mark(pid, mark)):
+            if untold and self._maps_ram(pid):
                 self._untold.add(pid)
             self._call_at_end(pidfd, partial(self._reap, pid))
+
+    def _maps_ram(self, pid: int) -> bool:
+        """Whether a process has the guest's RAM, as a guard has; what a script leaves has not."""
+        inodes = {str(os.fstat(each.fd).st_ino) for each in self.machine.blocks if each.fd >= 0}
+        try:
+            with open(f"/proc/{pid}/maps") as file:
+                return any(line.split()[4] in inodes for line in file)
+        except OSError:
+            return True
 
     def _reap(self, pid: int) -> None:
         self._untold.discard(pid)
