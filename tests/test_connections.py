@@ -554,11 +554,11 @@ def test_clients_of_a_new_vmm_that_then_fails(start, tmp_path) -> None:
     vm = start.guest("heartbeat", "kvm", "-qmp", server)
     client = Qmp(f"{tmp_path}/kept")
     words = [*VMM, *vm.words[len(VMM) :], "-incoming", "defer"]
-    parameters = {"mode": "cpr-exec", "cpr_exec_command": words, "x_cpr_exec_timeout": 1000}
-    client.command("migrate-set-parameters", **parameters)
+    client.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=words)
     client.command("migrate", uri=f"file:{tmp_path}/stream")
     wait_for(lambda: client.command("query-status")["status"] == "inmigrate", "it asks")
-    client.send("migrate-incoming", uri=f"file:{tmp_path}/nothing")
+    (tmp_path / "nonsense").write_bytes(b"nonsense" * 100)
+    client.send("migrate-incoming", uri=f"file:{tmp_path}/nonsense")
     client.wait_closed()
     client = Qmp(f"{tmp_path}/kept")
     wait_for(lambda: client.command("query-migrate")["status"] == "failed", "the old one has it")
