@@ -42,6 +42,7 @@ class LinuxGuest(Console):
         )
         super().__init__(path)
         self.read_until(PROMPT, seconds)
+        self.ask("dmesg -n 1")  # what the kernel says would come in the middle of answers
 
     def write(self, path: str, text: str) -> None:
         """Makes a file of this text, of less than the 4096 characters that a terminal holds."""
