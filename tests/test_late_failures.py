@@ -17,6 +17,22 @@ def has_failed(vm: Vm, count: int) -> bool:
     return vm.stderr.count("goes on in the old VMM") == count
 
 
+def runs(vm: Vm) -> None:
+    """It is one process now, whose monitor and guest are there."""
+    vm.follow()
+    vm.qmp.close()
+    vm.qmp = vm.connect()
+    assert vm.qmp.command("query-status")["running"]
+    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
+
+
+def has_come_back(vm: Vm, count: int) -> None:
+    """The update number `count` has failed, and nothing of the new program is left."""
+    wait_for(partial(has_failed, vm, count), "it fails")
+    wait_for(lambda: len(vm.processes()) == 1, "one process is left")
+    runs(vm)
+
+
 @pytest.mark.parametrize("program", [DIES, ["/bin/sh", "-c", "exit 3", "sh"]], ids=["dies", "ends"])
 def test_a_new_program_that_ends_leaves_guest_and_monitor(start, accel, program):
     """A client is connected, whose socket the exec closes, and the guard takes the next one."""
@@ -26,14 +42,8 @@ def test_a_new_program_that_ends_leaves_guest_and_monitor(start, accel, program)
         words = [*program, *VMM, *vm.words[len(VMM) :], "-incoming", stream]
         vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=words)
         vm.qmp.send("migrate", uri=stream)
-        wait_for(partial(has_failed, vm, count), "it fails")
-        wait_for(lambda: len(vm.processes()) == 1, "one process is left")
-        vm.follow()
-        vm.qmp.close()
-        vm.qmp = vm.connect()
+        has_come_back(vm, count)
         assert vm.qmp.command("query-migrate")["status"] == "failed"
-        assert vm.qmp.command("query-status")["running"]
-        wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
     assert "Traceback" not in vm.stderr
 
 
@@ -71,13 +81,7 @@ def test_a_script_that_waits_for_the_vmm_hands_it_the_guest(start, accel):
 def test_a_script_that_fails_leaves_nothing_that_it_has_started(start, accel, text):
     vm = start.guest("heartbeat", accel)
     vm.qmp.command("cpr-exec", command=script(vm, text))
-    wait_for(partial(has_failed, vm, 1), "it fails")
-    wait_for(lambda: len(vm.processes()) == 1, "one process is left")
-    vm.follow()
-    vm.qmp.close()
-    vm.qmp = vm.connect()
-    assert vm.qmp.command("query-status")["running"]
-    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
+    has_come_back(vm, 1)
 
 
 def test_a_program_that_a_signal_has_ended_ends_the_vm(start, accel):
@@ -96,13 +100,7 @@ def test_a_second_failure_and_a_script_that_hides_one(start, accel):
     missing = "$VMM -incoming file:/nonexistent; echo ended"
     for count, text in enumerate(("exit 3", "sleep 0.3; exit 3", missing, "exit 4"), 1):
         vm.qmp.command("cpr-exec", command=script(vm, text))
-        wait_for(partial(has_failed, vm, count), "it fails")
-        wait_for(lambda: len(vm.processes()) == 1, "one process is left")
-        vm.follow()
-        vm.qmp.close()
-        vm.qmp = vm.connect()
-        assert vm.qmp.command("query-status")["running"]
-        wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
+        has_come_back(vm, count)
 
 
 def test_a_script_that_ends_before_its_vmm(start, accel):
@@ -112,10 +110,6 @@ def test_a_script_that_ends_before_its_vmm(start, accel):
     vm.process.wait(20)
     time.sleep(3)
     assert len(vm.processes()) == 1
-    vm.follow()
-    vm.qmp.close()
-    vm.qmp = vm.connect()
-    assert vm.qmp.command("query-status")["running"]
+    runs(vm)
     assert vm.qmp.command("query-migrate")["status"] == "completed"
     assert "goes on in the old VMM" not in vm.stderr
-    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
