@@ -216,7 +216,7 @@ tell(closed=closed, said=returned.dropped)
         ("bash -c 'exec {fd}<&-; sleep 0.5'; exit 0", False, "died"),
         ("bash -c 'bash -c \"exec {fd}<&-; sleep 0.5\"; exit 0'; exit 0", False, "died"),
         ("bash -c 'exec {fd}<&-; sleep 1' & sleep 0.3; exit 0", False, "died"),
-        ("bash -c 'exec {fd}<&-; sleep 0.3'; sleep 3; exit 0", False, "died"),
+        ("bash -c 'exec {fd}<&-; sleep 0.3'; sleep 2.2; exit 0", False, "died"),
         ("sleep 0.5 {fd}<&- {kept}<&-; exit 0", False, "died"),
         ("(sleep 0.5); exit 0", False, "died"),
     ],
@@ -240,10 +240,10 @@ kept = os.memfd_create("ram")
 os.set_inheritable(kept, True)
 child = os.fork()
 if child == 0:
-    os.execvp("sleep", ["sleep", "4"])
+    os.execvp("sleep", ["sleep", "3"])
 state = os.memfd_create("state")
 keep = [state, kept]
-returned = execute("bash", "-c", "sleep 3; exit 3", keep=keep, state_fd=state, timeout_ns=10**11)
+returned = execute("bash", "-c", "sleep 2.2; exit 3", keep=keep, state_fd=state, timeout_ns=10**11)
 tell(outcome=NAMES[returned.outcome], consumed=returned.consumed)
 """)
     assert only(told) == {"outcome": "died", "consumed": False}
@@ -281,8 +281,8 @@ tell(error="the guard came back")
 @pytest.mark.parametrize(
     ("script", "status"),
     [
-        ("bash -c 'exec {fd}<&-; sleep 3; exit 6'; exit $?", 6),
-        ("bash -c 'exec {fd}<&-; sleep 3' & sleep 0.5; exit 7", 7),
+        ("bash -c 'exec {fd}<&-; sleep 2.5; exit 6'; exit $?", 6),
+        ("bash -c 'exec {fd}<&-; sleep 2.5' & sleep 0.5; exit 7", 7),
     ],
     ids=["waits", "ends"],
 )

@@ -92,9 +92,9 @@ def test_a_program_that_a_signal_has_ended_ends_the_vm(start, accel):
     assert vm.complaints == "cpr-vmm: terminating on signal 15\n"
 
 
-def test_a_second_failure_and_a_script_that_hides_one(start, accel):
+def test_a_second_failure_and_a_script_that_hides_one(start):
     """What the first had in its environment is no sign of the second; nor is 0 of a script."""
-    vm = start.guest("heartbeat", accel)
+    vm = start.guest("heartbeat", "tcg")
     vm.qmp.command("migrate-set-parameters", x_cpr_exec_overlap="off")
     vm.update()
     missing = "$VMM -incoming file:/nonexistent; echo ended"
@@ -103,12 +103,12 @@ def test_a_second_failure_and_a_script_that_hides_one(start, accel):
         has_come_back(vm, count)
 
 
-def test_a_script_that_ends_before_its_vmm(start, accel):
+def test_a_script_that_ends_before_its_vmm(start):
     """It has failed, and the guest is in the VMM that it has started: nobody else runs it too."""
-    vm = start.guest("heartbeat", accel)
+    vm = start.guest("heartbeat", "tcg")
     vm.qmp.command("cpr-exec", command=script(vm, "$VMM & sleep 1.5; exit 1"))
     vm.process.wait(20)
-    time.sleep(3)
+    time.sleep(2)
     assert len(vm.processes()) == 1
     runs(vm)
     assert vm.qmp.command("query-migrate")["status"] == "completed"

@@ -125,14 +125,14 @@ class _Heap(ctypes.Structure):
 
 
 def test_memory_is_bounded_for_code_that_is_always_new() -> None:
-    """The library keeps an entry for each block of 1,200,000 that are one jump each: 45 MB."""
+    """The library keeps an entry for each block of 1,000,000 that are one jump each: 40 MB."""
     mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if mallinfo2 is None:
         pytest.skip("this C library has no mallinfo2(3)")
     mallinfo2.restype = _Heap
     guest = Guest()
     jump_to_next, start = b"\xeb\x00", 0x20000
-    guest.write(start, jump_to_next * 1_200_000 + STOP)
+    guest.write(start, jump_to_next * 1_000_000 + STOP)
     guest.start_32(b"\xe9" + (start - CODE - 5).to_bytes(4, "little"))  # jmp start
     before = mallinfo2().used
     assert guest.run() == base.KICKED
