@@ -88,6 +88,7 @@ def test_a_program_that_a_signal_has_ended_ends_the_vm(start, accel):
     """It was meant for the VM, and is told so: no guest goes on."""
     vm = start.guest("heartbeat", accel)
     vm.qmp.command("cpr-exec", command=["/bin/sh", "-c", "kill -TERM $$", str(vm.directory)])
+    wait_for(lambda: "terminating on signal 15" in vm.stderr, "it is told")
     wait_for(lambda: not vm.processes(), "all have ended")
     assert vm.complaints == "cpr-vmm: terminating on signal 15\n"
 
