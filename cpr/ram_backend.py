@@ -22,6 +22,7 @@ from cpr.uapi import file_lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from cpr.config import ObjectConfig
@@ -140,11 +141,19 @@ def _attach_descriptor(block: RAMBlock, properties: dict[str, Any], fds: Preserv
         block.preserved = True
 
 
-def is_anothers(block: RAMBlock) -> bool:
-    """Whether another VMM has the block's file as its RAM, or the guard of an update has."""
+def check_free(blocks: Iterable[RAMBlock]) -> None:
+    """Raises ConfigError where another VMM, or a guard, has a guest in the file of a block."""
+    names = ", ".join(block.idstr for block in blocks if block.reopened and _is_anothers(block))
+    if names:
+        raise ConfigError(
+            f'Failed to get "write" lock: another VMM has a guest in the file of {names}'
+        )
+
+
+def _is_anothers(block: RAMBlock) -> bool:
     try:
-        return block.reopened and file_lock.is_locked(block.fd, file_lock.GUEST)
-    except OSError:
+        return file_lock.is_locked(block.fd, file_lock.GUEST)
+    except OSError:  # a file system without locks
         return False
 
 

@@ -38,10 +38,10 @@
 #define KERNEL_SIGSET_SIZE 8          /* sizeof(sigset_t) of the kernel (rt_sigprocmask(2)) */
 #define NS_PER_MS ((uint64_t)1000000)
 #define TICK_MS 50                    /* how often it is looked at what no descriptor tells */
-#define GRACE_NS ((uint64_t)2000000000)
 /* For so long a program that has read its CPR state, and knows no token, may still fail to load. */
-#define PATIENCE_NS ((uint64_t)1000000000)
+#define GRACE_NS ((uint64_t)2000000000)
 /* For so long a new image may leave a signal that ends it waiting: it starts. */
+#define PATIENCE_NS ((uint64_t)1000000000)
 #define TIMERS 3                      /* ITIMER_REAL, _VIRTUAL, _PROF */
 #define SIGNALS 64
 #define NOTIFY_MS 1000 /* for so long a manager that reads nothing is waited for, */

@@ -1,6 +1,5 @@
 #include "guard_proc.h"
 
-#include <errno.h>
 #include <fcntl.h>
 #include <stdint.h>
 #include <unistd.h>

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from functools import partial
 
 from cpr import pc, phases
 from cpr.config import parse_command_line
@@ -27,6 +28,7 @@ from cpr.migration.run_with import RunWith
 from cpr.migration.statistics import UpdateTimes
 from cpr.monitor.passed_fds import PassedFds
 from cpr.phases import mark
+from cpr.ram_backend import check_free
 from cpr.report import carefully, error_report, info_report, output, warn_report
 from cpr.state.cpr_state import STATE_NAME
 from cpr.state.fds import PreservedFds
@@ -170,11 +172,7 @@ def _bring_up(vmm: Vmm, sources: Sources, run_with: RunWith) -> None:
     _claim(vmm, sources, run_with)
     vmm.create_frontends(False)
     _ready_for_updates(vmm)
-
-    def settle() -> None:
-        """The last step before the guest can run."""
-        _confine(vmm, run_with)
-
+    settle = partial(_confine, vmm, run_with)  # the last step before the guest can run
     if _loads_at_once(sources.main):
         vmm.migration.incoming_side.commit = settle
         _load(vmm, sources)
@@ -193,7 +191,7 @@ def _claim(vmm: Vmm, sources: Sources, run_with: RunWith) -> None:
         vmm.pidfile = daemon.Pidfile(vmm.config.pidfile)
         run_with.owns(vmm.pidfile.fileno())
     if sources.main is None:
-        _check_ram(vmm)
+        check_free(vmm.machine.blocks)
 
 
 def _commit(vmm: Vmm, predecessor: Predecessor) -> None:
@@ -373,16 +371,6 @@ def _receive(address: dict, fds: PreservedFds, after_exec: bool) -> CprListener 
     fds.take_over(listener.receive())
     fds.incoming = True
     return listener
-
-
-def _check_ram(vmm: Vmm) -> None:
-    """Raises ConfigError where another VMM's guest is in a file that is to be this one's RAM."""
-    from cpr.ram_backend import is_anothers
-
-    if names := [block.idstr for block in vmm.machine.blocks if is_anothers(block)]:
-        raise ConfigError(
-            f'Failed to get "write" lock: another VMM has a guest in the file of {", ".join(names)}'
-        )
 
 
 def _boot(vmm: Vmm, sources: Sources, settle: Callable[[], None] = lambda: None) -> None:
