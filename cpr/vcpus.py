@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 VCPUS_FIRST = 100e-6
 """How long, in s, who lets vCPUs go leaves CPU and interpreter to their threads."""
 RETRY = 0.01  # s, until a thread can be started that the guest cannot go on without
+YIELDING = (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
 VCPU_SLACK_NS = 1
 """A vCPU waits for the interpreter's lock with a timeout, which the default 50 us would double."""
 
@@ -61,6 +62,13 @@ class Scheduling:
     @property
     def nice(self) -> int | None:
         return self._nice
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether the caller's thread gets its turn on a CPU that such a thread does not leave."""
+        if self._policy not in YIELDING:
+            return False
+        return self._nice is None or self._nice >= os.getpriority(os.PRIO_PROCESS, 0)
 
     def within(self, cpus: set[int]) -> Scheduling:
         """The same on those CPUs alone, if it may run on any of them."""

@@ -40,3 +40,16 @@ def test_the_new_image_starts_away_from_the_vcpu(start, accel):
     (old,) = vm.processes()
     wait_for(lambda: os.sched_getaffinity(old) == set(CPUS), "the old image is not kept away")
     assert os.sched_getaffinity(vcpu_thread(vm)) == {CPUS[0]}
+
+
+@several
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes a thread a real-time one")
+def test_a_vcpu_that_gives_no_cpu_away_is_updated(start, accel):
+    """The old image's thread would have no turn on the CPU of a real-time vCPU that never halts."""
+    vm = start(*words(accel, guest="heartbeat"))
+    thread = vcpu_thread(vm)
+    os.sched_setaffinity(thread, {CPUS[0]})
+    os.sched_setscheduler(thread, os.SCHED_FIFO, os.sched_param(1))
+    vm.update()
+    assert os.sched_getscheduler(vcpu_thread(vm)) == os.SCHED_FIFO
+    assert vm.complaints == ""

@@ -150,7 +150,7 @@ def _decode(packet: bytes, fds: list[int]) -> Message:
         finally:
             os.close(memfd)
     text, _, data = content.partition(END_OF_TEXT)
-    body = json.loads(text)
+    body = json.loads(text.decode())
     return Message(str(body.pop("kind")), body, fds, data)
 
 

@@ -31,6 +31,7 @@ class Arrival:
         self._cpu: Any = None
         self._sections: set[tuple[str, int]] = set()
         self._stream = b""
+        self._beginning = b""
         self._loader: Loader | None = None
         self._native = False
         self.placement = Placement((), (), ())
@@ -76,8 +77,9 @@ class Arrival:
         """Loads what the old VMM could save while the guest runs.  Raises CprError."""
         self._loader = Loader(machine, Capabilities())
         if self._sections:
-            source, self._stream = MemoryChannel(self._stream), b""
-            self._loader.load(source, described=False, complete=False)
+            stream, self._stream = self._stream, b""
+            self._loader.load(MemoryChannel(stream), described=False, complete=False)
+            self._beginning = stream[: self._loader.devices_offset]
 
     def receive_guest(self, fds: PreservedFds) -> Callable[[], str]:
         """Says that all is ready, and waits for the guest, after `load_sections`.
@@ -94,8 +96,10 @@ class Arrival:
         kept = {(idstr, instance) for idstr, instance in message.body["kept"]}
         if not kept <= self._sections:
             raise MigrationError("the old VMM leaves out sections that it has never sent")
-        source = MemoryChannel(message.data)
-        return lambda: loader.load(source, described=False, loaded=kept)
+        size = len(self._beginning)  # the guest stands still: what has been checked is passed over
+        begun = size > 0 and message.data.startswith(self._beginning)
+        source = MemoryChannel(message.data[size:] if begun else message.data)
+        return lambda: loader.load(source, described=False, loaded=kept, begun=begun)
 
     def commit(self) -> None:
         """The guest is this VMM's.  Ends the process where the old VMM has ended meanwhile."""

@@ -245,10 +245,10 @@ class EarlyUpdate:
         machine.accel.saves_cpu_model = False
         machine.accel.saves_native = self._native
         self._placement.bring(self._update.pid)
-        self._update.page.struct.stopped_ns = time.monotonic_ns()
         machine.events.hold()
-        machine.request_pause()
         self._placement.hand_over()
+        self._update.page.struct.stopped_ns = time.monotonic_ns()
+        machine.request_pause()
         outgoing.stop_guest()
         machine.cpr_prepare(EXEC)
         self._state.set("device")

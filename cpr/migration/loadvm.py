@@ -44,6 +44,8 @@ class Loader:
         self._versions[ram_section.IDSTR, ram_section.INSTANCE_ID] = ram_section.VERSION_ID
         self._versions[VMSTATE_GLOBALSTATE.name, 0] = VMSTATE_GLOBALSTATE.version_id
         self._required = [key for key, device in self._devices.items() if device.required]
+        self.devices_offset = 0
+        """Where in the stream loaded last the first device begins."""
 
     def load(
         self,
@@ -51,20 +53,24 @@ class Loader:
         described: bool = True,
         complete: bool = True,
         loaded: Container[tuple[str, int]] = (),
+        begun: bool = False,
     ) -> str:
         """Returns the run state that the source was in.
 
         `described`: the description that only tools read is expected at the stream's end.
         `complete`: every device that requires it has its section, here or in what was `loaded`
-        before.  Raises StreamError for a stream that is not this machine's; then no device has
+        before.  `begun`: what comes before the devices was there in the stream loaded last, and is
+        not here.  Raises StreamError for a stream that is not this machine's; then no device has
         changed.
         """
         machine = self._machine
         reader = StreamReader(channel.read)
-        reader.header()
-        warnings = reader.configuration().check(
-            machine.config.machine_type, self._enabled, encode_uuid(machine)
-        )
+        warnings: tuple[str, ...] = ()
+        if not begun:
+            reader.header()
+            warnings = reader.configuration().check(
+                machine.config.machine_type, self._enabled, encode_uuid(machine)
+            )
         states, had_pages = self._read(reader, channel)
         check_content(machine, had_pages)
         for key in self._required if complete else ():
@@ -86,6 +92,7 @@ class Loader:
         ignored = capabilities.enabled("x-ignore-shared")
         ram = ram_section.RamDecoder(list_blocks(machine), ignored)
         bulk, had_pages = BulkLoader(machine.blocks), False
+        self.devices_offset = 0
         ram.bulk = bulk.take
         if isinstance(channel, Channel) and capabilities.enabled("mapped-ram"):
             cleared = {b.idstr for b in machine.blocks if b.stale and not (ignored and b.reopened)}
@@ -98,6 +105,7 @@ class Loader:
                     if section.idstr == ram_section.IDSTR:
                         had_pages |= load_pages(machine, ram, reader, section.version_id)
                         continue
+                    self.devices_offset = self.devices_offset or section.offset
                     vmstate = VMSTATE_GLOBALSTATE if device is None else device.vmstate
                     assert vmstate is not None
                     states[key] = vmstate.decode(reader, section.version_id)

@@ -83,8 +83,12 @@ class Placement:
         _move(self.guest_cpus, new_image)
 
     def hand_over(self) -> None:
-        """Moves the caller's thread to the CPUs of the guest, whose vCPUs are leaving them."""
-        _move(self.guest_cpus)
+        """Moves the caller's thread to the CPUs of the guest, which runs until it has its turn.
+
+        It stays where it would have none.
+        """
+        if all(each.gives_way for each in self._vcpus):
+            _move(self.guest_cpus)
 
     def give_back(self, threads: Sequence[VCpuThread]) -> None:
         """The caller's thread, and those that it has started meanwhile, may run where the main
