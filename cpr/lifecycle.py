@@ -35,7 +35,8 @@ class Lifecycle:
     `on_exit(status)`, set by whoever owns the process; `ended` is true from then on.
     `was_suspended`: a stopped guest slept before, and `cont` brings it back to that.
     `advances_clock()`: the guest's clock is to go on while the guest stands still, which it does
-    since `stopped_at`, in ns of the host's wall clock (None: it has not run).  `catches_up`: the
+    since `stopped_at`, in ns of the host's wall clock (None: it has not run).  `interrupted()`:
+    what ends the VM has come, and waits for the main loop.  `catches_up`: the
     guest comes from a VMM that wanted this.  `shares_ram`: the guest has gone to another VMM, which
     has mapped the same RAM.
     """
@@ -61,6 +62,7 @@ class Lifecycle:
         self.threads: list[VCpuThread] = []
         self.boot_image: Callable[[], BootImage] | None = None
         self.on_exit: Callable[[int], None] = lambda status: None
+        self.interrupted: Callable[[], bool] = lambda: False
         self.ended = False
         self.was_suspended = False
         self.shares_ram = False
@@ -178,13 +180,19 @@ class Lifecycle:
                 device.park()
 
     def unpark(self) -> None:
-        """Starts the threads again that have ended, and those vCPUs that ran."""
+        """Starts the threads again that have ended, and those vCPUs that ran.
+
+        Waits for threads that cannot start, but not where the VM ends.
+        """
         with self.lock:
             for device in self.devices:
                 device.unpark()
         for thread, was_running in zip(self.threads, self._parked, strict=True):
             if thread.has_ended:
-                thread.start(must=True)
+                try:
+                    thread.start(self.interrupted)
+                except RuntimeError:
+                    return
             else:
                 thread.pause()
             if was_running:

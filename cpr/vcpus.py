@@ -115,11 +115,11 @@ class VCpuThread:
         self._ended = allocate_lock()
         self.start()
 
-    def start(self, must: bool = False) -> None:
+    def start(self, gives_up: Callable[[], bool] = lambda: True) -> None:
         """Starts the thread, paused; the inverse of `end`.
 
         After an `end` it is on the CPUs, and has the policy, that it had before.  Raises
-        RuntimeError where no thread can be started; one that `must` start waits until it can.
+        RuntimeError where no thread can be started and `gives_up()` says not to wait until one can.
         """
         self._ended.acquire()  # there is never a second thread of one vCPU
         self._go = _semaphore()
@@ -132,7 +132,7 @@ class VCpuThread:
                 self._ident = start_new_thread(self._main, ())
                 break
             except RuntimeError:  # RLIMIT_NPROC
-                if not must:
+                if gives_up():
                     self._ended.release()
                     raise
                 time.sleep(RETRY)

@@ -9,7 +9,7 @@ import pytest
 from conftest import missing_kvm
 from waiting import TIMEOUT
 
-from cpr import pc, runstate
+from cpr import pc, runstate, vcpus
 from cpr.config import parse_command_line
 from cpr.devices.base import Device
 from cpr.devices.serial import Serial
@@ -144,6 +144,23 @@ def test_versions_of_a_device_that_the_new_vmm_has_not(source, version, minimum,
     entry[2] = version
     source.device.vmstate = VMStateDescription("recorder", 2, minimum, ())
     assert hand_over.differences(source.machine, wanted) == ([text] if text else [])
+
+
+def test_a_vm_that_is_told_to_end_does_not_wait_for_its_threads(source, monkeypatch) -> None:
+    """After an update that has failed, where no thread can be started for the guest."""
+
+    def no_thread(*arguments: object) -> int:
+        raise RuntimeError("can't start new thread")
+
+    machine = source.machine
+    machine.park()
+    monkeypatch.setattr(vcpus, "start_new_thread", no_thread)
+    asked: list[bool] = []
+    machine.interrupted = lambda: asked.append(True) or len(asked) > 2
+    machine.unpark()
+    assert len(asked) == 3
+    machine.shutdown(False, "host-signal")
+    assert machine.ended
 
 
 def test_device_that_refuses_when_it_is_asked(source: Source, tmp_path) -> None:

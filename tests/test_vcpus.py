@@ -105,7 +105,7 @@ def test_a_thread_that_must_start_waits_until_it_can(thread, monkeypatch):
     monkeypatch.setattr(vcpus, "start_new_thread", short_of_threads)
     with pytest.raises(RuntimeError):
         thread.start()
-    thread.start(must=True)
+    thread.start(lambda: False)
     assert not failures
     thread.resume()
     wait_for(lambda: thread.vcpu.inside, "it runs")

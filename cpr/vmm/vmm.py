@@ -63,6 +63,7 @@ class Vmm(Process):
         self.exit_status = 0
         self.signal_has_come: Callable[[], bool] = lambda: False
         machine.on_exit = self._exit
+        machine.interrupted = self.interrupted
         migration.process = self
         channel.reap_later = self.reap_child
 
