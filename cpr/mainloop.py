@@ -11,6 +11,7 @@ import os
 import select
 import time
 from _thread import allocate_lock, get_ident
+from collections import deque
 from heapq import heapify, heappop, heappush
 
 from cpr import report
@@ -51,7 +52,8 @@ class MainLoop:
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wakeup, select.EPOLLIN)
         self._watched: dict[int, Callable[[int], None]] = {}
-        self._calls: list[Callable[[], None]] = []
+        self._calls: deque[Callable[[], None]] = deque()
+        self._round = 0
         self._timers: list[tuple[int, int, Timer]] = []
         self._sequence = 0
         self._compact_at = FEW_TIMERS
@@ -137,7 +139,9 @@ class MainLoop:
         """One round: waits at most `timeout_ns` (None: for ever), then runs all that is due.
 
         What becomes due by that (a call, a timer that is armed again) has its turn in the next.
+        A callback that waits for something may have rounds of its own meanwhile.
         """
+        self._round = number = self._round + 1
         with self._lock:
             while self._timers and self._timers[0][2].callback is None:
                 heappop(self._timers)
@@ -148,19 +152,20 @@ class MainLoop:
                 timeout_ns = due if timeout_ns is None else min(due, timeout_ns)
         wait = None if timeout_ns is None else min(timeout_ns, MAX_WAIT_NS) / NS_PER_S
         ready = self._epoll.poll(wait)
-        with self._lock:
-            calls, self._calls = self._calls, []
+        calls = len(self._calls)
         for fd, events in ready:
             if fd == self._wakeup:
                 os.eventfd_read(self._wakeup)
             elif callback := self._watched.get(fd):
                 _run(callback, events)
-        for call in calls:
-            _run(call)
-        self.run_timers()
+                if self._round != number:  # what is left was seen long ago
+                    break
+        while calls and self._calls:
+            calls -= 1
+            _run(self._calls.popleft())
+        self._run_timers()
 
-    def run_timers(self) -> None:
-        """Runs the timers that are due; for what keeps the loop waiting."""
+    def _run_timers(self) -> None:
         now = time.monotonic_ns()
         due = []
         with self._lock:

@@ -30,6 +30,34 @@ def test_watch_and_unwatch():
     loop.close()
 
 
+def test_a_callback_has_rounds_of_its_own():
+    """What it has seen to is not called again by what the outer round saw, and no call is lost."""
+    loop = MainLoop()
+    pipes = [os.pipe() for _ in range(2)]
+    seen: list[str] = []
+
+    def take(fd: int) -> None:
+        seen.append(os.read(fd, 10).decode())
+        if len(seen) == 1:
+            loop.call_soon(lambda: seen.append("inner call"))
+            loop.iterate(0)
+            loop.iterate(0)
+
+    for reader, writer in pipes:
+        os.set_blocking(reader, False)
+        loop.watch(reader, READ, lambda events, fd=reader: take(fd))
+        os.write(writer, b"data")
+    loop.call_soon(lambda: seen.append("outer call"))
+    loop.call_soon(lambda: seen.append("outer call"))
+    loop.iterate(0)
+    loop.iterate(0)
+    assert sorted(seen) == ["data", "data", "inner call", "outer call", "outer call"]
+    assert seen.index("inner call") > seen.index("outer call")
+    for fd in sum(pipes, ()):
+        os.close(fd)
+    loop.close()
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOMEM])
 def test_what_epoll_has_no_room_for_is_watched_later(monkeypatch, number):
     loop = MainLoop()

@@ -14,16 +14,18 @@ from typing import Any
 import psutil
 import pytest
 from descriptors import open_fds
-from harness.qmp import QmpError
+from harness.qmp import Qmp, QmpError
 from harness.vm import Vm
 from test_device_updates import Source
+from test_survives_guest import Console
 from waiting import wait_for
 
 from cpr.errors import MigrationError
 from cpr.live.transaction import PROTOCOL
 from cpr.mainloop import MainLoop
 from cpr.migration import incoming, outgoing
-from cpr.migration.cancellation import Cancellation
+from cpr.migration.cancellation import INTERRUPTED, Cancellation
+from cpr.migration.capabilities import IN_PROGRESS
 from cpr.migration.connect import connect
 from cpr.migration.cpr_transfer import Transfer
 from cpr.migration.program import ANSWER_TIMEOUT
@@ -210,18 +212,96 @@ def test_a_source_that_lives_on_refuses_no_update(start, guests, tmp_path):
         child.kill()
 
 
-@pytest.mark.parametrize("answers", [False, True])
-def test_a_program_that_is_only_asked_and_hangs(start, tmp_path, answers):
-    """When it is asked what it knows, and when it is rehearsed: SIGTERM ends the VMM."""
+def hanging(tmp_path: Path, answers: bool) -> list[str]:
+    """A program that hangs when it is asked what it knows, or when it is rehearsed."""
     program = tmp_path / "program"
     answer = f'[ "$1" = protocol ] && echo {PROTOCOL} && exit' if answers else ""
     program.write_text(f"#!/bin/sh\n{answer}\ntouch {tmp_path}/hangs\nexec sleep 1000\n")
     program.chmod(0o755)
+    return [str(program), "run"]
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_program_that_is_only_asked_and_hangs(start, tmp_path, answers):
+    """SIGTERM ends the VMM."""
     vm: Vm = start.guest("heartbeat", "tcg")
-    vm.qmp.send("cpr-exec", command=[str(program), "run"], test=True)
+    vm.qmp.send("cpr-exec", command=hanging(tmp_path, answers), test=True)
     wait_for((tmp_path / "hangs").exists, "it hangs")
     began = time.monotonic()
     vm.process.send_signal(signal.SIGTERM)
     assert vm.process.wait(60) == 0
     assert time.monotonic() - began < ANSWER_TIMEOUT / 2
     assert not vm.processes()
+
+
+class Waiting:
+    """A VM of which one monitor waits for a program that hangs."""
+
+    def __init__(self, start: Any, tmp_path: Path) -> None:
+        self.path = str(tmp_path / "second")
+        self.monitor_path = str(tmp_path / "monitor")
+        words = ["-qmp", f"unix:{self.path},server=on,wait=off"]
+        words += ["-monitor", f"unix:{self.monitor_path},server=on,wait=off"]
+        self.console = Console(start, "tcg", *words)
+        self.vm: Vm = self.console.vm
+        self.lines = 0
+
+    def check(self, program: list[str]) -> None:
+        """The guest's devices are served, and other monitors, but no other update is begun."""
+        self.lines += 1
+        self.console.type("word\n")
+        assert self.console.line() == f"{self.lines}: word"
+        second = Qmp(self.path)
+        assert second.command("query-status")["running"]
+        for words in (None, program):
+            with pytest.raises(QmpError, match=IN_PROGRESS):
+                second.command("cpr-exec", **({"command": words} if words else {}))
+            refused = second.command("cpr-exec", test=True, **({"command": words} if words else {}))
+            assert refused == {"refusals": [IN_PROGRESS]}
+        second.command("migrate_cancel")
+        second.close()
+
+    def end(self) -> None:
+        assert self.vm.qmp.command("query-migrate") == {}
+        assert not psutil.Process(self.vm.pid).children()
+        self.vm.update()
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_others_are_served_while_a_program_hangs(start, tmp_path, answers):
+    waiting = Waiting(start, tmp_path)
+    program = hanging(tmp_path, answers)
+    qmp = waiting.vm.qmp
+    qmp.send("cpr-exec", command=program, test=True)
+    qmp.send("query-name")
+    wait_for((tmp_path / "hangs").exists, "it hangs")
+    waiting.check(program)
+    assert qmp.read_reply() == {"return": {"refusals": [INTERRUPTED]}}
+    assert qmp.read_reply() == {"return": {}}, "in their order"
+    waiting.end()
+
+
+def test_others_are_served_before_an_update_by_hmp(start, tmp_path):
+    waiting = Waiting(start, tmp_path)
+    qmp = waiting.vm.qmp
+    program = hanging(tmp_path, False)
+    qmp.send("human-monitor-command", command_line=f"cpr-exec {' '.join(program)}")
+    wait_for((tmp_path / "hangs").exists, "it hangs")
+    waiting.check(program)
+    assert qmp.read_reply() == {"return": f"Error: {INTERRUPTED}\r\n"}
+    waiting.end()
+
+
+def test_a_monitor_whose_command_waits_goes_on_in_order(start, tmp_path):
+    waiting = Waiting(start, tmp_path)
+    program = hanging(tmp_path, True)
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.connect(waiting.monitor_path)
+        monitor.sendall(f"cpr-exec -t {' '.join(program)}\ninfo status\n".encode())
+        wait_for((tmp_path / "hangs").exists, "it hangs")
+        waiting.check(program)
+        text = ""
+        while text.count("(qemu) ") < 3 or not text.endswith("(qemu) "):
+            text += monitor.recv(1 << 16).decode()
+    assert text.index(INTERRUPTED) < text.index("VM status: running")
+    waiting.end()

@@ -148,7 +148,7 @@ def test_churn_finds_no_mismatch_over_updates(start, accel):
 class Console:
     """The console guest with COM1 on its stdio."""
 
-    def __init__(self, start, accel: str) -> None:
+    def __init__(self, start, accel: str, *arguments: str) -> None:
         self.vm = start(
             *accel_options(accel),
             *("-nodefaults", "-display", "none", "-m", "64M"),
@@ -156,6 +156,7 @@ class Console:
             *("-machine", "pc,memory-backend=ram0,aux-ram-share=on"),
             *("-drive", "file=examples/build/console.img,format=raw,if=floppy"),
             *("-serial", "stdio"),
+            *arguments,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -11,6 +11,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+INTERRUPTED = "Switchover is interrupted"
+"""What QEMU says of a migration that was cancelled."""
+
 
 class Cancellation:
     """Waits that `cancel` ends, at any time and for good.  Owns an eventfd until `close`.

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence, Set
     from typing import Any
 
+IN_PROGRESS = "There's a migration process in progress"
+
 CAPABILITIES = (
     "xbzrle",
     "rdma-pin-all",
@@ -82,7 +84,7 @@ class Capabilities:
         Raises MigrationError while a migration runs, CommandError for what does not go together.
         """
         if self._in_progress():
-            raise MigrationError("There's a migration process in progress")
+            raise MigrationError(IN_PROGRESS)
         new = dict(self._states)
         for change in changes:
             if change["capability"] not in new:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cpr import runstate
 from cpr.errors import MigrationError
 from cpr.migration.address import connects_in_background
+from cpr.migration.capabilities import IN_PROGRESS
 from cpr.migration.mode import NORMAL, TRANSFER
 
 TYPE_CHECKING = False
@@ -43,7 +44,7 @@ def check(
     if resume:
         raise MigrationError("Cannot resume if there is no paused migration")
     if running:
-        raise MigrationError("There's a migration process in progress")
+        raise MigrationError(IN_PROGRESS)
     if machine.runstate.current == runstate.INMIGRATE:
         raise MigrationError("Guest is waiting for an incoming migration")
     if machine.runstate.current == runstate.POSTMIGRATE:

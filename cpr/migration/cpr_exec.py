@@ -64,7 +64,7 @@ class Exec(KeepsRam):
         files: ProgramFiles,
         park: Callable[[], None],
         give_back: Callable[[Exec, Update, str], Callable[[], None]],
-        serve: Callable[[], bool],
+        serve: Callable[[], str],
         directory: str | None = None,
     ) -> None:
         super().__init__(EXEC, bool(parameters.get("x-cpr-ram-staging")))
@@ -103,7 +103,7 @@ class Exec(KeepsRam):
         self._versions = early_versions(self.command, self._files, self._serve)
         return self if self._versions else None
 
-    def prepare(self, machine: Machine) -> None:
+    def ask(self) -> None:
         """Asks once whether the program takes the guest over by the token of an update.
 
         One that has no idea of that has the guest when it has read its CPR state.

@@ -33,6 +33,7 @@ from cpr.live.transaction import (
 )
 from cpr.mainloop import READ, WRITE
 from cpr.migration import savevm
+from cpr.migration.cancellation import INTERRUPTED
 from cpr.migration.capabilities import Capabilities
 from cpr.migration.channel import MemoryChannel
 from cpr.migration.connections import send_all
@@ -363,7 +364,7 @@ class EarlyUpdate:
 
     def cancel(self) -> None:
         """migrate_cancel: the new image is killed, and the guest goes on here."""
-        self._fail("Switchover is interrupted", "cancelled")
+        self._fail(INTERRUPTED, "cancelled")
 
     def end_vm(self, status: int) -> None:
         """The VM ends here: the new image ends with `status`, whatever it is doing."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from cpr.state.fds import PreservedFds
 
 DEFER = "defer"
-NO_THREAD = "cannot start a thread for the migration: raise RLIMIT_NPROC or pids.max"
+NO_THREAD = "cannot start a thread for the migration: raise RLIMIT_NPROC, pids.max or RLIMIT_AS"
 PREFIX = "load of migration failed: "
 
 

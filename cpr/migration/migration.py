@@ -13,6 +13,7 @@ from cpr.errors import CommandError, CprError, MigrationError
 from cpr.live.program_files import ProgramFiles
 from cpr.migration import address as addresses
 from cpr.migration import checks
+from cpr.migration.asking import Asking
 from cpr.migration.incoming import Incoming
 from cpr.migration.mode import EXEC, TRANSFER, Mode
 from cpr.migration.process import Process
@@ -71,6 +72,7 @@ class Migration:
         self.incoming_side = Incoming(machine, fds, loop, handed, self.state)
         self.outgoing: Outgoing | None = None
         self._thread_done = allocate_lock()
+        self._asking = Asking(machine)
 
     @property
     def status(self) -> str:
@@ -115,14 +117,9 @@ class Migration:
             self.files,
             self._park,
             self._give_back,
-            self._serve,
+            self._asking.serve,
             directory,
         )
-
-    def _serve(self) -> bool:
-        """What the guest needs while the main loop waits for a program; whether that is to end."""
-        self.loop.run_timers()
-        return self.process.interrupted()
 
     @property
     def _stages(self) -> bool:
@@ -160,7 +157,8 @@ class Migration:
         self._check(address, mode, resume)
         if mode.name == TRANSFER and cpr_address is None:
             raise MigrationError("missing 'cpr' migration channel")
-        self._start(address, mode, "on")
+        with self._asking:
+            self._start(address, mode, "on")
 
     def start_cpr_exec(self, command: list[str] | None = None) -> None:
         """Sets mode and cpr-exec-command and migrates, in one step.
@@ -178,7 +176,8 @@ class Migration:
         try:
             address = addresses.parse_uri(uri)
             self._check(address, mode)
-            self._start(address, mode, "on", "auto")
+            with self._asking:
+                self._start(address, mode, "on", "auto")
         except CprError:
             self.parameters.set(saved)
             mode.rollback()
@@ -195,6 +194,8 @@ class Migration:
     def _start(self, address: dict, mode: Mode, *early: str) -> None:
         """Begins a migration; `early` are the settings with which an update is early."""
         exec_mode = mode.early_exec(*early)
+        mode.ask()
+        self._check(address, mode)  # others had their turn meanwhile
         outgoing = self._begin(mode)
         if exec_mode is not None:
             self._start_early(outgoing, exec_mode)
@@ -254,16 +255,18 @@ class Migration:
         reasons += [reason for reason in mode.blockers(self.machine) if reason not in reasons]
         reasons += check_command(command)
         try:
-            if reasons or not self.can_rehearse(command):
-                return Rehearsed(reasons, None)
+            with self._asking:
+                if reasons or not self.can_rehearse(command):
+                    return Rehearsed(reasons, None)
         except MigrationError as error:
             return Rehearsed([str(error)], None)
-        return rehearse(self.machine, self.fds, self._serve, words, mode.timeout_ms)
+        with self._asking:
+            return rehearse(self.machine, self.fds, self._asking.serve, words, mode.timeout_ms)
 
     def can_rehearse(self, command: list[str] | None) -> bool:
         """Whether the program of `command` knows how; RAM that is staged is not there yet."""
         return not self._stages and bool(
-            early_versions(command or own_command(), self.files, self._serve)
+            early_versions(command or own_command(), self.files, self._asking.serve)
         )
 
     def incoming(
@@ -278,6 +281,7 @@ class Migration:
 
     def cancel(self) -> None:
         """migrate_cancel: nothing happens where no migration runs."""
+        self._asking.cancel()
         if self._early is not None:
             self.state.set("cancelling")
             self._early.cancel()

@@ -56,6 +56,9 @@ class Mode:
         """
         return None
 
+    def ask(self) -> None:
+        """Finds out what takes long, before anything has begun.  Raises MigrationError."""
+
     def prepare(self, machine: Machine) -> None:
         """Does what takes long, before there is anything to undo.  Raises CprError."""
 

@@ -14,7 +14,7 @@ from cpr.errors import CprError, MigrationError
 from cpr.faults import point
 from cpr.migration import address as addresses
 from cpr.migration import channel, savevm
-from cpr.migration.cancellation import Cancellation
+from cpr.migration.cancellation import INTERRUPTED, Cancellation
 from cpr.migration.incoming import NO_THREAD
 from cpr.migration.mode import EXEC, TRANSFER
 from cpr.migration.statistics import STOPPED_SYNCS, RamCounters, Times
@@ -248,7 +248,7 @@ class Outgoing:
 
     def _check_cancel(self) -> None:
         if self._cancel:
-            raise Cancelled("Switchover is interrupted")
+            raise Cancelled(INTERRUPTED)
 
     def _write(self, step: Callable[[], object]) -> None:
         """Runs one step of writing the stream, and puts it out."""

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 VERB = "run"
 PROTOCOL_VERB = "protocol"
 ANSWER_TIMEOUT = 10.0  # s
-ANSWER_STEP = 0.002  # s
 MOST_ANSWER = 200  # bytes
 QUESTION = "CPR_QUESTION"
 """In the environment of a program that is asked: the number that it is to repeat."""
@@ -109,13 +108,13 @@ def check_command(command: list[str] | None) -> list[str]:
 
 
 def spoken_versions(
-    command: Sequence[str], files: ProgramFiles, serve: Callable[[], bool]
+    command: Sequence[str], files: ProgramFiles, serve: Callable[[], str]
 ) -> list[int]:
     """The versions of the hand-over that the program of `command` speaks; none where it has no
     idea of that.  Takes a program's start, unless it is this very one.
 
-    `serve()` is called again and again meanwhile: the guest runs on.  Where it returns true the
-    program is ended, and nobody waits for its answer.  Raises MigrationError for one that does not
+    `serve()` is called again and again meanwhile: the guest runs on.  What it says ends that.
+    Raises MigrationError with that, and for a program that does not
     get this process's environment: it would not know of the update, and start another guest.
     """
     words = list(command)
@@ -142,8 +141,10 @@ def spoken_versions(
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
     with process:
-        said = _read_answer(process, serve)
-        kill_group(process)  # also one that has said it and does not end, or has started others
+        try:
+            said = _read_answer(process, serve)
+        finally:
+            kill_group(process)  # also one that does not end, or has started others
     words_of_it = said.split()
     if not all(word.isdigit() for word in words_of_it):
         return []
@@ -163,16 +164,20 @@ def answer() -> str:
     return "".join(f"{each}\n" for each in numbers)
 
 
-def _read_answer(process: Popen[bytes], serve: Callable[[], bool]) -> bytes:
-    """What a program says until it ends well; nothing where it does not, or takes too long."""
+def _read_answer(process: Popen[bytes], serve: Callable[[], str]) -> bytes:
+    """What a program says until it ends well; nothing where it does not, or takes too long.
+
+    Raises MigrationError with what `serve` says against waiting for it.
+    """
     assert process.stdout is not None
     fd, answer = process.stdout.fileno(), b""
     os.set_blocking(fd, False)
     deadline = time.monotonic() + ANSWER_TIMEOUT
     while process.poll() is None:
-        if serve() or time.monotonic() > deadline:
+        if reason := serve():
+            raise MigrationError(reason)
+        if time.monotonic() > deadline:
             return b""
-        time.sleep(ANSWER_STEP)
     try:
         answer = os.read(fd, MOST_ANSWER)
     except BlockingIOError:  # nothing, and something that it has started is still there
@@ -206,7 +211,7 @@ def end_started(state_fd: int) -> None:
 
 
 def early_versions(
-    command: Sequence[str], files: ProgramFiles, serve: Callable[[], bool]
+    command: Sequence[str], files: ProgramFiles, serve: Callable[[], str]
 ) -> list[int]:
     """As spoken_versions; none where the program of `command` does not update as this one does.
 

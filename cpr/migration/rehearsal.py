@@ -1,7 +1,8 @@
 """A rehearsal: the new program runs as a child up to ready, beside the guest, and is thanked.
 
 It gets what an early update gives, builds its machine around the same descriptors, and touches
-neither guest RAM nor a device.  The guest runs on; its timers are served while this waits.
+neither guest RAM nor a device.  The guest runs on; its devices are served while this waits, and
+other monitors answer.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from cpr.machine import Machine
     from cpr.state.fds import PreservedFds
 
-STEP_MS = 5
 END_MS = 5000  # for a program that was thanked
 MOST_LINES = 5  # of the program's last words
 
@@ -40,14 +40,14 @@ class Rehearsed:
 def rehearse(
     machine: Machine,
     fds: PreservedFds,
-    serve: Callable[[], bool],
+    serve: Callable[[], str],
     command: list[str],
     timeout_ms: int,
 ) -> Rehearsed:
     """Starts `command` and waits until it is ready, refuses, ends, or the time is over.
 
-    `serve()` is called meanwhile, and ends it where it returns true.  Raises MigrationError where
-    it cannot even be started.
+    `serve()` is called meanwhile, and ends it with what it says against going on.  Raises
+    MigrationError where it cannot even be started.
     """
     try:
         update = Update()
@@ -67,7 +67,7 @@ def rehearse(
             if refusal is None:
                 update.send(END, {"status": 0})
                 end = time.monotonic_ns() + END_MS * NS_PER_MS
-                while not update.is_dead(STEP_MS) and not serve() and time.monotonic_ns() < end:
+                while not update.is_dead(0) and not serve() and time.monotonic_ns() < end:
                     pass
         finally:
             status, words = update.end_child()
@@ -86,7 +86,7 @@ def rehearse(
 def _converse(
     machine: Machine,
     fds: PreservedFds,
-    serve: Callable[[], bool],
+    serve: Callable[[], str],
     update: Update,
     timeout_ms: int,
     placement: Placement,
@@ -97,9 +97,9 @@ def _converse(
     poll.register(update.fileno(), select.POLLIN)
     poll.register(update.pidfd, select.POLLIN)
     while True:
-        ready = [fd for fd, _ in poll.poll(STEP_MS)]
-        if serve():
-            return "a signal that ends the VM has come"
+        if reason := serve():
+            return reason
+        ready = [fd for fd, _ in poll.poll(0)]
         if update.fileno() in ready:
             try:
                 message = update.receive()

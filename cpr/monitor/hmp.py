@@ -62,7 +62,9 @@ class HmpMonitor:
 
     def _can_receive(self) -> int:
         """One byte at a time: what comes after a command that suspends stays in the chardev."""
-        waits = self._held or self._suspended or self._chardev.waiting > MAX_UNREAD
+        waits = (
+            self._held or self._executes or self._suspended or self._chardev.waiting > MAX_UNREAD
+        )
         return 0 if waits else 1
 
     def hold(self, on: bool) -> None:
@@ -76,6 +78,7 @@ class HmpMonitor:
 
     def _on_event(self, event: str) -> None:
         if event == OPENED:
+            self._executes = False
             self._chardev.write(BANNER.encode())
             self._readline.restart()
             if not self._suspended:
@@ -87,10 +90,13 @@ class HmpMonitor:
     def _on_line(self, line: str) -> None:
         self._executes = True
         text, prompt = execute(self._vmm, self._session, line)
+        if not self._executes:
+            return  # another client has come meanwhile
         self._executes = False
         self._chardev.write(encode(text))
         if prompt == NOW:
             self._readline.show_prompt()
+            self._chardev.accept_input()
             return
         self._suspended = True
         if prompt == AFTER_MIGRATION:

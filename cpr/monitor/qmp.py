@@ -118,7 +118,7 @@ class QmpMonitor:
         self._chardev.write(text.encode() + b"\r\n")
 
     def _can_receive(self) -> int:
-        waits = self._held or self._requests or self._chardev.waiting > MAX_UNREAD
+        waits = self._held or self._executes or self._requests or self._chardev.waiting > MAX_UNREAD
         return 0 if waits else ROOM
 
     def hold(self, on: bool) -> None:
@@ -134,6 +134,8 @@ class QmpMonitor:
     def _go_on(self) -> None:
         """Executes what has come, as long as the client reads the answers, and for no longer than
         a turn of the loop's: others are to have theirs."""
+        if self._executes:  # a command that waits, and has the loop go on
+            return
         requests, end = self._requests, time.monotonic_ns() + TURN_NS
         while requests and not self._held and self._chardev.waiting <= MAX_UNREAD:
             self._current, self._executes = requests.popleft(), True
