@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -45,7 +46,7 @@ def test_a_callback_has_rounds_of_its_own():
 
     for reader, writer in pipes:
         os.set_blocking(reader, False)
-        loop.watch(reader, READ, lambda events, fd=reader: take(fd))
+        loop.watch(reader, READ, partial(lambda fd, events: take(fd), reader))
         os.write(writer, b"data")
     loop.call_soon(lambda: seen.append("outer call"))
     loop.call_soon(lambda: seen.append("outer call"))
