@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from live_programs import run
 
+from cpr.live import last_words
+
 BACK = """
 import signal, socket
 mode, what = sys.argv[1:3]
@@ -87,3 +89,19 @@ def test_a_loop_serves_while_the_old_command_starts(tmp_path: Path, mode: str) -
     assert result.of("answer") == [["0 one\n"], ["1 one\n"]], result.stderr
     ((failure, same_pid),) = result.of("back")
     assert "knows version 0" in failure and same_pid
+
+
+FLOOD = """
+live.ready()
+shared = lambda: int(next(l for l in open("/proc/meminfo") if l.startswith("Shmem:")).split()[1])
+before = shared()
+error = fails(["/bin/sh", "-c", "head -c 100000 /dev/zero | tr '\\\\0' y >&2; yes >&2; exit 3"])
+say("flood", error.status, shared() - before < 50000)
+"""
+
+
+def test_what_a_new_program_says_is_bounded(tmp_path: Path) -> None:
+    """It is kept until it takes over; who says more than that has an error."""
+    result = run(tmp_path, FLOOD)
+    assert result.of("flood") == [[3, True]], result.stderr[-2000:]
+    assert last_words.MOST // 2 < len(result.stderr) < 2 * last_words.MOST

@@ -13,6 +13,7 @@ from cpr.live.token import above_streams
 NAME = "cpr-live-stderr"
 LINK = f"/memfd:{NAME}"
 PIECE = 64 << 10  # bytes
+MOST = 4 << 20  # bytes; more than that is an error of whoever writes it
 LAST_LINES = 20
 
 
@@ -37,7 +38,10 @@ class LastWords:
         """stderr is the memfd, for the exec.  Raises OSError."""
         flush()
         if self.real >= 0:
-            self._memfd = above_streams(os.memfd_create(NAME))
+            flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+            self._memfd = above_streams(os.memfd_create(NAME, flags))
+            os.ftruncate(self._memfd, MOST)
+            fcntl.fcntl(self._memfd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
             os.dup2(self._memfd, STDERR)
 
     def restore(self) -> None:
@@ -66,9 +70,12 @@ def flush() -> None:
 
 
 def forward(source: int, target: int) -> bytes:
-    """Copies what a memfd holds; the end of it.  Nobody is to fail by what cannot be written."""
+    """Copies what a memfd holds, up to where nobody has written; the end of it.
+
+    Nobody is to fail by what cannot be written.
+    """
     offset, last = 0, b""
-    while piece := os.pread(source, PIECE, offset):
+    while piece := os.pread(source, PIECE, offset).rstrip(b"\0"):
         offset += len(piece)
         last = (last + piece)[-PIECE:]
         try:
