@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 from _thread import allocate_lock
+from functools import partial
 
 from cpr.errors import MigrationError
 from cpr.process_group import kill_group, own_group
+from cpr.uapi.process import end_with_parent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,7 +29,8 @@ class Child:
     """A command in a process group of its own; `fd`, the pipe's end, is the caller's.
 
     Its stdin or stdout is the pipe, and the other of them /dev/null: a monitor may be on the
-    VMM's own.  stderr is the VMM's.
+    VMM's own.  stderr is the VMM's.  One that writes ends with a VMM that is killed: it may be the
+    new image of an update, past its deadline.
     """
 
     def __init__(self, args: list[str], writing: bool, reap_later: ReapLater) -> None:
@@ -44,9 +48,10 @@ class Child:
                     stdin=subprocess.PIPE if writing else subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL if writing else subprocess.PIPE,
                     process_group=own_group(),
+                    preexec_fn=None if writing else partial(end_with_parent, signal.SIGKILL),
                 )
                 waited_for.add(self._process.pid)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise MigrationError(f"Could not run '{args[0]}': {reason}") from None
         stream = self._process.stdin if writing else self._process.stdout

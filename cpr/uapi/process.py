@@ -8,9 +8,11 @@ from cpr._native._cpr import ffi, lib
 from cpr.errors import KernelError
 
 
-def end_with_parent() -> None:
-    """SIGTERM where the parent ends, over an exec too.  Raises KernelError."""
-    if lib.prctl(lib.PR_SET_PDEATHSIG, ffi.cast("unsigned long", signal.SIGTERM)) < 0:
+def end_with_parent(signo: int = signal.SIGTERM) -> None:
+    """That signal where the parent's thread that has started this process ends, over an exec of
+    either too.  Raises KernelError.
+    """
+    if lib.prctl(lib.PR_SET_PDEATHSIG, ffi.cast("unsigned long", signo)) < 0:
         raise KernelError("prctl(PR_SET_PDEATHSIG)", ffi.errno)
 
 
