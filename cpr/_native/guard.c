@@ -232,6 +232,9 @@ CPR_IN_CHILD static int watch(void)
             return CPR_GUARD_KILLED;
         }
         if (guard->timeout_ns && used_ns > guard->timeout_ns) {
+            if (guard->state_fd >= 0 && cpr_guard_is_closed_to(guard->old_pid)) {
+                committed(); /* another user's by now: nobody knows, and it may well have the guest */
+            }
             return CPR_GUARD_KILLED;
         }
     }

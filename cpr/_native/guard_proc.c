@@ -1,5 +1,6 @@
 #include "guard_proc.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <stdint.h>
 #include <unistd.h>
@@ -79,6 +80,13 @@ CPR_IN_CHILD static int lives(int32_t pid)
     char text[TEXT_SIZE];
 
     return read_link(text, "/proc/%d/exe", &pid) > 0;
+}
+
+CPR_IN_CHILD int cpr_guard_is_closed_to(int32_t pid)
+{
+    char text[TEXT_SIZE];
+
+    return read_link(text, "/proc/%d/exe", &pid) == -EACCES;
 }
 
 /* Puts the children of a process behind the `count` PIDs, and returns how many they are then. */

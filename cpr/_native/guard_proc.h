@@ -16,6 +16,9 @@ int32_t cpr_guard_taker(const struct cpr_guard *guard);
 /* Whether that process still has it: also one that the program has left behind. */
 int cpr_guard_has_taken(const struct cpr_guard *guard, int32_t pid);
 
+/* Whether what the process has open cannot be seen: it is another user's. */
+int cpr_guard_is_closed_to(int32_t pid);
+
 /* Whether one of the signals `guard->ending` waits for the new image. */
 int cpr_guard_has_ending_signal(const struct cpr_guard *guard);
 
