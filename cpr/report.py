@@ -15,6 +15,7 @@ to the descriptors themselves: sys.stderr may be None, has a lock and a buffer.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import stat
@@ -72,13 +73,21 @@ def exception_report(error: BaseException) -> None:
     _report(text)
 
 
-def unexpected(error: BaseException) -> str:
-    """What is told of an exception that nobody expected; where it showed goes to stderr.
-
-    Memory that has run out is nothing to look for in the program.
-    """
+def exhausted(error: BaseException) -> str:
+    """What has run out, with the remedy, where that is why an exception was raised; else ""."""
     if isinstance(error, MemoryError):
         return "out of memory: raise RLIMIT_AS, or what else bounds it"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "out of descriptors: raise RLIMIT_NOFILE, or fs.file-max"
+    return ""
+
+
+def unexpected(error: BaseException) -> str:
+    """What is told of an exception that nobody expected; where it showed goes to stderr, unless
+    something has run out: that is nothing to look for in the program.
+    """
+    if text := exhausted(error):
+        return text
     exception_report(error)
     return f"internal error: {str(error) or type(error).__name__}"
 

@@ -90,8 +90,9 @@ class Incoming:
     `expected` once -incoming was given, `started` once a load has begun.  `listener` is the cpr
     channel of a cpr-transfer: it is closed when a source can connect to the main channel.
     `commit()` is called when the guest has been loaded, just before it runs, and raises CprError
-    where it is another image's, `hold(on)` while a load is waited for and when it begins, and
-    `on_running()` when the guest is as it was.
+    where it is another image's, `hold(on)` while a load is waited for and when it begins,
+    `refuse(reason)` where it fails and an old image can go on, and `on_running()` when the guest
+    is as it was.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Incoming:
         self.listener: CprListener | None = None
         self.commit: Callable[[], None] = lambda: None
         self.hold: Callable[[bool], None] = lambda on: None
+        self.refuse: Callable[[str], None] = lambda reason: None
         self.is_late = False
         self.on_running: Callable[[], None] = lambda: None
         self._address: dict | None = None
@@ -277,8 +279,9 @@ class Incoming:
         if not isinstance(error, CprError):  # no state may leave a VMM that says "active" for ever
             text = f"{PREFIX}{unexpected(error)}"
         self._set_status("failed", text)
-        if exit_on_error:
+        if exit_on_error or self.is_late:  # its guest stands still, and goes on in the old VMM
             error_report(text)
+            self.refuse(text)
             self._machine.request_exit(1)
 
     def take(self, load: Callable[[], str]) -> None:

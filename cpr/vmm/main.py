@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 from cpr.errors import CprError
-from cpr.report import error_report, open_standard_descriptors, output
+from cpr.report import error_report, exhausted, open_standard_descriptors, output
 
 USAGE = """usage: python -m cpr.vmm run [guest.cfg] [QEMU options]
        python -m cpr.vmm run -help
@@ -66,4 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
         return VERBS[words[0]](words[1:])
     except CprError as error:
         error_report(error)
+        return 1
+    except (OSError, MemoryError) as error:
+        text = exhausted(error)
+        if not text:
+            raise
+        error_report(text)
         return 1

@@ -29,7 +29,7 @@ from cpr.migration.statistics import UpdateTimes
 from cpr.monitor.passed_fds import PassedFds
 from cpr.phases import mark
 from cpr.ram_backend import check_free
-from cpr.report import carefully, error_report, info_report, output, warn_report
+from cpr.report import carefully, error_report, exhausted, info_report, output, warn_report
 from cpr.state.cpr_state import STATE_NAME
 from cpr.state.fds import PreservedFds
 from cpr.vmm import daemon
@@ -63,7 +63,7 @@ def run_vmm(arguments: list[str]) -> int:
         return _run(arguments, predecessor)
     except Exception as error:
         if predecessor is not None:
-            predecessor.refuse(str(error) or type(error).__name__)
+            predecessor.refuse(exhausted(error) or str(error) or type(error).__name__)
         raise
 
 
@@ -141,7 +141,11 @@ def _bring_over(
     """The guest of a late update: what it waits for is short."""
     incoming = vmm.migration.incoming_side
     if predecessor is not None:
-        incoming.hold, incoming.is_late = predecessor.hold, True
+        incoming.hold, incoming.refuse, incoming.is_late = (
+            predecessor.hold,
+            predecessor.refuse,
+            True,
+        )
         incoming.hold(sources.main == DEFER)
         incoming.commit = lambda: _commit(vmm, predecessor)
     _confine(vmm, run_with)
