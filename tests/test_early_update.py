@@ -127,6 +127,18 @@ def test_the_pidfile_follows(start, accel, tmp_path, late):
     assert int(pidfile.read_text()) == vm.pid
 
 
+def test_the_way_back_does_not_wait_for_migrate_continue(start, accel):
+    """It was let go to the new program, which has refused."""
+    vm = start_vm(start, accel)
+    capability = {"capability": "pause-before-switchover", "state": True}
+    vm.qmp.command("migrate-set-capabilities", capabilities=[capability])
+    vm.qmp.command("cpr-exec", command=own(*words(accel, cpus=1)))
+    vm.reconnect()
+    answer = vm.qmp.command("query-migrate")
+    assert answer["status"] == "failed"
+    assert "CPUs: the guest has 2" in answer["error-desc"]
+
+
 # Rehearsals.
 
 

@@ -199,7 +199,8 @@ class EarlyUpdate:
         elif message.kind == READY:
             self._native = bool(message.body.get("native"))
             self._state.set("active")
-            if self._state.capabilities.enabled("pause-before-switchover"):
+            asks = self._state.capabilities.enabled("pause-before-switchover")
+            if asks and not self._failure:  # the way back needs no second permission
                 self._stop_timer()
                 self._state.set("pre-switchover")
             else:
@@ -299,11 +300,16 @@ class EarlyUpdate:
             self._fail(self._failure)
             return
         self._returns += 1
+        try:
+            folder = os.getcwd()
+        except OSError as error:  # it has been removed
+            self._fail(f"{self._failure}; its folder: {error.strerror}")
+            return
         self._run_on()
         self._placement.keep_away()
         point("give-back")
         self._state.set("setup")
-        body = {"argv": own_command(), "cwd": os.getcwd(), "environment": dict(os.environ)}
+        body = {"argv": own_command(), "cwd": folder, "environment": dict(os.environ)}
         self._update.send(BACK, body)
         self._start_timer()
 
