@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 
 READY = b"\0"
 INIT = 1  # the PID that orphans become children of: a VMM's in a container
-STRAY = (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGUSR2)
-"""From the timers of a program that was this process before, say; children have them as ever."""
+STRAY = (
+    *(signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGUSR2),
+    signal.SIGXCPU,
+)
+"""From the timers of a program that was this process before, say, or the soft RLIMIT_CPU, which
+counts on over execs; children have them as ever."""
 MOST_PID = 32  # bytes of a PID file that are looked at; more than a PID has
 
 
