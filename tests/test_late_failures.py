@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import time
 from functools import partial
 
+import psutil
 import pytest
+from conftest import ROOT
 from harness.vm import HEARTBEAT, VMM, Vm
-from waiting import wait_for, wait_for_change
+from waiting import TIMEOUT, wait_for, wait_for_change
 
+BASE = [
+    *("-nodefaults", "-display", "none", "-m", "64M"),
+    *("-object", "memory-backend-memfd,id=ram0,size=64M,share=on"),
+    *("-machine", "pc,memory-backend=ram0,aux-ram-share=on"),
+]
 DIES = ["/bin/sh", "-c", '[ -n "$CPR_LIVE" ] && kill -9 $$; exec "$@"', "sh"]
 
 
@@ -114,3 +123,106 @@ def test_a_script_that_ends_before_its_vmm(start):
     runs(vm)
     assert vm.qmp.command("query-migrate")["status"] == "completed"
     assert "goes on in the old VMM" not in vm.stderr
+
+
+def test_a_guest_that_ends_with_a_status_of_its_own_right_after(start, accel, tmp_path):
+    """In a program that is not asked what it knows: the old image does not run it again."""
+    code = bytes.fromhex(
+        "fa31c08ed8"  # cli; ds = 0
+        "66ff060080"  # again: inc dword [0x8000]
+        "803e009000"  # cmp byte [0x9000], 0
+        "74f4"  # jz again
+        "b007ba0105ee"  # out 0x501, 7
+        "66ff060480ebf9"  # more: inc dword [0x8004]; jmp more
+    )
+    image = tmp_path / "guest.img"
+    image.write_bytes(code.ljust(510, b"\0") + b"\x55\xaa" + bytes(1474560 - 512))
+    drive = f"file={image},format=raw,if=floppy"
+    vm = start(*BASE, "-drive", drive, "-accel", accel, "-device", "isa-debug-exit")
+    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
+    old = vm.pid
+    program = ["setsid", *VMM, *vm.words[len(VMM) :], "-incoming", f"file:{tmp_path}/stream"]
+    hidden = ["/bin/sh", "-c", 'exec "$@" 1>&-', "sh", *program]
+    vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=hidden)
+    vm.qmp.send("migrate", uri=f"file:{tmp_path}/stream")
+    vm.reconnect()
+    assert vm.pid == old
+    vm.ram[0x9000] = 1
+    assert vm.process.wait(TIMEOUT) == 15
+    wait_for(lambda: not vm.processes(), "no old image goes on")
+    assert "goes on" not in vm.stderr
+
+
+@pytest.mark.parametrize("exits", [False, True])
+def test_a_deferred_load_that_fails_gives_the_guest_back(start, accel, tmp_path, exits):
+    """Whatever exit-on-error says: the guest stands still for it."""
+    vm = start.guest("heartbeat", accel)
+    words = [*VMM, *vm.words[len(VMM) :], "-incoming", "defer"]
+    old = vm.pid
+    vm.qmp.command(
+        "migrate-set-parameters",
+        mode="cpr-exec",
+        cpr_exec_command=words,
+        x_cpr_exec_timeout=0,
+    )
+    vm.qmp.send("migrate", uri=f"file:{tmp_path}/stream")
+    wait_for(lambda: not is_open(vm), "the exec")
+    vm.qmp = vm.connect()
+    (tmp_path / "bad").write_bytes(b"x" * 5000)
+    vm.qmp.send("migrate-incoming", uri=f"file:{tmp_path}/bad", exit_on_error=exits)
+    wait_for(partial(has_failed, vm, 1), "it fails")
+    runs(vm)
+    assert vm.pid == old, "the old command has it again"
+    assert "Not a migration stream" in vm.qmp.command("query-migrate")["error-desc"]
+
+
+def is_open(vm: Vm) -> bool:
+    try:
+        vm.qmp.command("query-status")
+    except ConnectionError:
+        return False
+    return True
+
+
+def test_the_source_of_a_new_image_ends_with_it(start, tmp_path):
+    vm = start.guest("heartbeat", "tcg")
+    source = f"exec:echo $$ >{tmp_path}/pid; exec sleep 1000"
+    words = [*VMM, *vm.words[len(VMM) :], "-incoming", source]
+    vm.qmp.command(
+        "migrate-set-parameters",
+        mode="cpr-exec",
+        cpr_exec_command=words,
+        x_cpr_exec_timeout=1500,
+    )
+    vm.qmp.send("migrate", uri=f"file:{tmp_path}/stream")
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "it starts")
+    pid = int((tmp_path / "pid").read_text())
+    wait_for(partial(has_failed, vm, 1), "the deadline")
+    wait_for(lambda: not psutil.pid_exists(pid), "the command has ended too")
+    runs(vm)
+
+
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_a_refusal_where_the_folder_is_gone(start, accel, tmp_path, overlap):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    drive = f"file={ROOT}/examples/build/heartbeat.img,format=raw,if=floppy"
+    vm = start(*BASE, "-drive", drive, "-accel", accel, cwd=folder, env=environment)
+    shutil.rmtree(folder)
+    vm.qmp.command("migrate-set-parameters", x_cpr_exec_overlap=overlap)
+    vm.qmp.send("cpr-exec", command=[*VMM, *vm.words[len(VMM) :], "-bogus"])
+    wait_for(partial(has_failed, vm, 1), "it is refused")
+    runs(vm)
+    assert "-bogus: invalid option" in vm.qmp.command("query-migrate")["error-desc"]
+    assert "Traceback" not in vm.stderr
+
+
+def test_a_new_program_that_has_few_descriptors(start):
+    vm = start.guest("heartbeat", "tcg")
+    limited = ["/bin/sh", "-c", 'ulimit -n 8; exec "$@"', "sh"]
+    vm.qmp.send("cpr-exec", command=[*limited, *VMM, *vm.words[len(VMM) :]])
+    wait_for(partial(has_failed, vm, 1), "it fails")
+    runs(vm)
+    assert "raise RLIMIT_NOFILE" in vm.qmp.command("query-migrate")["error-desc"]
+    assert "Traceback" not in vm.stderr

@@ -16,6 +16,7 @@ from cpr.live.transaction import (
     EARLY,
     END,
     ENDING,
+    EXEC_PID,
     HELLO,
     LEFT_OPEN,
     PROTOCOL,
@@ -151,16 +152,17 @@ class Predecessor:
             message = self.receive(BACK)
         except UpdateError:
             return
-        from cpr.live.notify import EXEC_PID
-
         fds = (self._token, self.page.fd, self._socket_fd)
         words, folder = message.body["argv"], message.body["cwd"]
         variables = dict(message.body["environment"])
         variables[VARIABLE] = f"{','.join(map(str, fds))},{EARLY}"
         if EXEC_PID in os.environ:  # of this PID, whoever was the manager's child before
             variables[EXEC_PID] = os.environ[EXEC_PID]
-        for name in os.listdir("/proc/self/fd"):  # a late exec gives many
-            fd = int(name)
+        try:
+            names = os.listdir("/proc/self/fd")  # a late exec gives many
+        except OSError:
+            return
+        for fd in map(int, names):
             try:
                 os.set_inheritable(fd, fd in fds or fd <= STDERR)
             except OSError:

@@ -17,6 +17,7 @@ import socket as sockets
 import time
 
 from cpr.constants import NS_PER_US
+from cpr.live.transaction import EXEC_PID
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ FIRST_FD = 3  # SD_LISTEN_FDS_START
 MOST_FD_NAME = 255  # characters; FDNAME= in sd_notify(3)
 SEND_TIMEOUT = 1.0  # s; a manager that reads nothing is not to hold up the service
 
-SOCKET, EXEC_PID = "NOTIFY_SOCKET", "SYSTEMD_EXEC_PID"
+SOCKET = "NOTIFY_SOCKET"
 
 _own_pid = ""
 _passed: dict[str, list[int]] | None = None

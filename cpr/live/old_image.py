@@ -11,7 +11,17 @@ from _thread import allocate_lock, start_new_thread
 from cpr.constants import NS_PER_MS
 from cpr.live import token as tokens
 from cpr.live.old_channel import Channel
-from cpr.live.transaction import CLOSED, EARLY, END, ENDING, LATE, REHEARSE, VARIABLE, UpdateError
+from cpr.live.transaction import (
+    CLOSED,
+    EARLY,
+    END,
+    ENDING,
+    EXEC_PID,
+    LATE,
+    REHEARSE,
+    VARIABLE,
+    UpdateError,
+)
 from cpr.phases import mark
 
 TYPE_CHECKING = False
@@ -20,6 +30,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
+FAILURE = 1  # the exit status of a program that cannot load its state, also of QEMU
 LAST_BYTES = 2000  # of what a rehearsed program has said
 END_TIMEOUT_MS = 5000  # for a new image that was told to end, and starts
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
@@ -127,7 +138,7 @@ class Update(Channel):
         sibling = manager is not None and notify.is_child()
         leads = os.getsid(0) == os.getpid()
         if sibling:
-            environment = {**environment, notify.EXEC_PID: str(os.getpid())}
+            environment = {**environment, EXEC_PID: str(os.getpid())}
         # All, until it is known who has the token: a handler may raise.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
@@ -184,7 +195,7 @@ class Update(Channel):
             )
         status = self._guard.exit_status(self.pid, self.pidfd)
         ended_itself = self.page.struct.ended and (status is None or os.WIFEXITED(status))
-        if ended_itself or (returned.consumed and status == 0):  # ended in an orderly way
+        if ended_itself or (returned.consumed and _is_guests_end(status)):
             self._guard.end(self._mappings)
         ended_by = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else 0
         raise UpdateError(
@@ -312,6 +323,12 @@ class Update(Channel):
         self.token = self.pidfd = self._words = -1
         if self.page is not None and self.page.struct is not None:
             self.page.close()
+
+
+def _is_guests_end(status: int | None) -> bool:
+    """Whether a program that knows nothing of this, and has read its state, has ended by what was
+    in that: with another exit status than that of what cannot load it, as isa-debug-exit has it."""
+    return status is not None and os.WIFEXITED(status) and os.WEXITSTATUS(status) != FAILURE
 
 
 def _check_task() -> None:

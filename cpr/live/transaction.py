@@ -31,6 +31,8 @@ import _signal as signal  # `signal` itself makes enums, which a late update wou
 from cpr.errors import CprError
 
 VARIABLE = "CPR_LIVE"
+EXEC_PID = "SYSTEMD_EXEC_PID"
+"""Who is the manager's own child (systemd.exec(5))."""
 EARLY, LATE, REHEARSE = "early", "late", "rehearse"
 PROTOCOL = 1
 """The version of what is said; a program that has another one is updated late."""
