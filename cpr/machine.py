@@ -5,11 +5,12 @@ The machine does not know whether it comes from an exec.
 
 from __future__ import annotations
 
-from cpr import report
+from cpr import report, runstate
 from cpr.bus import IOBus, Region
 from cpr.constants import MIB, PAGE_SIZE
 from cpr.errors import CommandError, ConfigError, CprError
 from cpr.lifecycle import Lifecycle
+from cpr.ram_backend import claim, give_up
 from cpr.vcpus import VCpuThread
 
 TYPE_CHECKING = False
@@ -209,6 +210,27 @@ class Machine(Lifecycle):
                 except Exception as error:
                     report.exception_report(error)
         return refusal
+
+    def claim(self, wait_ns: int = 0) -> None:
+        """Takes what only the VMM that has the guest may have: the files of its RAM, for which it
+        waits at most `wait_ns`, and its disks.
+
+        Raises CprError where another one has them; then nothing is taken.
+        """
+        claim(self.blocks, wait_ns)
+        for number, device in enumerate(self.devices):
+            try:
+                device.take_locks()
+            except CprError:
+                for claimed in self.devices[:number]:
+                    claimed.give_locks()
+                give_up(self.blocks)
+                raise
+
+    def leave_guest(self) -> None:
+        """Another VMM may have the guest from now on; `cont` takes it again, where none has."""
+        give_up(self.blocks)
+        self.runstate.set(runstate.POSTMIGRATE)
 
     def take_over(self) -> None:
         """The guest that was loaded is this VMM's for good; it runs on whatever a device says."""

@@ -29,7 +29,8 @@ class RAMBlock:
     the mapping; `alignment` is that address's, and `fd` is -1 for anonymous memory.  `preserved`
     says that the descriptor goes over an exec, `reopened` that the new VMM opens the same file
     again by its path; a block that is neither loses its content in an exec, unless it is
-    `regenerated` (a ROM that the machine makes).  `stale` says that it is a file whose bytes may be
+    `regenerated` (a ROM that the machine makes).  `path` is the file's, else "", and `fresh` says
+    that it had no content when it was opened.  `stale` says that it is a file whose bytes may be
     another guest's, so that pages which do not come in a state are to be cleared.  `prealloc` asks
     for all of it to be populated, `populated` bytes of it are by now.
 
@@ -45,12 +46,14 @@ class RAMBlock:
         "backend",
         "copy_fd",
         "fd",
+        "fresh",
         "host",
         "idstr",
         "kept",
         "max_length",
         "offset",
         "page_size",
+        "path",
         "populated",
         "prealloc",
         "preserved",
@@ -80,6 +83,8 @@ class RAMBlock:
         self.preserved = False
         self.kept = False
         self.reopened = False
+        self.path = ""
+        self.fresh = False
         self.stale = False
         self.regenerated = False
         self.copy_fd = -1

@@ -9,9 +9,11 @@ clears that.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
+import time
 from contextlib import suppress
 
 from cpr._native._cpr import ffi, lib
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 HUGE_ALIGNMENT = 2 << 20  # so that the kernel can use transparent huge pages
 DEFAULT_HUGEPAGE = 2 << 20
+LOCK_POLL = 0.0005  # s
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -120,10 +123,16 @@ def _attach_descriptor(block: RAMBlock, properties: dict[str, Any], fds: Preserv
     block.stale = block.backend == "memory-backend-file" and not fds.incoming
     folder = os.path.isdir(str(properties.get("mem-path", "")))
     if block.backend == "memory-backend-file" and block.shared and not folder:
-        block.fd = _open_file(block, properties)
+        block.path = str(properties.get("mem-path", ""))
+        found = fds.take_file(block.idstr, 0)
+        if found is not None:
+            _check_size(block, found)
+            block.fd, block.page_size = found, _page_size(found)
+        else:
+            block.fd = _open_file(block, properties, create=not fds.incoming)
+            block.fresh = _is_empty(block.fd)
+        fds.save_file(block.idstr, 0, block.fd)
         block.reopened = True
-        with suppress(OSError):  # a file system without locks
-            file_lock.share(block.fd, file_lock.GUEST)
         return
     if _take_found(block, fds):
         return
@@ -141,13 +150,41 @@ def _attach_descriptor(block: RAMBlock, properties: dict[str, Any], fds: Preserv
         block.preserved = True
 
 
-def check_free(blocks: Iterable[RAMBlock]) -> None:
-    """Raises ConfigError where another VMM, or a guard, has a guest in the file of a block."""
-    names = ", ".join(block.idstr for block in blocks if block.reopened and _is_anothers(block))
-    if names:
-        raise ConfigError(
-            f'Failed to get "write" lock: another VMM has a guest in the file of {names}'
-        )
+def claim(blocks: Iterable[RAMBlock], wait_ns: int = 0) -> None:
+    """The guest of this VMM is in the files of the blocks from now on; `give_up` is the inverse.
+
+    Raises ConfigError where another VMM, or a guard, has one in there, and has it still after
+    `wait_ns`; then nothing is locked.  A file system without locks has none.
+    """
+    files = [block for block in blocks if block.reopened]
+    deadline = time.monotonic_ns() + wait_ns
+    while True:
+        hold(files)
+        names = ", ".join(block.idstr for block in files if _is_anothers(block))
+        if not names:
+            return
+        give_up(files)
+        if time.monotonic_ns() >= deadline:
+            raise ConfigError(
+                f'Failed to get "write" lock: another VMM has a guest in the file of {names}'
+            )
+        time.sleep(LOCK_POLL)
+
+
+def hold(blocks: Iterable[RAMBlock]) -> None:
+    """As `claim`, where who else has the guest is an older image of this VMM, which ends."""
+    for block in blocks:
+        if block.reopened:
+            with suppress(OSError):
+                file_lock.share(block.fd, file_lock.GUEST)
+
+
+def give_up(blocks: Iterable[RAMBlock]) -> None:
+    """Another VMM may have the guest."""
+    for block in blocks:
+        if block.reopened:
+            with suppress(OSError):
+                file_lock.unlock(block.fd, file_lock.GUEST)
 
 
 def _is_anothers(block: RAMBlock) -> bool:
@@ -155,6 +192,32 @@ def _is_anothers(block: RAMBlock) -> bool:
         return file_lock.is_locked(block.fd, file_lock.GUEST)
     except OSError:  # a file system without locks
         return False
+
+
+def lost_files(blocks: Iterable[RAMBlock]) -> list[str]:
+    """Which blocks' files another VMM would not find by their paths, and what to do about it."""
+    return [
+        f"the file of RAM block '{block.idstr}' is not at {block.path} any more: put it back "
+        f"there, from /proc/{os.getpid()}/fd/{block.fd}"
+        for block in blocks
+        if block.reopened and not _is_at(block.fd, block.path)
+    ]
+
+
+def _is_at(fd: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except OSError:
+        return False
+
+
+def _is_empty(fd: int) -> bool:
+    """Whether nothing was ever written to a file; false where the file system does not tell."""
+    try:
+        os.lseek(fd, 0, os.SEEK_DATA)
+    except OSError as error:
+        return error.errno == errno.ENXIO
+    return False
 
 
 def _create_memfd(block: RAMBlock, seal: bool, name: str = "memory-backend-memfd") -> int:
@@ -204,13 +267,15 @@ def _resize(block: RAMBlock, fd: int) -> None:
         raise no_memory(block, error) from None
 
 
-def _open_file(block: RAMBlock, properties: dict[str, Any]) -> int:
+def _open_file(block: RAMBlock, properties: dict[str, Any], create: bool = True) -> int:
+    """`create`: a file that is not there is made, and one that is empty grows."""
     path = str(properties.get("mem-path", ""))
     folder = os.path.isdir(path)
     if folder:
         path = os.path.join(path, f"qemu_back_mem.{block.idstr}.{os.getpid()}")
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_CREAT if create else 0)
+        fd = os.open(path, flags, 0o644)
         if folder:  # nobody else finds it
             os.unlink(path)
     except OSError as error:
@@ -228,7 +293,7 @@ def _open_file(block: RAMBlock, properties: dict[str, Any]) -> int:
             f"alignment {align:#x} must be multiples of page size {block.page_size:#x}"
         )
     current = os.fstat(fd).st_size
-    if current == 0:
+    if current == 0 and create:
         try:
             _resize(block, fd)
         except CprError:

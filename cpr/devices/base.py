@@ -178,6 +178,14 @@ class Device:
         The guest may yet go on in the VMM that it comes from: nothing changes outside this process.
         """
 
+    def take_locks(self) -> None:
+        """Locks what of the host only one VMM may have, before a guest of another one is this
+        one's.  Raises CprError; then nothing is locked.  `give_locks` is the inverse.
+        """
+
+    def give_locks(self) -> None:
+        """The guest does not become this VMM's."""
+
     def take_over(self) -> None:
         """The restored guest is this VMM's for good, and runs next.
 

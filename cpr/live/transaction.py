@@ -40,7 +40,9 @@ KEEPS = 2
 """Is spoken besides by a program that takes connections."""
 HEARS = 3
 """Is spoken besides by a program that repeats what the environment has for it when it is asked."""
-VERSIONS = (PROTOCOL, KEEPS, HEARS)
+RAM_FILES = 4
+"""Is spoken besides by a VMM that takes files that are guest RAM by descriptor."""
+VERSIONS = (PROTOCOL, KEEPS, HEARS, RAM_FILES)
 
 HELLO, STATE, READY, HAND_OVER = "hello", "state", "ready", "hand-over"
 CONNECTIONS = "connections"

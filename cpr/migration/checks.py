@@ -7,6 +7,7 @@ from cpr.errors import MigrationError
 from cpr.migration.address import connects_in_background
 from cpr.migration.capabilities import IN_PROGRESS
 from cpr.migration.mode import NORMAL, TRANSFER
+from cpr.ram_backend import lost_files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ def check(
     mode.check()
     for reason in mode.blockers(machine):
         raise MigrationError(reason)
+    if mode.reopens_files:
+        ignored = capabilities.enabled("x-ignore-shared")
+        for reason in lost_files(b for b in machine.blocks if not mode.sends(b, ignored)):
+            raise MigrationError(reason)
     if mode.name != NORMAL:
         for capability, text in NOT_WITH_CPR:
             if capabilities.enabled(capability):

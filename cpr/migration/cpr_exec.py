@@ -17,13 +17,13 @@ from cpr.constants import NS_PER_MS
 from cpr.errors import MigrationError
 from cpr.faults import point
 from cpr.live.old_image import Update
-from cpr.live.transaction import KEEPS, PROTOCOL, UpdateError
+from cpr.live.transaction import KEEPS, PROTOCOL, RAM_FILES, UpdateError
 from cpr.migration.mode import EXEC, KeepsRam
 from cpr.migration.parameters import Parameters
 from cpr.migration.process import Process
 from cpr.migration.program import (
     check_own_command,
-    early_versions,
+    check_versions,
     end_started,
     incoming_uri,
     own_command,
@@ -100,8 +100,17 @@ class Exec(KeepsRam):
         """
         if self.stages or self._page_size or self._overlap not in settings:
             return None
-        self._versions = early_versions(self.command, self._files, self._serve)
-        return self if self._versions else None
+        return self if self.is_early() else None
+
+    def is_early(self) -> bool:
+        """Whether the program knows an early update; with RAM that is staged there is none.
+
+        Raises MigrationError for one that knows another version of it.
+        """
+        self.ask()
+        versions = self._versions or []
+        check_versions(versions)
+        return bool(versions) and not self.stages
 
     def ask(self) -> None:
         """Asks once whether the program takes the guest over by the token of an update.
@@ -110,6 +119,10 @@ class Exec(KeepsRam):
         """
         if self._versions is None:
             self._versions = spoken_versions(self.command, self._files, self._serve)
+
+    @property
+    def reopens_files(self) -> bool:
+        return self._versions is not None and not self._speaks(RAM_FILES)
 
     def _speaks(self, version: int) -> bool:
         return version in (self._versions or [])
@@ -131,7 +144,7 @@ class Exec(KeepsRam):
         try:
             if self._speaks(KEEPS):
                 self._process.keep_connections(self._fds)
-            self._fds.refresh()
+            self._fds.refresh(self._speaks(RAM_FILES))
             reason, update = self._become(machine)
         finally:
             self._process.take_connections_back(self._fds)
@@ -156,7 +169,8 @@ class Exec(KeepsRam):
         # Python ignores it; the new program shall not.
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         update.page.struct.stopped_ns = self.stopped_ns
-        keep = [fd for _, _, fd in self._fds.entries()] + [self._fds.state_fd]
+        entries = self._fds.entries(self._speaks(RAM_FILES))
+        keep = [fd for _, _, fd in entries] + [self._fds.state_fd]
         try:
             return self._execute(update, keep), update
         except UpdateError as error:

@@ -20,12 +20,12 @@ import stat
 import time
 from contextlib import suppress
 
-from cpr.constants import NS_PER_S
 from cpr.errors import CommandError, MigrationError, StateError
 from cpr.faults import point
 from cpr.migration.address import check_unix_path
 from cpr.migration.listener import listen_at
 from cpr.migration.mode import TRANSFER, KeepsRam
+from cpr.ram_backend import LOCK_POLL, give_up
 from cpr.state import cpr_channel
 from cpr.state.fds import MAX_SIZE
 
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 HANG_UP = select.EPOLLIN | select.EPOLLHUP | select.EPOLLRDHUP
 MESSAGE_SIZE = 65536
-HAND_OVER_NS = 5 * NS_PER_S  # the source unlocks when its stream is out, a moment after its end
-LOCK_POLL = 0.0005  # s
 MAX_DESCRIPTORS = 16  # of one message; QEMU sends one
 MAX_ALL_DESCRIPTORS = 16384  # of one state: several devices, 2048 vectors each
 
@@ -127,6 +125,7 @@ class Transfer(KeepsRam):
         return fd
 
     def finish(self, machine: Machine) -> None:
+        give_up(machine.blocks)
         give_guest_away(machine)
         machine.shares_ram = True
         point("given-away")

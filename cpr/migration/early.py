@@ -28,6 +28,7 @@ from cpr.live.transaction import (
     HAND_OVER,
     HELLO,
     KEEPS,
+    RAM_FILES,
     READY,
     UpdateError,
 )
@@ -216,7 +217,8 @@ class EarlyUpdate:
     def _send_state(self, message: Message) -> None:
         point("hello")
         check_protocol(message)
-        self._keeps = KEEPS in message.body.get("versions", [])
+        versions = message.body.get("versions", [])
+        self._keeps = KEEPS in versions
         machine, fds = self._machine, self._outgoing.fds
         self._sent = fds.serials()
         stream, self._known = b"", {}
@@ -225,7 +227,7 @@ class EarlyUpdate:
         send_state(
             self._update,
             machine,
-            fds.state(),
+            fds.state(RAM_FILES in versions),
             self._failure,
             self._placement,
             self._known,

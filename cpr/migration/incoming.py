@@ -11,11 +11,13 @@ import time
 from _thread import allocate_lock, start_new_thread
 
 from cpr import runstate
+from cpr.constants import NS_PER_S
 from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.faults import point
 from cpr.migration import address as addresses
 from cpr.migration import channel, loadvm
 from cpr.phases import mark
+from cpr.ram_backend import claim
 from cpr.report import carefully, error_report, unexpected
 from cpr.state.reader import StreamError
 from cpr.vcpus import VCPUS_FIRST
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from cpr.state.fds import PreservedFds
 
 DEFER = "defer"
+HAND_OVER_NS = 5 * NS_PER_S  # the source unlocks when its stream is out, a moment after its end
 NO_THREAD = "cannot start a thread for the migration: raise RLIMIT_NPROC, pids.max or RLIMIT_AS"
 PREFIX = "load of migration failed: "
 
@@ -89,6 +92,7 @@ class Incoming:
 
     `expected` once -incoming was given, `started` once a load has begun.  `listener` is the cpr
     channel of a cpr-transfer: it is closed when a source can connect to the main channel.
+    `claims`: the guest comes from another VMM, which may have it still.
     `commit()` is called when the guest has been loaded, just before it runs, and raises CprError
     where it is another image's, `hold(on)` while a load is waited for and when it begins,
     `refuse(reason)` where it fails and an old image can go on, and `on_running()` when the guest
@@ -116,6 +120,7 @@ class Incoming:
         self.hold: Callable[[bool], None] = lambda on: None
         self.refuse: Callable[[str], None] = lambda reason: None
         self.is_late = False
+        self.claims = False
         self.on_running: Callable[[], None] = lambda: None
         self._address: dict | None = None
         self._closing = False
@@ -308,6 +313,9 @@ class Incoming:
         mark("load")
         self._set_status("active")
         try:
+            ignored = self._state.capabilities.enabled("x-ignore-shared")
+            if self.claims and self.listener is None and not ignored:
+                claim(self._machine.blocks)  # of a guest that runs, nothing is written over
             old_state = load()
         except StreamError as error:
             for line in error.stderr:
@@ -316,9 +324,11 @@ class Incoming:
             raise MigrationError(text) from None
         self._fds.incoming = False
         if self.listener is not None:
-            from cpr.migration.cpr_transfer import HAND_OVER_NS, take_guest
+            from cpr.migration.cpr_transfer import take_guest
 
             take_guest(self._machine, HAND_OVER_NS)
+        if self.claims:
+            self._machine.claim(HAND_OVER_NS)
         return old_state
 
     def _bring_up(self, old_state: str) -> None:

@@ -36,10 +36,12 @@ def load_pages(
     return any_page
 
 
-def check_content(machine: Machine, had_pages: bool) -> None:
+def check_content(machine: Machine, had_pages: bool, ignores_shared: bool) -> None:
     """Refuses a guest whose RAM has come neither in the stream nor with a CPR state nor a file."""
     for block in machine.blocks:
-        if not (had_pages or block.kept or block.reopened or block.regenerated):
+        has_file = block.reopened and not block.fresh
+        came = had_pages and not (block.reopened and ignores_shared)
+        if not (came or block.kept or has_file or block.regenerated):
             raise StreamError(
                 f"Memory region {block.idstr} is empty: its pages are not in the stream, and no "
                 "CPR state came with it"

@@ -72,7 +72,7 @@ class Loader:
                 machine.config.machine_type, self._enabled, encode_uuid(machine)
             )
         states, had_pages = self._read(reader, channel)
-        check_content(machine, had_pages)
+        check_content(machine, had_pages, self._capabilities.enabled("x-ignore-shared"))
         for key in self._required if complete else ():
             if key not in states and key not in loaded:
                 raise StreamError(f"there is no section '{key[0]}' instance {key[1]} in the stream")

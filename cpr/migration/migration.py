@@ -17,9 +17,10 @@ from cpr.migration.asking import Asking
 from cpr.migration.incoming import Incoming
 from cpr.migration.mode import EXEC, TRANSFER, Mode
 from cpr.migration.process import Process
-from cpr.migration.program import check_command, early_versions, own_command
+from cpr.migration.program import check_command, own_command
 from cpr.migration.state import MigrationState
 from cpr.migration.statistics import RamCounters
+from cpr.ram_backend import claim
 from cpr.report import error_report
 
 TYPE_CHECKING = False
@@ -236,7 +237,8 @@ class Migration:
     def check_cpr_exec(self, command: list[str] | None = None) -> Rehearsed:
         """What would refuse `start_cpr_exec(command)` now, found by a rehearsal of it.
 
-        A program that cannot be rehearsed is not started; see `can_rehearse`.
+        A program that cannot be rehearsed is not started, see `Exec.is_early`: RAM that is staged
+        is not there yet.
         """
         from cpr.migration.outgoing import stage
         from cpr.migration.rehearsal import Rehearsed, rehearse
@@ -256,18 +258,16 @@ class Migration:
         reasons += check_command(command)
         try:
             with self._asking:
-                if reasons or not self.can_rehearse(command):
+                if reasons:
                     return Rehearsed(reasons, None)
+                mode.ask()
+                self._check({"transport": "file"}, mode)
+                if not mode.is_early():
+                    return Rehearsed([], None)
         except MigrationError as error:
             return Rehearsed([str(error)], None)
         with self._asking:
             return rehearse(self.machine, self.fds, self._asking.serve, words, mode.timeout_ms)
-
-    def can_rehearse(self, command: list[str] | None) -> bool:
-        """Whether the program of `command` knows how; RAM that is staged is not there yet."""
-        return not self._stages and bool(
-            early_versions(command or own_command(), self.files, self._asking.serve)
-        )
 
     def incoming(
         self,
@@ -304,6 +304,7 @@ class Migration:
 
             try:
                 take_guest(self.machine)
+                claim(self.machine.blocks)
             except CprError as error:
                 drive = next((drive.file for drive in self.machine.config.drives), "")
                 error_report(f"{error}\nIs another process using the image [{drive}]?")

@@ -8,7 +8,6 @@ cpr-exec      the descriptors over the exec, devices in the stream; there is no 
 
 from __future__ import annotations
 
-from cpr import runstate
 from cpr.constants import EXEC as EXEC
 from cpr.constants import NORMAL
 from cpr.constants import TRANSFER as TRANSFER
@@ -56,6 +55,11 @@ class Mode:
         """
         return None
 
+    @property
+    def reopens_files(self) -> bool:
+        """Whether the other VMM opens files of RAM by their paths, as far as is known."""
+        return True
+
     def ask(self) -> None:
         """Finds out what takes long, before anything has begun.  Raises MigrationError."""
 
@@ -81,7 +85,7 @@ class Mode:
     def finish(self, machine: Machine) -> None:
         """The stream is written and closed.  Raises MigrationError where the end fails."""
         machine.shares_ram |= any(block.reopened for block in machine.blocks)
-        machine.runstate.set(runstate.POSTMIGRATE)
+        machine.leave_guest()
 
     def rollback(self) -> None:
         """The inverse of `begin`; may be called at any time."""

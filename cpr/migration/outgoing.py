@@ -422,11 +422,11 @@ class Outgoing:
         if reason:  # `cont` tries again
             error_report(f"the guest stays stopped: {reason}")
             self.machine.shares_ram = True
-            self.machine.runstate.set(runstate.POSTMIGRATE)
+            self.machine.leave_guest()
         elif self.old_state in runstate.LIVE:
             self.machine.cont(rollback=True)
         elif exec_failed:
-            self.machine.runstate.set(runstate.POSTMIGRATE)
+            self.machine.leave_guest()
         else:
             self.machine.runstate.set(self.old_state)
 

@@ -210,18 +210,11 @@ def end_started(state_fd: int) -> None:
             os.close(pidfd)
 
 
-def early_versions(
-    command: Sequence[str], files: ProgramFiles, serve: Callable[[], str]
-) -> list[int]:
-    """As spoken_versions; none where the program of `command` does not update as this one does.
-
-    Raises MigrationError where it has a hand-over too, but not this one's.
-    """
-    versions = spoken_versions(command, files, serve)
+def check_versions(versions: Sequence[int]) -> None:
+    """Raises MigrationError for a program that has a hand-over too, but not this one's."""
     if versions and PROTOCOL not in versions:
         theirs = ", ".join(map(str, versions))
         raise MigrationError(
             f"the new program speaks version {theirs} of the hand-over, this one {PROTOCOL}: "
             "x-cpr-exec-overlap=off updates it in QEMU's way"
         )
-    return versions

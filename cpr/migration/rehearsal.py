@@ -14,7 +14,7 @@ import time
 from cpr.constants import NS_PER_MS
 from cpr.errors import CprError, MigrationError
 from cpr.live.old_image import Update
-from cpr.live.transaction import END, HELLO, READY, UpdateError
+from cpr.live.transaction import END, HELLO, RAM_FILES, READY, UpdateError
 from cpr.migration.hand_over import check_protocol, send_state
 from cpr.migration.placement import Placement
 
@@ -108,7 +108,8 @@ def _converse(
             message.close()
             if message.kind == HELLO:
                 check_protocol(message)
-                send_state(update, machine, fds.state(), "", placement)
+                files = RAM_FILES in message.body.get("versions", [])
+                send_state(update, machine, fds.state(files), "", placement)
             elif message.kind == READY:
                 return None
             else:

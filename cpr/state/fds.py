@@ -36,6 +36,7 @@ class PreservedFds:
         self.state_fd = -1
         self.vfio_devices: list[VfioDevice] = []
         self._fds: list[tuple[str, int, int]] = []
+        self._files: list[tuple[str, int, int]] = []
         self._came: frozenset[tuple[str, int]] = frozenset()
         self._serials: dict[tuple[str, int], int] = {}
         self._saves = 0
@@ -48,6 +49,17 @@ class PreservedFds:
         self._fds.append((name, id, fd))
         self._saves += 1
         self._serials[name, id] = self._saves
+
+    def save_file(self, name: str, id: int, fd: int) -> None:
+        """Adds `fd`, which stays the caller's, for programs that do not open its file again: it is
+        no part of QEMU's state."""
+        self._files.append((name, id, fd))
+
+    def take_file(self, name: str, id: int) -> int | None:
+        """The fd that another image has saved so, from now on the caller's, or None."""
+        fd = self.find(name, id)
+        self.delete(name, id)
+        return fd
 
     def find(self, name: str, id: int) -> int | None:
         """The fd saved under (name, id), or None.  After a load its finder becomes its owner.
@@ -84,17 +96,17 @@ class PreservedFds:
             self.save(name, id, fd)
         return fd
 
-    def entries(self) -> list[tuple[str, int, int]]:
-        """All (name, id, fd), in the order in which they were saved."""
-        return list(self._fds)
+    def entries(self, files: bool = False) -> list[tuple[str, int, int]]:
+        """All (name, id, fd), in the order in which they were saved, and then those of files."""
+        return [*self._fds, *(self._files if files else ())]
 
     def serials(self) -> dict[tuple[str, int], int]:
         """A number for each (name, id), another one where another descriptor has got the name."""
         return {(name, id): self._serials.get((name, id), 0) for name, id, _ in self._fds}
 
-    def state(self) -> CprState:
-        """What a new image, or another process, is given."""
-        return CprState(list(self._fds), list(self.vfio_devices))
+    def state(self, files: bool = False) -> CprState:
+        """What a new image, or another process, is given; `files` as for `entries`."""
+        return CprState(self.entries(files), list(self.vfio_devices))
 
     def persist(self, environ: MutableMapping[str, str] = os.environ) -> int:
         """Writes the state to a memfd, names it in `environ`, and returns it.
@@ -111,13 +123,13 @@ class PreservedFds:
         self._persisted = data
         return fd
 
-    def refresh(self) -> None:
+    def refresh(self, files: bool = False) -> None:
         """Makes the state's memfd another one under its number, where the state is another now.
 
         A device may have opened or closed a descriptor since `persist`, while the guest still
         ran.  Raises KernelError.
         """
-        data = self.state().encode()
+        data = self.state(files).encode()
         if data == self._persisted:
             return
         fd = _state_memfd(data)

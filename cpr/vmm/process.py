@@ -28,7 +28,7 @@ from cpr.migration.run_with import RunWith
 from cpr.migration.statistics import UpdateTimes
 from cpr.monitor.passed_fds import PassedFds
 from cpr.phases import mark
-from cpr.ram_backend import check_free
+from cpr.ram_backend import claim
 from cpr.report import carefully, error_report, exhausted, info_report, output, warn_report
 from cpr.state.cpr_state import STATE_NAME
 from cpr.state.fds import PreservedFds
@@ -174,6 +174,7 @@ def _ready_for_updates(vmm: Vmm) -> None:
 def _bring_up(vmm: Vmm, sources: Sources, run_with: RunWith) -> None:
     """A guest that nobody waits for yet."""
     _claim(vmm, sources, run_with)
+    vmm.migration.incoming_side.claims = True
     vmm.create_frontends(False)
     _ready_for_updates(vmm)
     settle = partial(_confine, vmm, run_with)  # the last step before the guest can run
@@ -195,7 +196,7 @@ def _claim(vmm: Vmm, sources: Sources, run_with: RunWith) -> None:
         vmm.pidfile = daemon.Pidfile(vmm.config.pidfile)
         run_with.owns(vmm.pidfile.fileno())
     if sources.main is None:
-        check_free(vmm.machine.blocks)
+        claim(vmm.machine.blocks)
 
 
 def _commit(vmm: Vmm, predecessor: Predecessor) -> None:

@@ -13,6 +13,7 @@ from cpr.live import guard
 from cpr.mainloop import READ
 from cpr.migration import channel
 from cpr.migration.process import Process
+from cpr.ram_backend import hold
 from cpr.report import carefully, error_report, exception_report
 
 TYPE_CHECKING = False
@@ -115,6 +116,7 @@ class Vmm(Process):
         state = self.machine.runstate.current
         if state in (runstate.POSTMIGRATE, runstate.INMIGRATE):  # it is not this VMM's
             return
+        hold(self.machine.blocks)
         try:
             take_guest(self.machine)
         except CommandError:

@@ -203,6 +203,12 @@ class VirtioBlk(VirtioDevice):
             self._image.lock()
             self._gave_up_locks = False
 
+    def take_locks(self) -> None:
+        self._image.lock()
+
+    def give_locks(self) -> None:
+        self._image.unlock()
+
     def take_over(self) -> None:
         self._image.lock()
 

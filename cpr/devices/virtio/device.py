@@ -118,6 +118,12 @@ class VirtioDevice:
     def cpr_rollback(self) -> None:
         pass
 
+    def take_locks(self) -> None:
+        pass
+
+    def give_locks(self) -> None:
+        pass
+
     def take_over(self) -> None:
         pass
 

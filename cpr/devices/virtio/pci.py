@@ -437,6 +437,12 @@ class VirtioPci(Device, PciFunction):
             self.device.restore(state["device"])
         self._update_bars()
 
+    def take_locks(self) -> None:
+        self.device.take_locks()
+
+    def give_locks(self) -> None:
+        self.device.give_locks()
+
     def take_over(self) -> None:
         self._interrupts.update()
         self.device.take_over()

@@ -1,0 +1,183 @@
+"""Files that are a guest's RAM: an update takes them along, and no two VMMs have a guest in one."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import pytest
+from failing import own
+from harness.qmp import QmpError
+from harness.vm import HEARTBEAT, Vm
+from waiting import TIMEOUT, wait_for, wait_for_change
+
+SIZE = 16 << 20
+LOCKED = 'Failed to get "write" lock'
+
+
+class Guest:
+    """A VM with its RAM in a file, as whoever has the first file mapped sees it."""
+
+    def __init__(self, start, accel: str, folder: Path) -> None:
+        self.path = folder / "ram"
+        self.words = words(accel, self.path)
+        self.vm: Vm = start(*self.words)
+        wait_for_change(lambda: self.path.read_bytes()[HEARTBEAT], "the guest counts")
+        with self.path.open("rb") as file:
+            self.ram = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+
+    def counts(self) -> None:
+        wait_for_change(lambda: self.ram[HEARTBEAT], "the guest counts there")
+
+    def lose(self, how: str) -> None:
+        self.path.unlink()
+        if how == "replaced":
+            self.path.write_bytes(b"\0" * SIZE)
+
+    def failed(self) -> str:
+        wait_for(lambda: "goes on in the old VMM" in self.vm.stderr, "it has failed")
+        self.vm.follow()
+        self.vm.qmp.close()
+        self.vm.qmp = self.vm.connect()
+        return str(self.vm.ask("query-migrate")["error-desc"])
+
+
+def words(accel: str, path: Path) -> list[str]:
+    backend = f"memory-backend-file,id=ram0,size=16M,share=on,mem-path={path}"
+    return [
+        *("-nodefaults", "-display", "none", "-accel", accel, "-m", "16M", "-object", backend),
+        *("-machine", "pc,memory-backend=ram0"),
+        *("-drive", "file=examples/build/heartbeat.img,format=raw,if=floppy"),
+    ]
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_an_update_takes_the_file_that_it_is(start, accel, tmp_path, overlap, how):
+    """Not the one that is at its path by then, which it does not make anew either."""
+    guest = Guest(start, accel, tmp_path)
+    guest.lose(how)
+    guest.vm.ask("migrate-set-parameters", x_cpr_exec_overlap=overlap)
+    for _ in range(2):
+        guest.vm.update()
+        guest.counts()
+    assert guest.path.exists() == (how == "replaced")
+    assert guest.vm.complaints == ""
+
+
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_the_way_back_takes_it_too(start, accel, tmp_path, overlap):
+    guest = Guest(start, accel, tmp_path)
+    old = guest.vm.pid
+    guest.lose("removed")
+    guest.vm.ask("migrate-set-parameters", x_cpr_exec_overlap=overlap)
+    guest.vm.qmp.send("cpr-exec", command=own(*guest.words, "-bogus"))
+    assert "-bogus: invalid option" in guest.failed()
+    assert guest.vm.pid == old, "the old command has the PID"
+    guest.counts()
+    assert not guest.path.exists()
+
+
+def test_a_rehearsal_takes_it_too(start, accel, tmp_path):
+    guest = Guest(start, accel, tmp_path)
+    guest.lose("removed")
+    for command in (None, own(*guest.words)):
+        arguments = {"command": command} if command else {}
+        assert guest.vm.ask("cpr-exec", test=True, **arguments)["refusals"] == []
+    assert not guest.path.exists()
+    guest.counts()
+
+
+@pytest.mark.parametrize("versions", ["", "1 2 3 $CPR_QUESTION"])
+def test_a_program_that_would_open_another_file_is_refused(start, accel, tmp_path, versions):
+    guest = Guest(start, accel, tmp_path)
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\nfor word in {versions or 'none'}; do echo $word; done\n")
+    program.chmod(0o755)
+    command = [str(program), "run"]
+    guest.lose("removed")
+    with pytest.raises(QmpError, match="the file of RAM block 'ram0' is not at"):
+        guest.vm.qmp.command("cpr-exec", command=command)
+    (refusal,) = guest.vm.ask("cpr-exec", test=True, command=command)["refusals"]
+    assert Path(refusal.split()[-1]).samefile(f"/proc/{guest.vm.pid}/fd/{refusal.split('/')[-1]}")
+    guest.counts()
+
+
+def ignore_shared(vm: Vm, ignored: bool) -> None:
+    capability = {"capability": "x-ignore-shared", "state": ignored}
+    vm.ask("migrate-set-capabilities", capabilities=[capability])
+
+
+def migrate(guest: Guest, tmp_path: Path, ignored: bool = True) -> list[str]:
+    """To a file; the words of a VM that loads it."""
+    vm = guest.vm
+    ignore_shared(vm, ignored)
+    vm.ask("migrate-set-parameters", mode="cpr-reboot")
+    vm.ask("migrate", uri=f"file:{tmp_path}/state")
+    wait_for(lambda: vm.ask("query-migrate")["status"] == "completed", "it is written")
+    return [*guest.words, "-incoming", "defer"]
+
+
+def load(vm: Vm, tmp_path: Path, ignored: bool = False) -> None:
+    ignore_shared(vm, ignored)
+    vm.qmp.command("migrate-incoming", uri=f"file:{tmp_path}/state")
+
+
+@pytest.mark.parametrize("how", ["removed", "hole"])
+def test_a_file_without_a_guest_is_not_run(start, accel, tmp_path, how):
+    guest = Guest(start, accel, tmp_path)
+    target_words = migrate(guest, tmp_path)
+    guest.vm.ask("quit")
+    guest.vm.process.wait(TIMEOUT)
+    guest.path.unlink()
+    if how == "hole":
+        with guest.path.open("wb") as file:
+            file.truncate(SIZE)
+    target = start(*target_words)
+    load(target, tmp_path, ignored=True)
+    assert target.process.wait(TIMEOUT) == 1
+    assert "Memory region ram0 is empty" in target.stderr
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_guest_that_runs_is_not_loaded_beside_itself(start, accel, tmp_path, ignored):
+    """Nor is its RAM written over.  It can be when its source has given it up."""
+    guest = Guest(start, accel, tmp_path)
+    target_words = migrate(guest, tmp_path, ignored)
+    guest.vm.ask("cont")
+    target = start(*target_words)
+    load(target, tmp_path, ignored)
+    assert target.process.wait(TIMEOUT) == 1
+    assert LOCKED in target.stderr
+    guest.counts()
+    migrate(guest, tmp_path, ignored)
+    target = start(*target_words)
+    load(target, tmp_path, ignored)
+    wait_for(lambda: target.ask("query-status")["running"], "it is this one's now")
+    guest.counts()
+    with pytest.raises(QmpError, match=LOCKED):
+        guest.vm.qmp.command("cont")
+    third = start(*target_words)
+    load(third, tmp_path, ignored)
+    assert third.process.wait(TIMEOUT) == 1
+    assert LOCKED in third.stderr
+    target.ask("quit")
+    target.process.wait(TIMEOUT)
+    guest.vm.ask("cont")
+    guest.counts()
+
+
+def test_a_disk_of_a_vm_that_runs_fails_the_load(start, accel, tmp_path):
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"\0" * (1 << 20))
+    guest = ["examples/heartbeat.cfg", "-accel", accel, "-monitor", "none"]
+    guest += ["-drive", f"file={disk},format=raw,if=virtio"]
+    source = start(*guest)
+    source.ask("migrate", uri=f"file:{tmp_path}/state")
+    wait_for(lambda: source.ask("query-migrate")["status"] == "completed", "it is written")
+    source.ask("cont")
+    target = start(*guest, "-incoming", "defer")
+    load(target, tmp_path)
+    assert target.process.wait(TIMEOUT) == 1
+    assert f"{LOCKED}\nIs another process using the image [{disk}]?" in target.stderr
+    wait_for_change(lambda: source.u32(HEARTBEAT), "the source runs")
