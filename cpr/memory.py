@@ -101,7 +101,7 @@ class GuestMemory:
         """Reads guest-physical memory; where there is none, ones, as an open bus reads."""
         data = bytearray(b"\xff" * size)
         for position, section, offset, length in self._spans(address, size):
-            data[position : position + length] = section.block.view(offset, length)
+            data[position : position + length] = section.block.read(offset, length)
         return bytes(data)
 
     def write(self, address: int, data: bytes) -> None:

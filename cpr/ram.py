@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from cpr._native._cpr import ffi, lib
 from cpr.constants import PAGE_SIZE
-from cpr.errors import ConfigError
+from cpr.errors import ConfigError, KernelError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -109,6 +110,20 @@ class RAMBlock:
         """
         return memoryview(self._buffer(offset, size)).toreadonly()
 
+    def read(self, offset: int, size: int) -> bytes:
+        """[offset, offset+size) of the block.  Raises ValueError as `view` does.
+
+        A file is not read through its mapping: there may be no room for a page that is not there
+        yet, and somebody may have cut it.
+        """
+        if not self.reopened:
+            return bytes(self.view(offset, size))
+        self._buffer(offset, size)
+        try:
+            return os.pread(self.fd, size, offset).ljust(size, b"\0")
+        except OSError as error:
+            raise KernelError(f"reading RAM block '{self.idstr}'", error.errno or 0) from None
+
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Writes `data` to the block, and marks it so.  Raises ValueError as `view` does."""
         self._buffer(offset, len(data))[:] = data
@@ -195,7 +210,9 @@ def populate_range(block: RAMBlock, offset: int, size: int) -> None:
     """Populates so many bytes of the block, writable.  Raises ConfigError as `populate`."""
     address = ffi.cast("void *", block.host + offset)
     if lib.madvise(address, size, lib.MADV_POPULATE_WRITE) < 0:
-        raise no_memory(block, OSError(ffi.errno, os.strerror(ffi.errno)))
+        # EFAULT: what would be a SIGBUS (madvise(2)), as where a tmpfs is full.
+        number = errno.ENOSPC if ffi.errno == errno.EFAULT else ffi.errno
+        raise no_memory(block, OSError(number, os.strerror(number)))
 
 
 def touched(block: RAMBlock) -> Iterator[tuple[int, int]]:

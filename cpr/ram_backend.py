@@ -194,6 +194,11 @@ def _is_anothers(block: RAMBlock) -> bool:
         return False
 
 
+def block_of_file(blocks: Iterable[RAMBlock], fd: int) -> RAMBlock | None:
+    """The block whose file this is, if it is one's."""
+    return next((b for b in blocks if b.fd >= 0 and os.path.sameopenfile(b.fd, fd)), None)
+
+
 def lost_files(blocks: Iterable[RAMBlock]) -> list[str]:
     """Which blocks' files another VMM would not find by their paths, and what to do about it."""
     return [

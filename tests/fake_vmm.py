@@ -40,6 +40,7 @@ class FakeMachine:
         self.ram = bytearray(RAM_SIZE)
         self.states = [x86.reset_state(0), x86.reset_state(1)]
         block: Any = Namespace(
+            fd=-1,
             idstr="ram0",
             page_size=4096,
             offset=0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,35 @@ def test_a_disk_of_a_vm_that_runs_fails_the_load(start, accel, tmp_path):
     assert target.process.wait(TIMEOUT) == 1
     assert f"{LOCKED}\nIs another process using the image [{disk}]?" in target.stderr
     wait_for_change(lambda: source.u32(HEARTBEAT), "the source runs")
+
+
+def test_nothing_is_written_over_the_guest(start, accel, tmp_path):
+    """Also by another name; another VMM's file is nothing that this one knows of."""
+    guest = Guest(start, accel, tmp_path)
+    (tmp_path / "link").symlink_to(guest.path)
+    for name in ("ram", "link"):
+        with pytest.raises(QmpError, match="is RAM block 'ram0' of this guest"):
+            guest.vm.qmp.command("pmemsave", val=0, size=4096, filename=str(tmp_path / name))
+        with pytest.raises(QmpError, match="is RAM block 'ram0' of this guest"):
+            guest.vm.qmp.command("migrate", uri=f"file:{tmp_path / name}")
+    assert guest.path.stat().st_size == SIZE
+    guest.counts()
+    saved = tmp_path / "saved"
+    saved.write_bytes(b"x" * 10000)
+    guest.vm.ask("pmemsave", val=0x7C00, size=512, filename=str(saved))
+    assert saved.read_bytes() == guest.path.read_bytes()[0x7C00:0x7E00]
+
+
+def test_a_page_for_which_there_is_no_room_is_read(start, accel, tmp_path):
+    """Not through the mapping, which would end the VMM by SIGBUS."""
+    guest = Guest(start, accel, tmp_path)
+    os.truncate(guest.path, SIZE // 2)
+    assert "0x0000000000000000" in guest.vm.qmp.hmp(f"xp /1xg {SIZE - 4096:#x}")
+    guest.counts()
+
+
+def test_a_file_that_cannot_be_written_at_its_offset_is_not_left(start, tmp_path):
+    vm: Vm = start(*words("tcg", tmp_path / "ram"))
+    with pytest.raises(QmpError, match="failed to truncate"):
+        vm.qmp.command("migrate", uri=f"file:{tmp_path}/state,offset=0x7fffffffffffffff")
+    assert not (tmp_path / "state").exists()

@@ -135,7 +135,7 @@ def test_the_example_unit(systemd: Systemd, tmp_path: Path) -> None:
     assert systemd.show("ActiveState") == "active"
     pid = systemd.show("MainPID")
 
-    assert systemd.ctl("reload", UNIT) == ""
+    assert systemd.ctl("reload", UNIT) == "", systemd.ctl("status", "-l", UNIT)
     assert systemd.show("StatusText").startswith("early update: the guest stood still for ")
     assert systemd.show("MainPID") == pid
 

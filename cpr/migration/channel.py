@@ -12,6 +12,7 @@ import os
 import select
 import stat
 from _thread import allocate_lock, start_new_thread
+from contextlib import suppress
 
 from cpr.errors import MigrationError
 from cpr.migration.cancellation import Cancellation
@@ -265,6 +266,7 @@ def _open(path: str, flags: int, handed: Handed) -> int:
 
 def _create_file(address: dict, handed: Handed) -> Channel:
     path, offset = address["filename"], address.get("offset", 0)
+    is_new = not os.path.lexists(path)
     try:
         # O_NONBLOCK: a FIFO that nobody reads must not hold the monitor.
         fd = _open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, handed)
@@ -275,6 +277,9 @@ def _create_file(address: dict, handed: Handed) -> Channel:
         os.lseek(fd, offset, os.SEEK_SET)
     except OSError as error:
         os.close(fd)
+        if is_new:
+            with suppress(OSError):
+                os.unlink(path)
         raise MigrationError(
             f"failed to truncate migration file to offset {offset:x}: {error.strerror}"
         ) from None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 from cpr import runstate
 from cpr.errors import MigrationError
 from cpr.migration.address import connects_in_background
 from cpr.migration.capabilities import IN_PROGRESS
 from cpr.migration.mode import NORMAL, TRANSFER
-from cpr.ram_backend import lost_files
+from cpr.ram_backend import block_of_file, lost_files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,6 +52,8 @@ def check(
         raise MigrationError("Guest is waiting for an incoming migration")
     if machine.runstate.current == runstate.POSTMIGRATE:
         raise MigrationError("Can't migrate the vm that was paused due to previous migration")
+    if address["transport"] == "file":
+        _check_file(machine, address.get("filename", ""))
     mode.check()
     for reason in mode.blockers(machine):
         raise MigrationError(reason)
@@ -61,3 +65,19 @@ def check(
         for capability, text in NOT_WITH_CPR:
             if capabilities.enabled(capability):
                 raise MigrationError(text)
+
+
+def _check_file(machine: Machine, path: str) -> None:
+    """Raises MigrationError where the stream would be written over the guest."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return  # it is told where it is opened
+    try:
+        block = block_of_file(machine.blocks, fd)
+    finally:
+        os.close(fd)
+    if block is not None:
+        raise MigrationError(
+            f"'{path}' is RAM block '{block.idstr}' of this guest: name another file"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from cpr.accel.x86 import EFER_LMA
 from cpr.errors import CommandError
 from cpr.monitor import registers
 from cpr.monitor.schema import Session
+from cpr.ram_backend import block_of_file
 
 SAVE_CHUNK = 64 * 1024
 LINE_BYTES = 16
@@ -120,7 +122,7 @@ def save_virtual(
             except CommandError:
                 raise CommandError(f"Invalid addr 0x{val:016x}/size {size} specified") from None
 
-    _save(filename, chunks())
+    _save(vmm, filename, chunks())
 
 
 def save_physical(vmm: Any, val: int, size: int, filename: str) -> None:
@@ -140,7 +142,7 @@ def save_physical(vmm: Any, val: int, size: int, filename: str) -> None:
                 at = end
         yield val + size - at
 
-    _save(filename, chunks())
+    _save(vmm, filename, chunks())
 
 
 def _memory(vmm: Any) -> list[tuple[int, int]]:
@@ -158,10 +160,16 @@ def _pieces(address: int, size: int) -> Iterator[tuple[int, int]]:
         address += piece
 
 
-def _save(filename: str, chunks: Iterator[bytes | int]) -> None:
+def _save(vmm: Any, filename: str, chunks: Iterator[bytes | int]) -> None:
     """A number is that many zeros: a hole, where the file can have one."""
     try:
         with open(filename, "wb", opener=_open) as file:
+            if block := block_of_file(vmm.machine.blocks, file.fileno()):
+                raise CommandError(
+                    f"'{filename}' is RAM block '{block.idstr}' of this guest: name another file"
+                )
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                file.truncate()
             for chunk in chunks:
                 if isinstance(chunk, bytes):
                     file.write(chunk)
@@ -181,8 +189,8 @@ def _save(filename: str, chunks: Iterator[bytes | int]) -> None:
 
 
 def _open(path: str, flags: int) -> int:
-    """A FIFO that nobody reads must not hold the monitor."""
-    return os.open(path, flags | os.O_NONBLOCK, 0o666)
+    """A FIFO that nobody reads must not hold the monitor, nor must the guest's own RAM be cut."""
+    return os.open(path, (flags & ~os.O_TRUNC) | os.O_NONBLOCK, 0o666)
 
 
 def info_registers(

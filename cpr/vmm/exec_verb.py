@@ -26,6 +26,7 @@ USAGE = """usage: python -m cpr.vmm cpr-exec SOCKET [-t] [COMMAND...]
 Has the VMM whose QMP monitor is at SOCKET execute COMMAND, or its own command line, and waits until
 the update is over.  -t: a rehearsal, which changes nothing.
 """
+MOST_LINE = 16 << 20  # bytes of an answer
 GREETING_SECONDS = 10.0  # a monitor has one client at a time, and lets the next one wait
 ANSWER_SECONDS = 120.0  # longer than the time that a new program has, x-cpr-exec-timeout
 RECONNECT_SECONDS = 30.0  # without a monitor, in the middle of an update
@@ -70,12 +71,16 @@ class Client:
             raise
 
     def _line(self) -> dict[str, Any]:
-        while b"\n" not in self._read:
+        pieces, data = [], self._read
+        while b"\n" not in data:
+            pieces.append(data)
+            if sum(map(len, pieces)) > MOST_LINE:
+                raise VerbError(f"{self._path}: this is no QMP monitor; name one of -qmp")
             data = self._socket.recv(65536)
             if not data:
                 raise Gone(f"{self._path}: the monitor has closed the connection")
-            self._read += data
-        line, _, self._read = self._read.partition(b"\n")
+        end, _, self._read = data.partition(b"\n")
+        line = b"".join([*pieces, end])
         try:
             message = json.loads(line)
         except ValueError:
