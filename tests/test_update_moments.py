@@ -22,6 +22,7 @@ from test_virtio_updates import MIB, Guest
 from waiting import wait_for, wait_for_change
 
 from cpr.faults import VARIABLE
+from cpr.live.old_image import NO_TASK
 
 PIDS = Path("/sys/fs/cgroup/pids")
 
@@ -192,7 +193,7 @@ def test_no_task_is_left_for_the_guard(start, accel):
         limit.write_text((group / "pids.current").read_text())
         vm.qmp.command("cpr-exec")
         wait_for(lambda: status(vm) == "failed", "the update has failed")
-        assert vm.ask("query-migrate")["error-desc"] == "there is no process for the guard"
+        assert vm.ask("query-migrate")["error-desc"] == NO_TASK
         for name in ("stop", "cont", "stop", "cont"):
             vm.qmp.command(name)
         counts(vm)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
+NO_TASK = "there is no process for the guard: raise RLIMIT_NPROC, pids.max or RLIMIT_AS"
 FAILURE = 1  # the exit status of a program that cannot load its state, also of QEMU
 LAST_BYTES = 2000  # of what a rehearsed program has said
 END_TIMEOUT_MS = 5000  # for a new image that was told to end, and starts
@@ -338,7 +339,7 @@ def _check_task() -> None:
     try:
         start_new_thread(ended.release, ())
     except RuntimeError:
-        raise UpdateError("there is no process for the guard") from None
+        raise UpdateError(NO_TASK) from None
     ended.acquire()
 
 
