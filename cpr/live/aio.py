@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from cpr.live import arguments, hooks, notify, session
 from cpr.live.aio_server import Server, servers, start_server
 from cpr.live.errors import UpdateError, cause_of
+from cpr.live.last_words import BOUND_MS
 from cpr.live.streams import StreamWriter
 from cpr.live.token import is_readable
 
@@ -100,9 +101,11 @@ async def _wait(loop: asyncio.AbstractEventLoop, current: session.Session) -> No
     try:
         while True:
             try:
-                await asyncio.wait_for(changed.wait(), current.remaining())
+                left = min(current.remaining(), BOUND_MS / 1000)
+                await asyncio.wait_for(changed.wait(), left)
             except TimeoutError:
-                current.raise_late()
+                if not current.remaining():
+                    current.raise_late()
             changed.clear()
             if sock in watched and _has_hung_up(current):
                 watched.remove(sock)  # it has hung up, and is readable for ever

@@ -13,6 +13,7 @@ import select
 import time
 
 from cpr.constants import NS_PER_MS, NS_PER_S
+from cpr.live import last_words
 from cpr.live.page import Page
 from cpr.live.parentage import Parentage
 from cpr.live.token import (
@@ -242,6 +243,7 @@ def _watch(
     new_image = os.getppid()
     while True:
         ready = {fd for fd, _ in poll.poll(TICK_MS)}
+        last_words.bound()
         if token in ready:
             end()
         if pidfd in ready:

@@ -13,7 +13,9 @@ from cpr.live.token import above_streams
 NAME = "cpr-live-stderr"
 LINK = f"/memfd:{NAME}"
 PIECE = 64 << 10  # bytes
-MOST = 4 << 20  # bytes; more than that is an error of whoever writes it
+BLOCK = 512  # bytes, of st_blocks
+MOST = 16 << 20  # bytes that are kept; see `bound`
+BOUND_MS = 100  # how often whoever waits for the new program looks at that
 LAST_LINES = 20
 
 
@@ -38,10 +40,8 @@ class LastWords:
         """stderr is the memfd, for the exec.  Raises OSError."""
         flush()
         if self.real >= 0:
-            flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-            self._memfd = above_streams(os.memfd_create(NAME, flags))
-            os.ftruncate(self._memfd, MOST)
-            fcntl.fcntl(self._memfd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+            self._memfd = above_streams(os.memfd_create(NAME))
+            _diverted.append(self._memfd)
             os.dup2(self._memfd, STDERR)
 
     def restore(self) -> None:
@@ -52,6 +52,7 @@ class LastWords:
     def take(self) -> list[str]:
         """The last lines of the new program, which has ended; writes all that it had to stderr."""
         lines: list[str] = []
+        _diverted.clear()
         if self._memfd >= 0:
             text = forward(self._memfd, STDERR)
             lines = text.decode(errors="replace").splitlines()[-LAST_LINES:]
@@ -62,6 +63,21 @@ class LastWords:
         return lines
 
 
+_diverted: list[int] = []
+"""The memfd of the update that is under way, if it has one."""
+
+
+def bound() -> None:
+    """Forgets what the new program has said, but for the last, where that is too much to keep."""
+    for memfd in _diverted:
+        status = os.fstat(memfd)
+        if status.st_blocks * BLOCK > MOST:
+            offset = max(status.st_size - PIECE, 0)
+            last = os.pread(memfd, PIECE, offset)
+            os.ftruncate(memfd, 0)  # who writes on does so at the offset that he had
+            os.pwrite(memfd, last, offset)
+
+
 def flush() -> None:
     """Writes what stdout and stderr have buffered; nobody is to fail by one that is closed."""
     for name in ("stdout", "stderr"):
@@ -70,13 +86,14 @@ def flush() -> None:
 
 
 def forward(source: int, target: int) -> bytes:
-    """Copies what a memfd holds, up to where nobody has written; the end of it.
+    """Copies what a memfd holds, but for its holes; the end of it.
 
     Nobody is to fail by what cannot be written.
     """
     offset, last = 0, b""
-    while piece := os.pread(source, PIECE, offset).rstrip(b"\0"):
+    while piece := os.pread(source, PIECE, offset):
         offset += len(piece)
+        piece = piece.strip(b"\0")
         last = (last + piece)[-PIECE:]
         try:
             os.write(target, piece)

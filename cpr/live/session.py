@@ -20,7 +20,7 @@ from cpr.live import arguments, auditing, forked, hooks, image, notify, old_imag
 from cpr.live.arguments import EARLY, FORK
 from cpr.live.errors import UpdateError, reason_of
 from cpr.live.kept import for_the_exec
-from cpr.live.last_words import LAST_LINES, LastWords
+from cpr.live.last_words import BOUND_MS, LAST_LINES, LastWords, bound
 from cpr.live.said import Said, Send
 from cpr.live.token import describe_status, is_readable
 from cpr.live.transaction import BACK, HELLO, READY, REFUSE
@@ -167,7 +167,8 @@ class Session:
         poll = select.poll()
         poll.register(sock, select.POLLIN)
         poll.register(pidfd, select.POLLIN)
-        ready = {fd for fd, _ in poll.poll(self.remaining() * 1000 if block else 0)}
+        ready = {fd for fd, _ in poll.poll(min(self.remaining() * 1000, BOUND_MS) if block else 0)}
+        bound()
         if sock in ready and self.has_message():
             return self._receive()
         hung_up = sock in ready and pidfd not in ready and block
