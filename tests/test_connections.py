@@ -122,6 +122,33 @@ def test_a_server_with_a_client_that_does_not_read(loops, tmp_path, kind) -> Non
     assert not os.path.exists(path)
 
 
+@pytest.mark.parametrize("since", ["before", "update"])
+def test_a_client_that_came_in_the_update_has_come_anew(loops, tmp_path, since) -> None:
+    """The one that had waited before goes on to wait, as long as the other one is there."""
+    path = str(tmp_path / "sock")
+    old = create(Config("socket", server=True, wait=False, path=path), loops[0])
+    with socket.socket(socket.AF_UNIX) as client, socket.socket(socket.AF_UNIX) as second:
+        client.connect(path)
+        until(loops[0], lambda: old.connected)
+        if since == "before":
+            second.connect(path)
+        old.on_update()
+        if since == "update":
+            second.connect(path)
+        second.sendall(b"second")
+        kept = over(old.save())
+        new = create(Config("socket", server=True, wait=False, path=path), loops[1], True, kept)
+        data = take_input(new)
+        if since == "update":
+            until(loops[1], lambda: data == b"second")
+        else:
+            client.sendall(b"first, ")
+            until(loops[1], lambda: data == b"first, ")
+            client.close()
+            until(loops[1], lambda: data == b"first, second")
+        end(new, old)
+
+
 @pytest.mark.parametrize("speaks", [False, True])
 def test_a_silent_client_gives_way_to_one_that_connects_anew(loops, tmp_path, speaks) -> None:
     path = str(tmp_path / "sock")

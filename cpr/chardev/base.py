@@ -133,6 +133,9 @@ class Chardev:
     def reopen(self) -> None:
         """Goes on without those of `exec_fds`.  Raises ConfigError."""
 
+    def on_update(self) -> None:
+        """An update begins, which may keep the connection: who comes from now on comes anew."""
+
     def expect_another(self) -> None:
         """From now on a new client takes the place of the one that is there, which knew the VMM
         under another PID and may have given it up."""

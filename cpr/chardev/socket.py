@@ -110,6 +110,7 @@ class SocketChardev(FdChardev):
         self._inode = 0
         self._timer: Timer | None = None
         self._gives_way = False
+        self._had_waiting: bool | None = None
         self._passed: list[int] = []
         if kept is not None and kept.fds:
             self._adopt(kept)
@@ -202,6 +203,7 @@ class SocketChardev(FdChardev):
     def save(self) -> Kept:
         kept = super().save()
         kept.data["inode"] = self._inode
+        kept.data["waiting"] = self._had_waiting
         sockets = {LISTENER: self._listener, PEER: self._socket}
         kept.fds = {role: each.fileno() for role, each in sockets.items() if each is not None}
         kept.fds |= {f"{PASSED}{number}": fd for number, fd in enumerate(self._passed)}
@@ -216,18 +218,27 @@ class SocketChardev(FdChardev):
             self._attach(socket.socket(fileno=peer))
             self.adopt_output(kept)
             self._passed = [kept.take(role) for role in sorted(kept.fds, key=_number)]
-            self._may_give_way()
+            waiting = kept.data.get("waiting")
+            if not (self._is_waited_for() if waiting is None else waiting):
+                self._may_give_way()
         elif self._listener is not None:
             self._watch_listener()
 
+    def _is_waited_for(self) -> bool:
+        """Whether another client would be served."""
+        waiting = select.poll()
+        if self._listener is not None:
+            waiting.register(self._listener, select.POLLIN)
+        return bool(waiting.poll(0))
+
+    def on_update(self) -> None:
+        self._had_waiting = self._is_waited_for()
+
     def _may_give_way(self) -> None:
         """One who takes the connection for lost, as it is in other VMMs, connects anew: that one is
-        served, unless the client has said something since the update.  Nobody had waited yet."""
-        if self._listener is None:
-            return
-        waiting = select.poll()
-        waiting.register(self._listener, select.POLLIN)
-        if not waiting.poll(0):
+        served, unless the client has said something since the update.  Nobody had waited before
+        that."""
+        if self._listener is not None:
             self.expect_another()
             self._gives_way = True
 

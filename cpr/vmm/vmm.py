@@ -163,6 +163,8 @@ class Vmm(Process):
     def on_update(self) -> None:
         from cpr.live import notify
 
+        for chardev in self.chardevs.values():
+            chardev.on_update()
         notify.reloading()
 
     def on_update_failed(self, reason: str) -> None:
