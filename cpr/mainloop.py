@@ -128,6 +128,11 @@ class MainLoop:
         self._stopped = True
         os.eventfd_write(self._wakeup, 1)
 
+    @property
+    def stopping(self) -> bool:
+        """Whether `run` is about to return."""
+        return self._stopped
+
     def run(self) -> None:
         """Runs until `stop`."""
         self._thread = get_ident()

@@ -140,8 +140,8 @@ class VCpuThread:
 
     @property
     def thread_id(self) -> int:
-        """The kernel's; waits for a thread that has just been started."""
-        if not self._thread_id:
+        """The kernel's; waits for a thread that has just been started.  0 where there is none."""
+        if not self._thread_id and not self._ending:
             with self._started:
                 pass
         return self._thread_id
@@ -169,8 +169,8 @@ class VCpuThread:
         return get_ident() == self._ident
 
     def resume(self) -> None:
-        """Lets the vCPU run; the inverse of `pause`."""
-        if not self._running:
+        """Lets the vCPU run; the inverse of `pause`.  Nothing happens where there is no thread."""
+        if not self._running and not self._ending:
             with self._work_lock:  # which has who looks at the vCPU meanwhile
                 self._takes_work = True
             self._running = True
