@@ -57,7 +57,7 @@ def check(
     mode.check()
     for reason in mode.blockers(machine):
         raise MigrationError(reason)
-    if mode.reopens_files:
+    if mode.reopens_files and (mode.ends_process or "chroot" not in machine.config.run_with):
         ignored = capabilities.enabled("x-ignore-shared")
         for reason in lost_files(b for b in machine.blocks if not mode.sends(b, ignored)):
             raise MigrationError(reason)

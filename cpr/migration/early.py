@@ -94,7 +94,7 @@ class EarlyUpdate:
         self._failure = ""
         self._sent: dict[tuple[str, int], int] = {}
         self._known: dict[tuple[str, int], bytes] = {}
-        self._keeps = False
+        self._keeps = self._hands_files = False
         self._hold_timer: Timer | None = None
         self._native = False
         self._stopped = False
@@ -218,7 +218,7 @@ class EarlyUpdate:
         point("hello")
         check_protocol(message)
         versions = message.body.get("versions", [])
-        self._keeps = KEEPS in versions
+        self._keeps, self._hands_files = KEEPS in versions, RAM_FILES in versions
         machine, fds = self._machine, self._outgoing.fds
         self._sent = fds.serials()
         stream, self._known = b"", {}
@@ -227,7 +227,7 @@ class EarlyUpdate:
         send_state(
             self._update,
             machine,
-            fds.state(RAM_FILES in versions),
+            fds.state(self._hands_files),
             self._failure,
             self._placement,
             self._known,
@@ -263,7 +263,7 @@ class EarlyUpdate:
         kept = [key for key, body in bodies.items() if self._known.get(key) == body]
         body = {"changed": changed, "renewed": renewed, "kept": kept}
         point("hand-over")
-        state = fds.state() if changed else None
+        state = fds.state(self._hands_files) if changed else None
         send(self._update, HAND_OVER, body, state, channel.written())
         self._placement.keep_away()  # nothing here goes before the new image from now on
         time.sleep(REST)

@@ -20,7 +20,7 @@ from cpr.migration.process import Process
 from cpr.migration.program import check_command, own_command
 from cpr.migration.state import MigrationState
 from cpr.migration.statistics import RamCounters
-from cpr.ram_backend import claim
+from cpr.ram_backend import claim, give_up
 from cpr.report import error_report
 
 TYPE_CHECKING = False
@@ -229,7 +229,8 @@ class Migration:
             raise outgoing.fail_by(error) from None
 
         def execute() -> None:
-            if outgoing.early is early and not self.machine.ended:  # and not cancelled meanwhile
+            ends = self.machine.ended or self.loop.stopping
+            if outgoing.early is early and not ends:  # and not cancelled meanwhile
                 early.execute()
 
         self.loop.call_soon(execute)
@@ -300,18 +301,21 @@ class Migration:
     def check_cont(self) -> None:
         """Raises CprError where another process has the guest."""
         if self.machine.runstate.current == runstate.POSTMIGRATE:
-            from cpr.migration.cpr_transfer import take_guest
+            from cpr.migration.cpr_transfer import give_guest_away, take_guest
 
             try:
                 take_guest(self.machine)
                 claim(self.machine.blocks)
             except CprError as error:
+                give_guest_away(self.machine)
                 drive = next((drive.file for drive in self.machine.config.drives), "")
                 error_report(f"{error}\nIs another process using the image [{drive}]?")
                 raise
             if self.outgoing is not None:
                 self.outgoing.unstage()  # the guest goes on in its own RAM
             if (refusal := self.machine.cpr_rollback()) is not None:
+                give_up(self.machine.blocks)
+                give_guest_away(self.machine)
                 raise CommandError(str(refusal))
 
     def close(self, exit_status: int) -> None:

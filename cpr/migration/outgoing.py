@@ -426,7 +426,7 @@ class Outgoing:
         elif self.old_state in runstate.LIVE:
             self.machine.cont(rollback=True)
         elif exec_failed:
-            self.machine.leave_guest()
+            self.machine.runstate.set(runstate.POSTMIGRATE)  # as QEMU's; nobody else has it
         else:
             self.machine.runstate.set(self.old_state)
 

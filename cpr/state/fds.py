@@ -37,6 +37,7 @@ class PreservedFds:
         self.vfio_devices: list[VfioDevice] = []
         self._fds: list[tuple[str, int, int]] = []
         self._files: list[tuple[str, int, int]] = []
+        self._taken: set[tuple[str, int]] = set()
         self._came: frozenset[tuple[str, int]] = frozenset()
         self._serials: dict[tuple[str, int], int] = {}
         self._saves = 0
@@ -59,6 +60,7 @@ class PreservedFds:
         """The fd that another image has saved so, from now on the caller's, or None."""
         fd = self.find(name, id)
         self.delete(name, id)
+        self._taken.add((name, id))
         return fd
 
     def find(self, name: str, id: int) -> int | None:
@@ -178,6 +180,9 @@ class PreservedFds:
         known = {(name, id): fd for name, id, fd in self._fds}
         entries = []
         for name, id, fd in state.fds:
+            if (name, id) in self._taken:
+                os.close(fd)
+                continue
             old = -1 if (name, id) in renewed else known.pop((name, id), -1)
             if old >= 0:
                 os.close(fd)

@@ -28,7 +28,7 @@ from cpr.migration.run_with import RunWith
 from cpr.migration.statistics import UpdateTimes
 from cpr.monitor.passed_fds import PassedFds
 from cpr.phases import mark
-from cpr.ram_backend import claim
+from cpr.ram_backend import claim, hold
 from cpr.report import carefully, error_report, exhausted, info_report, output, warn_report
 from cpr.state.cpr_state import STATE_NAME
 from cpr.state.fds import PreservedFds
@@ -149,6 +149,7 @@ def _bring_over(
         incoming.hold(sources.main == DEFER)
         incoming.commit = lambda: _commit(vmm, predecessor)
     _confine(vmm, run_with)
+    hold(vmm.machine.blocks)
     if _loads_at_once(sources.main):
         _load(vmm, sources)
         carefully(lambda: vmm.create_frontends(True, _kept(fds)))
@@ -161,8 +162,8 @@ def _bring_over(
 
 def _go_on_deferred(vmm: Vmm) -> None:
     """After migrate-incoming; what comes after the start of any other VMM has been by then."""
-    carefully(lambda: _take_pidfile(vmm))
-    _ready_for_updates(vmm)
+    for step in (lambda: _take_pidfile(vmm), vmm.lock_ram, lambda: _ready_for_updates(vmm)):
+        carefully(step)
 
 
 def _ready_for_updates(vmm: Vmm) -> None:
@@ -257,6 +258,7 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor, run_wit
     _confine(vmm, run_with)
     if arrival.rehearses:
         arrival.rehearsed()
+    hold(vmm.machine.blocks)
     incoming = vmm.migration.incoming_side
     incoming.expect(config.start_paused)
     incoming.commit = arrival.commit
