@@ -295,6 +295,62 @@ def test_a_reset_before_the_load_of_a_late_update(start, accel, tmp_path):
     check_churn(vm)
 
 
+class Insists:
+    """Says `cont` to a source again and again, in the background, until it is left."""
+
+    def __init__(self, source: Vm) -> None:
+        self.won = False
+        self._source = source
+        self._ends = False
+        self._thread = threading.Thread(target=self._insist)
+
+    def _insist(self) -> None:
+        while not self._ends:
+            try:
+                self._source.qmp.command("cont")
+                self.won = True
+            except QmpError:
+                pass
+
+    def __enter__(self) -> Insists:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ends = True
+        self._thread.join()
+        assert not self.won, "the guest runs twice"
+
+
+def test_a_source_that_insists_on_its_guest(start, accel, tmp_path):
+    """While the target executes itself, fails at that, and gives the guest on to a third one."""
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").mkdir()
+    pair = Pair(start, accel, tmp_path / "1", defer=False)
+    pair.begin()
+    wait_completed(pair.source)
+    target = pair.target
+    wait_for(functools.partial(is_running, target), "the guest runs there")
+    with Insists(pair.source):
+        for _ in range(3):
+            target.update()
+        target.qmp.send("cpr-exec", command=["/bin/false"])
+        wait_for(lambda: "goes on in the old VMM" in target.stderr, "it fails")
+        target.follow()
+        target.qmp.close()
+        target.qmp = target.connect()
+        wait_for(lambda: is_running(target), "it goes on")
+        second = Pair(start, accel, tmp_path / "2", defer=False, source=target)
+        second.begin()
+        wait_completed(target)
+        wait_for(lambda: is_running(second.target), "the guest runs there")
+        check_churn(second.target)
+    second.target.close()
+    pair.source.close()
+    target.qmp.command("cont")
+    assert is_running(target)
+
+
 def test_a_chain_of_transfers(start, accel, tmp_path):
     vm = None
     for hop in range(3):

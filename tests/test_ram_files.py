@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 from failing import own
 from harness.qmp import QmpError
-from harness.vm import HEARTBEAT, Vm
+from harness.vm import HEARTBEAT, VMM, Vm
 from waiting import TIMEOUT, wait_for, wait_for_change
 
 SIZE = 16 << 20
@@ -166,6 +167,39 @@ def test_a_guest_that_runs_is_not_loaded_beside_itself(start, accel, tmp_path, i
     target.process.wait(TIMEOUT)
     guest.vm.ask("cont")
     guest.counts()
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_guest_whose_late_update_fails_keeps_its_file(start, accel, tmp_path, paused):
+    """Also one that stands still after that, as QEMU's does."""
+    guest = Guest(start, accel, tmp_path)
+    if paused:
+        guest.vm.ask("stop")
+    guest.vm.qmp.send("cpr-exec", command=["/bin/false"])
+    guest.failed()
+    assert guest.vm.ask("query-status")["status"] == ("postmigrate" if paused else "running")
+    second = [*VMM, *guest.words, "-monitor", "none"]
+    done = subprocess.run(second, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 1 and LOCKED in done.stderr
+    guest.vm.ask("cont")
+    guest.counts()
+
+
+def test_a_deferred_load_of_a_program_that_knows_no_token_has_the_file(start, accel, tmp_path):
+    guest = Guest(start, accel, tmp_path)
+    program = [*VMM, *guest.vm.words[len(VMM) :], "-incoming", "defer"]
+    hidden = ["/bin/sh", "-c", 'exec "$@" 1>&-', "sh", *program]
+    guest.vm.ask("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=hidden)
+    guest.vm.qmp.send("migrate", uri=f"file:{tmp_path}/state")
+    with pytest.raises(ConnectionError):
+        while True:
+            guest.vm.qmp.command("query-status")
+    guest.vm.qmp = guest.vm.connect()
+    guest.vm.ask("migrate-incoming", uri=f"file:{tmp_path}/state")
+    guest.counts()
+    second = [*VMM, *guest.words, "-monitor", "none"]
+    done = subprocess.run(second, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 1 and LOCKED in done.stderr
 
 
 def test_a_disk_of_a_vm_that_runs_fails_the_load(start, accel, tmp_path):

@@ -22,6 +22,7 @@ from contextlib import suppress
 
 from cpr.errors import CommandError, MigrationError, StateError
 from cpr.faults import point
+from cpr.migration import holder
 from cpr.migration.address import check_unix_path
 from cpr.migration.listener import listen_at
 from cpr.migration.mode import TRANSFER, KeepsRam
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from cpr.state.fds import PreservedFds
 
 HANG_UP = select.EPOLLIN | select.EPOLLHUP | select.EPOLLRDHUP
+NO_LOCK = 'Failed to get "write" lock'
 MESSAGE_SIZE = 65536
 MAX_DESCRIPTORS = 16  # of one message; QEMU sends one
 MAX_ALL_DESCRIPTORS = 16384  # of one state: several devices, 2048 vectors each
@@ -126,6 +128,7 @@ class Transfer(KeepsRam):
 
     def finish(self, machine: Machine) -> None:
         give_up(machine.blocks)
+        holder.let_go(machine.blocks)
         give_guest_away(machine)
         machine.shares_ram = True
         point("given-away")
@@ -233,5 +236,5 @@ def take_guest(machine: Machine, wait_ns: int = 0) -> None:
                 break
             except OSError:
                 if time.monotonic_ns() >= deadline:
-                    raise CommandError('Failed to get "write" lock') from None
+                    raise CommandError(NO_LOCK) from None
                 time.sleep(LOCK_POLL)

@@ -301,11 +301,14 @@ class Migration:
     def check_cont(self) -> None:
         """Raises CprError where another process has the guest."""
         if self.machine.runstate.current == runstate.POSTMIGRATE:
-            from cpr.migration.cpr_transfer import give_guest_away, take_guest
+            from cpr.migration import holder
+            from cpr.migration.cpr_transfer import NO_LOCK, give_guest_away, take_guest
 
             try:
                 take_guest(self.machine)
                 claim(self.machine.blocks)
+                if not holder.take_again(self.machine.blocks):
+                    raise CommandError(NO_LOCK)
             except CprError as error:
                 give_guest_away(self.machine)
                 drive = next((drive.file for drive in self.machine.config.drives), "")
@@ -315,6 +318,7 @@ class Migration:
                 self.outgoing.unstage()  # the guest goes on in its own RAM
             if (refusal := self.machine.cpr_rollback()) is not None:
                 give_up(self.machine.blocks)
+                holder.let_go(self.machine.blocks)
                 give_guest_away(self.machine)
                 raise CommandError(str(refusal))
 

@@ -15,6 +15,9 @@ GUEST = 300
 """The byte of a RAM file that whoever has a guest in it has locked; QEMU has those of images up to
 there (block/file-posix.c)."""
 
+HOLDER = 301
+"""The byte of RAM that whoever has got it from another VMM has locked."""
+
 
 def share(fd: int, byte: int) -> None:
     """Locks one byte so that others may do the same.  Raises OSError where somebody has it alone,

@@ -20,6 +20,7 @@ from cpr.faults import point
 from cpr.live.new_image import find_predecessor
 from cpr.live.transaction import EARLY, LATE
 from cpr.mainloop import MainLoop
+from cpr.migration import holder
 from cpr.migration.address import connects_in_background
 from cpr.migration.incoming import DEFER, Sources
 from cpr.migration.migration import Migration
@@ -118,6 +119,8 @@ def _start(
         listener = _receive(sources.cpr, fds, after_exec)
     vmm = _create(config, fds)
     vmm.migration.incoming_side.listener = listener
+    if listener is not None:
+        holder.hold(vmm.machine.blocks, fds)
     vmm.migration.incoming_side.on_running = vmm.lock_ram
     if after_exec:
         _bring_over(vmm, fds, sources, predecessor, run_with)
@@ -325,6 +328,7 @@ def _create(config: Config, fds: PreservedFds) -> Vmm:
     machine = pc.build(config, fds, loop, events)
     migration = Migration(machine, fds, loop, events, passed_fds)
     migration.state.apply_globals(config.globals)
+    holder.adopt(machine.blocks, fds)
     return Vmm(config, machine, migration, loop, passed_fds)
 
 
