@@ -35,8 +35,6 @@ class RAMBlock:
     another guest's, so that pages which do not come in a state are to be cleared.  `prealloc` asks
     for all of it to be populated, `populated` bytes of it are by now.
 
-    `holder_fd`, or -1, has the lock of RAM that came from another VMM, see `cpr.migration.holder`.
-
     While a copy of the block is being made for another image, `copy_fd` is that copy's memfd, else
     -1, and `written` a bitmap of the pages that this process itself writes, else None; for threads
     in C `written_cell` points to that bitmap's words.
@@ -50,7 +48,6 @@ class RAMBlock:
         "copy_fd",
         "fd",
         "fresh",
-        "holder_fd",
         "host",
         "idstr",
         "kept",
@@ -92,7 +89,6 @@ class RAMBlock:
         self.stale = False
         self.regenerated = False
         self.copy_fd = -1
-        self.holder_fd = -1
         self.written_cell = ffi.new("uint64_t *[1]")
         self._written: PageBitmap | None = None
         self._former: PageBitmap | None = None
@@ -180,12 +176,11 @@ class RAMBlock:
             self.host = 0
 
     def close(self) -> None:
-        """Unmaps the block and closes its descriptors."""
+        """Unmaps the block and closes its descriptor."""
         self.unmap()
-        for fd in (self.fd, self.holder_fd):
-            if fd >= 0:
-                os.close(fd)
-        self.fd = self.holder_fd = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 def populate(block: RAMBlock) -> None:

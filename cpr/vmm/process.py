@@ -120,7 +120,7 @@ def _start(
     vmm = _create(config, fds)
     vmm.migration.incoming_side.listener = listener
     if listener is not None:
-        holder.hold(vmm.machine.blocks, fds)
+        holder.hold(vmm.machine.blocks)
     vmm.migration.incoming_side.on_running = vmm.lock_ram
     if after_exec:
         _bring_over(vmm, fds, sources, predecessor, run_with)
@@ -328,7 +328,6 @@ def _create(config: Config, fds: PreservedFds) -> Vmm:
     machine = pc.build(config, fds, loop, events)
     migration = Migration(machine, fds, loop, events, passed_fds)
     migration.state.apply_globals(config.globals)
-    holder.adopt(machine.blocks, fds)
     return Vmm(config, machine, migration, loop, passed_fds)
 
 
