@@ -2,9 +2,9 @@
 
 The lock of `cpr_transfer.take_guest` belongs to a process, and is free for a moment in each exec of
 the target, and between a target that has become a source and the next one.  So a target locks one
-byte of the RAM, shared, as soon as it has it, and lets go when it has given the guest away.  The lock
-belongs to its open file description, which is its own and goes over its updates.  Whoever wants to
-run the guest again looks whether another one has that byte.
+byte of the RAM, shared, as soon as it has it, and lets go when it has given the guest away.  The
+lock belongs to its open file description, which is its own and goes over its updates.  Whoever
+wants to run the guest again looks whether another one has that byte.
 """
 
 from __future__ import annotations
