@@ -80,8 +80,8 @@ def test_the_way_back_takes_it_too(start, accel, tmp_path, overlap):
     assert not guest.path.exists()
 
 
-def test_a_rehearsal_takes_it_too(start, accel, tmp_path):
-    guest = Guest(start, accel, tmp_path)
+def test_a_rehearsal_takes_it_too(start, tmp_path):
+    guest = Guest(start, "tcg", tmp_path)
     guest.lose("removed")
     for command in (None, own(*guest.words)):
         arguments = {"command": command} if command else {}
@@ -91,8 +91,8 @@ def test_a_rehearsal_takes_it_too(start, accel, tmp_path):
 
 
 @pytest.mark.parametrize("versions", ["", "1 2 3 $CPR_QUESTION"])
-def test_a_program_that_would_open_another_file_is_refused(start, accel, tmp_path, versions):
-    guest = Guest(start, accel, tmp_path)
+def test_a_program_that_would_open_another_file_is_refused(start, tmp_path, versions):
+    guest = Guest(start, "tcg", tmp_path)
     program = tmp_path / "program"
     program.write_text(f"#!/bin/sh\nfor word in {versions or 'none'}; do echo $word; done\n")
     program.chmod(0o755)
@@ -126,8 +126,8 @@ def load(vm: Vm, tmp_path: Path, ignored: bool = False) -> None:
 
 
 @pytest.mark.parametrize("how", ["removed", "hole"])
-def test_a_file_without_a_guest_is_not_run(start, accel, tmp_path, how):
-    guest = Guest(start, accel, tmp_path)
+def test_a_file_without_a_guest_is_not_run(start, tmp_path, how):
+    guest = Guest(start, "tcg", tmp_path)
     target_words = migrate(guest, tmp_path)
     guest.vm.ask("quit")
     guest.vm.process.wait(TIMEOUT)
@@ -142,9 +142,9 @@ def test_a_file_without_a_guest_is_not_run(start, accel, tmp_path, how):
 
 
 @pytest.mark.parametrize("ignored", [True, False])
-def test_a_guest_that_runs_is_not_loaded_beside_itself(start, accel, tmp_path, ignored):
+def test_a_guest_that_runs_is_not_loaded_beside_itself(start, tmp_path, ignored):
     """Nor is its RAM written over.  It can be when its source has given it up."""
-    guest = Guest(start, accel, tmp_path)
+    guest = Guest(start, "tcg", tmp_path)
     target_words = migrate(guest, tmp_path, ignored)
     guest.vm.ask("cont")
     target = start(*target_words)
@@ -202,10 +202,10 @@ def test_a_deferred_load_of_a_program_that_knows_no_token_has_the_file(start, ac
     assert done.returncode == 1 and LOCKED in done.stderr
 
 
-def test_a_disk_of_a_vm_that_runs_fails_the_load(start, accel, tmp_path):
+def test_a_disk_of_a_vm_that_runs_fails_the_load(start, tmp_path):
     disk = tmp_path / "disk"
     disk.write_bytes(b"\0" * (1 << 20))
-    guest = ["examples/heartbeat.cfg", "-accel", accel, "-monitor", "none"]
+    guest = ["examples/heartbeat.cfg", "-accel", "tcg", "-monitor", "none"]
     guest += ["-drive", f"file={disk},format=raw,if=virtio"]
     source = start(*guest)
     source.ask("migrate", uri=f"file:{tmp_path}/state")
@@ -218,9 +218,9 @@ def test_a_disk_of_a_vm_that_runs_fails_the_load(start, accel, tmp_path):
     wait_for_change(lambda: source.u32(HEARTBEAT), "the source runs")
 
 
-def test_nothing_is_written_over_the_guest(start, accel, tmp_path):
+def test_nothing_is_written_over_the_guest(start, tmp_path):
     """Also by another name; another VMM's file is nothing that this one knows of."""
-    guest = Guest(start, accel, tmp_path)
+    guest = Guest(start, "tcg", tmp_path)
     (tmp_path / "link").symlink_to(guest.path)
     for name in ("ram", "link"):
         with pytest.raises(QmpError, match="is RAM block 'ram0' of this guest"):
@@ -235,9 +235,9 @@ def test_nothing_is_written_over_the_guest(start, accel, tmp_path):
     assert saved.read_bytes() == guest.path.read_bytes()[0x7C00:0x7E00]
 
 
-def test_a_page_for_which_there_is_no_room_is_read(start, accel, tmp_path):
+def test_a_page_for_which_there_is_no_room_is_read(start, tmp_path):
     """Not through the mapping, which would end the VMM by SIGBUS."""
-    guest = Guest(start, accel, tmp_path)
+    guest = Guest(start, "tcg", tmp_path)
     os.truncate(guest.path, SIZE // 2)
     assert "0x0000000000000000" in guest.vm.qmp.hmp(f"xp /1xg {SIZE - 4096:#x}")
     guest.counts()

@@ -302,14 +302,18 @@ class Incoming:
     def _read_stream(self, source: channel.Channel) -> str:
         """Loads the stream and closes it; returns the state in which the guest was."""
         try:
-            return self._read(lambda: loadvm.load(self._machine, self._state.capabilities, source))
+            return self._read(
+                lambda: loadvm.load(self._machine, self._state.capabilities, source),
+                HAND_OVER_NS if source.waits else 0,  # no main loop waits for another VMM
+            )
         except BaseException:
             source.shutdown()  # an exec: command may not be writing, and see nothing else
             raise
         finally:
             source.close()
 
-    def _read(self, load: Callable[[], str]) -> str:
+    def _read(self, load: Callable[[], str], wait_ns: int = 0) -> str:
+        """What `load` returns; waits at most `wait_ns` for who gives the guest away."""
         mark("load")
         self._set_status("active")
         try:
@@ -328,7 +332,7 @@ class Incoming:
 
             take_guest(self._machine, HAND_OVER_NS)
         if self.claims:
-            self._machine.claim(HAND_OVER_NS)
+            self._machine.claim(wait_ns)
         return old_state
 
     def _bring_up(self, old_state: str) -> None:
