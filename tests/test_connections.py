@@ -122,9 +122,10 @@ def test_a_server_with_a_client_that_does_not_read(loops, tmp_path, kind) -> Non
     assert not os.path.exists(path)
 
 
-@pytest.mark.parametrize("since", ["before", "update"])
+@pytest.mark.parametrize("since", ["before", "update", "spoken"])
 def test_a_client_that_came_in_the_update_has_come_anew(loops, tmp_path, since) -> None:
-    """The one that had waited before goes on to wait, as long as the other one is there."""
+    """The one that had waited before goes on to wait, as long as the other one is there; and so it
+    does where that one has said something meanwhile."""
     path = str(tmp_path / "sock")
     old = create(Config("socket", server=True, wait=False, path=path), loops[0])
     with socket.socket(socket.AF_UNIX) as client, socket.socket(socket.AF_UNIX) as second:
@@ -133,16 +134,19 @@ def test_a_client_that_came_in_the_update_has_come_anew(loops, tmp_path, since) 
         if since == "before":
             second.connect(path)
         old.on_update()
-        if since == "update":
+        if since != "before":
             second.connect(path)
         second.sendall(b"second")
+        if since == "spoken":
+            client.sendall(b"first, ")
         kept = over(old.save())
         new = create(Config("socket", server=True, wait=False, path=path), loops[1], True, kept)
         data = take_input(new)
         if since == "update":
             until(loops[1], lambda: data == b"second")
         else:
-            client.sendall(b"first, ")
+            if since == "before":
+                client.sendall(b"first, ")
             until(loops[1], lambda: data == b"first, ")
             client.close()
             until(loops[1], lambda: data == b"first, second")

@@ -356,8 +356,20 @@ class SocketChardev(FdChardev):
         assert self._listener is not None
         self.loop.watch(self._listener.fileno(), READ, lambda _: self._accept())
 
+    def _has_spoken(self) -> bool:
+        """Whether the peer has said what is not read yet."""
+        try:
+            flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+            return self._socket is not None and bool(self._socket.recv(1, flags))
+        except OSError:
+            return False
+
     def _accept(self) -> None:
         assert self._listener is not None
+        if self._gives_way and self._has_spoken():
+            self._gives_way = False
+            self.loop.unwatch(self._listener.fileno())
+            return
         try:
             client, _ = self._listener.accept()
         except OSError as error:
