@@ -90,7 +90,8 @@ def forward(source: int, target: int) -> bytes:
 
     Nobody is to fail by what cannot be written.
     """
-    offset, last = 0, b""
+    # Before that there is nothing but a hole, where it has been bounded.
+    offset, last = max(os.fstat(source).st_size - 2 * MOST, 0), b""
     while piece := os.pread(source, PIECE, offset):
         offset += len(piece)
         piece = piece.strip(b"\0")
