@@ -34,6 +34,7 @@ class Lifecycle:
     a vCPU's own thread and never with `lock` held.  What ends the VM is reported by
     `on_exit(status)`, set by whoever owns the process; `ended` is true from then on.
     `was_suspended`: a stopped guest slept before, and `cont` brings it back to that.
+    `has_left`: another VMM may have the guest, and has given it back only where it ended.
     `advances_clock()`: the guest's clock is to go on while the guest stands still, which it does
     since `stopped_at`, in ns of the host's wall clock (None: it has not run).  `interrupted()`:
     what ends the VM has come, and waits for the main loop.  `catches_up`: the
@@ -63,7 +64,7 @@ class Lifecycle:
         self.boot_image: Callable[[], BootImage] | None = None
         self.on_exit: Callable[[int], None] = lambda status: None
         self.interrupted: Callable[[], bool] = lambda: False
-        self.ended = False
+        self.ended = self.has_left = False
         self.was_suspended = False
         self.shares_ram = False
         self.advances_clock: Callable[[], bool] = lambda: False

@@ -230,6 +230,7 @@ class Machine(Lifecycle):
     def leave_guest(self) -> None:
         """Another VMM may have the guest from now on; `cont` takes it again, where none has."""
         give_up(self.blocks)
+        self.has_left = True
         self.runstate.set(runstate.POSTMIGRATE)
 
     def take_over(self) -> None:

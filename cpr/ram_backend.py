@@ -212,10 +212,10 @@ def lost_files(blocks: Iterable[RAMBlock]) -> list[str]:
 def _is_at(fd: int, path: str) -> bool:
     try:
         return os.path.samestat(os.stat(path), os.fstat(fd))
-    except FileNotFoundError:
-        return False
-    except OSError:  # of a user that may not see it; the other VMM may
+    except PermissionError:  # the other VMM may see it
         return True
+    except OSError:
+        return False
 
 
 def _is_empty(fd: int) -> bool:

@@ -302,25 +302,35 @@ class Migration:
         """Raises CprError where another process has the guest."""
         if self.machine.runstate.current == runstate.POSTMIGRATE:
             from cpr.migration import holder
-            from cpr.migration.cpr_transfer import NO_LOCK, give_guest_away, take_guest
+            from cpr.migration.cpr_transfer import NO_LOCK, take_guest
 
+            machine = self.machine
             try:
-                take_guest(self.machine)
-                claim(self.machine.blocks)
-                if not holder.take_again(self.machine.blocks):
+                take_guest(machine)
+                if not holder.take_again(machine.blocks):
                     raise CommandError(NO_LOCK)
+                claim(machine.blocks)
             except CprError as error:
-                give_guest_away(self.machine)
-                drive = next((drive.file for drive in self.machine.config.drives), "")
+                self._leave_again()
+                drive = next((drive.file for drive in machine.config.drives), "")
                 error_report(f"{error}\nIs another process using the image [{drive}]?")
                 raise
             if self.outgoing is not None:
                 self.outgoing.unstage()  # the guest goes on in its own RAM
-            if (refusal := self.machine.cpr_rollback()) is not None:
-                give_up(self.machine.blocks)
-                holder.let_go(self.machine.blocks)
-                give_guest_away(self.machine)
+            if (refusal := machine.cpr_rollback()) is not None:
+                self._leave_again()
                 raise CommandError(str(refusal))
+            machine.has_left = False
+
+    def _leave_again(self) -> None:
+        """The inverse of what `check_cont` takes; a guest that has never left keeps its locks."""
+        from cpr.migration import holder
+        from cpr.migration.cpr_transfer import give_guest_away
+
+        if self.machine.has_left:
+            give_up(self.machine.blocks)
+            holder.let_go(self.machine.blocks)
+            give_guest_away(self.machine)
 
     def close(self, exit_status: int) -> None:
         """The VM ends, with whatever is under way."""

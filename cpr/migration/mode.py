@@ -11,6 +11,7 @@ from __future__ import annotations
 from cpr.constants import EXEC as EXEC
 from cpr.constants import NORMAL
 from cpr.constants import TRANSFER as TRANSFER
+from cpr.migration import holder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Mode:
         """The stream is written and closed.  Raises MigrationError where the end fails."""
         machine.shares_ram |= any(block.reopened for block in machine.blocks)
         machine.leave_guest()
+        holder.let_go(block for block in machine.blocks if block.reopened)
 
     def rollback(self) -> None:
         """The inverse of `begin`; may be called at any time."""
