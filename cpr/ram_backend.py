@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 HUGE_ALIGNMENT = 2 << 20  # so that the kernel can use transparent huge pages
 DEFAULT_HUGEPAGE = 2 << 20
 LOCK_POLL = 0.0005  # s
+NO_LOCK = 'Failed to get "write" lock'
+"""What QEMU says where another process has what the guest needs."""
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -165,9 +167,7 @@ def claim(blocks: Iterable[RAMBlock], wait_ns: int = 0) -> None:
             return
         give_up(files)
         if time.monotonic_ns() >= deadline:
-            raise ConfigError(
-                f'Failed to get "write" lock: another VMM has a guest in the file of {names}'
-            )
+            raise ConfigError(f"{NO_LOCK}: another VMM has a guest in the file of {names}")
         time.sleep(LOCK_POLL)
 
 
@@ -194,9 +194,12 @@ def _is_anothers(block: RAMBlock) -> bool:
         return False
 
 
-def block_of_file(blocks: Iterable[RAMBlock], fd: int) -> RAMBlock | None:
-    """The block whose file this is, if it is one's."""
-    return next((b for b in blocks if b.fd >= 0 and os.path.sameopenfile(b.fd, fd)), None)
+def overwrites(blocks: Iterable[RAMBlock], fd: int, path: str) -> str:
+    """Why `path`, which `fd` is open on, is not to be written to: it is a block; "" where not."""
+    for block in blocks:
+        if block.fd >= 0 and os.path.sameopenfile(block.fd, fd):
+            return f"'{path}' is RAM block '{block.idstr}' of this guest: name another file"
+    return ""
 
 
 def lost_files(blocks: Iterable[RAMBlock]) -> list[str]:

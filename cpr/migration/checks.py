@@ -9,7 +9,7 @@ from cpr.errors import MigrationError
 from cpr.migration.address import connects_in_background
 from cpr.migration.capabilities import IN_PROGRESS
 from cpr.migration.mode import NORMAL, TRANSFER
-from cpr.ram_backend import block_of_file, lost_files
+from cpr.ram_backend import lost_files, overwrites
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -74,10 +74,8 @@ def _check_file(machine: Machine, path: str) -> None:
     except (OSError, ValueError):
         return  # it is told where it is opened
     try:
-        block = block_of_file(machine.blocks, fd)
+        refusal = overwrites(machine.blocks, fd, path)
     finally:
         os.close(fd)
-    if block is not None:
-        raise MigrationError(
-            f"'{path}' is RAM block '{block.idstr}' of this guest: name another file"
-        )
+    if refusal:
+        raise MigrationError(refusal)

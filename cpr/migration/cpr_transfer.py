@@ -26,7 +26,7 @@ from cpr.migration import holder
 from cpr.migration.address import check_unix_path
 from cpr.migration.listener import listen_at
 from cpr.migration.mode import TRANSFER, KeepsRam
-from cpr.ram_backend import LOCK_POLL, give_up
+from cpr.ram_backend import LOCK_POLL, NO_LOCK, give_up
 from cpr.state import cpr_channel
 from cpr.state.fds import MAX_SIZE
 
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from cpr.state.fds import PreservedFds
 
 HANG_UP = select.EPOLLIN | select.EPOLLHUP | select.EPOLLRDHUP
-NO_LOCK = 'Failed to get "write" lock'
 MESSAGE_SIZE = 65536
 MAX_DESCRIPTORS = 16  # of one message; QEMU sends one
 MAX_ALL_DESCRIPTORS = 16384  # of one state: several devices, 2048 vectors each

@@ -20,7 +20,7 @@ from cpr.migration.process import Process
 from cpr.migration.program import check_command, own_command
 from cpr.migration.state import MigrationState
 from cpr.migration.statistics import RamCounters
-from cpr.ram_backend import claim, give_up
+from cpr.ram_backend import NO_LOCK, claim, give_up
 from cpr.report import error_report
 
 TYPE_CHECKING = False
@@ -302,7 +302,7 @@ class Migration:
         """Raises CprError where another process has the guest."""
         if self.machine.runstate.current == runstate.POSTMIGRATE:
             from cpr.migration import holder
-            from cpr.migration.cpr_transfer import NO_LOCK, take_guest
+            from cpr.migration.cpr_transfer import take_guest
 
             machine = self.machine
             try:

@@ -114,8 +114,8 @@ def spoken_versions(
     idea of that.  Takes a program's start, unless it is this very one.
 
     `serve()` is called again and again meanwhile: the guest runs on.  What it says ends that.
-    Raises MigrationError with that, and for a program that does not
-    get this process's environment: it would not know of the update, and start another guest.
+    Raises MigrationError with that, and for a program that does not get this process's environment:
+    it would not know of the update, and start another guest.
     """
     words = list(command)
     if VERB not in words:

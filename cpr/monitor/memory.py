@@ -11,7 +11,7 @@ from cpr.accel.x86 import EFER_LMA
 from cpr.errors import CommandError
 from cpr.monitor import registers
 from cpr.monitor.schema import Session
-from cpr.ram_backend import block_of_file
+from cpr.ram_backend import overwrites
 
 SAVE_CHUNK = 64 * 1024
 LINE_BYTES = 16
@@ -164,10 +164,8 @@ def _save(vmm: Any, filename: str, chunks: Iterator[bytes | int]) -> None:
     """A number is that many zeros: a hole, where the file can have one."""
     try:
         with open(filename, "wb", opener=_open) as file:
-            if block := block_of_file(vmm.machine.blocks, file.fileno()):
-                raise CommandError(
-                    f"'{filename}' is RAM block '{block.idstr}' of this guest: name another file"
-                )
+            if refusal := overwrites(vmm.machine.blocks, file.fileno(), filename):
+                raise CommandError(refusal)
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 file.truncate()
             for chunk in chunks:

@@ -144,11 +144,8 @@ def _bring_over(
     """The guest of a late update: what it waits for is short."""
     incoming = vmm.migration.incoming_side
     if predecessor is not None:
-        incoming.hold, incoming.refuse, incoming.is_late = (
-            predecessor.hold,
-            predecessor.refuse,
-            True,
-        )
+        incoming.hold, incoming.refuse = predecessor.hold, predecessor.refuse
+        incoming.is_late = True
         incoming.hold(sources.main == DEFER)
         incoming.commit = lambda: _commit(vmm, predecessor)
     _confine(vmm, run_with)
