@@ -153,19 +153,23 @@ def test_a_guest_that_ends_with_a_status_of_its_own_right_after(start, accel, tm
     assert "goes on" not in vm.stderr
 
 
+def execute(vm: Vm, source: str, deadline_ms: int) -> None:
+    """Begins a late update to this VMM's own program, which loads from `source`."""
+    parameters = {
+        "mode": "cpr-exec",
+        "cpr-exec-command": [*VMM, *vm.words[len(VMM) :], "-incoming", source],
+        "x-cpr-exec-timeout": deadline_ms,
+    }
+    vm.qmp.command("migrate-set-parameters", parameters)
+    vm.qmp.send("migrate", uri=f"file:{vm.directory}/stream")
+
+
 @pytest.mark.parametrize("exits", [False, True])
 def test_a_deferred_load_that_fails_gives_the_guest_back(start, accel, tmp_path, exits):
     """Whatever exit-on-error says: the guest stands still for it."""
     vm = start.guest("heartbeat", accel)
-    words = [*VMM, *vm.words[len(VMM) :], "-incoming", "defer"]
     old = vm.pid
-    vm.qmp.command(
-        "migrate-set-parameters",
-        mode="cpr-exec",
-        cpr_exec_command=words,
-        x_cpr_exec_timeout=0,
-    )
-    vm.qmp.send("migrate", uri=f"file:{tmp_path}/stream")
+    execute(vm, "defer", deadline_ms=0)
     wait_for(lambda: not is_open(vm), "the exec")
     vm.qmp = vm.connect()
     (tmp_path / "bad").write_bytes(b"x" * 5000)
@@ -187,14 +191,7 @@ def is_open(vm: Vm) -> bool:
 def test_the_source_of_a_new_image_ends_with_it(start, tmp_path):
     vm = start.guest("heartbeat", "tcg")
     source = f"exec:echo $$ >{tmp_path}/pid; exec sleep 1000"
-    words = [*VMM, *vm.words[len(VMM) :], "-incoming", source]
-    vm.qmp.command(
-        "migrate-set-parameters",
-        mode="cpr-exec",
-        cpr_exec_command=words,
-        x_cpr_exec_timeout=1500,
-    )
-    vm.qmp.send("migrate", uri=f"file:{tmp_path}/stream")
+    execute(vm, source, deadline_ms=1500)
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "it starts")
     pid = int((tmp_path / "pid").read_text())
     wait_for(partial(has_failed, vm, 1), "the deadline")
