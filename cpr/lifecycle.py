@@ -112,6 +112,11 @@ class Lifecycle:
         self.loop.call_soon(lambda: self._stop_running(state))
 
     @property
+    def ends(self) -> bool:
+        """Whether the VM has ended, or does so with this round of the main loop."""
+        return self.ended or self.loop.stopping
+
+    @property
     def suspended(self) -> bool:
         state = self.runstate.current
         return state == runstate.SUSPENDED or (state not in runstate.LIVE and self.was_suspended)

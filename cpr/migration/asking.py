@@ -41,6 +41,6 @@ class Asking:
         """A round of the main loop; then why the command is not to wait any longer, or ""."""
         machine = self._machine
         machine.loop.iterate(ROUND_NS)
-        if machine.ended or machine.loop.stopping or machine.interrupted():
+        if machine.ends or machine.interrupted():
             return ENDING
         return INTERRUPTED if self._cancelled else ""

@@ -229,8 +229,7 @@ class Migration:
             raise outgoing.fail_by(error) from None
 
         def execute() -> None:
-            ends = self.machine.ended or self.loop.stopping
-            if outgoing.early is early and not ends:  # and not cancelled meanwhile
+            if outgoing.early is early and not self.machine.ends:  # and not cancelled meanwhile
                 early.execute()
 
         self.loop.call_soon(execute)
