@@ -112,6 +112,19 @@ def test_quit_right_after_a_late_update_leaves_nothing(start, accel, tmp_path):
     assert not list(folder.iterdir())
 
 
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_a_temporary_folder_that_is_gone(start, accel, overlap, tmp_path):
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    vm: Vm = start(*words(accel), env=os.environ | {"TMPDIR": str(folder)})
+    vm.qmp.command("migrate-set-parameters", x_cpr_exec_overlap=overlap)
+    folder.rmdir()
+    vm.update()
+    assert vm.ask("query-migrate")["status"] == "completed"
+    assert not list(Path("/tmp").glob(f"cpr-exec-{vm.pid}-*"))
+    assert vm.complaints == ""
+
+
 def deferred(vm: Vm, folder: Path, *more: str) -> None:
     """A late update whose new image waits for migrate-incoming."""
     command = [*vm.words, "-incoming", "defer", *more]

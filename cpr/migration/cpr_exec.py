@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from cpr.state.fds import PreservedFds
 
 STATE_FILE = "vmstate"
+TEMPORARY = ("/tmp", "/var/tmp")
 
 
 class Exec(KeepsRam):
@@ -260,18 +261,18 @@ def plan(command: list[str] | None) -> tuple[list[str], str, str | None]:
 
 
 def _create_directory() -> str:
-    base = os.environ.get("TMPDIR") or "/tmp"
-    while True:
+    """In $TMPDIR; where there is no such folder any more, or no room in it, in another one."""
+    named = os.environ.get("TMPDIR")
+    reason = ""
+    for base in (*([named] if named else []), *TEMPORARY):
         directory = os.path.join(base, f"cpr-exec-{os.getpid()}-{os.urandom(4).hex()}")
         try:
             os.mkdir(directory, 0o700)
-        except FileExistsError:
-            continue
         except OSError as error:
-            raise MigrationError(
-                f"Could not create '{directory}': {error.strerror}; set TMPDIR to a writable folder"
-            ) from None
-        return directory
+            reason = reason or f"Could not create '{directory}': {error.strerror}"
+        else:
+            return directory
+    raise MigrationError(f"{reason}; set TMPDIR to a writable folder")
 
 
 def remove_own_directory(source: dict) -> None:
