@@ -10,6 +10,8 @@ INSTALL := $(BIN)/python -m pip install -q --config-settings editable_mode=compa
 NATIVE := $(wildcard $(addprefix cpr/_native/,[!_]*.c *.h tcg/*.c tcg/*.h)) cpr/_native/build.py
 GUEST ?= examples/heartbeat.cfg
 ARGS ?=
+# The tests wait more than they compute: one more at a time than there are CPUs.
+JOBS ?= $(shell expr $$(nproc) + 1)
 PYTHONS ?= 3.11 3.12 3.13 3.14
 LIVE_NEEDS := pytest pytest-timeout pytest-xdist hypothesis cffi psutil uvicorn setuptools
 
@@ -39,7 +41,7 @@ demo: setup
 	@$(BIN)/python -m benchmarks.demo $(ARGS)
 
 test: setup-dev
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 # The library's echo server through 100 updates, of which every third fails.
 test-live: setup-dev
@@ -48,7 +50,7 @@ test-live: setup-dev
 # The library on other Pythons, versions or paths of programs: those that uv finds or fetches, else
 # Debian's, unpacked into a folder.
 test-pythons: setup-dev
-	@$(BIN)/python -m tests.pythons $(addprefix --needs ,$(LIVE_NEEDS)) $(PYTHONS) -- -n 2 $(ARGS)
+	@$(BIN)/python -m tests.pythons $(addprefix --needs ,$(LIVE_NEEDS)) $(PYTHONS) -- -n $(JOBS) $(ARGS)
 
 # The library beside what else there is, on a Python that all of it runs on.
 bench-live: setup-dev

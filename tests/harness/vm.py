@@ -114,7 +114,8 @@ class Vm:
         try:
             while self.qmp.command("query-migrate").get("status") not in ENDED:
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"the update has not ended in {self._timeout:.0f} s")
+                    text = f"the update has not ended in {self._timeout:.0f} s"
+                    raise RuntimeError(f"{text}\n{self.where()}")
                 self.qmp.wait_event("RESUME", ASK_AGAIN)
         except ConnectionError:
             self.qmp.close()
