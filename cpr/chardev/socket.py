@@ -11,12 +11,11 @@ import errno
 import os
 import select
 import socket
-import stat
 
 from cpr import report
-from cpr.chardev.base import flag
+from cpr.chardev.address import connect, join, listen, unlink
 from cpr.chardev.stream import FdChardev
-from cpr.constants import NS_PER_MS, UNIX_PATH_MAX
+from cpr.constants import NS_PER_MS
 from cpr.errors import ConfigError
 from cpr.mainloop import READ, RETRY_NS, WRITE
 
@@ -24,64 +23,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from cpr.chardev.address import Address, SocketOptions
     from cpr.mainloop import MainLoop, Timer
     from cpr.state.connections import Kept
 
 MAX_PASSED_FDS = 16
 LISTENER, PEER, PASSED = "listener", "peer", "passed"
-CONNECT_TIMEOUT = 5.0  # s, to a server that does not answer; a guest may run already
-
-
-class SocketOptions:
-    """The options of -chardev socket, checked.  Raises ConfigError with QEMU's texts."""
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.path = str(options.get("path", ""))
-        self.host = str(options.get("host", ""))
-        self.port = str(options.get("port", ""))
-        self.server = flag(options, "server", False)
-        self.wait = flag(options, "wait", self.server)
-        self.nodelay = flag(options, "nodelay", False)
-        self.reconnect_ms = int(options.get("reconnect-ms", 0))
-        if "path" in options and "host" in options:
-            raise ConfigError("None or one of 'path', 'fd' or 'host' option required.")
-        if not self.path and not self.port:
-            raise ConfigError("chardev: socket: no port given")
-        if len(os.fsencode(self.path)) >= UNIX_PATH_MAX:
-            raise ConfigError(
-                f"UNIX socket path '{self.path}' is too long\n"
-                f"Path must be less than {UNIX_PATH_MAX} bytes"
-            )
-        if self.reconnect_ms < 0:
-            raise ConfigError(f"'reconnect-ms' must not be negative: {self.reconnect_ms}")
-        if self.server and self.reconnect_ms:
-            raise ConfigError(
-                "'reconnect-ms' option is incompatible with socket in server listen mode"
-            )
-        if not self.server and "wait" in options:
-            raise ConfigError("'wait' option is incompatible with socket in client connect mode")
-
-    def addresses(self) -> list[tuple[int, Any]]:
-        """(family, address) of each address to try.  Raises ConfigError if there is none."""
-        if self.path:
-            return [(socket.AF_UNIX, self.path)]
-        flags = socket.AI_PASSIVE if self.server else 0
-        try:
-            found = socket.getaddrinfo(
-                self.host or None, self.port, type=socket.SOCK_STREAM, flags=flags
-            )
-        except (OSError, UnicodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise ConfigError(
-                f"address resolution failed for {self.host}:{self.port}: {reason}"
-            ) from None
-        return [(family, address) for family, _, _, _, address in found]
-
-    def where(self) -> dict[str, str | bool]:
-        return {"path": self.path, "host": self.host, "port": self.port, "server": self.server}
-
-    def text(self) -> str:
-        return f"unix:{self.path}" if self.path else f"tcp:{_join(self.host, self.port)}"
 
 
 class SocketChardev(FdChardev):
@@ -103,7 +50,7 @@ class SocketChardev(FdChardev):
     ) -> None:
         super().__init__(label, loop)
         self._options = options
-        self._addresses: list[tuple[int, Any]] = []
+        self._addresses: list[Address] = []
         self._listener: socket.socket | None = None
         self._socket: socket.socket | None = None
         self._connecting: socket.socket | None = None
@@ -117,7 +64,7 @@ class SocketChardev(FdChardev):
             return
         self._resolve()
         if options.server:
-            self._listener = self._listen()
+            self._listen()
             if options.wait and may_wait:
                 self._wait_for_client()
             else:
@@ -125,9 +72,9 @@ class SocketChardev(FdChardev):
         elif options.reconnect_ms:
             self._reconnect()
         else:
-            self._attach(self._connect())
+            self._attach(connect(self._options, self._resolve()))
 
-    def _resolve(self) -> list[tuple[int, Any]]:
+    def _resolve(self) -> list[Address]:
         """The addresses to try.  Raises ConfigError."""
         if not self._addresses:
             self._addresses = self._options.addresses()
@@ -261,12 +208,12 @@ class SocketChardev(FdChardev):
 
     def reopen(self) -> None:
         if self._options.server:
-            self._listener = self._listen()
+            self._listen()
             self._watch_listener()
         elif self._options.reconnect_ms:
             self._reconnect_later()
         else:
-            self._attach(self._connect())
+            self._attach(connect(self._options, self._resolve()))
 
     def expect_another(self) -> None:
         if self._listener is not None and self._socket is not None:
@@ -292,50 +239,9 @@ class SocketChardev(FdChardev):
 
     # Server.
 
-    def _listen(self) -> socket.socket:
-        failure = ""
-        for family, address in self._resolve():
-            listener = None
-            try:
-                listener = socket.socket(family, socket.SOCK_STREAM)
-                self._bind(listener, family, address)
-                return listener
-            except OSError as error:
-                if listener is not None:
-                    listener.close()
-                failure = self._bind_failure(error)
-        raise ConfigError(failure)
-
-    def _bind(self, listener: socket.socket, family: int, address: Any) -> None:
-        if family == socket.AF_UNIX:
-            try:
-                _remove_old(address)
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                raise ConfigError(f"Failed to unlink socket {address}: {error.strerror}") from None
-        else:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_UNIX:
-            os.fchmod(listener.fileno(), 0o600)  # bind gives it to the file
-        listener.bind(address)
-        listener.listen(1)
-        listener.setblocking(False)
-        if family == socket.AF_UNIX:
-            self._inode = os.stat(address).st_ino
-
-    def _bind_failure(self, error: OSError) -> str:
-        if self._options.path:
-            return f"Failed to bind socket to {self._options.path}: {error.strerror}"
-        where = _join(self._options.host, self._options.port)
-        if error.errno == errno.EADDRINUSE:
-            return (
-                f"Failed to find an available port: {error.strerror}; {where} is taken: stop the "
-                "process that listens there or give another port="
-            )
-        if error.errno == errno.EACCES:
-            return f"Failed to bind socket: {error.strerror}; {where} needs CAP_NET_BIND_SERVICE"
-        return f"Failed to bind socket: {error.strerror}; {where} is no address of this host"
+    def _listen(self) -> None:
+        """Raises ConfigError."""
+        self._listener, self._inode = listen(self._options, self._resolve())
 
     def _wait_for_client(self) -> None:
         """Blocks until the first client is there, as wait=on asks."""
@@ -385,20 +291,6 @@ class SocketChardev(FdChardev):
         self._attach(client)
 
     # Client.
-
-    def _connect(self) -> socket.socket:
-        reason = ""
-        for family, address in self._resolve():
-            peer = socket.socket(family, socket.SOCK_STREAM)
-            peer.settimeout(CONNECT_TIMEOUT)
-            try:
-                peer.connect(address)
-                return peer
-            except OSError as error:
-                peer.close()
-                reason = str(error.strerror or error)
-        where = self._options.text().partition(":")[2]
-        raise ConfigError(f"Failed to connect to '{where}': {reason}")
 
     def _reconnect(self) -> None:
         self._timer = None
@@ -473,25 +365,5 @@ def forget(kept: Kept) -> None:
     unlink(str(kept.data.get("where", {}).get("path", "")), int(kept.data.get("inode", 0)))
 
 
-def _remove_old(path: str) -> None:
-    """Removes what is there, as QEMU does, but no device or FIFO.  Raises OSError."""
-    if stat.S_IFMT(os.lstat(path).st_mode) in (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO):
-        raise OSError(errno.EEXIST, "it is a device or a FIFO")
-    os.unlink(path)
-
-
-def unlink(path: str, inode: int) -> None:
-    """Removes the path of a listening socket, unless another process has bound its own there."""
-    try:
-        if inode and os.stat(path).st_ino == inode:
-            os.unlink(path)
-    except OSError:
-        pass
-
-
-def _join(host: str, port: str | int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _tcp(address: Any) -> str:
-    return f"tcp:{_join(address[0], address[1])}"
+    return f"tcp:{join(address[0], address[1])}"

@@ -12,6 +12,7 @@ from importlib import import_module
 MODULES = (
     "cpr.accel.kvm.cpuid_names",
     "cpr.accel.paging",
+    "cpr.chardev.address",
     "cpr.chardev.base",
     "cpr.chardev.file",
     "cpr.chardev.null",
