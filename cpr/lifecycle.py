@@ -10,6 +10,7 @@ from cpr.clock import VirtualClock
 from cpr.constants import MIB
 from cpr.errors import CommandError, CprError
 from cpr.faults import point
+from cpr.reserve import Reserve
 from cpr.runstate import RunState
 from cpr.vcpus import VCPUS_FIRST
 
@@ -74,6 +75,7 @@ class Lifecycle:
         self._shutdown_requested = False
         self._suspend_requested = False
         self._parked: list[bool] = []
+        self._reserve: Reserve | None = None
         self._state_lock = RLock()
 
     # What a device, a vCPU or the monitor asks for: done soon, by the main loop.
@@ -174,10 +176,12 @@ class Lifecycle:
     def park(self) -> None:
         """Ends the vCPUs' threads, and those of devices, for the moment of an exec.
 
-        The guest does not notice: its clock goes on.  `unpark` is the inverse.
+        The guest does not notice: its clock goes on.  `unpark` is the inverse, to be called too
+        where this raises MemoryError: there would be none to start them again.
         """
-        self.request_pause()
         self._parked = [thread.running for thread in self.threads]
+        self._reserve = Reserve(len(self.threads))
+        self.request_pause()
         for thread in self.threads:
             thread.end()
             point("park")
@@ -190,6 +194,9 @@ class Lifecycle:
 
         Waits for threads that cannot start, but not where the VM ends.
         """
+        if self._reserve is not None:
+            self._reserve.close()
+            self._reserve = None
         with self.lock:
             for device in self.devices:
                 device.unpark()

@@ -11,7 +11,7 @@ from _thread import allocate_lock, get_ident, get_native_id, start_new_thread
 
 from cpr.accel import base
 from cpr.errors import CprError
-from cpr.report import unexpected, warn_report
+from cpr.report import carefully, unexpected, warn_report
 from cpr.uapi.affinity import set_affinity, set_timer_slack
 
 TYPE_CHECKING = False
@@ -239,9 +239,7 @@ class VCpuThread:
     def _main(self) -> None:
         self._thread_id = get_native_id()
         self._started.release()
-        set_timer_slack(VCPU_SLACK_NS)
-        if self._scheduling is not None:
-            self.schedule(self._scheduling)
+        carefully(self._schedule_again)
         while True:
             self._go.acquire()
             if self._ending:
@@ -251,6 +249,11 @@ class VCpuThread:
                 self._run_once()
             self._do_work(last=True)
             self._parked.release()
+
+    def _schedule_again(self) -> None:
+        set_timer_slack(VCPU_SLACK_NS)
+        if self._scheduling is not None:
+            self.schedule(self._scheduling)
 
     def _run_once(self) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import pty
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
 from failing import HEARTBEAT, Failing, bad, start_vm, words
@@ -123,6 +125,25 @@ def test_a_temporary_folder_that_is_gone(start, accel, overlap, tmp_path):
     assert vm.ask("query-migrate")["status"] == "completed"
     assert not list(Path("/tmp").glob(f"cpr-exec-{vm.pid}-*"))
     assert vm.complaints == ""
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize("room", [0, 64 << 10, 12 << 20], ids=["none", "64K", "12M"])
+def test_no_memory_for_an_update(start, accel, room, late, tmp_path):
+    """A thread without memory for its first frame would end, and its vCPU stand still."""
+    vm: Vm = start(*words(accel))
+    failing = Failing(vm)
+    unlimited = resource.prlimit(vm.pid, resource.RLIMIT_AS)
+    most = psutil.Process(vm.pid).memory_info().vms + room
+    resource.prlimit(vm.pid, resource.RLIMIT_AS, (most, unlimited[1]))
+    with suppress(QmpError):  # some of it is found out at once
+        failing.update(["/bin/false"], late, tmp_path / "state")
+    wait_for(lambda: vm.ask("query-migrate").get("status") == "failed", "the update has failed")
+    assert vm.ask("query-status")["running"]
+    failing.check_counter()
+    assert "Traceback" not in vm.stderr
+    resource.prlimit(vm.follow(), resource.RLIMIT_AS, unlimited)
+    failing.update_well()
 
 
 def deferred(vm: Vm, folder: Path, *more: str) -> None:

@@ -20,7 +20,7 @@ LAYERS = (
     ("cpr.monitor",),
     ("cpr.migration",),
     ("cpr.pc",),
-    ("cpr.machine", "cpr.lifecycle", "cpr.boot", "cpr.linux_boot", "cpr.vcpus"),
+    ("cpr.machine", "cpr.lifecycle", "cpr.boot", "cpr.linux_boot", "cpr.vcpus", "cpr.reserve"),
     ("cpr.devices", "cpr.bus"),
     ("cpr.chardev",),
     ("cpr.accel",),

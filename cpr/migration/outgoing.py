@@ -19,7 +19,7 @@ from cpr.migration.incoming import NO_THREAD
 from cpr.migration.mode import EXEC, TRANSFER
 from cpr.migration.statistics import STOPPED_SYNCS, RamCounters, Times
 from cpr.phases import mark
-from cpr.report import carefully, error_report, exception_report, unexpected
+from cpr.report import carefully, error_report, unexpected
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -351,11 +351,10 @@ class Outgoing:
                 self.state.set("completed")
             mode.finish(self.machine)
         except Exception as error:  # the guest must not be lost to a bug here
-            if not isinstance(error, CprError):
-                exception_report(error)
+            expected = _expected(error)
             if mode.gives_back is None and not mode.ended_by:
-                error_report(error)
-            self.end("failed", str(error))
+                error_report(expected)
+            self.end("failed", str(expected))
             if mode.gives_back is not None:
                 mode.gives_back()  # no command comes in between
             if mode.ended_by:
@@ -370,10 +369,9 @@ class Outgoing:
 
     def fail_by(self, error: Exception) -> CprError:
         """Ends as failed by what was raised, expected or not; what is to be told of it."""
-        if not isinstance(error, CprError):
-            error = MigrationError(unexpected(error))
-        self.fail(error)
-        return error
+        expected = _expected(error)
+        self.fail(expected)
+        return expected
 
     def fail(self, error: CprError) -> None:
         self.state.set("failing")
@@ -442,3 +440,7 @@ class Outgoing:
         elif status == "completed":
             result |= self.times.query(True) | {"ram": self.ram.query(self.times)}
         return result
+
+
+def _expected(error: Exception) -> CprError:
+    return error if isinstance(error, CprError) else MigrationError(unexpected(error))

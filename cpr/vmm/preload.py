@@ -43,6 +43,7 @@ MODULES = (
     "cpr.process_group",
     "cpr.vmm.connections",
     "cpr.vmm.populate",
+    "mmap",  # a shared library, for which there may be no memory later
 )
 """All that is imported in a function.
 
