@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,34 @@ def test_what_a_new_program_says_is_bounded(tmp_path: Path, mode: str) -> None:
     assert result.of("flood") == [[3, ["last"]]], result.stderr[-2000:]
     assert result.of("most") == [[True]]
     assert result.stderr.endswith("last\n")
+
+
+TALKS_ON = """
+if len(sys.argv) > 2:
+    if os.fork() == 0:
+        try:
+            while True:
+                os.write(2, b"more\\n")
+        except OSError as error:
+            say("child", error.errno)
+            os._exit(0)
+    time.sleep(0.1)
+    if sys.argv[2] == "dies":
+        raise SystemExit(3)
+    live.ready()
+    say("new", live.generation)
+    raise SystemExit
+live.ready()
+say("old", fails([PYTHON, __file__, sys.argv[1], "dies"], mode=sys.argv[1]).status)
+live.update([PYTHON, __file__, sys.argv[1], "good"], mode=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("mode", ["early", "late"])
+def test_a_child_that_goes_on_talking_holds_nobody_up(tmp_path: Path, mode: str) -> None:
+    """What it has said is passed on; what it says when its parent has failed or taken over is not,
+    and would grow."""
+    result = run(tmp_path, TALKS_ON, mode)
+    assert result.of("old") == [[3]] and result.of("new") == [[1]], result.stderr[-2000:]
+    assert result.of("child") == [[errno.EPERM]] * 2
+    assert "more\n" in result.stderr

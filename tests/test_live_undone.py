@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ ours, theirs = socket.socketpair()
 sock = live.socket("socket", lambda: ours)
 file = live.file("file", lambda: open(__file__))
 if size == 8192:
+    assert memory[5000] == 0, "what a failed program had grown comes back with its bytes"
     memory[5000] = 5
     sock.setblocking(False)
     file.readline()
@@ -37,7 +39,8 @@ file.readline()
 for what in ("rehearse", "dies"):
     NEW = [PYTHON, __file__, mode, what]
     say(what, bool(live.rehearse(NEW)) if what == "rehearse" else fails(NEW, mode=mode).status)
-    say("size", os.stat(f"/proc/self/fd/{live.image.current().registry.find('memory').fd}").st_size)
+    entry = live.image.current().registry.find("memory")
+    say("size", entry.size, os.fstat(entry.fd).st_blocks * 512)
     say("blocking", os.get_blocking(sock.fileno()))
 say("line", file.readline())
 live.update([PYTHON, __file__, mode, "back"], mode=mode, back=True)
@@ -48,7 +51,32 @@ live.update([PYTHON, __file__, mode, "back"], mode=mode, back=True)
 def test_what_a_failed_program_has_changed_is_undone(tmp_path: Path, mode: str) -> None:
     result = run(tmp_path, CHANGES, mode)
     assert result.of("rehearse") == [[True]] and result.of("dies") == [[3]], result.stderr
-    assert result.of("size") == [[4096]] * 2 and result.of("blocking") == [[True]] * 2
+    assert result.of("size") == [[4096, 4096]] * 2 and result.of("blocking") == [[True]] * 2
     assert result.of("line") == [["import json, os, sys, time\n"]]
     assert result.of("back") == [[4096, True, "from cpr import live\n"]]
     assert result.of("end") == [[8192, 1]]
+
+
+SHRINKS = """
+memory = live.memory("memory", 1 << 16)
+if len(sys.argv) > 2:
+    try:
+        memory.resize(4096)
+    except OSError as error:
+        say("resize", error.errno)
+    raise SystemExit(3)
+memory[50000] = 7
+live.ready()
+NEW = [PYTHON, __file__, sys.argv[1], "new"]
+say("rehearse", live.rehearse(NEW).status)
+say("update", fails(NEW, mode=sys.argv[1]).status)
+say("memory", len(memory), memory[50000])
+"""
+
+
+@pytest.mark.parametrize("mode", ["early", "late"])
+def test_a_new_program_makes_no_memory_smaller(tmp_path: Path, mode: str) -> None:
+    """The previous one would be ended by SIGBUS."""
+    result = run(tmp_path, SHRINKS, mode)
+    assert result.of("rehearse") == [[3]] and result.of("update") == [[3]], result.stderr
+    assert result.of("memory") == [[1 << 16, 7]] and result.of("resize") == [[errno.EPERM]]

@@ -126,7 +126,7 @@ def memory(name: str, size: int, *, huge: bool = False, grow: bool = False) -> m
         entry = preserved.Entry(preserved.MEMORY, number, None, {})
         this.registry.add(name, entry)
     elif entry.kind == preserved.MEMORY:
-        memfd.resize(name, entry.fd, size, grow)
+        memfd.resize(name, entry.fd, entry.size, size, grow)
         entry.size = size
     try:
         return cast("mmap.mmap", this.registry.take(name, preserved.MEMORY))

@@ -40,8 +40,7 @@ class LastWords:
         """stderr is the memfd, for the exec.  Raises OSError."""
         flush()
         if self.real >= 0:
-            self._memfd = above_streams(os.memfd_create(NAME))
-            _diverted.append(self._memfd)
+            self._memfd = create(NAME)
             os.dup2(self._memfd, STDERR)
 
     def restore(self) -> None:
@@ -52,30 +51,49 @@ class LastWords:
     def take(self) -> list[str]:
         """The last lines of the new program, which has ended; writes all that it had to stderr."""
         lines: list[str] = []
-        _diverted.clear()
         if self._memfd >= 0:
             text = forward(self._memfd, STDERR)
             lines = text.decode(errors="replace").splitlines()[-LAST_LINES:]
-        for fd in (self.real, self._memfd):
-            if fd >= 0:
-                os.close(fd)
+            close(self._memfd)
+        if self.real >= 0:
+            os.close(self.real)
         self.real = self._memfd = -1
         return lines
 
 
-_diverted: list[int] = []
-"""The memfd of the update that is under way, if it has one."""
+_bounded: set[int] = set()
+"""The memfds of the update and the rehearsal that are under way."""
+
+
+def create(name: str) -> int:
+    """A memfd for what a program says, which `bound` looks after; `close` it.  Raises OSError."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    memfd = above_streams(os.memfd_create(name, flags))
+    _bounded.add(memfd)
+    return memfd
+
+
+def close(memfd: int) -> None:
+    """The inverse of `create`."""
+    _bounded.discard(memfd)
+    os.close(memfd)
 
 
 def bound() -> None:
     """Forgets what the new program has said, but for the last, where that is too much to keep."""
-    for memfd in _diverted:
+    for memfd in _bounded:
         status = os.fstat(memfd)
         if status.st_blocks * BLOCK > MOST:
             offset = max(status.st_size - PIECE, 0)
             last = os.pread(memfd, PIECE, offset)
             os.ftruncate(memfd, 0)  # who writes on does so at the offset that he had
             os.pwrite(memfd, last, offset)
+
+
+def end_of(memfd: int, size: int) -> str:
+    """The last `size` bytes at most of what a program has said, as text."""
+    begin = max(os.fstat(memfd).st_size - size, 0)
+    return os.pread(memfd, size, begin).decode(errors="replace").strip("\0").strip()
 
 
 def flush() -> None:
@@ -88,11 +106,15 @@ def flush() -> None:
 def forward(source: int, target: int) -> bytes:
     """Copies what a memfd holds, but for its holes; the end of it.
 
-    Nobody is to fail by what cannot be written.
+    Nobody is to fail by what cannot be written.  Who has the memfd still, as a child of the program
+    may, says nothing more: nobody would read it, and it would grow.
     """
+    with contextlib.suppress(OSError):  # one of an earlier version's
+        fcntl.fcntl(source, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+    size = os.fstat(source).st_size
     # Before that there is nothing but a hole, where it has been bounded.
-    offset, last = max(os.fstat(source).st_size - 2 * MOST, 0), b""
-    while piece := os.pread(source, PIECE, offset):
+    offset, last = max(size - 2 * MOST, 0), b""
+    while offset < size and (piece := os.pread(source, min(PIECE, size - offset), offset)):
         offset += len(piece)
         piece = piece.strip(b"\0")
         last = (last + piece)[-PIECE:]

@@ -1,7 +1,13 @@
-"""Memory that the next program has too: a memfd, mapped shared."""
+"""Memory that the next program has too: a memfd, mapped shared.
+
+It is sealed against becoming smaller: a new program that has not taken over, or is rehearsed, has
+it too, and who accesses what is not there any more is ended by SIGBUS.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import mmap
 import os
 
@@ -19,13 +25,14 @@ def create(name: str, size: int, huge: bool) -> int:
     try:
         fd = os.memfd_create(
             f"cpr-live:{name}".encode()[:MOST_NAME].decode(errors="ignore"),
-            os.MFD_CLOEXEC | (MFD_HUGETLB if huge else 0),
+            os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (MFD_HUGETLB if huge else 0),
         )
     except OSError as error:
         what = "memfd_create of huge pages" if huge else "memfd_create"
         raise PreserveError(f"'{name}': {what}: {error.strerror}") from None
     try:
         os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
     except (OSError, OverflowError) as error:
         os.close(fd)
         why = error.strerror if isinstance(error, OSError) else error
@@ -35,15 +42,16 @@ def create(name: str, size: int, huge: bool) -> int:
     return fd
 
 
-def map_memory(fd: int, *, private: bool = False) -> mmap.mmap:
-    """A mapping of all of it; the descriptor stays the caller's.  Raises OSError."""
-    size = os.fstat(fd).st_size
+def map_memory(fd: int, size: int, *, private: bool = False) -> mmap.mmap:
+    """A mapping of `size` bytes of it; the descriptor stays the caller's.  Raises OSError."""
     return mmap.mmap(fd, size, mmap.MAP_PRIVATE if private else mmap.MAP_SHARED)
 
 
-def resize(name: str, fd: int, size: int, grow: bool) -> None:
-    """Makes it larger where that is asked for.  Raises PreserveError for every other size."""
-    old = os.fstat(fd).st_size
+def resize(name: str, fd: int, old: int, size: int, grow: bool) -> None:
+    """Makes memory of `old` bytes larger where that is asked for.
+
+    Raises PreserveError for every other size.
+    """
     if size == old:
         return
     if not grow or size < old:
@@ -51,19 +59,23 @@ def resize(name: str, fd: int, size: int, grow: bool) -> None:
         raise PreserveError(f"'{name}' has {old} bytes, and {size} are asked for{hint}")
     _check_total(name, size)
     try:
-        os.ftruncate(fd, size)
+        if os.fstat(fd).st_size < size:
+            os.ftruncate(fd, size)
     except (OSError, OverflowError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise PreserveError(f"'{name}': {size} bytes of memory: {why}") from None
 
 
-def shrink(fd: int, size: int) -> None:
-    """The inverse of `resize`: it has `size` bytes at most, which stay as they are.
-
-    Raises OSError.
-    """
-    if os.fstat(fd).st_size > size:
+def give_back(fd: int, size: int) -> None:
+    """The inverse of `resize`: what is beyond `size` bytes is freed, and zero again."""
+    beyond = os.fstat(fd).st_size - size
+    if beyond <= 0:
+        return
+    with contextlib.suppress(OSError):  # one that an earlier version has not sealed
         os.ftruncate(fd, size)
+        return
+    with mmap.mmap(fd, size + beyond, mmap.MAP_SHARED) as whole:
+        whole.madvise(mmap.MADV_REMOVE, size, beyond)
 
 
 def _check_total(name: str, size: int) -> None:

@@ -220,12 +220,13 @@ class Update(Channel):
         """Starts `argv` as a child, for a rehearsal.  Raises UpdateError; then there is none."""
         import subprocess
 
+        from cpr.live import last_words
         from cpr.process_group import own_group
 
         assert self._theirs is not None
         try:
             # No pipe, which others may hold.
-            self._words = tokens.above_streams(os.memfd_create("cpr-rehearsal-stderr"))
+            self._words = last_words.create("cpr-rehearsal-stderr")
             self._child = subprocess.Popen(
                 list(argv),
                 env=self.environment(REHEARSE, environment),
@@ -248,13 +249,12 @@ class Update(Channel):
 
     def end_child(self) -> tuple[int, str]:
         """Ends and reaps the child of `spawn`: its exit status, and the end of its stderr."""
+        from cpr.live import last_words
         from cpr.process_group import kill_group
 
         kill_group(self._child)
         self._child.wait()
-        begin = max(os.fstat(self._words).st_size - LAST_BYTES, 0)
-        error = os.pread(self._words, LAST_BYTES, begin)
-        return self._child.returncode, error.decode(errors="replace").strip()
+        return self._child.returncode, last_words.end_of(self._words, LAST_BYTES)
 
     def take(self) -> bool:
         """Takes the token; true also where this image has it; false: the new one has committed."""
@@ -318,9 +318,13 @@ class Update(Channel):
         if self._on_hangup is not None:
             signal.signal(signal.SIGHUP, self._on_hangup)
             self._on_hangup = None
-        for fd in (self.token, self.pidfd, self._words):
+        for fd in (self.token, self.pidfd):
             if fd >= 0:
                 os.close(fd)
+        if self._words >= 0:
+            from cpr.live import last_words
+
+            last_words.close(self._words)
         self.token = self.pidfd = self._words = -1
         if self.page is not None and self.page.struct is not None:
             self.page.close()

@@ -39,7 +39,7 @@ class Entry:
         self.how = how
         status = os.fstat(fd)
         self.identity = (status.st_dev, status.st_ino)
-        self.size = status.st_size
+        self.size = int(how.pop("size", status.st_size)) if kind == MEMORY else status.st_size
         self._before: tuple[bool, int] | None = None
 
     def take(self, private: bool) -> Any:
@@ -69,11 +69,17 @@ class Entry:
         if self.check() is not None:
             return
         if self.kind == MEMORY:
-            memfd.shrink(self.fd, self.size)
+            memfd.give_back(self.fd, self._mapped())
         elif before is not None:
             os.set_blocking(self.fd, before[0])
             if before[1] >= 0:
                 os.lseek(self.fd, before[1], os.SEEK_SET)
+
+    def _mapped(self) -> int:
+        """The bytes of a memory that this program has; its mapping may have been resized."""
+        with contextlib.suppress(ValueError):  # it has been closed
+            self.size = self.size if self.value is None else len(self.value)
+        return self.size
 
     def check(self) -> str | None:
         """Why the descriptor is not the one that was kept, or None."""
@@ -100,6 +106,8 @@ class Entry:
             self.how = files.describe(self.value)
             if (place := files.place_of(self.value)) is not None:
                 self.how["place"] = place
+        if self.kind == MEMORY:
+            return {"kind": self.kind, "size": self._mapped()}
         return {"kind": self.kind, **self.how}
 
 
@@ -267,7 +275,7 @@ def _build(entry: Entry, private: bool) -> Any:
     if entry.kind == FILE:
         return files.build(entry.fd, entry.how)
     if entry.kind == MEMORY:
-        return memfd.map_memory(entry.fd, private=private)
+        return memfd.map_memory(entry.fd, entry.size, private=private)
     return entry.fd
 
 

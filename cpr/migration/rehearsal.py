@@ -13,6 +13,7 @@ import time
 
 from cpr.constants import NS_PER_MS
 from cpr.errors import CprError, MigrationError
+from cpr.live.last_words import bound
 from cpr.live.old_image import Update
 from cpr.live.transaction import END, HELLO, RAM_FILES, READY, UpdateError
 from cpr.migration.hand_over import check_protocol, send_state
@@ -99,6 +100,7 @@ def _converse(
     while True:
         if reason := serve():
             return reason
+        bound()
         ready = [fd for fd, _ in poll.poll(0)]
         if update.fileno() in ready:
             try:
