@@ -10,6 +10,8 @@ from cpr.state.reader import StreamError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cpr.machine import Machine
     from cpr.migration.channel import Channel
     from cpr.pages import PagePool, RecordLoader
@@ -51,10 +53,18 @@ def check_content(machine: Machine, had_pages: bool, ignores_shared: bool) -> No
 class MappedLoader:
     """mapped-ram: reads the pages of a block from their places in the file.
 
-    Pages that are not there are zero: in blocks that are `cleared` they are made so.
+    Pages that are not there are zero: in blocks that are `cleared` they are made so.  `check` is
+    called with a block of which there are pages, and may raise.
     """
 
-    def __init__(self, blocks: list[RAMBlock], cleared: set[str], channel: Channel) -> None:
+    def __init__(
+        self,
+        blocks: list[RAMBlock],
+        cleared: set[str],
+        channel: Channel,
+        check: Callable[[ram_section.Block], None],
+    ) -> None:
+        self._check = check
         self._blocks = {block.idstr: block for block in blocks}
         self._cleared = cleared
         self._channel = channel
@@ -78,6 +88,7 @@ class MappedLoader:
             if block.idstr in self._cleared:
                 pool.clear(Pages.of_block(block, present, inverted=True))
             if any(present):
+                self._check(listed)
                 pool.load(Pages.of_block(block, present, holes=False), fd, layout.pages_offset)
                 block.kept = True
         try:

@@ -90,13 +90,15 @@ class Loader:
         machine, capabilities = self._machine, self._capabilities
         states: dict[tuple[str, int], dict] = {}
         ignored = capabilities.enabled("x-ignore-shared")
-        ram = ram_section.RamDecoder(list_blocks(machine), ignored)
-        bulk, had_pages = BulkLoader(machine.blocks), False
+        theirs = {block.idstr for block in machine.blocks if block.kept}
+        ram = ram_section.RamDecoder(list_blocks(machine), ignored, theirs)
+        bulk = BulkLoader([block for block in machine.blocks if not block.kept])
+        had_pages = False
         self.devices_offset = 0
         ram.bulk = bulk.take
         if isinstance(channel, Channel) and capabilities.enabled("mapped-ram"):
             cleared = {b.idstr for b in machine.blocks if b.stale and not (ignored and b.reopened)}
-            ram.mapped = MappedLoader(machine.blocks, cleared, channel).take
+            ram.mapped = MappedLoader(machine.blocks, cleared, channel, ram.check).take
         try:
             for section in reader.sections(self._versions):
                 key = (section.idstr, section.instance_id)

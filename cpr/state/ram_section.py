@@ -23,7 +23,7 @@ from cpr.state.reader import LoadError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Container, Iterable, Iterator
 
     from cpr.state.stream import StreamReader
 
@@ -83,10 +83,17 @@ class RamDecoder:
     can be resized become the stream's.  `bulk(reader, idstr)`, if it is set, is called after each
     page with its block: it may take more page records itself, and returns the block of the last.
     `mapped(reader, block)`, set where mapped-ram is on, takes what follows each block's entry.
+    Of the blocks `theirs` no page is taken: another image or VMM may run a guest in them.
     """
 
-    def __init__(self, blocks: Iterable[Block], with_addresses: bool = False) -> None:
+    def __init__(
+        self,
+        blocks: Iterable[Block],
+        with_addresses: bool = False,
+        theirs: Container[str] = (),
+    ) -> None:
         self.blocks = {block.idstr: block for block in blocks}
+        self._theirs = theirs
         self.mapped: Callable[[StreamReader, Block], None] | None = None
         self.bulk: Callable[[StreamReader, str], str | None] | None = None
         self._with_addresses = with_addresses
@@ -168,7 +175,17 @@ class RamDecoder:
             raise LoadError(EINVAL, line, outside)
         if offset >= self._block.used_length:
             raise LoadError(EINVAL, outside)
+        self.check(self._block)
         return self._block
+
+    def check(self, block: Block) -> None:
+        """Raises LoadError where no page of the block is taken."""
+        if block.idstr in self._theirs:
+            raise LoadError(
+                EINVAL,
+                f"RAM block {block.idstr} has come with the CPR state, and its pages are in the "
+                "stream too: it is not the one that belongs to that state",
+            )
 
 
 def _resize(block: Block, used_length: int) -> None:
