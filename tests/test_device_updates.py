@@ -234,7 +234,8 @@ def saved(source: Source, known: dict | None = None) -> tuple[int, dict]:
     channel = Channel(os.dup(fd), "file")
     saver = savevm.Saver(source.machine, Capabilities(), KeepsRam("cpr-exec"), channel)
     saver.ram()
-    bodies = saver.devices(runstate.RUNNING, False, known=known)
+    bodies = saver.devices(runstate.RUNNING, known=known)
+    saver.end(described=False)
     channel.finish()
     os.lseek(fd, 0, os.SEEK_SET)
     return fd, bodies

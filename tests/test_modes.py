@@ -151,17 +151,24 @@ class Pair:
     """A source, and a target that waits for it on two sockets."""
 
     def __init__(
-        self, start, accel: str, tmp_path, defer: bool, keyval: bool = False, source=None
+        self,
+        start,
+        accel: str,
+        tmp_path,
+        defer: bool,
+        keyval: bool = False,
+        source=None,
+        words: list[str] | None = None,
     ) -> None:
+        words = words or arguments(accel, "memory-backend-memfd,share=on")
         self.main, self.cpr = f"{tmp_path}/main.sock", f"{tmp_path}/cpr.sock"
-        self.source = source or start(*arguments(accel, "memory-backend-memfd,share=on"))
+        self.source = source or start(*words)
         if keyval:
             cpr = f"cpr,addr.transport=socket,addr.type=unix,addr.path={self.cpr}"
         else:
             cpr = json.dumps(channel("cpr", self.cpr))
         main = "defer" if defer else json.dumps(channel("main", self.main))
-        words = [*arguments(accel, "memory-backend-memfd,share=on"), "-incoming", main]
-        words += ["-incoming", cpr]
+        words = [*words, "-incoming", main, "-incoming", cpr]
         self._vms: list[Vm] = []
         self._thread = threading.Thread(target=lambda: self._vms.append(start(*words)))
         self._thread.start()

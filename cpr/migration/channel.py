@@ -68,6 +68,7 @@ class Channel:
         self._pending_size = 0
         self._ahead = b""
         self.transferred = 0
+        self.put_out = 0  # of what is transferred, in bytes
         self._made_nonblocking = False
         self._closing = allocate_lock()  # a number that was closed may be another file's
         try:
@@ -124,9 +125,12 @@ class Channel:
         while data:
             self._cancellation.check()
             try:
-                data = data[os.write(self._fd, data) :]
+                done = os.write(self._fd, data)
             except BlockingIOError:
                 self._cancellation.wait(self._fd, select.POLLOUT)
+            else:
+                self.put_out += done
+                data = data[done:]
 
     def read(self, size: int) -> bytes:
         """Up to `size` bytes; b"" at the end.  Raises MigrationError."""

@@ -12,21 +12,18 @@ does.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import select
 import socket
 import stat
-import time
 from contextlib import suppress
 
-from cpr.errors import CommandError, MigrationError, StateError
+from cpr.errors import MigrationError, StateError
 from cpr.faults import point
 from cpr.migration import holder
 from cpr.migration.address import check_unix_path
 from cpr.migration.listener import listen_at
 from cpr.migration.mode import TRANSFER, KeepsRam
-from cpr.ram_backend import LOCK_POLL, NO_LOCK, give_up
 from cpr.state import cpr_channel
 from cpr.state.fds import MAX_SIZE
 
@@ -68,8 +65,8 @@ class Transfer(KeepsRam):
         self._twins: list[int] = []  # what of the descriptors has not gone out yet
 
     def prepare(self, machine: Machine) -> None:
-        """Takes the lock on the guest's RAM, which the target cannot have before `finish`."""
-        take_guest(machine)
+        """Takes the lock on the RAM that the target gets, which it cannot have before `finish`."""
+        holder.take_guest(machine.blocks)
 
     def begin(self, go_on: Callable[[], None]) -> bool:
         """Sends the CPR state, as fast as the target takes it; nothing here waits for that."""
@@ -126,12 +123,11 @@ class Transfer(KeepsRam):
         return fd
 
     def finish(self, machine: Machine) -> None:
-        give_up(machine.blocks)
-        holder.let_go(machine.blocks)
-        give_guest_away(machine)
         machine.shares_ram = True
+        machine.leave_guest()  # first: the target may run it from now on, whatever fails here
+        holder.let_go(machine.blocks)
+        holder.give_guest_away(machine.blocks)
         point("given-away")
-        super().finish(machine)
 
     def rollback(self) -> None:
         self._close()
@@ -209,31 +205,3 @@ class CprListener:
 def _close_all(descriptors: list[int]) -> None:
     for fd in descriptors:
         os.close(fd)
-
-
-def _lockable(machine: Machine) -> list[int]:
-    fds = [block.fd if block.reopened else block.outgoing_fd for block in machine.blocks]
-    return [fd for fd in fds if fd >= 0]
-
-
-def give_guest_away(machine: Machine) -> None:
-    """Drops this process's lock on the guest's RAM; the inverse of `take_guest`."""
-    for fd in _lockable(machine):
-        fcntl.lockf(fd, fcntl.LOCK_UN)
-
-
-def take_guest(machine: Machine, wait_ns: int = 0) -> None:
-    """Locks the guest's RAM for this process, waiting at most `wait_ns` for the one that has it.
-
-    Raises CommandError with QEMU's text while another process has it.
-    """
-    deadline = time.monotonic_ns() + wait_ns
-    for fd in _lockable(machine):
-        while True:
-            try:
-                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
-                break
-            except OSError:
-                if time.monotonic_ns() >= deadline:
-                    raise CommandError(NO_LOCK) from None
-                time.sleep(LOCK_POLL)

@@ -256,7 +256,8 @@ class EarlyUpdate:
         outgoing.stop_guest()
         machine.cpr_prepare(EXEC)
         self._state.set("device")
-        bodies = saver.devices(outgoing.old_state, False, known=self._known)
+        bodies = saver.devices(outgoing.old_state, known=self._known)
+        saver.end(described=False)
         serials = fds.serials()
         changed = serials != self._sent
         renewed = [key for key in serials if serials[key] != self._sent.get(key, 0)]

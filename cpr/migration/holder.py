@@ -1,17 +1,22 @@
-"""RAM that has gone from one VMM to another by cpr-transfer: no earlier one runs its guest.
+"""RAM that has gone from one VMM to another by cpr-transfer: one of them runs its guest.
 
-The lock of `cpr_transfer.take_guest` belongs to a process, and is free for a moment in each exec of
-the target, and between a target that has become a source and the next one.  So a target locks one
-byte of the RAM, shared, as soon as it has it, and lets go when it has given the guest away.  The
-lock belongs to its open file description, which is its own and goes over its updates.  Whoever
-wants to run the guest again looks whether another one has that byte.
+Whoever has the guest has locked its RAM, alone: the source until it has given it away, and then the
+target.  That lock belongs to a process, and is free for a moment in each exec of the target, and
+between a target that has become a source and the next one.  So a target also locks another byte of
+the RAM, shared, as soon as it has it, and lets go when it has given the guest away: no earlier one
+runs the guest meanwhile.  This lock belongs to its open file description, which is its own and goes
+over its updates.  Whoever wants to run the guest again looks whether another one has that byte.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import time
 from contextlib import suppress
 
+from cpr.errors import CommandError
+from cpr.ram_backend import LOCK_POLL, NO_LOCK
 from cpr.uapi import file_lock
 
 TYPE_CHECKING = False
@@ -19,6 +24,29 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from cpr.ram import RAMBlock
+
+
+def take_guest(blocks: Iterable[RAMBlock], wait_ns: int = 0) -> None:
+    """Locks the guest's RAM for this process, waiting at most `wait_ns` for the one that has it.
+
+    Raises CommandError with QEMU's text while another process has it.
+    """
+    deadline = time.monotonic_ns() + wait_ns
+    for fd in filter(_is_open, map(_fd, blocks)):
+        while True:
+            try:
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
+                break
+            except OSError:
+                if time.monotonic_ns() >= deadline:
+                    raise CommandError(NO_LOCK) from None
+                time.sleep(LOCK_POLL)
+
+
+def give_guest_away(blocks: Iterable[RAMBlock]) -> None:
+    """Drops this process's lock on it; the inverse of `take_guest`."""
+    for fd in filter(_is_open, map(_fd, blocks)):
+        fcntl.lockf(fd, fcntl.LOCK_UN)
 
 
 def hold(blocks: Iterable[RAMBlock]) -> None:
@@ -65,6 +93,10 @@ def _lock(block: RAMBlock) -> None:
 def _fd(block: RAMBlock) -> int:
     """What the other VMM finds this RAM by, or -1."""
     return block.fd if block.reopened else block.outgoing_fd
+
+
+def _is_open(fd: int) -> bool:
+    return fd >= 0
 
 
 def _is_anothers(block: RAMBlock) -> bool:

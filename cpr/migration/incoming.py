@@ -16,6 +16,7 @@ from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.faults import point
 from cpr.migration import address as addresses
 from cpr.migration import channel, loadvm
+from cpr.migration.holder import take_guest
 from cpr.phases import mark
 from cpr.ram_backend import claim
 from cpr.report import carefully, error_report, unexpected
@@ -328,9 +329,7 @@ class Incoming:
             raise MigrationError(text) from None
         self._fds.incoming = False
         if self.listener is not None:
-            from cpr.migration.cpr_transfer import take_guest
-
-            take_guest(self._machine, HAND_OVER_NS)
+            take_guest(self._machine.blocks, HAND_OVER_NS)
         if self.claims:
             self._machine.claim(wait_ns)
         return old_state

@@ -301,11 +301,10 @@ class Migration:
         """Raises CprError where another process has the guest."""
         if self.machine.runstate.current == runstate.POSTMIGRATE:
             from cpr.migration import holder
-            from cpr.migration.cpr_transfer import take_guest
 
             machine = self.machine
             try:
-                take_guest(machine)
+                holder.take_guest(machine.blocks)
                 if not holder.take_again(machine.blocks):
                     raise CommandError(NO_LOCK)
                 claim(machine.blocks)
@@ -324,12 +323,11 @@ class Migration:
     def _leave_again(self) -> None:
         """The inverse of what `check_cont` takes; a guest that has never left keeps its locks."""
         from cpr.migration import holder
-        from cpr.migration.cpr_transfer import give_guest_away
 
         if self.machine.has_left:
             give_up(self.machine.blocks)
             holder.let_go(self.machine.blocks)
-            give_guest_away(self.machine)
+            holder.give_guest_away(self.machine.blocks)
 
     def close(self, exit_status: int) -> None:
         """The VM ends, with whatever is under way."""

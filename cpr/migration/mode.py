@@ -87,7 +87,9 @@ class Mode:
         """The stream is written and closed.  Raises MigrationError where the end fails."""
         machine.shares_ram |= any(block.reopened for block in machine.blocks)
         machine.leave_guest()
-        holder.let_go(block for block in machine.blocks if block.reopened)
+        files = [block for block in machine.blocks if block.reopened]
+        holder.let_go(files)
+        holder.give_guest_away(files)
 
     def rollback(self) -> None:
         """The inverse of `begin`; may be called at any time."""

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from cpr.state.fds import PreservedFds
 
 
+LAST_WORDS_S = 0.2  # for a reader that takes the end of the stream
+
+
 class Cancelled(MigrationError):
     """migrate_cancel came in time."""
 
@@ -97,7 +100,9 @@ class Outgoing:
         self._switchover = allocate_lock()
         self._cancel = False
         self._written = False
-        self._may_run_elsewhere = False  # who reads the stream may have all of it, and has the RAM
+        self._may_run_elsewhere = False  # who reads the stream may have all of it
+        self._at_end = False  # what makes it whole is being written
+        self._closing = False
         self._ending = allocate_lock()  # the stream is cancelled, or it is written
         self._waits_for_target = False
         self._channel: Channel | None = None
@@ -114,9 +119,9 @@ class Outgoing:
         mode = self._mode
         assert mode is not None
         try:
-            mode.prepare(self.machine)
             savevm.prepare()
             self._staging = stage(self.machine, self.fds, self.state, mode, self.ram)
+            mode.prepare(self.machine)
             waits = mode.begin(lambda: self._go_on(address))
             if not waits and not addresses.connects_in_background(address):
                 self._open(address)
@@ -277,15 +282,30 @@ class Outgoing:
         unsent = any(not mode.sends(block, ignored) for block in self.machine.blocks)
         self._may_run_elsewhere = channel.waits and unsent and not mode.tells_owner
         self._write(lambda: saver.devices(self.old_state))
-        self._write(channel.finish)
+        with self._ending:
+            self._check_cancel()
+            self._at_end = True
+        before = channel.put_out
+        try:
+            self._write(saver.end)
+            self._write(channel.finish)
+        finally:
+            # A command that fails says that there is no VMM behind it; copies of RAM have no lock
+            # any more when they are given up.
+            is_told = mode.tells_owner and (mode.ends_process or self._staging is None)
+            if channel.kind == "socket" and channel.put_out > before and not is_told:
+                self._may_run_elsewhere = True
 
     # What comes from outside, on the main loop.
 
     def cancel(self) -> None:
         """The thread ends with `cancelled` as soon as it can; the guest goes on.
 
-        Nothing happens where all is written: whoever has read it may run the guest.
+        Nothing happens where all is written: whoever has read it may run the guest.  Where the
+        rest of it is on its way that is waited for a moment.
         """
+        if self._at_end and self._thread_done.acquire(timeout=LAST_WORDS_S):
+            self._thread_done.release()
         with self._ending:
             if self._written or not self.state.running:
                 return
@@ -323,7 +343,7 @@ class Outgoing:
         if self.early is not None:
             self.early.end_vm(exit_status)
             self.early = None
-        self._cancel = True
+        self._closing = self._cancel = True
         self.let_go()
         self._interrupt()
 
@@ -412,7 +432,7 @@ class Outgoing:
         self._go_back(False, self.machine.cpr_rollback())
 
     def _go_back(self, exec_failed: bool, refusal: CprError | None) -> None:
-        if self.machine.runstate.current != runstate.FINISH_MIGRATE:
+        if self.machine.runstate.current != runstate.FINISH_MIGRATE or self._closing:
             return
         reason = str(refusal) if refusal is not None else ""
         if not reason and self._may_run_elsewhere:

@@ -151,10 +151,9 @@ class Saver:
     def devices(
         self,
         old_state: str,
-        described: bool = True,
         known: Mapping[tuple[str, int], bytes] | None = None,
     ) -> dict[tuple[str, int], bytes]:
-        """The devices, the run state and, if it is `described`, the description: all the rest.
+        """The devices and the run state: all but the `end`.
 
         `old_state` is the runstate that the machine was in before it was stopped.  A section of
         which the reader has the same body already, in `known`, is left out; one of which it has
@@ -180,10 +179,13 @@ class Saver:
             number += 1
         state = encode_runstate(old_state, machine.was_suspended)
         writer.device(number, VMSTATE_GLOBALSTATE.name, 0, VMSTATE_GLOBALSTATE, state)
-        writer.eof()
-        if described:
-            writer.vmdescription(PROGRAM_VERSION)
         return bodies
+
+    def end(self, described: bool = True) -> None:
+        """After that the guest can be loaded; the description, if there is one, is for tools."""
+        self._writer.eof()
+        if described:
+            self._writer.vmdescription(PROGRAM_VERSION)
 
 
 def save_running(machine: Machine, mode: Mode) -> tuple[bytes, dict[tuple[str, int], bytes]]:
@@ -197,7 +199,8 @@ def save_running(machine: Machine, mode: Mode) -> tuple[bytes, dict[tuple[str, i
     devices = [device for device in machine.sections() if device.plain and not device.of_vcpu]
     saver = Saver(machine, Capabilities(), mode, channel, devices)
     saver.ram()
-    bodies = saver.devices(runstate.RUNNING, False)
+    bodies = saver.devices(runstate.RUNNING)
+    saver.end(described=False)
     time.sleep(VCPUS_FIRST)  # not two moments of a stopped vCPU in a row
     if machine.accel.native_layout() is None:
         VMSTATE_CPU.encode(machine.vcpu_state(0))
@@ -219,7 +222,8 @@ def warm_up(machine: Machine, mode: Mode) -> None:
     devices = [device for device in machine.sections() if device.plain]
     saver = Saver(machine, Capabilities(), mode, channel, devices)
     saver.ram()
-    saver.devices(runstate.RUNNING, False)
+    saver.devices(runstate.RUNNING)
+    saver.end(described=False)
     source = MemoryChannel(channel.written())
     Loader(machine, Capabilities()).load(source, described=False, complete=False)
 

@@ -111,14 +111,14 @@ class Vmm(Process):
 
         Again in a moment while another image of this VM has it, which is about to end.
         """
-        from cpr.migration.cpr_transfer import take_guest
+        from cpr.migration.holder import take_guest
 
         state = self.machine.runstate.current
         if state in (runstate.POSTMIGRATE, runstate.INMIGRATE):  # it is not this VMM's
             return
         hold(self.machine.blocks)
         try:
-            take_guest(self.machine)
+            take_guest(self.machine.blocks)
         except CommandError:
             self.loop.call_later(LOCK_NS, self.lock_ram)
 

@@ -168,6 +168,7 @@ class Trial:
             return ENDED
         if (target := self.target) is not None and expected == NEW:
             wait_for(lambda: target.ask("query-status")["running"], "the guest runs")
+            wait_for(lambda: not self._source_runs(), "the source does not run it too")
             return NEW
         wait_for(lambda: vm.ask("query-migrate").get("status") in SETTLED, "it is settled")
         if vm.ask("query-status")["status"] == "postmigrate":
@@ -175,6 +176,12 @@ class Trial:
             wait_for(self._goes_on, "the lock of a target that has no memory any more is gone")
             return CONT
         return CONT if expected == CONT else OLD
+
+    def _source_runs(self) -> bool:
+        try:
+            return bool(self.vm.processes() and self.vm.ask("query-status")["running"])
+        except (RuntimeError, OSError):  # it has ended
+            return False
 
     def _goes_on(self) -> bool:
         try:

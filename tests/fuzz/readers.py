@@ -186,6 +186,7 @@ def _own_stream(has_places: bool) -> bytes:
     saver = savevm.Saver(machine(), capabilities, Mode("cpr-reboot"), channel)
     saver.ram()
     saver.devices("running")
+    saver.end()
     channel.finish()
     with open(fd, "rb") as file:
         file.seek(0)
