@@ -240,6 +240,11 @@ class Lifecycle:
                 self.events.emit("STOP")
             return old_state
 
+    def check_finalized(self) -> None:
+        """Raises CommandError where the guest, or what was changed of it, may be another VMM's."""
+        if self.runstate.current == runstate.FINISH_MIGRATE:
+            raise CommandError("Migration is not finalized yet")
+
     def cont(self, rollback: bool = False) -> None:
         """vm_start: lets a stopped VM run, with a RESUME event, after a reset that is due.
 
@@ -249,8 +254,8 @@ class Lifecycle:
         with self._state_lock:
             if self.runstate.current in runstate.LIVE:
                 return
-            if self.runstate.current == runstate.FINISH_MIGRATE and not rollback:
-                raise CommandError("Migration is not finalized yet")
+            if not rollback:
+                self.check_finalized()
             self.shares_ram = False
             is_reset = self._reset_to_go_on()
             if self.runstate.current in (runstate.SHUTDOWN, runstate.INTERNAL_ERROR):
@@ -310,7 +315,11 @@ class Lifecycle:
         self.request_reset(False, "host-qmp-system-reset")
 
     def powerdown(self) -> None:
-        """system_powerdown: presses the ACPI power button."""
+        """system_powerdown: presses the ACPI power button.
+
+        Raises CommandError in a migration, in which the button's state has been saved.
+        """
+        self.check_finalized()
         self.events.emit("POWERDOWN")
         with self.lock:
             for device in self.devices:

@@ -194,10 +194,18 @@ def _is_anothers(block: RAMBlock) -> bool:
         return False
 
 
-def overwrites(blocks: Iterable[RAMBlock], fd: int, path: str) -> str:
-    """Why `path`, which `fd` is open on, is not to be written to: it is a block; "" where not."""
+def overwrites(blocks: Iterable[RAMBlock], path: str) -> str:
+    """Why `path` is not to be written to: it is a block; "" where not.
+
+    It is not opened for that: with any descriptor that is closed go the locks that this process has
+    on the file (fcntl(2)).
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return ""  # it is told where it is opened
     for block in blocks:
-        if block.fd >= 0 and os.path.sameopenfile(block.fd, fd):
+        if block.fd >= 0 and os.path.samestat(os.fstat(block.fd), found):
             return f"'{path}' is RAM block '{block.idstr}' of this guest: name another file"
     return ""
 

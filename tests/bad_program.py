@@ -36,10 +36,19 @@ def hang() -> NoReturn:
         time.sleep(1000)
 
 
+def leave_child() -> NoReturn:
+    if os.fork() == 0:
+        os.setsid()
+        hang()
+    sys.exit(1)
+
+
 def after_hello(predecessor: Predecessor, then: str) -> None:
     """Goes on in the protocol, and misbehaves at the moment that `then` names."""
     predecessor.hello("bad program")
     predecessor.receive(STATE)
+    if then == "fork":
+        leave_child()
     if then == "die-after-hello":
         die()
     if then == "hang-after-hello":
@@ -77,11 +86,15 @@ def main(kind: str) -> None:
         die()
     if kind == "hang":
         hang()
+    if kind == "fork-first":
+        leave_child()
     predecessor = find_predecessor()
     if predecessor is None:
         sys.exit("there is no old image")
     if kind == "refuse":
         predecessor.refuse("it does not feel like it")
+    elif kind == "talk":
+        predecessor.refuse("\x1b[31mred\n" * 100_000)
     elif kind == "protocol":
         predecessor.send(HELLO, {"protocol": PROTOCOL + 1, "program": "a later one"})
         hang()

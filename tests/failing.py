@@ -163,6 +163,7 @@ def protocol_programs() -> dict[str, tuple[list[str], str, bool]]:
         "refuse": ("it does not feel like it", True),
         "refuse-before-commit": ("it was just before", True),
         "refuse-and-die": ("it dies", False),
+        "talk": (r"\[31mred  \[31mred", True),  # one line, as all that is told
         "protocol": ("speaks version 2 of the hand-over", False),
     }
     return {kind: (bad(kind), *row) for kind, row in rows.items()}

@@ -57,6 +57,9 @@ class FakeMachine:
         rom.backend, rom.offset, rom.size, rom.max_length = "aux", RAM_SIZE, 0x40000, 0x40000
         self.blocks = [block, rom]
 
+    def check_finalized(self) -> None:
+        pass
+
     def _balloon(self, size: int) -> None:
         self.calls.append(f"balloon {size}")
 

@@ -65,6 +65,14 @@ def test_a_cancel_when_the_guest_can_be_loaded_does_not_run_it(start, accel, rea
     wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
 
 
+def test_no_button_is_pressed_where_the_guest_may_be_another_vmms(start, accel, reader):
+    vm = start_vm(start, accel)
+    migrate_to(vm, reader)
+    with pytest.raises(QmpError, match="Migration is not finalized yet"):
+        vm.qmp.command("system_powerdown")
+    vm.qmp.command("migrate_cancel")
+
+
 def test_a_quit_when_the_guest_can_be_loaded_does_not_run_it(start, accel, reader):
     vm = start_vm(start, accel)
     ram = vm.ram

@@ -14,10 +14,10 @@ import time
 from cpr._native._cpr import ffi, lib
 from cpr.constants import NS_PER_S
 from cpr.errors import KernelError
+from cpr.live import sealed
 from cpr.live.token import (
     THREADS_FIELD,
     Returned,
-    above_streams,
     candidates,
     is_worker,
     read_stat,
@@ -50,11 +50,9 @@ class Page:
 
     def __init__(self, fd: int = -1) -> None:
         """A new one, or the one of `fd`, which becomes this object's.  Raises OSError."""
-        self.fd = above_streams(os.memfd_create("cpr-live")) if fd < 0 else fd
         size = ffi.sizeof("struct cpr_live_page")
-        if fd < 0:
-            os.ftruncate(self.fd, size)
-        elif os.fstat(fd).st_size < size:
+        self.fd = sealed.create_sized("cpr-live", size) if fd < 0 else fd
+        if os.fstat(self.fd).st_size < size:
             raise OSError(errno.EINVAL, "the page of the update is too small")
         address = lib.mmap(
             ffi.NULL, size, lib.PROT_READ | lib.PROT_WRITE, lib.MAP_SHARED, self.fd, 0

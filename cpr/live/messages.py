@@ -24,6 +24,7 @@ END_OF_TEXT = b"\0"  # which JSON never has
 MOST_INLINE = 64 << 10  # bytes; far below what a socket buffer takes
 MOST_CONTENT = 64 << 20  # bytes
 MOST_FDS = 200  # of one packet; the kernel's limit is 253 (SCM_MAX_FD)
+MOST_REASON = 2000  # characters
 MOST_PACKETS = 6000  # of one message: 1200000 descriptors, more than a process has (fs.nr_open)
 
 
@@ -42,6 +43,12 @@ class Message:
         self.body = body
         self.fds = fds
         self.data = data
+
+    @property
+    def reason(self) -> str:
+        """Why the sender cannot take over: of what it says a line that can be printed."""
+        text = str(self.body.get("reason", ""))[:MOST_REASON]
+        return "".join(each if each.isprintable() else " " for each in text).strip()
 
     def close(self) -> None:
         """Closes the descriptors that nobody has taken out of `fds`."""

@@ -6,7 +6,7 @@ import errno
 import mmap
 import os
 
-from cpr.live.token import above_streams
+from cpr.live import sealed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,11 +52,9 @@ class Page:
 
     def __init__(self, fd: int = -1) -> None:
         """A new one, or the one of `fd`, which becomes this object's.  Raises OSError."""
-        self.fd = above_streams(os.memfd_create("cpr-live")) if fd < 0 else fd
+        self.fd = sealed.create_sized("cpr-live", SIZE) if fd < 0 else fd
         try:
-            if fd < 0:
-                os.ftruncate(self.fd, SIZE)
-            elif os.fstat(fd).st_size < SIZE:
+            if os.fstat(self.fd).st_size < SIZE:
                 raise OSError(errno.EINVAL, "the page of the update is too small")
             self._memory = mmap.mmap(self.fd, SIZE)
         except OSError:

@@ -8,12 +8,29 @@ from __future__ import annotations
 import fcntl
 import os
 
+from cpr.live.token import above_streams
+
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 def create(name: str) -> int:
     """An empty memfd that can be sealed; close-on-exec, the caller's.  Raises OSError."""
     return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+
+
+def create_sized(name: str, size: int) -> int:
+    """One of `size` bytes for good, which anybody who has it may map: no access ends by SIGBUS.
+
+    Close-on-exec, the caller's.  Raises OSError; then there is none.
+    """
+    fd = above_streams(create(name))
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS & ~fcntl.F_SEAL_WRITE)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def seal(fd: int) -> None:

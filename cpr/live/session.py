@@ -253,7 +253,7 @@ class Session:
             if self.rehearsing:
                 self._send_rest(self._update.queue)
         elif message.kind == REFUSE:
-            self._take_refusal(str(message.body.get("reason")))
+            self._take_refusal(message.reason)
         return message.kind == READY
 
     def _take_refusal(self, reason: str) -> None:

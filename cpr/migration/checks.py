@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from cpr import runstate
 from cpr.errors import MigrationError
 from cpr.migration.address import connects_in_background
@@ -52,8 +50,9 @@ def check(
         raise MigrationError("Guest is waiting for an incoming migration")
     if machine.runstate.current == runstate.POSTMIGRATE:
         raise MigrationError("Can't migrate the vm that was paused due to previous migration")
-    if address["transport"] == "file":
-        _check_file(machine, address.get("filename", ""))
+    path = address.get("filename", "") if address["transport"] == "file" else ""
+    if refusal := overwrites(machine.blocks, path):
+        raise MigrationError(refusal)
     mode.check()
     for reason in mode.blockers(machine):
         raise MigrationError(reason)
@@ -65,17 +64,3 @@ def check(
         for capability, text in NOT_WITH_CPR:
             if capabilities.enabled(capability):
                 raise MigrationError(text)
-
-
-def _check_file(machine: Machine, path: str) -> None:
-    """Raises MigrationError where the stream would be written over the guest."""
-    try:
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except (OSError, ValueError):
-        return  # it is told where it is opened
-    try:
-        refusal = overwrites(machine.blocks, fd, path)
-    finally:
-        os.close(fd)
-    if refusal:
-        raise MigrationError(refusal)

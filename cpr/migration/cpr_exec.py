@@ -17,11 +17,12 @@ from cpr.constants import NS_PER_MS
 from cpr.errors import MigrationError
 from cpr.faults import point
 from cpr.live.old_image import Update
-from cpr.live.transaction import KEEPS, PROTOCOL, RAM_FILES, UpdateError
+from cpr.live.transaction import KEEPS, PROTOCOL, RAM_FILES, REFUSE, UpdateError
 from cpr.migration.mode import EXEC, KeepsRam
 from cpr.migration.parameters import Parameters
 from cpr.migration.process import Process
 from cpr.migration.program import (
+    Held,
     check_own_command,
     check_versions,
     end_started,
@@ -175,8 +176,9 @@ class Exec(KeepsRam):
         try:
             return self._execute(update, keep), update
         except UpdateError as error:
+            held = Held(update.page.fd if self._speaks(PROTOCOL) else self._fds.state_fd)
             update.close()
-            raise self._failed(error) from None
+            raise self._failed(error, held) from None
         except Exception:
             update.close()
             raise
@@ -211,14 +213,16 @@ class Exec(KeepsRam):
                 update.leave()
             raise UpdateError(str(error), pid_changed=True) from None
         message.close()
-        return str(message.body.get("reason", ""))
+        if message.kind != REFUSE:
+            return f"it has said '{message.kind}', which has no place in a late update"
+        return message.reason
 
-    def _failed(self, error: UpdateError) -> MigrationError:
-        """What is told of an update after which the guest goes on here."""
+    def _failed(self, error: UpdateError, held: Held) -> MigrationError:
+        """What is told of an update after which the guest goes on here; `held` is what the new
+        program had from it."""
         if not error.pid_changed:
             return MigrationError(str(error))
-        if not self._speaks(PROTOCOL):
-            carefully(lambda: end_started(self._fds.state_fd))
+        carefully(lambda: end_started(held))
         self._process.on_new_pid()
         self.ended_by = error.ended_by
         return MigrationError(f"{error}; the guest goes on in the old VMM, PID {os.getpid()}")

@@ -41,7 +41,7 @@ from cpr.migration.connections import send_all
 from cpr.migration.hand_over import check_protocol, send, send_state
 from cpr.migration.mode import EXEC, device_blockers
 from cpr.migration.placement import Placement
-from cpr.migration.program import own_command
+from cpr.migration.program import Held, end_started, own_command
 from cpr.report import carefully, error_report, unexpected
 
 TYPE_CHECKING = False
@@ -207,7 +207,7 @@ class EarlyUpdate:
             else:
                 self._hand_over()
         else:
-            self._on_refusal(str(message.body.get("reason", "")))
+            self._on_refusal(message.reason)
 
     def continue_(self) -> None:
         """migrate-continue: goes on from pre-switchover."""
@@ -349,12 +349,15 @@ class EarlyUpdate:
         if not self._update.take_back():
             self._on_commit(0)
         new_pid = self._update.pid not in (0, os.getpid())
+        page = Held(self._update.page.fd)
         carefully(self.close)
         if new_pid:
             self._process.on_new_pid()
             reason += f"; the guest goes on in the old VMM, PID {os.getpid()}"
         error_report(f"the update failed: {reason}")
         carefully(self._run_on)
+        if new_pid:
+            carefully(lambda: end_started(page))
         self._outgoing.end(status, reason)
 
     def _run_on(self) -> None:

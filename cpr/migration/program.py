@@ -185,23 +185,34 @@ def _read_answer(process: Popen[bytes], serve: Callable[[], str]) -> bytes:
     return answer if process.returncode == 0 else b""
 
 
-def end_started(state_fd: int) -> None:
+class Held:
+    """A descriptor that only an update's new program has got, under the same number as here."""
+
+    def __init__(self, fd: int) -> None:
+        """Raises OSError; the descriptor may be closed after that."""
+        self._fd = fd
+        self._file = os.fstat(fd)
+
+    def has(self, pid: str) -> bool:
+        """Whether this process has it too.  Raises OSError where that cannot be seen."""
+        return os.path.samestat(os.stat(f"/proc/{pid}/fd/{self._fd}"), self._file)
+
+
+def end_started(held: Held) -> None:
     """Kills what the program of an update has started, which has ended itself, as a script has: who
-    still has the CPR state's memfd open, under its number.
+    still has what it got.  The guest's RAM and disks may be among that, with the locks on them.
     """
-    state = os.fstat(state_fd)
     for name in os.listdir("/proc"):
         if not name.isdigit() or int(name) == os.getpid():
             continue
-        path = f"/proc/{name}/fd/{state_fd}"
         try:
-            if not os.path.samestat(os.stat(path), state):
+            if not held.has(name):
                 continue
             pidfd = os.pidfd_open(int(name))
-        except OSError:  # another user's, or it has ended
+        except OSError:
             continue
         try:
-            if os.path.samestat(os.stat(path), state):  # it is still that process
+            if held.has(name):  # it is still that process
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 is_readable(pidfd, END_MS)
         except OSError:

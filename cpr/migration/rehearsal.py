@@ -18,6 +18,8 @@ from cpr.live.old_image import Update
 from cpr.live.transaction import END, HELLO, RAM_FILES, READY, UpdateError
 from cpr.migration.hand_over import check_protocol, send_state
 from cpr.migration.placement import Placement
+from cpr.migration.program import Held, end_started
+from cpr.report import carefully
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ def rehearse(
                     pass
         finally:
             status, words = update.end_child()
+            carefully(lambda: end_started(Held(update.page.fd)))
     except UpdateError as error:
         raise MigrationError(str(error)) from None
     finally:
@@ -116,7 +119,7 @@ def _converse(
                 return None
             else:
                 update.send(END, {"status": 1})
-                return str(message.body.get("reason", ""))
+                return message.reason
         elif ready:
             return ""
         elif timeout_ms and time.monotonic_ns() > deadline:

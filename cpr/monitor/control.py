@@ -145,6 +145,7 @@ def system_powerdown(vmm: Any) -> None:
 
 def balloon(vmm: Any, value: int) -> None:
     """`value` is in bytes."""
+    vmm.machine.check_finalized()
     with vmm.machine.lock:
         _balloon(vmm).set_target(value)
 

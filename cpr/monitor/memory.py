@@ -162,10 +162,10 @@ def _pieces(address: int, size: int) -> Iterator[tuple[int, int]]:
 
 def _save(vmm: Any, filename: str, chunks: Iterator[bytes | int]) -> None:
     """A number is that many zeros: a hole, where the file can have one."""
+    if refusal := overwrites(vmm.machine.blocks, filename):
+        raise CommandError(refusal)
     try:
         with open(filename, "wb", opener=_open) as file:
-            if refusal := overwrites(vmm.machine.blocks, file.fileno(), filename):
-                raise CommandError(refusal)
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 file.truncate()
             for chunk in chunks:
