@@ -106,9 +106,12 @@ class Placement:
         """Has vCPU threads scheduled as the old VMM's were, on the CPUs of the guest alone.
 
         Where one wakes up on another CPU it shares that with both images.  `release` lets them go.
+        Beside a vCPU that does not give way it would not even come to its rest, and would hold the
+        interpreter meanwhile: such a one is scheduled when it runs.
         """
         for thread, wanted in zip(threads, self._vcpus, strict=True):
-            thread.schedule(wanted.within(self.guest_cpus))
+            if wanted.gives_way:
+                thread.schedule(wanted.within(self.guest_cpus))
 
     def release(self, threads: Sequence[VCpuThread]) -> None:
         """Has vCPU threads scheduled as the old VMM's were, and what KVM has started for them."""
