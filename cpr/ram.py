@@ -153,6 +153,11 @@ class RAMBlock:
         return ffi.buffer(ffi.cast("char *", self.host + offset), size)
 
     @property
+    def is_theirs(self) -> bool:
+        """Whether its content came with a CPR state: another image or VMM may run a guest in it."""
+        return self.kept or (self.reopened and not self.stale)
+
+    @property
     def outgoing_fd(self) -> int:
         """The descriptor in which the next image finds this RAM: the copy's, or its own; or -1."""
         return self.copy_fd if self.copy_fd >= 0 or not self.preserved else self.fd

@@ -90,9 +90,9 @@ class Loader:
         machine, capabilities = self._machine, self._capabilities
         states: dict[tuple[str, int], dict] = {}
         ignored = capabilities.enabled("x-ignore-shared")
-        theirs = {block.idstr for block in machine.blocks if block.kept}
+        theirs = {block.idstr for block in machine.blocks if block.is_theirs}
         ram = ram_section.RamDecoder(list_blocks(machine), ignored, theirs)
-        bulk = BulkLoader([block for block in machine.blocks if not block.kept])
+        bulk = BulkLoader([block for block in machine.blocks if not block.is_theirs])
         had_pages = False
         self.devices_offset = 0
         ram.bulk = bulk.take
