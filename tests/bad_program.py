@@ -93,6 +93,11 @@ def main(kind: str) -> None:
         sys.exit("there is no old image")
     if kind == "refuse":
         predecessor.refuse("it does not feel like it")
+    elif kind == "fork-refuse":
+        if os.fork() == 0:
+            os.setsid()
+            hang()
+        predecessor.refuse("it has a child")
     elif kind == "talk":
         predecessor.refuse("\x1b[31mred\n" * 100_000)
     elif kind == "protocol":

@@ -74,16 +74,17 @@ def test_a_program_that_breaks_the_protocol(start, accel, tmp_path, kind):
     failing.update_well()
 
 
-@pytest.mark.parametrize("how", ["early", "late", "rehearsal"])
+@pytest.mark.parametrize("how", ["early", "late", "rehearsal", "refusal"])
 def test_what_a_program_has_forked_ends_with_it(start, how, tmp_path):
     """It has the guest's RAM and disks, and the locks on them."""
     vm = start_vm(start, "tcg")
     failing = Failing(vm)
-    command = [*bad("fork-first" if how == "late" else "fork"), str(tmp_path), "run"]
+    kind = {"late": "fork-first", "refusal": "fork-refuse"}.get(how, "fork")
+    command = [*bad(kind), str(tmp_path), "run"]
     if how == "rehearsal":
         assert vm.qmp.command("cpr-exec", test=True, command=command)["refusals"]
     else:
         failing.update(command, how == "late", tmp_path / "state")
-        failing.check("exit status 1", False)
+        failing.check("exit status 1|it has a child", how == "refusal")
     words = [each.info["cmdline"] or [] for each in psutil.process_iter(["cmdline"])]
     assert not [line for line in words if str(tmp_path) in line]

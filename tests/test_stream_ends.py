@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import NamedTuple
 
 import pytest
 from failing import HEARTBEAT, start_vm
 from harness.qmp import QmpError
 from harness.vm import Vm
-from test_modes import Pair, arguments, check_churn, is_running, on, wait_completed
+from test_modes import Pair, arguments, check_churn, is_running, on, u64, wait_completed
 from waiting import wait_for, wait_for_change
+
+from cpr.constants import PAGE_SIZE
 
 DESCRIPTION = b'{"configuration"'  # what a stream has when the guest can be loaded from it
 STAYS = "the guest stays stopped: whoever has read the stream may run it"
+MEMFD = "memory-backend-memfd,share=on"
+FILE = "memory-backend-file,share=on,mem-path={path}"
 GRACE = 0.5  # s, in which a guest that runs is seen to count
 
 
@@ -25,31 +32,44 @@ def stands_still(vm: Vm) -> bool:
     return vm.u32(HEARTBEAT) == before
 
 
-@pytest.fixture
-def reader() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """The ends of a stream that is written and of one that is read, with little room between."""
-    written, read = socket.socketpair()
-    with written, read:
-        written.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-        yield written, read
+class Ends(NamedTuple):
+    """Of a stream, which is written to one and read from the other."""
+
+    written: int
+    read: int
 
 
-def migrate_to(vm: Vm, reader: tuple[socket.socket, socket.socket]) -> None:
+@pytest.fixture(params=["socket", "pipe"])
+def reader(request: pytest.FixtureRequest) -> Iterator[Ends]:
+    """With little room between them."""
+    if request.param == "pipe":
+        read, written = os.pipe()
+        fcntl.fcntl(written, fcntl.F_SETPIPE_SZ, PAGE_SIZE)
+    else:
+        ours, theirs = socket.socketpair()
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        read, written = ours.detach(), theirs.detach()
+    ends = Ends(written, read)
+    yield ends
+    for fd in ends:
+        with suppress(OSError):
+            os.close(fd)
+
+
+def migrate_to(vm: Vm, reader: Ends) -> None:
     """Until all is read but the end of the description, which is not read."""
-    written, read = reader
-    vm.qmp.send("getfd", fdname="peer", fds=(written.fileno(),))
+    vm.qmp.send("getfd", fdname="peer", fds=(reader.written,))
     assert vm.qmp.read_reply() == {"return": {}}
-    written.close()
+    os.close(reader.written)
     vm.qmp.command("migrate", uri="fd:peer")
-    read.settimeout(20)
     end = b""
     while DESCRIPTION not in end:
-        end = end[-len(DESCRIPTION) :] + (piece := read.recv(256))
+        end = end[-len(DESCRIPTION) :] + (piece := os.read(reader.read, 256))
         assert piece
 
 
-def read_on(read: socket.socket) -> None:
-    while read.recv(1 << 16):
+def read_on(fd: int) -> None:
+    while os.read(fd, 1 << 16):
         pass
 
 
@@ -86,7 +106,7 @@ def test_a_quit_when_the_guest_can_be_loaded_does_not_run_it(start, accel, reade
 def test_a_reader_that_goes_when_the_guest_can_be_loaded_may_have_it(start, accel, reader):
     vm = start_vm(start, accel)
     migrate_to(vm, reader)
-    reader[1].close()
+    os.close(reader.read)
     wait_for(lambda: vm.ask("query-migrate")["status"] == "failed", "it fails")
     assert vm.ask("query-status")["status"] == "postmigrate" and STAYS in vm.stderr
 
@@ -94,19 +114,21 @@ def test_a_reader_that_goes_when_the_guest_can_be_loaded_may_have_it(start, acce
 def test_a_stream_that_is_read_slowly_is_whole(start, accel, reader):
     vm = start_vm(start, accel)
     migrate_to(vm, reader)
-    read_on(reader[1])
+    read_on(reader.read)
     wait_completed(vm)
     assert vm.ask("query-status")["status"] == "postmigrate"
 
 
 @pytest.mark.parametrize("capabilities", [[], ["mapped-ram"]], ids=["stream", "mapped-ram"])
+@pytest.mark.parametrize("backend", [MEMFD, FILE], ids=["memfd", "file"])
 def test_a_target_writes_no_page_into_the_ram_of_a_source_that_runs(
-    start, accel, tmp_path, capabilities
+    start, accel, tmp_path, backend, capabilities
 ):
-    pair = Pair(start, accel, tmp_path, defer=True)
+    given = arguments(accel, backend.format(path=tmp_path / "ram"))
+    pair = Pair(start, accel, tmp_path, defer=True, words=given)
     source, old = pair.source, f"file:{tmp_path}/old"
     source.qmp.command("migrate-set-capabilities", capabilities=on(*capabilities))
-    wait_for_change(lambda: source.u32(0x9018), "the guest writes")
+    wait_for_change(lambda: u64(source, 0x9018), "the guest writes")
     source.qmp.command("migrate", uri=old)
     wait_completed(source)
     source.qmp.command("cont")
@@ -121,9 +143,10 @@ def test_a_target_writes_no_page_into_the_ram_of_a_source_that_runs(
     check_churn(source)
 
 
-def test_a_late_update_whose_command_reads_another_stream(start, accel, tmp_path):
-    vm = start(*arguments(accel, "memory-backend-memfd,share=on"))
-    wait_for_change(lambda: vm.u32(0x9018), "the guest writes")
+@pytest.mark.parametrize("backend", [MEMFD, FILE], ids=["memfd", "file"])
+def test_a_late_update_whose_command_reads_another_stream(start, accel, tmp_path, backend):
+    vm = start(*arguments(accel, backend.format(path=tmp_path / "ram")))
+    wait_for_change(lambda: u64(vm, 0x9018), "the guest writes")
     vm.qmp.command("migrate", uri=f"file:{tmp_path}/old")
     wait_completed(vm)
     vm.qmp.command("cont")
@@ -142,8 +165,7 @@ def test_a_fault_at_the_end_of_a_transfer_does_not_run_the_guest_twice(
     start, accel, tmp_path, staged, step
 ):
     fault = tmp_path / "fault"
-    backend = "memory-backend-ram" if staged else "memory-backend-memfd,share=on"
-    given = arguments(accel, backend)
+    given = arguments(accel, "memory-backend-ram" if staged else MEMFD)
     if staged:
         given = [word.replace(",aux-ram-share=on", "") for word in given]
         given += ["-global", "migration.x-cpr-ram-staging=on"]

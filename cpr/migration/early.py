@@ -290,6 +290,8 @@ class EarlyUpdate:
             self._loop.unwatch(self._update.token)
             return
         carefully(lambda: point("leave"))
+        if self._returns:  # the program that has refused may have started others
+            carefully(lambda: end_started(Held(self._update.page.fd), self._update.pid))
         carefully(lambda: self._state.set("completed"))
         carefully(self._process.before_exec)
         if self._keeps:

@@ -278,9 +278,6 @@ class Outgoing:
         assert mode is not None
         if self.state.capabilities.enabled("return-path") and channel.kind != "socket":
             raise MigrationError("Unable to read from file: Bad file descriptor")
-        ignored = self.state.capabilities.enabled("x-ignore-shared")
-        unsent = any(not mode.sends(block, ignored) for block in self.machine.blocks)
-        self._may_run_elsewhere = channel.waits and unsent and not mode.tells_owner
         self._write(lambda: saver.devices(self.old_state))
         with self._ending:
             self._check_cancel()
@@ -290,11 +287,18 @@ class Outgoing:
             self._write(saver.end)
             self._write(channel.finish)
         finally:
-            # A command that fails says that there is no VMM behind it; copies of RAM have no lock
-            # any more when they are given up.
-            is_told = mode.tells_owner and (mode.ends_process or self._staging is None)
-            if channel.kind == "socket" and channel.put_out > before and not is_told:
-                self._may_run_elsewhere = True
+            self._may_run_elsewhere = channel.put_out > before and self._has_reader(channel)
+
+    def _has_reader(self, channel: Channel) -> bool:
+        """Whether a VMM that has the stream could run the guest, and nothing says whose it is."""
+        mode = self._mode
+        assert mode is not None
+        if mode.tells_owner:  # but copies of RAM have no lock any more when they are given up
+            return not mode.ends_process and self._staging is not None
+        ignored = self.state.capabilities.enabled("x-ignore-shared")
+        unsent = any(not mode.sends(block, ignored) for block in self.machine.blocks)
+        # A command that fails, or is told to end, has no VMM behind it; but RAM may be shared.
+        return channel.waits and (unsent or channel.kind != "command")
 
     # What comes from outside, on the main loop.
 
