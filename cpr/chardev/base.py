@@ -201,8 +201,7 @@ def _create(config: ChardevConfig, loop: MainLoop, after_exec: bool, kept: Kept)
 
         return PtyChardev(label, loop, kept)
     if config.backend == "socket":
-        from cpr.chardev.address import SocketOptions
-        from cpr.chardev.socket import SocketChardev
+        from cpr.chardev.socket import SocketChardev, SocketOptions
 
         return SocketChardev(label, loop, SocketOptions(options), kept, not after_exec)
     raise ConfigError(f"'{config.backend}' is not a valid char driver name")

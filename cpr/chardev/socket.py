@@ -13,7 +13,7 @@ import select
 import socket
 
 from cpr import report
-from cpr.chardev.address import connect, join, listen, unlink
+from cpr.chardev.address import SocketOptions, connect, join, listen, unlink
 from cpr.chardev.stream import FdChardev
 from cpr.constants import NS_PER_MS
 from cpr.errors import ConfigError
@@ -23,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from cpr.chardev.address import Address, SocketOptions
+    from cpr.chardev.address import Address
     from cpr.mainloop import MainLoop, Timer
     from cpr.state.connections import Kept
 
