@@ -93,8 +93,9 @@ def test_a_stream_that_is_read_resumes_no_guest_in_the_same_ram(start, accel, tm
     vm: Vm = start(*options)
     ignores = {"capability": "x-ignore-shared", "state": True}
     vm.qmp.command("migrate-set-capabilities", capabilities=[ignores])
-    vm.ask("migrate", uri="exec:cat >/dev/null; exec sleep 1000")
-    wait_for(lambda: vm.ask("query-migrate")["status"] == "device", "all is written")
+    vm.ask("migrate", uri=f"exec:cat >/dev/null; touch {tmp_path}/read; exec sleep 1000")
+    wait_for((tmp_path / "read").exists, "all is read")
+    assert vm.ask("query-migrate")["status"] == "device"
     vm.ask("migrate_cancel")
     wait_for(lambda: vm.ask("query-migrate")["status"] == "cancelled", "it is cancelled")
     assert vm.ask("query-status")["status"] == "postmigrate"
