@@ -36,11 +36,10 @@ def hang() -> NoReturn:
         time.sleep(1000)
 
 
-def leave_child() -> NoReturn:
+def leave_child() -> None:
     if os.fork() == 0:
         os.setsid()
         hang()
-    sys.exit(1)
 
 
 def after_hello(predecessor: Predecessor, then: str) -> None:
@@ -49,6 +48,7 @@ def after_hello(predecessor: Predecessor, then: str) -> None:
     predecessor.receive(STATE)
     if then == "fork":
         leave_child()
+        sys.exit(1)
     if then == "die-after-hello":
         die()
     if then == "hang-after-hello":
@@ -88,15 +88,14 @@ def main(kind: str) -> None:
         hang()
     if kind == "fork-first":
         leave_child()
+        sys.exit(1)
     predecessor = find_predecessor()
     if predecessor is None:
         sys.exit("there is no old image")
     if kind == "refuse":
         predecessor.refuse("it does not feel like it")
     elif kind == "fork-refuse":
-        if os.fork() == 0:
-            os.setsid()
-            hang()
+        leave_child()
         predecessor.refuse("it has a child")
     elif kind == "talk":
         predecessor.refuse("\x1b[31mred\n" * 100_000)

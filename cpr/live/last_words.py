@@ -8,6 +8,7 @@ import os
 import sys
 
 from cpr.constants import STDERR
+from cpr.live import sealed
 from cpr.live.token import above_streams
 
 NAME = "cpr-live-stderr"
@@ -67,8 +68,7 @@ _bounded: set[int] = set()
 
 def create(name: str) -> int:
     """A memfd for what a program says, which `bound` looks after; `close` it.  Raises OSError."""
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    memfd = above_streams(os.memfd_create(name, flags))
+    memfd = above_streams(sealed.create(name))
     _bounded.add(memfd)
     return memfd
 

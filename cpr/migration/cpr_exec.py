@@ -266,9 +266,8 @@ def plan(command: list[str] | None) -> tuple[list[str], str, str | None]:
 
 def _create_directory() -> str:
     """In $TMPDIR; where there is no such folder any more, or no room in it, in another one."""
-    named = os.environ.get("TMPDIR")
     reason = ""
-    for base in (*([named] if named else []), *TEMPORARY):
+    for base in filter(None, (os.environ.get("TMPDIR"), *TEMPORARY)):
         directory = os.path.join(base, f"cpr-exec-{os.getpid()}-{os.urandom(4).hex()}")
         try:
             os.mkdir(directory, 0o700)

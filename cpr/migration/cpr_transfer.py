@@ -123,10 +123,7 @@ class Transfer(KeepsRam):
         return fd
 
     def finish(self, machine: Machine) -> None:
-        machine.shares_ram = True
-        machine.leave_guest()  # first: the target may run it from now on, whatever fails here
-        holder.let_go(machine.blocks)
-        holder.give_guest_away(machine.blocks)
+        super().finish(machine)
         point("given-away")
 
     def rollback(self) -> None:

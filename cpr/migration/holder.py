@@ -32,7 +32,7 @@ def take_guest(blocks: Iterable[RAMBlock], wait_ns: int = 0) -> None:
     Raises CommandError with QEMU's text while another process has it.
     """
     deadline = time.monotonic_ns() + wait_ns
-    for fd in filter(_is_open, map(_fd, blocks)):
+    for fd in _fds(blocks):
         while True:
             try:
                 fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
@@ -45,7 +45,7 @@ def take_guest(blocks: Iterable[RAMBlock], wait_ns: int = 0) -> None:
 
 def give_guest_away(blocks: Iterable[RAMBlock]) -> None:
     """Drops this process's lock on it; the inverse of `take_guest`."""
-    for fd in filter(_is_open, map(_fd, blocks)):
+    for fd in _fds(blocks):
         fcntl.lockf(fd, fcntl.LOCK_UN)
 
 
@@ -56,25 +56,25 @@ def hold(blocks: Iterable[RAMBlock]) -> None:
         with suppress(OSError):
             if not block.reopened and block.fd >= 0:
                 _make_own(block.fd)
-            _lock(block)
+            for fd in _fds([block]):
+                file_lock.share(fd, file_lock.HOLDER)
 
 
 def let_go(blocks: Iterable[RAMBlock]) -> None:
     """The next one has the guest; nothing happens where nothing is held."""
-    for block in blocks:
+    for fd in _fds(blocks):
         with suppress(OSError):
-            if (fd := _fd(block)) >= 0:
-                file_lock.unlock(fd, file_lock.HOLDER)
+            file_lock.unlock(fd, file_lock.HOLDER)
 
 
 def take_again(blocks: Iterable[RAMBlock]) -> bool:
     """The inverse of `let_go`; false where another VMM has got the RAM from this one since."""
-    blocks = list(blocks)
-    if any(_is_anothers(block) for block in blocks):
+    fds = _fds(blocks)
+    if any(_is_anothers(fd) for fd in fds):
         return False
-    for block in blocks:
+    for fd in fds:
         with suppress(OSError):
-            _lock(block)
+            file_lock.share(fd, file_lock.HOLDER)
     return True
 
 
@@ -85,21 +85,13 @@ def _make_own(fd: int) -> None:
     os.close(own)
 
 
-def _lock(block: RAMBlock) -> None:
-    if (fd := _fd(block)) >= 0:
-        file_lock.share(fd, file_lock.HOLDER)
+def _fds(blocks: Iterable[RAMBlock]) -> list[int]:
+    """What the other VMM finds this RAM by."""
+    fds = [block.fd if block.reopened else block.outgoing_fd for block in blocks]
+    return [fd for fd in fds if fd >= 0]
 
 
-def _fd(block: RAMBlock) -> int:
-    """What the other VMM finds this RAM by, or -1."""
-    return block.fd if block.reopened else block.outgoing_fd
-
-
-def _is_open(fd: int) -> bool:
-    return fd >= 0
-
-
-def _is_anothers(block: RAMBlock) -> bool:
+def _is_anothers(fd: int) -> bool:
     with suppress(OSError):
-        return (fd := _fd(block)) >= 0 and file_lock.is_locked(fd, file_lock.HOLDER)
+        return file_lock.is_locked(fd, file_lock.HOLDER)
     return False

@@ -92,7 +92,7 @@ class Loader:
         ignored = capabilities.enabled("x-ignore-shared")
         theirs = {block.idstr for block in machine.blocks if block.is_theirs}
         ram = ram_section.RamDecoder(list_blocks(machine), ignored, theirs)
-        bulk = BulkLoader([block for block in machine.blocks if not block.is_theirs])
+        bulk = BulkLoader([block for block in machine.blocks if block.idstr not in theirs])
         had_pages = False
         self.devices_offset = 0
         ram.bulk = bulk.take

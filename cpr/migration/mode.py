@@ -85,11 +85,15 @@ class Mode:
 
     def finish(self, machine: Machine) -> None:
         """The stream is written and closed.  Raises MigrationError where the end fails."""
-        machine.shares_ram |= any(block.reopened for block in machine.blocks)
-        machine.leave_guest()
-        files = [block for block in machine.blocks if block.reopened]
-        holder.let_go(files)
-        holder.give_guest_away(files)
+        shared = self.shared(machine.blocks)
+        machine.shares_ram |= bool(shared)
+        machine.leave_guest()  # first: another VMM may run it from now on, whatever fails here
+        holder.let_go(shared)
+        holder.give_guest_away(shared)
+
+    def shared(self, blocks: list[RAMBlock]) -> list[RAMBlock]:
+        """Which of them another VMM maps too."""
+        return [block for block in blocks if block.reopened]
 
     def rollback(self) -> None:
         """The inverse of `begin`; may be called at any time."""
@@ -99,6 +103,9 @@ class KeepsRam(Mode):
     """A mode in which the new image maps the same RAM: no page of it is in the stream."""
 
     tells_owner = True
+
+    def shared(self, blocks: list[RAMBlock]) -> list[RAMBlock]:
+        return blocks
 
     def sends(self, block: RAMBlock, ignore_shared: bool) -> bool:
         return False
