@@ -181,12 +181,44 @@ def test_state(board: Board) -> None:
     other = Board("2000-01-01")
     other.platform.clock.time = board.platform.clock.now()
     other.rtc.restore(state)
+    other.rtc.on_run()
     assert other.time() == board.time()
     assert other.get(0x40) == 0x5A
     other.advance(10.74)
     assert not other.line
     other.advance(0.02)
     assert other.line
+
+
+@pytest.mark.parametrize(("mode", "late"), [(ALARM, 0.7), (ALARM, 3600), (0, 0.7)])
+def test_an_alarm_that_is_due_while_the_guest_stands_still(monkeypatch, mode, late) -> None:
+    """It comes when the guest goes on, here or in another VMM; also one that is polled for."""
+    now = 1_000_000_000 * SECOND
+    monkeypatch.setattr(mc146818rtc.time, "time", lambda: now / SECOND)
+    monkeypatch.setattr(mc146818rtc.time, "time_ns", lambda: now)
+    boards = []
+    for _ in range(2):
+        boards.append(Board.__new__(Board))
+        boards[-1].platform = SteppedPlatform()
+        boards[-1].rtc = Mc146818Rtc()
+        boards[-1].rtc.realize(boards[-1].platform)
+    old, new = boards
+    for register in (HOURS_ALARM, MINUTES_ALARM):
+        old.set(register, ALWAYS)
+    old.set(SECONDS_ALARM, 0x42)
+    old.set(REG_B, HOURS_24 | mode)
+    assert old.get(SECONDS) == 0x40
+    now += int(1.9 * SECOND)
+    old.rtc.on_stop()
+    state = old.rtc.save()
+    now += int(late * SECOND)
+    new.rtc.restore(state)
+    for board in boards:
+        assert not board.line
+        board.rtc.on_run()
+        assert board.line == bool(mode)
+        assert board.get(REG_C) & ALARM
+        assert not board.get(REG_C) & ALARM
 
 
 def test_the_hosts_clock_goes_on_while_the_guest_does_not(monkeypatch) -> None:

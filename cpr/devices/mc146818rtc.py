@@ -26,6 +26,7 @@ INDEX = 0x7F  # the bit above masks NMIs
 SECOND = 1_000_000_000
 DAY = 86400
 NEVER = -1
+MOST_NS = (1 << 63) - 1  # of a time in the stream
 
 SECONDS, SECONDS_ALARM, MINUTES, MINUTES_ALARM, HOURS, HOURS_ALARM = range(6)
 WEEKDAY, MONTH_DAY, MONTH, YEAR, REG_A, REG_B, REG_C, REG_D = range(6, 14)
@@ -120,7 +121,8 @@ class Mc146818Rtc(Device):
     def save(self) -> dict:
         if not self._cmos[REG_B] & SET:
             self._store_time()
-        periodic, second = self._periodic_timer.deadline, self._second_timer.deadline
+        periodic, interrupt = self._periodic_timer.deadline, self._next_interrupt()
+        alarm = 0 if self._cmos[REG_B] & SET else self._time_of(self._next_alarm(self._seen))
         return {
             "cmos_data": bytes(self._cmos),
             "cmos_index": self._index,
@@ -131,8 +133,8 @@ class Mc146818Rtc(Device):
             "base_rtc": self._base % U64_LIMIT,
             "last_update": self._last_update,
             "offset": self._offset,
-            "update_timer": NEVER if second is None else second,
-            "next_alarm_time": 0,
+            "update_timer": NEVER if interrupt is None else self._time_of(interrupt),
+            "next_alarm_time": alarm,
         }
 
     def check(self, state: dict) -> None:
@@ -149,7 +151,9 @@ class Mc146818Rtc(Device):
         self._last_update = state["last_update"]
         self._offset = state["offset"]
         self._seen = self._now() // SECOND
-        self._update()
+        for due in (state["update_timer"], state["next_alarm_time"]):
+            if due >= self._last_update:  # what was due while nobody ran the guest is not lost
+                self._seen = min(self._seen, self._second_at(due) - 1)
         deadline = state["periodic_timer"]
         self._periodic_timer.set(None if deadline == NEVER else deadline)
 
@@ -158,6 +162,7 @@ class Mc146818Rtc(Device):
         self._update()
 
     def on_stop(self) -> None:
+        self._update()  # so that what has happened by now is in what is saved
         self._periodic_timer.stop()
         self._second_timer.stop()
 
@@ -174,6 +179,15 @@ class Mc146818Rtc(Device):
         if self._cmos[REG_B] & SET:
             return self._base * SECOND + self._offset
         return self._base * SECOND + self._clock_now() - self._last_update + self._offset
+
+    def _second_at(self, clock: int) -> int:
+        """The second, since 1970, that the chip shows at this time of its clock, in ns."""
+        return self._base + (clock - self._last_update + self._offset) // SECOND
+
+    def _time_of(self, second: int) -> int:
+        """The inverse: the time of its clock, in ns, at which that second begins."""
+        clock = (second - self._base) * SECOND + self._last_update - self._offset
+        return min(max(0, clock), MOST_NS)
 
     def _set(self, seconds: int, offset: int) -> None:
         self._base, self._offset = seconds, offset
@@ -253,16 +267,20 @@ class Mc146818Rtc(Device):
             alarm = self._next_alarm(self._seen) <= now // SECOND
             self._seen = now // SECOND
             self._raise(UPDATE | (ALARM if alarm else 0))
-        deadline = None
-        if self._cmos[REG_B] & UPDATE:
-            deadline = self._seen + 1
-        elif self._cmos[REG_B] & ALARM:
-            deadline = self._next_alarm(self._seen)
-        if deadline is not None:
-            wait = max(0, deadline * SECOND - now)
-            self._second_timer.set(self._platform.clock.now() + wait)
-        else:
+        second = self._next_interrupt()
+        if second is None:
             self._second_timer.set(None)
+        else:
+            wait = max(0, second * SECOND - now)
+            self._second_timer.set(self._platform.clock.now() + wait)
+
+    def _next_interrupt(self) -> int | None:
+        """The second at which one is due, by what register B has; None where it has none."""
+        if self._cmos[REG_B] & SET:
+            return None
+        if self._cmos[REG_B] & UPDATE:
+            return self._seen + 1
+        return self._next_alarm(self._seen) if self._cmos[REG_B] & ALARM else None
 
     def _next_alarm(self, after: int) -> int:
         """The first second after `after` that the alarm registers match."""
