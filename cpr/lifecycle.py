@@ -225,7 +225,9 @@ class Lifecycle:
             if was_running:
                 self.was_suspended = old_state == runstate.SUSPENDED
                 self.pause_vcpus()
-                self.reset_if_requested()
+                if not self.reset_if_requested():  # it does not go on where it was, anywhere
+                    old_state = runstate.INTERNAL_ERROR
+                    new_state = old_state if new_state == runstate.PAUSED else new_state
                 if self._suspend_requested:
                     self._suspend_requested = False
                     self.was_suspended = True

@@ -42,6 +42,22 @@ def test_a_migration_that_fails_leaves_an_internal_error_as_it_is(start, accel, 
     wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts again")
 
 
+def test_a_reset_that_fails_when_the_guest_is_stopped(start, accel, tmp_path):
+    """It does not go on where it was."""
+    image = tmp_path / "timer.img"
+    shutil.copy("examples/build/timer.img", image)
+    options = " ".join(words(accel, cpus=1)).replace("examples/build/timer.img", str(image))
+    vm: Vm = start(*options.split())
+    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
+    image.unlink()
+    *_, status = at_once(
+        vm, *({"execute": name} for name in ("system_reset", "stop", "query-status"))
+    )
+    assert status["return"]["status"] == "internal-error"
+    with pytest.raises(QmpError, match="Resetting the Virtual Machine is required"):
+        vm.ask("cont")
+
+
 def test_a_reset_that_fails_for_no_known_reason_can_be_done_again(start, accel):
     """MemoryError, say: the VM stops, and does not stand still as one that runs."""
     command = [sys.executable, str(ROOT / "tests" / "patched_vmm.py"), "reset", "run"]
