@@ -72,7 +72,7 @@ class Lifecycle:
         self.catches_up = False
         self.stopped_at: int | None = None
         self._reset_requested: tuple[bool, str] | None = None
-        self._shutdown_requested = False
+        self._shutdown_requested = self._exit_requested = False
         self._suspend_requested = False
         self._parked: list[bool] = []
         self._reserve: Reserve | None = None
@@ -88,8 +88,8 @@ class Lifecycle:
 
     @property
     def shutdown_requested(self) -> bool:
-        """Whether the main loop has `shutdown` to do."""
-        return self._shutdown_requested
+        """Whether the main loop has `shutdown` to do, or `on_exit`."""
+        return self._shutdown_requested or self._exit_requested
 
     def request_reset(self, guest: bool, reason: str) -> None:
         """Resets the VM soon; from any thread.  With -no-reboot it ends the VM instead."""
@@ -124,6 +124,8 @@ class Lifecycle:
         return state == runstate.SUSPENDED or (state not in runstate.LIVE and self.was_suspended)
 
     def request_exit(self, status: int) -> None:
+        """Ends the VM soon with this exit status, and no event; from any thread."""
+        self._exit_requested = True
         self.loop.call_soon(lambda: self.on_exit(status))
 
     # Running and stopping.

@@ -38,6 +38,11 @@ def powers_off(outgoing: Outgoing) -> None:
     stop_guest(outgoing)
 
 
+def exits(outgoing: Outgoing) -> None:
+    outgoing.machine.request_exit(7)
+    stop_guest(outgoing)
+
+
 def sleeps(outgoing: Outgoing) -> None:
     outgoing.machine.request_suspend()
     stop_guest(outgoing)
@@ -56,6 +61,7 @@ PATCHES = {
     "kill": (old_image.signal, "pidfd_send_signal", not_permitted),
     "forgets": (QmpMonitor, "save", forgets),
     "power-off": (Outgoing, "stop_guest", powers_off),
+    "exit": (Outgoing, "stop_guest", exits),
     "sleep": (Outgoing, "stop_guest", sleeps),
     "reset": (Lifecycle, "load_boot_image", third_time),
 }

@@ -177,6 +177,17 @@ def test_what_the_guest_asks_for_at_the_stop(start, accel, what, update, guest):
     wait_for(lambda: vm.ask("query-status")["status"] == guest, "that is done")
 
 
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_a_guest_that_ends_the_vm_with_a_status_at_the_stop(start, accel, overlap):
+    """By isa-debug-exit: neither the old nor the new VMM runs it past that."""
+    command = [sys.executable, str(ROOT / "tests" / "patched_vmm.py"), "exit", "run"]
+    vm: Vm = start(*words(accel), command=command)
+    vm.qmp.command("migrate-set-parameters", x_cpr_exec_overlap=overlap)
+    vm.qmp.send("cpr-exec", command=[sys.executable, "-m", "cpr.vmm", "run", *vm.words[4:]])
+    assert vm.process.wait(20) == 7
+    wait_for(lambda: not vm.processes(), "nothing is left")
+
+
 def test_no_task_is_left_for_the_guard(start, accel):
     group = PIDS / f"cpr-test-{os.getpid()}"
     try:

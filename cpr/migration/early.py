@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 
 from cpr import runstate
 from cpr.constants import NS_PER_MS
@@ -40,6 +41,7 @@ from cpr.migration.channel import MemoryChannel
 from cpr.migration.connections import send_all
 from cpr.migration.hand_over import check_protocol, send, send_state
 from cpr.migration.mode import EXEC, device_blockers
+from cpr.migration.outgoing import GuestEnded
 from cpr.migration.placement import Placement
 from cpr.migration.program import Held, end_started, own_command
 from cpr.report import carefully, error_report, unexpected
@@ -184,6 +186,8 @@ class EarlyUpdate:
             return
         try:
             step()
+        except GuestEnded as error:  # with an exit status that the PID is to have
+            self._loop.call_soon(partial(self._fail_unless_ended, str(error)))
         except CprError as error:
             if self._update.is_dead(DEATH_MS):
                 self._on_death(0)
@@ -343,6 +347,10 @@ class EarlyUpdate:
         )
 
     # The end.
+
+    def _fail_unless_ended(self, reason: str) -> None:
+        if not self._machine.ends:
+            self._fail(reason)
 
     def _fail(self, reason: str, status: str = "failed") -> None:
         """The guest goes on here, or has gone to the new image already."""

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 LAST_WORDS_S = 0.2  # for a reader that takes the end of the stream
 
 
+class GuestEnded(MigrationError):
+    """The guest has ended the VM, which the main loop does next."""
+
+
 class Cancelled(MigrationError):
     """migrate_cancel came in time."""
 
@@ -168,7 +172,7 @@ class Outgoing:
     def stop_guest(self) -> None:
         """Stops the guest for the rest of the migration; `run_on` is the inverse.
 
-        Raises MigrationError, with the guest stopped, where it has just powered itself off.
+        Raises GuestEnded, with the guest stopped, where it has just powered itself off.
         """
         self.times.stop()
         mark("stop")
@@ -176,7 +180,7 @@ class Outgoing:
             self._mode.stopped_ns = self.times.stopped_ns
         self.old_state = self.machine.stop(runstate.FINISH_MIGRATE)
         if self.machine.shutdown_requested:
-            raise MigrationError("the guest has powered itself off at that moment")
+            raise GuestEnded("the guest has powered itself off at that moment")
         if self.old_state == runstate.RUNNING and self.machine.was_suspended:
             self.old_state = runstate.SUSPENDED
         mark("save")
@@ -367,7 +371,7 @@ class Outgoing:
         mode = self._mode
         assert mode is not None
         self._channel = None
-        if self.machine.ended:  # the guest has shut itself down meanwhile
+        if self.machine.ends:  # the guest has shut itself down meanwhile
             return
         try:
             point("complete")
