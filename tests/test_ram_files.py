@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import subprocess
@@ -12,6 +13,11 @@ from failing import own
 from harness.qmp import QmpError
 from harness.vm import HEARTBEAT, VMM, Vm
 from waiting import TIMEOUT, wait_for, wait_for_change
+
+from cpr.constants import PAGE_SIZE
+from cpr.errors import CommandError
+from cpr.migration import holder
+from cpr.ram import RAMBlock
 
 SIZE = 16 << 20
 LOCKED = 'Failed to get "write" lock'
@@ -248,3 +254,28 @@ def test_a_file_that_cannot_be_written_at_its_offset_is_not_left(start, tmp_path
     with pytest.raises(QmpError, match="failed to truncate"):
         vm.qmp.command("migrate", uri=f"file:{tmp_path}/state,offset=0x7fffffffffffffff")
     assert not (tmp_path / "state").exists()
+
+
+def test_a_file_system_without_locks_has_none(monkeypatch, tmp_path):
+    """Lustre answers so, and NFS without its lock daemon."""
+    path = tmp_path / "ram"
+    path.write_bytes(bytes(PAGE_SIZE))
+    block = RAMBlock("ram0", PAGE_SIZE, "memory-backend-file")
+    block.reopened = True
+    block.fd = os.open(path, os.O_RDWR)
+
+    def refuse(error: int) -> None:
+        def lockf(*arguments: object) -> None:
+            raise OSError(error, os.strerror(error))
+
+        monkeypatch.setattr(holder.fcntl, "lockf", lockf)
+
+    try:
+        refuse(errno.ENOLCK)
+        holder.take_guest([block])
+        holder.give_guest_away([block])
+        refuse(errno.EAGAIN)
+        with pytest.raises(CommandError, match=LOCKED):
+            holder.take_guest([block])
+    finally:
+        block.close()

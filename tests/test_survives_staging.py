@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 from pathlib import Path
 
@@ -393,12 +394,12 @@ class Pair:
     """A source whose RAM is not shared, and a target that waits for it."""
 
     def __init__(self, start, accel: str, folder: Path, backend: str | None = None) -> None:
-        self._paths = {kind: folder / f"{kind}.sock" for kind in ("main", "cpr")}
+        self.paths = {kind: folder / f"{kind}.sock" for kind in ("main", "cpr")}
         self.source = start(*words(accel, backend))
         wait_round(self.source)
         capabilities(self.source, "events")
         incoming = [
-            f"-incoming={json.dumps(channel(kind, path))}" for kind, path in self._paths.items()
+            f"-incoming={json.dumps(channel(kind, path))}" for kind, path in self.paths.items()
         ]
         options = [word for each in incoming for word in each.split("=", 1)]
         self._vms: list[Vm] = []
@@ -406,10 +407,10 @@ class Pair:
             target=lambda: self._vms.append(start(*words(accel, backend), *options))
         )
         self._thread.start()
-        wait_for(lambda: is_listening(str(self._paths["cpr"])), "the target listens")
+        wait_for(lambda: is_listening(str(self.paths["cpr"])), "the target listens")
 
     def begin(self) -> None:
-        channels = [channel(kind, path) for kind, path in self._paths.items()]
+        channels = [channel(kind, path) for kind, path in self.paths.items()]
         self.source.qmp.command("migrate", channels=channels)
 
     @property
@@ -449,6 +450,31 @@ def test_transfer(start, accel, tmp_path, backend, idstr):
     source.qmp.command("cont")
     wait_round(source)
     assert held > set(memfds(source)), "the copies are given up"
+
+
+@logged
+def test_a_target_of_a_cancelled_migration_does_not_take_the_guest(start, accel, tmp_path):
+    """It listens still when the target of the next one has died, and its copy is an old one."""
+    pair = Pair(start, accel, tmp_path)
+    source = pair.source
+    parameters(source, **ENDLESS, mode="cpr-transfer")
+    pair.begin()
+    wait_for(lambda: ram(source)["transferred"] > 0, "it copies")
+    source.qmp.command("migrate_cancel")
+    wait_for(lambda: status(source) == "cancelled", "it is cancelled")
+    parameters(source, max_bandwidth=0, downtime_limit=2000)
+    with socket.create_server(str(pair.paths["cpr"]), family=socket.AF_UNIX) as second:
+        pair.begin()
+        connection = second.accept()[0]
+        while connection.recv(65536):
+            pass
+        connection.close()
+    target = pair.target
+    wait_for(lambda: "start this VMM again" in target.stderr, "it refuses")
+    wait_for(lambda: status(source) == "completed", "the source has sent all")
+    source.qmp.command("cont")
+    wait_round(source)
+    assert target.process.wait(20) == 1
 
 
 @logged

@@ -6,20 +6,29 @@ between a target that has become a source and the next one.  So a target also lo
 the RAM, shared, as soon as it has it, and lets go when it has given the guest away: no earlier one
 runs the guest meanwhile.  This lock belongs to its open file description, which is its own and goes
 over its updates.  Whoever wants to run the guest again looks whether another one has that byte.
+
+A copy of RAM that its source has given up, because the migration has failed or is cancelled, has no
+permissions any more: a target that has it still, and that the source reaches in another migration,
+does not take it for the guest's.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 import time
 from contextlib import suppress
 
-from cpr.errors import CommandError
+from cpr.errors import CommandError, MigrationError
 from cpr.ram_backend import LOCK_POLL, NO_LOCK
 from cpr.uapi import file_lock
 
 TYPE_CHECKING = False
+LOCKED = (errno.EACCES, errno.EAGAIN)
+NO_PERMISSIONS = 0  # of a memfd, which has all of them else
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -29,7 +38,8 @@ if TYPE_CHECKING:
 def take_guest(blocks: Iterable[RAMBlock], wait_ns: int = 0) -> None:
     """Locks the guest's RAM for this process, waiting at most `wait_ns` for the one that has it.
 
-    Raises CommandError with QEMU's text while another process has it.
+    Raises CommandError with QEMU's text while another process has it.  A file system without locks
+    has none.
     """
     deadline = time.monotonic_ns() + wait_ns
     for fd in _fds(blocks):
@@ -37,7 +47,9 @@ def take_guest(blocks: Iterable[RAMBlock], wait_ns: int = 0) -> None:
             try:
                 fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
                 break
-            except OSError:
+            except OSError as error:
+                if error.errno not in LOCKED:
+                    break
                 if time.monotonic_ns() >= deadline:
                     raise CommandError(NO_LOCK) from None
                 time.sleep(LOCK_POLL)
@@ -46,7 +58,25 @@ def take_guest(blocks: Iterable[RAMBlock], wait_ns: int = 0) -> None:
 def give_guest_away(blocks: Iterable[RAMBlock]) -> None:
     """Drops this process's lock on it; the inverse of `take_guest`."""
     for fd in _fds(blocks):
-        fcntl.lockf(fd, fcntl.LOCK_UN)
+        with suppress(OSError):
+            fcntl.lockf(fd, fcntl.LOCK_UN)
+
+
+def abandon(copy: RAMBlock) -> None:
+    """No target that has this copy of RAM runs a guest in it; before its lock is given up."""
+    with suppress(OSError):
+        os.fchmod(copy.fd, NO_PERMISSIONS)
+
+
+def check_not_abandoned(blocks: Iterable[RAMBlock]) -> None:
+    """In a target that has the lock.  Raises MigrationError where the source has given one up."""
+    for block in blocks:
+        came = block.kept and not block.reopened and block.fd >= 0
+        if came and stat.S_IMODE(os.fstat(block.fd).st_mode) == NO_PERMISSIONS:
+            raise MigrationError(
+                f"'{block.idstr}' is of a migration that has not taken place: start this VMM "
+                "again, and then the migration"
+            )
 
 
 def hold(blocks: Iterable[RAMBlock]) -> None:

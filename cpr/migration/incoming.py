@@ -16,7 +16,7 @@ from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.faults import point
 from cpr.migration import address as addresses
 from cpr.migration import channel, loadvm
-from cpr.migration.holder import take_guest
+from cpr.migration.holder import check_not_abandoned, take_guest
 from cpr.phases import mark
 from cpr.ram_backend import claim
 from cpr.report import carefully, error_report, unexpected
@@ -330,6 +330,7 @@ class Incoming:
         self._fds.incoming = False
         if self.listener is not None:
             take_guest(self._machine.blocks, HAND_OVER_NS)
+            check_not_abandoned(self._machine.blocks)
         if self.claims:
             self._machine.claim(wait_ns)
         return old_state

@@ -18,6 +18,7 @@ from _thread import allocate_lock
 
 from cpr.constants import MS_PER_S, NS_PER_MS, NS_PER_S, PAGE_SIZE
 from cpr.errors import ConfigError, KernelError, MigrationError
+from cpr.migration.holder import abandon
 from cpr.migration.rate import RateLimit
 from cpr.page_bitmap import PageBitmap, existing_pages
 from cpr.pages import NO_LIMIT, ZERO_CLEAR, ZERO_SKIP, PageCounts, PagePool, Pages
@@ -312,6 +313,7 @@ class Staging:
         self.hand_over()
         self._leave()
         for each in self._blocks:
+            abandon(each.copy)
             each.copy.close()
         self._blocks = []
 
