@@ -153,11 +153,13 @@ def test_a_guest_that_ends_with_a_status_of_its_own_right_after(start, accel, tm
     assert "goes on" not in vm.stderr
 
 
-def execute(vm: Vm, source: str, deadline_ms: int) -> None:
-    """Begins a late update to this VMM's own program, which loads from `source`."""
+def execute(vm: Vm, source: str, deadline_ms: int, words: list[str] | None = None) -> None:
+    """Begins a late update to this VMM's own program, which loads from `source`.
+
+    `words` are those of its command line, where they are others."""
     parameters = {
         "mode": "cpr-exec",
-        "cpr-exec-command": [*VMM, *vm.words[len(VMM) :], "-incoming", source],
+        "cpr-exec-command": [*VMM, *(words or vm.words[len(VMM) :]), "-incoming", source],
         "x-cpr-exec-timeout": deadline_ms,
     }
     vm.qmp.command("migrate-set-parameters", parameters)
@@ -178,6 +180,16 @@ def test_a_deferred_load_that_fails_gives_the_guest_back(start, accel, tmp_path,
     runs(vm)
     assert vm.pid == old, "the old command has it again"
     assert "Not a migration stream" in vm.qmp.command("query-migrate")["error-desc"]
+
+
+def test_a_deferred_load_that_nobody_could_ask_for(start, accel, tmp_path):
+    """Its only monitor cannot be made: the guest would stand still for ever."""
+    vm = start.guest("heartbeat", accel)
+    words = " ".join(vm.words[len(VMM) :]).replace(f"unix:{vm.socket}", "unix:/nonexistent/qmp")
+    execute(vm, "defer", deadline_ms=0, words=words.split())
+    wait_for(partial(has_failed, vm, 1), "it fails")
+    runs(vm)
+    assert "there is no monitor" in vm.ask("query-migrate")["error-desc"]
 
 
 def is_open(vm: Vm) -> bool:
