@@ -316,3 +316,16 @@ def test_default_command_repeats_the_vmm(start, accel):
         assert words[words.index("run") : -2] == first[len(VMM) - 1 :]
         assert vm.qmp.command("query-name") == {"name": "demo"}
         assert not list(vm.directory.glob("cpr-exec-*")), "the temporary directory is removed"
+
+
+@pytest.mark.parametrize("offset", [0, 4096])
+def test_a_file_that_takes_not_all_gives_its_room_back(start, accel, tmp_path, offset):
+    """The guest may need it: for RAM in a file on the same disk, or an image."""
+    path = tmp_path / "state"
+    path.write_bytes(b"\xaa" * offset)
+    vm = start.guest("churn", accel)
+    psutil.Process(vm.pid).rlimit(psutil.RLIMIT_FSIZE, (16384, 16384))
+    vm.qmp.command("migrate", uri=f"file:{path},offset={offset}")
+    wait_for(lambda: vm.qmp.command("query-migrate")["status"] == "failed", "it fails")
+    assert path.read_bytes() == b"\xaa" * offset
+    assert vm.qmp.command("query-status")["running"]

@@ -56,14 +56,18 @@ class Channel:
     """A byte stream over one descriptor, which it owns.  Not for several threads at once, but for
     `shutdown`.  `waits`: its other end may keep a reader or a writer waiting."""
 
-    def __init__(self, fd: int, kind: str, child: Child | None = None) -> None:
+    def __init__(
+        self, fd: int, kind: str, child: Child | None = None, start: int | None = None
+    ) -> None:
         """`kind` is "file", "socket" or "command", for errors; `child` is its exec: command.
 
+        `start` is the offset from which on a file is this channel's, to be written to.
         Raises MigrationError where there is no descriptor left; then `fd` is closed.
         """
         self.kind = kind
         self._fd = fd
         self._child = child
+        self._start = start
         self._pending: list[bytes] = []
         self._pending_size = 0
         self._ahead = b""
@@ -165,6 +169,12 @@ class Channel:
         self.flush()
         return os.lseek(self._fd, 0, os.SEEK_CUR)
 
+    def discard(self) -> None:
+        """Gives back the room of a file whose writing has failed; the guest may need it."""
+        if self._start is not None and self._fd >= 0:
+            with suppress(OSError):
+                os.ftruncate(self._fd, self._start)
+
     def seek(self, offset: int) -> None:
         """Goes on at `offset` of the file.  Raises OSError."""
         self.flush()
@@ -195,12 +205,12 @@ class Channel:
             self._child = None
 
     def _close_fd(self) -> None:
-        with self._closing:
+        with self._closing:  # not for the close itself: a network's file system may hold that up
             fd, self._fd = self._fd, -1
-            if fd >= 0:
-                if self._made_nonblocking:  # whoever handed it over may still use it
-                    os.set_blocking(fd, True)
-                os.close(fd)
+        if fd >= 0:
+            if self._made_nonblocking:  # whoever handed it over may still use it
+                os.set_blocking(fd, True)
+            os.close(fd)
 
 
 class MemoryChannel:
@@ -287,7 +297,7 @@ def _create_file(address: dict, handed: Handed) -> Channel:
         raise MigrationError(
             f"failed to truncate migration file to offset {offset:x}: {error.strerror}"
         ) from None
-    return Channel(fd, "file")
+    return Channel(fd, "file", start=offset)
 
 
 def _open_file(address: dict, handed: Handed) -> Channel:

@@ -409,6 +409,7 @@ class Outgoing:
         """Rollback: the channel, what the mode did, and the vCPUs."""
         if self._channel is not None:
             self._channel.shutdown()  # an exec: command may not be reading, and see nothing else
+            self._channel.discard()
             carefully(self._channel.close)
             self._channel = None
         self.give_up()

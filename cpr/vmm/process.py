@@ -157,7 +157,9 @@ def _bring_over(
     else:
         incoming.on_running = lambda: _go_on_deferred(vmm)
         vmm.create_frontends(True, _kept(fds))
-        if predecessor is not None and not vmm.monitors:  # the guest stands still until one is told migrate-incoming
+        if (
+            predecessor is not None and not vmm.monitors
+        ):  # the guest stands still until one is told migrate-incoming
             raise ConfigError("-incoming defer: there is no monitor; give this VMM one")
         _boot(vmm, sources)
 
