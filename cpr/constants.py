@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 PAGE_SIZE = 4096  # of x86
+KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 U32_LIMIT = 1 << 32

@@ -32,7 +32,7 @@ LAYERS = (
     ("cpr.live",),
     ("cpr.state", "cpr.acpi"),
     ("cpr.uapi", "cpr.runstate", "cpr.events", "cpr.mainloop", "cpr.clock"),
-    ("cpr.launcher", "cpr.phases", "cpr.process_group"),
+    ("cpr.launcher", "cpr.phases", "cpr.process_group", "cpr.free_memory"),
     ("cpr.faults",),
     ("cpr.errors", "cpr.report", "cpr.terminal", "cpr.constants", "cpr._native"),
 )

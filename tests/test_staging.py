@@ -269,7 +269,7 @@ def test_cancel_ends_a_pass_and_a_wait(guest):
 def test_too_little_memory_is_refused_before_anything_is_done(guest, monkeypatch):
     guest.memory.write(MIB, os.urandom(2 * MIB))
     before = set(open_fds())
-    monkeypatch.setattr(staging, "_available_kib", lambda: 1024)
+    monkeypatch.setattr(staging, "available", lambda page_size: MIB)
     with pytest.raises(MigrationError, match=r"needs \d+ MiB of memory and 1 MiB are available"):
         guest.stage()
     assert set(open_fds()) == before

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from waiting import is_listening, wait_for
 from cpr.constants import MIB
 
 HUGE = 2 * MIB
+MEMORY = Path("/sys/fs/cgroup/memory")
+LIMITS = ("memory.limit_in_bytes", "memory.max")
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 STAGING = {"x-cpr-ram-staging": True}
 # Does not end while the guest writes: its passes are so long that it writes something in each.
@@ -211,6 +214,34 @@ def test_a_failed_exec_leaves_the_guest_in_its_own_ram(start, accel):
         wait_round(vm)
     vm.update()
     wait_round(vm)
+
+
+def test_a_cgroup_with_no_room_for_a_copy(start, accel):
+    """It is refused: the OOM killer would take the VMM, and the guest with it."""
+    group = MEMORY / f"cpr-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        limit = next(path for path in map(group.joinpath, LIMITS) if path.exists())
+    except (OSError, StopIteration):
+        with suppress(OSError):
+            group.rmdir()
+        pytest.skip(f"{MEMORY} has no memory cgroups that can be made here")
+    vm = start(*words(accel, None))
+    try:
+        wait_round(vm)
+        (group / "cgroup.procs").write_text(str(vm.pid))
+        limit.write_text(str(12 * MIB))
+        parameters(vm, **STAGING)
+        with pytest.raises(QmpError, match=r"raise the limit of this process's cgroup"):
+            vm.qmp.command("cpr-exec")
+        wait_round(vm)
+        limit.write_text(str(256 * MIB))
+        vm.update()
+        wait_round(vm)
+    finally:
+        vm.close()
+        wait_for(lambda: not (group / "cgroup.procs").read_text(), "all have ended")
+        group.rmdir()
 
 
 @logged

@@ -16,8 +16,9 @@ import errno
 import time
 from _thread import allocate_lock
 
-from cpr.constants import MS_PER_S, NS_PER_MS, NS_PER_S, PAGE_SIZE
+from cpr.constants import KIB, MIB, MS_PER_S, NS_PER_MS, NS_PER_S, PAGE_SIZE
 from cpr.errors import ConfigError, KernelError, MigrationError
+from cpr.free_memory import available
 from cpr.migration.holder import abandon
 from cpr.migration.rate import RateLimit
 from cpr.page_bitmap import PageBitmap, existing_pages
@@ -319,25 +320,29 @@ class Staging:
 
 
 def _check_memory(blocks: list[tuple[RAMBlock, int]]) -> None:
-    """Raises MigrationError where the host cannot hold a second copy of what is there of them.
+    """Raises MigrationError where there is no room for a second copy of what is there of them.
 
-    Without that, memory would run out in the middle, and take the guest with it.  Huge pages need
-    no check: they are reserved when they are mapped.
+    Without that, memory would run out in the middle, and take the guest with it.
     """
-    spans = [(b.host, b.host + b.size) for b, page_size in blocks if page_size == PAGE_SIZE]
-    try:
-        need, available = _resident_kib(spans), _available_kib()
-    except OSError:  # without /proc there is nothing to go by
-        return
-    if need > available:
-        raise MigrationError(
-            f"x-cpr-ram-staging: the copy of RAM needs {need >> 10} MiB of memory and "
-            f"{available >> 10} MiB are available: free some, or give the guest share=on RAM"
-        )
+    for size in sorted({page_size for _, page_size in blocks}):
+        of_size = [block for block, page_size in blocks if page_size == size]
+        spans = [(block.host, block.host + block.size) for block in of_size]
+        try:
+            # All of a huge page is there as soon as a byte of it is.
+            need = _resident(spans) if size == PAGE_SIZE else sum(block.size for block in of_size)
+            room = available(size)
+        except OSError:  # without /proc there is nothing to go by
+            return
+        if need > room:
+            raise MigrationError(
+                f"x-cpr-ram-staging: the copy of RAM needs {need // MIB} MiB of memory and "
+                f"{room // MIB} MiB are available: free some, raise the limit of this process's "
+                "cgroup, or give the guest share=on RAM"
+            )
 
 
-def _resident_kib(spans: list[tuple[int, int]]) -> int:
-    """What is in memory or swap of these ranges of addresses (proc_pid_smaps(5))."""
+def _resident(spans: list[tuple[int, int]]) -> int:
+    """Bytes in memory or swap of these ranges of addresses (proc_pid_smaps(5))."""
     total, inside = 0, False
     with open("/proc/self/smaps") as file:
         for line in file:
@@ -346,11 +351,5 @@ def _resident_kib(spans: list[tuple[int, int]]) -> int:
                 start = int(word.split("-")[0], 16)
                 inside = any(low <= start < high for low, high in spans)
             elif inside and word in ("Rss:", "Swap:"):
-                total += int(line.split()[1])
+                total += int(line.split()[1]) * KIB
     return total
-
-
-def _available_kib() -> int:
-    with open("/proc/meminfo") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return int(fields["MemAvailable"].split()[0])
