@@ -534,6 +534,38 @@ def test_no_space(image: Path, tmp_path: Path) -> None:
     rig.close()
 
 
+def test_who_stops_a_disk_does_not_wait_for_zeroes(tmp_path: Path) -> None:
+    """Of a file that knows no ZERO_RANGE, which would take a write for each 64 KiB."""
+    path = tmp_path / "large.img"
+    path.touch()
+    os.truncate(path, 0x3FFFFF * 512)
+    rig = Rig(path)
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, rig.blk._image.fd)
+    os.close(null)
+    rig.start(F_VERSION_1 | F_FLUSH)
+    for number in range(1, 101):  # the last write may be the one under way when the stop comes
+        rig.write(DATA, struct.pack("<QII", 0, 0x3FFFFF, 0))
+        head = rig.submit(WRITE_ZEROES, 0, 16)
+        rig.ring.kick()
+        while rig.function.queues[0].next() != number:  # until it is taken
+            rig.platform.loop.iterate(0)
+        rig.function.on_stop()
+        kept = rig.function.save()["device"]["kept"]
+        if kept:
+            break
+        rig.function.on_run()
+        rig.ring.wait_used()
+    assert kept == [{"queue": 0, "head": head}]
+    assert rig.ring.take_used() is None
+    rig.function.on_run()
+    assert rig.ring.wait_used() == (head, 1)
+    assert rig.read(STATUS, 1)[0] == OK
+    rig.function.on_stop()
+    assert rig.function.save()["device"]["kept"] == []
+    rig.close()
+
+
 def test_locks_keep_others_away(image: Path) -> None:
     rig = Rig(image)
     with pytest.raises(ConfigError, match='Failed to get "write" lock\nIs another process using'):

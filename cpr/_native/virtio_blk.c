@@ -121,7 +121,7 @@ static bool finish(struct cpr_blk *blk, struct blk_queue *each, struct cpr_chain
     struct cpr_blk_result result;
 
     cpr_virtqueue_unlock(each->queue);
-    cpr_blk_execute(&blk->options, write_through, memory, chain, &result);
+    cpr_blk_execute(&blk->options, &blk->stopping, write_through, memory, chain, &result);
     cpr_virtqueue_lock(each->queue);
     if (result.problem) {
         cpr_virtqueue_break(each->queue, result.problem);
@@ -129,6 +129,9 @@ static bool finish(struct cpr_blk *blk, struct blk_queue *each, struct cpr_chain
     }
     if (result.error && keeps(blk, &result)) {
         halt(blk, &result);
+        result.unfinished = true;
+    }
+    if (result.unfinished) {
         each->heads[each->kept++] = chain->head;
         return false;
     }

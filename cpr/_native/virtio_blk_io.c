@@ -11,8 +11,9 @@
 #define SECTOR_SHIFT 9
 #define SECTOR_SIZE (1 << SECTOR_SHIFT)
 #define ZEROS_SIZE (64 << 10)
-#define MOST_BYTES (64 << 20) /* of one read or write: who stops the device waits for it */
+#define MOST_BYTES (64 << 20) /* of one step: who stops the device waits for it */
 #define MOST_SECTORS 0x3fffff /* of one discard or write zeroes, as the configuration says */
+#define UNFINISHED (-1) /* in place of an errno: the device stops, and bytes are left */
 
 static const uint8_t zeros[ZEROS_SIZE];
 
@@ -88,7 +89,7 @@ static int write_all(int fd, struct cpr_cursor *cursor, uint64_t bytes, uint64_t
     return 0;
 }
 
-static int write_zeros(int fd, uint64_t bytes, uint64_t offset)
+static int write_zeros(int fd, const bool *stopping, uint64_t bytes, uint64_t offset)
 {
     while (bytes) {
         struct iovec piece = {.iov_base = (void *)zeros, .iov_len = ZEROS_SIZE};
@@ -103,6 +104,9 @@ static int write_zeros(int fd, uint64_t bytes, uint64_t offset)
         }
         bytes -= part;
         offset += part;
+        if (bytes && __atomic_load_n(stopping, __ATOMIC_ACQUIRE)) {
+            return UNFINISHED;
+        }
     }
     return 0;
 }
@@ -124,8 +128,8 @@ static bool is_unsupported(int error)
     return error == EOPNOTSUPP || error == ENOSYS || error == ENODEV || error == EINVAL;
 }
 
-static int zero_range(const struct cpr_blk_options *options, bool unmaps, uint64_t bytes,
-                      uint64_t offset)
+static int zero_range(const struct cpr_blk_options *options, const bool *stopping, bool unmaps,
+                      uint64_t bytes, uint64_t offset)
 {
     int mode = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE;
     int error;
@@ -135,15 +139,43 @@ static int zero_range(const struct cpr_blk_options *options, bool unmaps, uint64
     } else {
         error = fallocate(options->fd, mode, (off_t)offset, (off_t)bytes) < 0 ? errno : 0;
     }
-    return is_unsupported(error) ? write_zeros(options->fd, bytes, offset) : error;
+    return is_unsupported(error) ? write_zeros(options->fd, stopping, bytes, offset) : error;
 }
 
-static void discard_or_zero(const struct cpr_blk_options *options, bool write_through, bool zeroes,
-                            struct cpr_cursor *out, uint64_t out_bytes,
-                            struct cpr_blk_result *result)
+static int discard(const struct cpr_blk_options *options, uint64_t bytes, uint64_t offset)
+{
+    int error = options->discards ? punch(options->fd, bytes, offset) : 0;
+
+    return is_unsupported(error) ? 0 : error;
+}
+
+/* Discards the range, or makes it zeroes, step by step. */
+static int change_range(const struct cpr_blk_options *options, const bool *stopping, bool zeroes,
+                        bool unmaps, uint64_t bytes, uint64_t offset)
+{
+    while (bytes) {
+        uint64_t part = bytes < MOST_BYTES ? bytes : MOST_BYTES;
+        int error = zeroes ? zero_range(options, stopping, unmaps, part, offset)
+                           : discard(options, part, offset);
+
+        if (error) {
+            return error;
+        }
+        bytes -= part;
+        offset += part;
+        if (bytes && __atomic_load_n(stopping, __ATOMIC_ACQUIRE)) {
+            return UNFINISHED;
+        }
+    }
+    return 0;
+}
+
+static void discard_or_zero(const struct cpr_blk_options *options, const bool *stopping,
+                            bool write_through, bool zeroes, struct cpr_cursor *out,
+                            uint64_t out_bytes, struct cpr_blk_result *result)
 {
     struct virtio_blk_discard_write_zeroes range;
-    uint64_t bytes, offset;
+    uint64_t bytes;
     uint32_t known = zeroes ? VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP : 0;
 
     result->is_write = true;
@@ -164,20 +196,14 @@ static void discard_or_zero(const struct cpr_blk_options *options, bool write_th
         result->status = VIRTIO_BLK_S_IOERR;
         return;
     }
-    if (!bytes) {
-        return;
-    }
-    offset = range.sector << SECTOR_SHIFT;
-    if (zeroes) {
-        result->error =
-            zero_range(options, range.flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, bytes, offset);
-        if (!result->error && write_through) {
-            result->error = sync_file(options);
-        }
-    } else if (options->discards) {
-        int error = punch(options->fd, bytes, offset);
-
-        result->error = is_unsupported(error) ? 0 : error;
+    result->error =
+        change_range(options, stopping, zeroes, range.flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+                     bytes, range.sector << SECTOR_SHIFT);
+    if (result->error == UNFINISHED) {
+        result->error = 0;
+        result->unfinished = true;
+    } else if (!result->error && zeroes && bytes && write_through) {
+        result->error = sync_file(options);
     }
 }
 
@@ -193,9 +219,9 @@ static uint8_t *take_status(struct cpr_cursor *in)
     return (uint8_t *)last->iov_base + last->iov_len;
 }
 
-void cpr_blk_execute(const struct cpr_blk_options *options, bool write_through,
-                     const struct cpr_virtio_memory *memory, struct cpr_chain *chain,
-                     struct cpr_blk_result *result)
+void cpr_blk_execute(const struct cpr_blk_options *options, const bool *stopping,
+                     bool write_through, const struct cpr_virtio_memory *memory,
+                     struct cpr_chain *chain, struct cpr_blk_result *result)
 {
     struct cpr_cursor out = cpr_chain_out(chain);
     struct cpr_cursor in = cpr_chain_in(chain);
@@ -246,8 +272,8 @@ void cpr_blk_execute(const struct cpr_blk_options *options, bool write_through,
             result->status = VIRTIO_BLK_S_IOERR;
             return;
         }
-        discard_or_zero(options, write_through, header.type == VIRTIO_BLK_T_WRITE_ZEROES, &out,
-                        out_bytes, result);
+        discard_or_zero(options, stopping, write_through,
+                        header.type == VIRTIO_BLK_T_WRITE_ZEROES, &out, out_bytes, result);
         return;
     default:
         result->status = VIRTIO_BLK_S_UNSUPP;

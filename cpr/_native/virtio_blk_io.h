@@ -7,9 +7,11 @@
 
 /* What a request has come to. `error` is an errno of the file's, 0 for none; `status` is the
    guest's (VIRTIO_BLK_S_…), unless there is an error; `problem` is set for a chain that is no
-   request, a constant text. */
+   request, a constant text. `unfinished`: the device stops, and the request is to be done again from
+   its beginning. */
 struct cpr_blk_result {
     int error;
+    bool unfinished;
     bool is_write;
     uint8_t status;
     uint8_t *place; /* of the status in the guest's RAM */
@@ -17,9 +19,10 @@ struct cpr_blk_result {
     const char *problem;
 };
 
-/* Does the request in `chain`, whose pieces it uses up. The status is not written. */
-void cpr_blk_execute(const struct cpr_blk_options *options, bool write_through,
-                     const struct cpr_virtio_memory *memory, struct cpr_chain *chain,
-                     struct cpr_blk_result *result);
+/* Does the request in `chain`, whose pieces it uses up. The status is not written. A request of
+   several steps is left between two of them where another thread has set `*stopping`. */
+void cpr_blk_execute(const struct cpr_blk_options *options, const bool *stopping,
+                     bool write_through, const struct cpr_virtio_memory *memory,
+                     struct cpr_chain *chain, struct cpr_blk_result *result);
 
 #endif
