@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from virtio_driver import F_EVENT_IDX, F_VERSION_1, NEEDS_RESET, RAM_SIZE, Driver, VirtioPlatform
+from virtio_driver import (
+    BAR_BASE,
+    F_EVENT_IDX,
+    F_VERSION_1,
+    NEEDS_RESET,
+    RAM_SIZE,
+    Driver,
+    VirtioPlatform,
+)
 
 from cpr.config import NetdevConfig
 from cpr.constants import PAGE_SIZE
@@ -252,6 +260,33 @@ def test_macs() -> None:
     assert parse_mac("52:54:00:12:34:56") == parse_mac("52-54-00-12-34-56") == MAC
     with pytest.raises(ConfigError, match="first byte must be even"):
         parse_mac("53:54:00:12:34:56")
+
+
+def test_bars_that_change_places_in_an_update(capfd: pytest.CaptureFixture) -> None:
+    """What was loaded while the guest ran is where the next one belongs at the hand-over."""
+    old, new = Rig(VirtioRng()), Rig(VirtioRng())
+    seconds = []
+    for rig in (old, new):
+        seconds.append(VirtioPci(VirtioRng(), rig.bus))
+        seconds[-1].realize(rig.platform)
+    places = (BAR_BASE + 0x20000, BAR_BASE + 0x30000, BAR_BASE + 0x40000)
+    for first, second in (places[:2], places[1:]):
+        for slot, base in ((1, 0), (2, 0), (1, first), (2, second)):
+            Driver(old.platform, slot, base)
+        for source, target in ((old.function, new.function), tuple(seconds)):
+            target.restore(source.save())
+    for function in (new.function, seconds[1]):
+        function.take_over()
+    regions = [
+        {(region.base, region.name) for region in rig.platform.bus.memory.regions}
+        for rig in (old, new)
+    ]
+    assert regions[0] == regions[1]
+    assert {base for base, _ in regions[1]} >= set(places[1:])
+    assert "BAR" not in capfd.readouterr().err
+    for rig, function in zip((old, new), seconds, strict=True):
+        function.unrealize()
+        rig.close()
 
 
 def test_random_bytes() -> None:

@@ -146,14 +146,16 @@ class RingState:
 
 
 class Driver:
-    """The device in PCI `slot` of `platform`."""
+    """The device in PCI `slot` of `platform`, with its BARs at `base`; 0 for nowhere."""
 
-    def __init__(self, platform: VirtioPlatform, slot: int = 1) -> None:
+    def __init__(
+        self, platform: VirtioPlatform, slot: int = 1, base: int = BAR_BASE + (1 << 16)
+    ) -> None:
         self.platform = platform
         self.slot = slot
         self.queues: list[RingState] = []
         self.capabilities: dict[int, int] = {}
-        self.place_bars()
+        self.place_bars(base)
 
     def config(self, offset: int, size: int, value: int | None = None) -> int:
         bus = self.platform.bus
@@ -163,9 +165,9 @@ class Driver:
         bus.io_write(0xCFC + offset % 4, size, value)
         return value
 
-    def place_bars(self) -> None:
-        self.config(0x14, 4, BAR_BASE + (self.slot << 16))
-        self.config(0x20, 4, BAR_BASE + (self.slot << 16) + 0x8000)
+    def place_bars(self, base: int) -> None:
+        self.config(0x14, 4, base)
+        self.config(0x20, 4, base and base + 0x8000)
         self.config(0x24, 4, 0)
         self.config(4, 2, 6)
         self.msix_base = self.config(0x14, 4) & ~0xF

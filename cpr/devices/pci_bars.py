@@ -47,9 +47,12 @@ class EmulatedBar:
         self._read = read
         self._write = write
 
-    def update(self, config: ConfigSpace, command: int) -> bool:
+    def update(self, config: ConfigSpace, command: int, loading: bool = False) -> bool:
         """Puts the BAR where its register says, nowhere where something else is; true if that is
-        another place than before."""
+        another place than before.
+
+        `loading`: what is there may have another place as soon as its own state is loaded.
+        """
         before, base = self.base, self.bar.address(config, command)
         if base == before:
             return False
@@ -61,7 +64,7 @@ class EmulatedBar:
                 )
                 self.base = base
             except ValueError as error:  # the guest put it over another device
-                if not self._has_warned:
+                if not self._has_warned and not loading:
                     self._has_warned = True
                     report.warn_report(f"BAR {self.bar.index}: {error}")
         return self.base != before

@@ -284,10 +284,10 @@ class VfioPci(Device, PciFunction):
             if messages is not None and pci_config.overlaps(offset, size, messages.offset, 24):
                 self._update_messages(messages, mode)
 
-    def _update_bars(self) -> None:
+    def _update_bars(self, loading: bool = False) -> None:
         command = self._device_read(pci_config.COMMAND, 2)
         for bar in self._bars:
-            bar.update(self.config, command)
+            bar.update(self.config, command, loading)
 
     def _update_messages(self, messages: Any, mode: str) -> None:
         """Follows the capability; what the host refuses costs the guest interrupts only."""
@@ -389,7 +389,7 @@ class VfioPci(Device, PciFunction):
         self.config.data[:] = state["parent_obj"]["config"]
         if self._msix is not None:
             self._msix.restore(state["msix"])
-        self._update_bars()
+        self._update_bars(loading=True)
 
     def take_over(self) -> None:
         if not self._claimed:

@@ -71,16 +71,19 @@ class BarRegion:
         """Whom writes to the MSI-X table are told."""
         self._interrupts = interrupts
 
-    def update(self, config: ConfigSpace, command: int) -> None:
-        """Puts the BAR where its register says; nowhere where something else is."""
+    def update(self, config: ConfigSpace, command: int, loading: bool = False) -> None:
+        """Puts the BAR where its register says; nowhere where something else is.
+
+        `loading`: as of EmulatedBar.
+        """
         base = self.bar.address(config, command)
         if base == self._base:
             return
         self.remove()
         if base is not None and (self.bar.is_io or is_free(self._platform, base, self.bar.size)):
-            self._place(base)
+            self._place(base, loading)
 
-    def _place(self, base: int) -> None:
+    def _place(self, base: int, loading: bool) -> None:
         self._base = base
         try:
             for offset, size, address in self._areas:
@@ -91,7 +94,8 @@ class BarRegion:
             for offset, size in self._gaps():
                 self._trap(base, offset, size)
         except (KernelError, ValueError) as error:  # the guest put it over another device
-            report.warn_report(f"BAR {self.bar.index}: {error}")
+            if not loading:
+                report.warn_report(f"BAR {self.bar.index}: {error}")
             self.remove()
 
     def _trap(self, base: int, start: int, size: int) -> None:

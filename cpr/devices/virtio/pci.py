@@ -191,10 +191,10 @@ class VirtioPci(Device, PciFunction):
         self._write(place, size, value)
         return 0
 
-    def _update_bars(self) -> None:
+    def _update_bars(self, loading: bool = False) -> None:
         command = self.config.get(pci_config.COMMAND, 2)
         for bar in self._bars:
-            if bar.update(self.config, command) and bar.bar.index == REGISTER_BAR:
+            if bar.update(self.config, command, loading) and bar.bar.index == REGISTER_BAR:
                 self._update_notifies()
 
     # BAR 1.
@@ -435,7 +435,7 @@ class VirtioPci(Device, PciFunction):
         self.device.set_features(self.common.guest_features)
         if self.device.vmstate is not None:
             self.device.restore(state["device"])
-        self._update_bars()
+        self._update_bars(loading=True)
 
     def take_locks(self) -> None:
         self.device.take_locks()
@@ -444,6 +444,7 @@ class VirtioPci(Device, PciFunction):
         self.device.give_locks()
 
     def take_over(self) -> None:
+        self._update_bars()  # all others are where they belong by now
         self._interrupts.update()
         self.device.take_over()
 
