@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
@@ -23,6 +24,7 @@ from virtio_driver import (
     RESET,
     ROM_ADDRESS,
     Driver,
+    FakeAccel,
     RingState,
     VirtioPlatform,
 )
@@ -31,7 +33,7 @@ from cpr.config import DriveConfig
 from cpr.devices.pci import PciHost
 from cpr.devices.virtio.blk import VirtioBlk
 from cpr.devices.virtio.pci import VirtioPci
-from cpr.errors import ConfigError
+from cpr.errors import ConfigError, KernelError
 from cpr.state.fds import PreservedFds
 from cpr.state.stream import StreamReader
 
@@ -405,6 +407,34 @@ def test_several_queues(image: Path) -> None:
         assert rig.read(DATA, 512) == sector(number)
     rig.platform.wait(lambda: len(rig.platform.messages) == 4)
     assert [data for _, data in rig.platform.messages] == [0x41, 0x42, 0x43, 0x44]
+    rig.close()
+
+
+def test_queues_for_which_there_is_no_ioeventfd(image: Path) -> None:
+    """Their notifications come by the registers."""
+    listened: dict[tuple[int, int], int] = {}
+
+    class FullAccel(FakeAccel):
+        ioeventfds = True
+
+        def add_ioeventfd(self, address: int, size: int, eventfd: int) -> None:
+            if len(listened) == 2:
+                raise KernelError("KVM_IOEVENTFD", errno.ENOSPC)
+            listened[address, size] = eventfd
+
+        def remove_ioeventfd(self, address: int, size: int, eventfd: int) -> None:
+            assert listened.pop((address, size)) == eventfd
+
+    rig = Rig(image, VirtioPlatform(FullAccel()), queues=4)
+    rig.start(F_VERSION_1 | 1 << 12, (8,) * 4)
+    assert len(listened) == 2
+    ring = rig.driver.queues[3]
+    rig.submit(IN, 5, 512, ring)
+    ring.kick()
+    ring.wait_used()
+    assert rig.read(DATA, 512) == sector(5)
+    rig.config(4, 2, 0)
+    assert not listened
     rig.close()
 
 

@@ -36,7 +36,7 @@ from cpr.devices.virtio.function import (
 from cpr.devices.virtio.interrupts import Interrupts
 from cpr.devices.virtio.native import DeviceMemory, Queue
 from cpr.devices.virtio.registers import VMSTATE_COMMON, CommonConfig
-from cpr.errors import ConfigError, CprError
+from cpr.errors import ConfigError, CprError, KernelError
 from cpr.state.vmstate import VMStateDescription, struct_, u8
 from cpr.uapi import virtio
 
@@ -240,14 +240,20 @@ class VirtioPci(Device, PciFunction):
             self.device.kick(index)
 
     def _update_notifies(self) -> None:
-        """Has KVM write the queues' eventfds where the guest's notifications are now."""
+        """Has KVM write the queues' eventfds where the guest's notifications are now.
+
+        Those that it has no room for come by the registers.
+        """
         self._remove_notifies()
         base, accel = self._bars[1].base, self.platform.accel
         if base is None or not self.device.kicks or not accel.ioeventfds:
             return
         for index, queue in enumerate(self.queues):
             address = base + NOTIFY + index * NOTIFY_MULTIPLIER
-            accel.add_ioeventfd(address, NOTIFY_SIZE, queue.kick)
+            try:
+                accel.add_ioeventfd(address, NOTIFY_SIZE, queue.kick)
+            except KernelError:
+                return
             self._notifies.append((address, queue.kick))
 
     def _remove_notifies(self) -> None:
