@@ -77,6 +77,20 @@ class FakePlatform:
     def request_error(self, error: CprError) -> None:
         self.errors.append(error)
 
+    def keeps_vcpus_away(self) -> bool:
+        """Whether the caller has the lock, so that no vCPU gets to a device."""
+        got: list[bool] = []
+
+        def try_lock() -> None:
+            got.append(self.lock.acquire(blocking=False))
+            if got[0]:
+                self.lock.release()
+
+        vcpu = threading.Thread(target=try_lock)
+        vcpu.start()
+        vcpu.join()
+        return not got[0]
+
     def request_exit(self, status: int) -> None:
         self.requests.append(("exit", status))
 

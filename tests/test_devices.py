@@ -93,13 +93,16 @@ def test_debug_exit_status(platform, value, status):
 def test_debugcon_writes_and_reads_back(platform):
     class Sink:
         written = b""
+        alone = False
 
         def write(self, data: bytes) -> None:
             self.written += data
+            self.alone = self.alone or platform.keeps_vcpus_away()
 
     device, sink = realized(DebugCon(), platform), Sink()
     platform.bus.io_write(0xE9, 1, ord("a"))
     device.attach(sink)
+    assert sink.alone  # or a newer byte would come before this one
     platform.bus.io_write(0xE9, 1, ord("b"))
     assert sink.written == b"ab"
     assert platform.bus.io_read(0xE9, 1) == 0xE9

@@ -165,6 +165,23 @@ def test_output_before_the_chardev_is_there_is_kept():
     assert chardev.written == b"ab"
 
 
+def test_nothing_overtakes_what_was_written_before_the_chardev_is_there():
+    platform, device = FakePlatform(), Serial(0)
+    device.realize(platform)
+    platform.bus.io_write(COM1, 1, ord("a"))
+    alone = []
+
+    class Watching(FakeChardev):
+        def write(self, data: bytes) -> None:
+            alone.append(platform.keeps_vcpus_away())
+
+        def set_handlers(self, *handlers) -> None:
+            alone.append(platform.keeps_vcpus_away())
+
+    device.attach(Watching())
+    assert alone == [True, True]
+
+
 BUSY = 0
 SHIFTING = serial.LSR_THRE
 IDLE = serial.LSR_THRE | serial.LSR_TEMT

@@ -319,13 +319,15 @@ def test_random_bytes_by_a_rate() -> None:
 
 
 class FakeChardev:
-    """Keeps what is written."""
+    """Keeps what is written; `alone`: it was attached while no vCPU gets to the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, platform: VirtioPlatform) -> None:
         self.written = b""
+        self._platform = platform
 
     def set_handlers(self, can_receive: Any, receive: Any, event: Any) -> None:
         self.can_receive, self.receive = can_receive, receive
+        self.alone = self._platform.keeps_vcpus_away()
 
     def write(self, data: bytes) -> None:
         self.written += data
@@ -335,9 +337,10 @@ class FakeChardev:
 
 
 def test_console() -> None:
-    console, chardev = VirtioSerial(), FakeChardev()
+    console = VirtioSerial()
     console.take()
     rig = Rig(console)
+    chardev = FakeChardev(rig.platform)
     rig.driver.start(sizes=(16, 16))
     receive, transmit = rig.driver.queues
     rig.driver.write(BUFFERS, b"before there is a chardev; after")
@@ -345,6 +348,7 @@ def test_console() -> None:
     transmit.kick()
     assert transmit.used_index == 0
     console.attach(chardev)
+    assert chardev.alone
     assert chardev.written == b"before there is a chardev; "
     transmit.add([(BUFFERS + 27, 5, False)])
     transmit.kick()

@@ -35,10 +35,12 @@ class DebugCon(Device):
             self._platform = None
 
     def attach(self, chardev: Chardev | None) -> None:
-        written, self._unattached = self._unattached, None
-        self._chardev = chardev
-        if chardev is not None and written:
-            chardev.write(bytes(written))
+        assert self._platform is not None
+        with self._platform.lock:
+            written, self._unattached = self._unattached, None
+            self._chardev = chardev
+            if chardev is not None and written:
+                chardev.write(bytes(written))
 
     def detach(self) -> None:
         self._chardev = None

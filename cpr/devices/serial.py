@@ -120,16 +120,18 @@ class Serial(Device):
         acpi.add_device(aml.device(f"COM{self.index + 1}", *names))
 
     def attach(self, chardev: Chardev | None) -> None:
-        """Connects the host's end; the inverse is `detach`."""
-        written, self._unattached = self._unattached, None
-        self._chardev = chardev
-        if chardev is not None:
-            if written:
-                chardev.write(bytes(written))
-            chardev.set_handlers(
-                self._can_receive, self._on_receive, self._on_event, self._on_writable
-            )
-        self._on_writable()
+        """Connects the host's end, while the guest may run; the inverse is `detach`."""
+        assert self._platform is not None
+        with self._platform.lock:  # what the guest writes meanwhile comes after the rest
+            written, self._unattached = self._unattached, None
+            self._chardev = chardev
+            if chardev is not None:
+                if written:
+                    chardev.write(bytes(written))
+                chardev.set_handlers(
+                    self._can_receive, self._on_receive, self._on_event, self._on_writable
+                )
+            self._on_writable()
 
     def detach(self) -> None:
         self._chardev = None

@@ -48,11 +48,11 @@ class VirtioSerial(VirtioDevice):
 
     def attach(self, chardev: Chardev | None) -> None:
         """As of Serial.attach: None says that there will be no chardev."""
-        self._waits_for_chardev = False
-        self._chardev = chardev
-        if chardev is not None:
-            chardev.set_handlers(self._can_receive, self._on_receive, lambda event: None)
         with self.transport.platform.lock:
+            self._waits_for_chardev = False
+            self._chardev = chardev
+            if chardev is not None:
+                chardev.set_handlers(self._can_receive, self._on_receive, lambda event: None)
             self._transmit()
 
     def start(self) -> None:
