@@ -181,3 +181,13 @@ def test_kvm_vfio_device_goes_with_its_last_file(vm: CountingVm) -> None:
         vm.accel.add_vfio_file(file.fileno())  # no VFIO file
     vm.accel.remove_vfio_file(0)
     assert len(open_fds()) <= before + 1
+
+
+def test_what_an_eventfd_has_counted_survives_an_irqfd_that_fails(vm: CountingVm) -> None:
+    fd = vm.eventfd()
+    no_eventfd = os.open("/dev/null", os.O_RDWR)
+    os.eventfd_write(fd, 1)
+    with pytest.raises(KernelError):
+        vm.accel.add_irqfd(LEVEL_PIN, fd, no_eventfd)
+    os.close(no_eventfd)
+    assert os.eventfd_read(fd) == 1

@@ -5,12 +5,24 @@ from __future__ import annotations
 import errno
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from descriptors import open_fds
-from fake_vfio import BAR_SIZE, MSI_AT, MSIX_AT, PBA, TABLE, FakeDevice, FakeHost, FakeVmm
+from fake_vfio import (
+    BAR_SIZE,
+    MSI_AT,
+    MSIX_AT,
+    PBA,
+    TABLE,
+    FakeAccel,
+    FakeDevice,
+    FakeHost,
+    FakeVmm,
+)
+from waiting import TIMEOUT
 
 from cpr.devices.iommufd import IommufdBackend
 from cpr.devices.pci import PciHost
@@ -640,6 +652,51 @@ def test_vectors_that_the_host_refuses_cost_the_guest_interrupts_only(make, host
     vmm.enable_msix(NAME)
     host.devices[NAME].raise_irq(vfio.MSIX_IRQ, 0)
     assert vmm.taken() == [(MSI_ADDRESS, 0x40)]
+
+
+@pytest.mark.parametrize("failing", ["add_irqfd", "add_vfio_file"])
+@pytest.mark.parametrize("moment", ["rollback", "take_over"])
+@pytest.mark.parametrize("intx", [False, True], ids=["msix", "intx"])
+def test_what_fails_after_an_update_costs_nothing_else(
+    make, host, capfd, monkeypatch, failing: str, moment: str, intx: bool
+) -> None:
+    """An interrupt that KVM has no room for is counted, and comes when it has."""
+    interrupts = failing == "add_irqfd"
+    refused = [False, True, False] if interrupts and not intx else [True] * (1 + interrupts)
+    real = getattr(FakeAccel, failing)
+
+    def fails(accel: FakeAccel, *arguments: int) -> None:
+        if refused and refused.pop(0):
+            raise KernelError(failing, errno.EMFILE)
+        real(accel, *arguments)
+
+    device = host.devices[NAME]
+    vmm = make("iommufd")
+    if not intx:
+        vmm.enable_msix(NAME)
+    vmm.prepare()
+    index, vectors = (vfio.INTX_IRQ, [0]) if intx else (vfio.MSIX_IRQ, [0, 1, 2])
+    for vector in vectors:
+        device.raise_irq(index, vector)
+    monkeypatch.setattr(FakeAccel, failing, fails)
+    if moment == "rollback":
+        vmm.rollback()
+        new = vmm
+    else:
+        new = vmm.successor("iommufd")
+    assert f"{failing}: Too many open files" in capfd.readouterr().err
+    taken = new.taken()
+    assert len(taken) == len(vectors) - interrupts
+    deadline = time.monotonic() + TIMEOUT
+    while len(taken) < len(vectors):
+        assert time.monotonic() < deadline, "it is not tried again"
+        new.platform.loop.iterate(10_000_000)
+        taken += new.taken()
+    assert len(set(taken)) == len(vectors)
+    assert len(new.accel.irqfds) == len(vectors)
+    assert "Too many" not in capfd.readouterr().err
+    if new is not vmm:
+        new.platform.loop.close()
 
 
 def test_device_that_has_gone_at_the_end(host: FakeHost) -> None:

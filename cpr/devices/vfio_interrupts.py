@@ -15,14 +15,19 @@ from __future__ import annotations
 
 import os
 
+from cpr import report
+from cpr.constants import NS_PER_MS
+from cpr.errors import KernelError
 from cpr.uapi import vfio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from cpr.devices.base import Platform
     from cpr.devices.pci_msi import MsiCapability, MsixCapability
+    from cpr.mainloop import Timer
     from cpr.state.fds import PreservedFds
     from cpr.uapi.fd import Fd
 
@@ -33,6 +38,8 @@ INDICES = {INTX: vfio.INTX_IRQ, MSI: vfio.MSI_IRQ, MSIX: vfio.MSIX_IRQ}
 
 INTERRUPT, KVM_INTERRUPT = "interrupt", "kvm_interrupt"
 INTX_INTERRUPT, INTX_UNMASK = "intx-interrupt", "intx-unmask"
+
+RETRY_NS = 200 * NS_PER_MS  # until KVM is asked again for what it could not take
 
 
 class Notifiers:
@@ -72,15 +79,18 @@ class Notifiers:
 
 
 class Vector:
-    """One MSI or MSI-X vector in use.  `gsi` is KVM's for its message, -1 for none."""
+    """One MSI or MSI-X vector in use.  `gsi` is KVM's for its message, -1 for none; `by_irqfd`:
+    KVM listens to its kvm_interrupt.
+    """
 
-    __slots__ = ("gsi", "interrupt", "kvm_interrupt", "listens", "number")
+    __slots__ = ("by_irqfd", "gsi", "interrupt", "kvm_interrupt", "listens", "number")
 
     def __init__(self, number: int, interrupt: int) -> None:
         self.number = number
         self.interrupt = interrupt
         self.kvm_interrupt = -1
         self.gsi = -1
+        self.by_irqfd = False
         self.listens = False
 
 
@@ -110,6 +120,8 @@ class Interrupts:
         self._resizes = False
         self._intx_listens = False
         self._paused = False
+        self._retry: Timer | None = None
+        self._has_failed = False
 
     # INTx.
 
@@ -125,6 +137,8 @@ class Interrupts:
 
     def _listen_intx(self) -> None:
         """A line that is up comes up again by the unmasking, so that no level is lost."""
+        if self.mode != INTX or self._intx_listens:
+            return
         fd = self._notifiers.open(INTX_INTERRUPT)
         self._platform.accel.add_irqfd(self._irq, fd, self._notifiers.open(INTX_UNMASK))
         self._intx_listens = True
@@ -207,18 +221,56 @@ class Interrupts:
         if vector.gsi >= 0:
             accel.set_message(vector.gsi, *message)
             return
-        vector.kvm_interrupt = self._notifiers.open(KVM_INTERRUPT, vector.number)
+        kvm_interrupt = self._notifiers.open(KVM_INTERRUPT, vector.number)
         vector.gsi = accel.add_messages([message])[0]
-        accel.add_irqfd(vector.gsi, vector.kvm_interrupt)
+        vector.kvm_interrupt = kvm_interrupt
+        self._try(self._listen_routed, vector)
 
-    def _route_all(self, vectors: list[Vector]) -> None:
-        """The same for vectors without a GSI, whose kvm_interrupts are there: in one step."""
-        messages, accel = self._messages, self._platform.accel
+    def _route_all(self) -> None:
+        """Gives all vectors without a GSI, whose kvm_interrupts are there, one in one step."""
+        vectors = [v for v in self._vectors.values() if v.kvm_interrupt >= 0 and v.gsi < 0]
+        if not vectors:
+            return
+        messages = self._messages
         assert messages is not None
-        gsis = accel.add_messages([messages.message(vector.number) for vector in vectors])
-        for vector, gsi in zip(vectors, gsis, strict=True):
+        wanted = [messages.message(vector.number) for vector in vectors]
+        for vector, gsi in zip(vectors, self._platform.accel.add_messages(wanted), strict=True):
             vector.gsi = gsi
-            accel.add_irqfd(gsi, vector.kvm_interrupt)
+
+    def _listen_routed(self, vector: Vector) -> None:
+        if vector.gsi >= 0 and not vector.by_irqfd:
+            self._platform.accel.add_irqfd(vector.gsi, vector.kvm_interrupt)
+            vector.by_irqfd = True
+
+    def _unlisten_routed(self, vector: Vector) -> None:
+        if vector.by_irqfd:
+            self._platform.accel.remove_irqfd(vector.gsi, vector.kvm_interrupt)
+            vector.by_irqfd = False
+
+    def _listen(self) -> None:
+        """Has KVM listen to whatever it does not yet."""
+        self._try(self._listen_intx)
+        self._try(self._route_all)
+        for vector in self._vectors.values():
+            self._try(self._listen_routed, vector)
+
+    def _try(self, step: Callable[..., None], *arguments: Any) -> None:
+        """Where KVM refuses, that is said and `_listen` tries again; what comes is counted."""
+        try:
+            step(*arguments)
+        except KernelError as error:
+            if not self._has_failed:
+                report.error_report(f"vfio {self._device.name}: {error}; it is tried again")
+            self._has_failed = True
+            if self._retry is None:
+                self._retry = self._platform.loop.call_later(RETRY_NS, self._listen_again)
+
+    def _listen_again(self) -> None:
+        with self._platform.lock:
+            self._retry = None
+            if not self._paused:  # else `resume` does
+                self._listen()
+            self._has_failed = self._retry is not None
 
     def _connect(self, vector: Vector) -> None:
         """Has VFIO write the eventfd that is the vector's now."""
@@ -277,8 +329,8 @@ class Interrupts:
         self._notifiers.close(INTX_UNMASK)
         for vector in self._vectors.values():
             self._unlisten_masked(vector)
+            self._unlisten_routed(vector)
             if vector.gsi >= 0:
-                self._platform.accel.remove_irqfd(vector.gsi, vector.kvm_interrupt)
                 self._platform.accel.remove_message(vector.gsi)
             self._notifiers.close(INTERRUPT, vector.number)
             self._notifiers.close(KVM_INTERRUPT, vector.number)
@@ -298,21 +350,17 @@ class Interrupts:
         for vector in self._vectors.values():
             if vector.listens:
                 self._platform.loop.unwatch(vector.interrupt)
-            if vector.gsi >= 0:
-                self._platform.accel.remove_irqfd(vector.gsi, vector.kvm_interrupt)
+            self._unlisten_routed(vector)
 
     def resume(self) -> None:
         """Listens again; nothing happens where it does."""
         if not self._paused:
             return
         self._paused = False
-        if self.mode == INTX:
-            self._listen_intx()
         for vector in self._vectors.values():
             if vector.listens:
                 self._listen_masked(vector)
-            if vector.gsi >= 0:
-                self._platform.accel.add_irqfd(vector.gsi, vector.kvm_interrupt)
+        self._listen()
 
     def claim_intx(self) -> None:
         """INTx was enabled by the VMM before this one."""
@@ -322,7 +370,7 @@ class Interrupts:
             self.enable_intx()
             return
         self.mode = INTX
-        self._listen_intx()
+        self._listen()
 
     def claim_messages(self, messages: Messages, mode: str) -> None:
         """MSI or MSI-X was enabled by the VMM before this one: VFIO keeps what it does.
@@ -332,7 +380,6 @@ class Interrupts:
         self._messages, self.mode = messages, mode
         self._resizes = self._kernel.irq_info(self._device, INDICES[mode]).resizes
         self._enabled = 1
-        routed = []
         for number in range(messages.count):
             interrupt = self._notifiers.find(INTERRUPT, number)
             if interrupt is None:
@@ -342,8 +389,7 @@ class Interrupts:
             kvm_interrupt = self._notifiers.find(KVM_INTERRUPT, number)
             if kvm_interrupt is not None:
                 vector.kvm_interrupt = kvm_interrupt
-                routed.append(vector)
             if messages.is_masked(number):
                 self._listen_masked(vector)
-        self._route_all(routed)
+        self._listen()
         self.update()

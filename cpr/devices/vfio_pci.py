@@ -355,16 +355,21 @@ class VfioPci(Device, PciFunction):
             raise MigrationError(
                 f"vfio {self.name} has gone from the host: the new VMM would not find it"
             )
+        self._mode = mode
         if mode in DESCRIPTORS_KEPT and self._device is not None:
             self._interrupts.pause()
             self._backend.leave_vm(self._device)
-        self._mode = mode
 
     def cpr_rollback(self) -> None:
-        if self._mode in DESCRIPTORS_KEPT and self._device is not None:
+        """Each step by itself: the guest goes on without what fails."""
+        kept, self._mode = self._mode in DESCRIPTORS_KEPT, ""
+        report.carefully(self._interrupts.resume)
+        if kept:
+            report.carefully(self._join_vm)
+
+    def _join_vm(self) -> None:
+        if self._device is not None:
             self._backend.join_vm(self._device)
-        self._mode = ""
-        self._interrupts.resume()
 
     def save(self) -> dict:
         command = self._device_read(pci_config.COMMAND, 2)
@@ -392,11 +397,14 @@ class VfioPci(Device, PciFunction):
         self._update_bars(loading=True)
 
     def take_over(self) -> None:
-        if not self._claimed:
-            return
-        assert self._device is not None
-        self._claimed = False
-        self._backend.join_vm(self._device)
+        """Each step by itself, as in `cpr_rollback`."""
+        if self._claimed:
+            self._claimed = False
+            for step in (self._claim_interrupts, self._join_vm):
+                report.carefully(step)
+        report.carefully(self._update_bars)  # all others are where they belong by now
+
+    def _claim_interrupts(self) -> None:
         if self._msix is not None and self._msix.enabled:
             self._interrupts.claim_messages(self._msix, MSIX)
         elif self._msi is not None and self._msi.enabled:

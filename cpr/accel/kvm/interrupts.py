@@ -35,9 +35,11 @@ class KvmInterrupts:
     def add_irqfd(self, gsi: int, eventfd: int, resamplefd: int) -> None:
         """What the eventfd has counted before is delivered as one interrupt."""
         came = drain(eventfd)
-        kvm.assign_irqfd(self._vm, gsi, eventfd, resamplefd)
-        if came:  # KVM takes it out of the eventfd, so that it comes once only
-            os.eventfd_write(eventfd, 1)
+        try:
+            kvm.assign_irqfd(self._vm, gsi, eventfd, resamplefd)
+        finally:
+            if came:  # KVM takes it out of the eventfd, so that it comes once only
+                os.eventfd_write(eventfd, 1)
 
     def remove_irqfd(self, gsi: int, eventfd: int) -> None:
         drain(eventfd)  # what is in there while KVM listens is in the guest already
