@@ -39,6 +39,7 @@ class FakeDevice:
         self.triggers: dict[int, dict[int, int]] = {}
         self.unmask_fd = -1
         self.resizes = False
+        self.tells_errors = False
         self.reset()
         for offset, size, value in (
             (0x00, 4, 0x10D38086),
@@ -201,6 +202,7 @@ class FakeHost:
 
     def irq_info(self, device: Fd, index: int) -> IrqInfo:
         counts = {vfio.INTX_IRQ: 1, vfio.MSI_IRQ: 2, vfio.MSIX_IRQ: MSIX_COUNT, vfio.REQ_IRQ: 1}
+        counts[vfio.ERR_IRQ] = int(self.devices[device.name].tells_errors)
         resizes = self.devices[device.name].resizes
         return IrqInfo(counts.get(index, 0), True, resizes and index == vfio.MSIX_IRQ)
 

@@ -699,6 +699,44 @@ def test_what_fails_after_an_update_costs_nothing_else(
         new.platform.loop.close()
 
 
+@pytest.mark.parametrize("moment", ["before", "pause"])
+def test_an_error_is_told_who_has_the_guest(make, host: FakeHost, moment: str) -> None:
+    """One that comes in the pause, and one after which the guest could not be stopped before."""
+    device = host.devices[NAME]
+    device.tells_errors = True
+    vmm = make()
+    told = vmm.platform.errors
+    if moment == "before":
+        device.raise_irq(vfio.ERR_IRQ)
+        vmm.taken()
+        assert len(told) == 1
+    vmm.prepare()
+    if moment == "pause":
+        device.raise_irq(vfio.ERR_IRQ)
+    before = len(told)
+    fds = PreservedFds()
+    fds.take_over(vmm.copied_state())
+    refuses = Vmm(host, "type1", [NAME], fds)
+    load(refuses, vmm.save(), commit=False)
+    for each in (refuses, vmm):
+        each.taken()
+    assert refuses.platform.errors == [] and len(told) == before
+    vmm.rollback()
+    vmm.taken()
+    assert len(told) == before + 1
+    vmm.prepare()
+    new = vmm.successor("type1")
+    new.taken()
+    assert len(new.platform.errors) == 1 and len(told) == before + 1
+    new.pci[NAME].reset()
+    new.prepare()
+    last = new.successor("type1")
+    last.taken()
+    assert last.platform.errors == []
+    for each in (refuses, new, last):
+        each.platform.loop.close()
+
+
 def test_device_that_has_gone_at_the_end(host: FakeHost) -> None:
     vmm = Vmm(host, "type1", [NAME])
     host.fail["disable_irqs"] = lambda index: errno.ENODEV
