@@ -438,6 +438,36 @@ def test_queues_for_which_there_is_no_ioeventfd(image: Path) -> None:
     rig.close()
 
 
+def test_vectors_that_kvm_refuses_go_through_the_main_loop(image: Path, capfd) -> None:
+    class Refusing(FakeAccel):
+        has_irqfds = True
+
+        def add_messages(self, messages: list) -> list[int]:
+            return [24]
+
+        def set_message(self, gsi: int, address: int, data: int) -> None:
+            pass
+
+        def remove_message(self, gsi: int) -> None:
+            pass
+
+        def add_irqfd(self, gsi: int, eventfd: int) -> None:
+            raise KernelError("KVM_IRQFD", errno.ENOMEM)
+
+    rig = Rig(image, VirtioPlatform(Refusing()))
+    rig.start()
+    assert rig.do(IN, 1, 512) == OK
+    rig.platform.wait(lambda: len(rig.platform.messages) == 1)
+    rig.function.on_stop()
+    rig.function.cpr_prepare("cpr-exec")
+    rig.function.cpr_rollback()
+    rig.function.on_run()
+    assert rig.do(IN, 1, 512) == OK
+    rig.platform.wait(lambda: len(rig.platform.messages) == 2)
+    assert "goes through the VMM: KVM_IRQFD: " in capfd.readouterr().err
+    rig.close()
+
+
 def test_the_window_in_configuration_space(rig: Rig) -> None:
     """VIRTIO_PCI_CAP_PCI_CFG reaches the registers without a BAR."""
     rig.config(0x88, 1, 4)

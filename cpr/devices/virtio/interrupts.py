@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 
+from cpr import report
+from cpr.errors import KernelError
 from cpr.uapi import virtio
 
 TYPE_CHECKING = False
@@ -101,21 +103,28 @@ class Interrupts:
                 self._unroute(vector)
             return
         if self._uses_irqfds and not self._paused:
-            self._connect(vector, msix.message(number))
+            self._connect(number)
         if msix.is_pending(number):
             msix.set_pending(number, False)
             self._platform.signal_message(*msix.message(number))
 
-    def _connect(self, vector: Vector, message: tuple[int, int]) -> None:
+    def _connect(self, number: int) -> None:
+        """Has KVM raise the vector's message; where it refuses, the main loop does."""
+        vector, message = self._vectors[number], self._msix.message(number)
         accel = self._platform.accel
-        if vector.gsi < 0:
-            vector.gsi = accel.add_messages([message])[0]
-        else:
-            accel.set_message(vector.gsi, *message)
-        if not vector.by_irqfd:
-            self._platform.loop.unwatch(vector.fd)
-            accel.add_irqfd(vector.gsi, vector.fd)
-            vector.by_irqfd = True
+        try:
+            if vector.gsi < 0:
+                vector.gsi = accel.add_messages([message])[0]
+            else:
+                accel.set_message(vector.gsi, *message)
+            if not vector.by_irqfd:
+                accel.add_irqfd(vector.gsi, vector.fd)
+                vector.by_irqfd = True
+                self._platform.loop.unwatch(vector.fd)
+        except KernelError as error:
+            report.warn_report(f"a vector of a virtio device goes through the VMM: {error}")
+            self._disconnect(vector)
+            self._watch(number)
 
     def _disconnect(self, vector: Vector) -> None:
         if vector.by_irqfd:
