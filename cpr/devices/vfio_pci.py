@@ -17,6 +17,7 @@ from cpr.devices.base import DESCRIPTORS_KEPT, Device
 from cpr.devices.pci import FUNCTION_SIZE, PciFunction
 from cpr.devices.pci_config import Bar, ConfigSpace
 from cpr.devices.pci_msi import MSIX_PBA, MSIX_TABLE, MsiCapability, MsixCapability
+from cpr.devices.vfio_host_events import HostEvents
 from cpr.devices.vfio_interrupts import INTX, MSI, MSIX, Interrupts, Notifiers
 from cpr.devices.vfio_regions import BarRegion
 from cpr.errors import ConfigError, CprError, KernelError, MigrationError
@@ -25,7 +26,6 @@ from cpr.uapi import vfio, vfio_sysfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any, Protocol
 
     from cpr.devices.base import Platform
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 
 REBOOT_REFUSED = "VFIO device only supports cpr-reboot for runstate suspended"
-ERR_NOTIFIER, REQ_NOTIFIER = "err_notifier", "req_notifier"
 
 INTX_ENABLED, INTX_DISABLED = 0, 2  # PCIINTxRoute.mode
 
@@ -93,9 +92,7 @@ class VfioPci(Device, PciFunction):
         self._mode = ""
         self.required = self._claimed = fds.came(name, 0)
         self._notifiers = Notifiers(name, fds)
-        self._host_events: dict[int, Callable[[], None]] = {}  # by eventfd
-        self._error_fd = -1
-        self._has_failed = False
+        self._host_events: HostEvents | None = None
         self._connection: Interrupts | None = None
         self._bars: list[BarRegion] = []
         self._msi: MsiCapability | None = None
@@ -138,10 +135,11 @@ class VfioPci(Device, PciFunction):
         self._emulate_capabilities()
         self._create_bars()
         self._describe()
-        self._error_fd = self._connect(vfio.ERR_IRQ, ERR_NOTIFIER, self._on_error)
-        self._connect(vfio.REQ_IRQ, REQ_NOTIFIER, self._on_request)
+        self._host_events = HostEvents(
+            self.name, kernel, device, platform, self._fds, self._notifiers
+        )
         if not claimed:
-            self._listen_to_host()
+            self._host_events.listen()
             self._interrupts.enable_intx()
 
     def _emulate_header(self) -> None:
@@ -193,60 +191,6 @@ class VfioPci(Device, PciFunction):
         self.vmstate = VMStateDescription("vfio-cpr-pci", 0, 0, tuple(fields))
         self.idstr = f"0000:00:{self.slot:02x}.0/vfio-cpr-pci"
 
-    def _connect(self, index: int, kind: str, handler: Callable[[], None]) -> int:
-        """The eventfd of the index's one interrupt; -1 where the device has none."""
-        assert self._device is not None
-        info = self._kernel.irq_info(self._device, index)
-        if not info.count or not info.eventfd:
-            return -1
-        known = self._fds.came(f"{self.name}_{kind}", 0)
-        fd = self._notifiers.open(kind)
-        if not known:
-            self._kernel.set_triggers(self._device, index, 0, (fd,))
-        self._host_events[fd] = handler
-        return fd
-
-    def _listen_to_host(self) -> None:
-        """While the guest is this VMM's: what comes in an update is for who has it then."""
-        for fd in self._host_events:
-            self._watch(fd)
-
-    def _watch(self, fd: int) -> None:
-        assert self._platform is not None
-        self._platform.loop.watch(fd, 1, lambda events: self._on_host_event(fd))
-
-    def _leave_host(self) -> None:
-        """The inverse.  An error is said again: the guest may not have been stopped by it yet."""
-        assert self._platform is not None
-        for fd in self._host_events:
-            self._platform.loop.unwatch(fd)
-        if self._has_failed:
-            os.eventfd_write(self._error_fd, 1)
-
-    def _on_host_event(self, fd: int) -> None:
-        assert self._platform is not None
-        with self._platform.lock:
-            if self.needed():  # an update has begun since
-                return
-            try:
-                os.eventfd_read(fd)
-            except BlockingIOError:
-                return
-            self._host_events[fd]()
-
-    def _on_error(self) -> None:
-        assert self._platform is not None
-        self._has_failed = True
-        self._platform.request_error(
-            CprError(
-                f"vfio {self.name}: unrecoverable error of the device; the guest is stopped and "
-                "can still be examined"
-            )
-        )
-
-    def _on_request(self) -> None:
-        report.warn_report(f"the host wants {self.name} back: end this VM to give it away")
-
     def unrealize(self) -> None:
         if self._platform is None:
             return
@@ -254,9 +198,9 @@ class VfioPci(Device, PciFunction):
             bar.close()
         self._bars = []
         if self._device is not None:
-            for fd in self._host_events:
-                self._platform.loop.unwatch(fd)
-            self._host_events.clear()
+            if self._host_events is not None:
+                self._host_events.close()
+                self._host_events = None
             if self._connection is not None:
                 self._disconnect(self._connection)
             self._notifiers.close_all()
@@ -348,7 +292,8 @@ class VfioPci(Device, PciFunction):
         command = self._device_read(pci_config.COMMAND, 2)
         command &= ~pci_config.COMMAND_GUESTS
         self._kernel.write_region(self._device, self._config_region, pci_config.COMMAND, 2, command)
-        self._has_failed = False
+        if self._host_events is not None:
+            self._host_events.forget_error()
         self._reset_config()
         if self._irq >= 0:
             self._kernel.write_region(
@@ -385,7 +330,8 @@ class VfioPci(Device, PciFunction):
             )
         self._mode = mode
         if mode in DESCRIPTORS_KEPT and self._device is not None:
-            self._leave_host()
+            if self._host_events is not None:
+                self._host_events.leave()
             self._interrupts.pause()
             self._backend.leave_vm(self._device)
 
@@ -396,6 +342,10 @@ class VfioPci(Device, PciFunction):
         if kept:
             report.carefully(self._listen_to_host)
             report.carefully(self._join_vm)
+
+    def _listen_to_host(self) -> None:
+        if self._host_events is not None:
+            self._host_events.listen()
 
     def _join_vm(self) -> None:
         if self._device is not None:
