@@ -7,8 +7,12 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from subprocess import Popen
 
+    ReapLater = Callable[[int, Callable[[], None]], None]
+
+END_SECONDS = 2.0  # for a command that was killed
 SECCOMP_FILTER = "Seccomp:\t2\n"  # SECCOMP_MODE_FILTER of linux/seccomp.h, in proc_pid_status(5)
 
 
@@ -19,11 +23,41 @@ def own_group() -> int | None:
         return None if SECCOMP_FILTER in file.read() else 0
 
 
-def kill_group(process: Popen) -> None:
-    """Ends a command that was started so, with what it has started; from any thread, and again."""
+def kill_group(process: Popen) -> bool:
+    """Ends a command that was started so, with what it has started; from any thread, and again.
+
+    False where it has become another user's, and nothing of it could be ended.
+    """
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # it leads no group
-        process.kill()
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it leads no group
+            process.kill()
     except OSError:
-        pass  # it has become another user's
+        return False
+    return True
+
+
+def end_group(process: Popen, reap_later: ReapLater) -> int | None:
+    """Kills it, closes its pipes and reaps it: its exit status.
+
+    None where it does not end; then `reap_later(pid, reap)` is to have `reap()` called when it has.
+    """
+
+    def reap() -> None:
+        process.wait()
+
+    killed = kill_group(process)
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+    if process.poll() is None and killed:
+        import subprocess
+
+        try:
+            process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+    if process.returncode is None:
+        reap_later(process.pid, reap)
+    return process.returncode

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +26,8 @@ from waiting import wait_for
 from cpr.errors import MigrationError
 from cpr.live.transaction import PROTOCOL
 from cpr.mainloop import MainLoop
-from cpr.migration import incoming, outgoing
+from cpr.migration import channel, incoming, outgoing
+from cpr.migration.asking import ENDING
 from cpr.migration.cancellation import INTERRUPTED, Cancellation
 from cpr.migration.capabilities import IN_PROGRESS
 from cpr.migration.connect import connect
@@ -234,6 +237,35 @@ def test_a_program_that_is_only_asked_and_hangs(start, tmp_path, answers):
     assert vm.process.wait(60) == 0
     assert time.monotonic() - began < ANSWER_TIMEOUT / 2
     assert not vm.processes()
+
+
+@pytest.fixture
+def untouchable(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """No process can be killed, as another user's cannot; those that are left to be reaped."""
+    left: list[Any] = []
+
+    def refuse(pid: int, signo: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["cpr.vmm", "run"])
+        patch.setattr(os, "killpg", refuse)
+        patch.setattr(channel, "reap_later", lambda *child: left.append(child))
+        yield left
+    for pid, reap in left:
+        os.kill(pid, signal.SIGKILL)
+        reap()
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_program_that_cannot_be_killed_is_not_waited_for(untouchable, guests, tmp_path, answers):
+    source = Source(str(guests / "heartbeat.img"))
+    source.machine.interrupted = (tmp_path / "hangs").exists
+    before = open_fds()
+    found = source.migration.check_cpr_exec(hanging(tmp_path, answers))
+    assert found.refusals == [ENDING]
+    assert len(untouchable) == 1 and open_fds() == before
+    source.close()
 
 
 class Waiting:

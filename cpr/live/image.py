@@ -252,9 +252,14 @@ def _reap(pid: int) -> None:
     if ready:
         forked.reap(pid)
     else:
-        name = "cpr-live-reap"
-        with contextlib.suppress(RuntimeError):  # no thread for it: it stays a zombie
-            threading.Thread(target=forked.reap, args=(pid,), name=name, daemon=True).start()
+        reap_on_thread(pid, lambda: forked.reap(pid))
+
+
+def reap_on_thread(pid: int, reap: Callable[[], None]) -> None:
+    """Has `reap()` wait for a process that does not end yet."""
+    name = f"cpr-live-reap-{pid}"
+    with contextlib.suppress(RuntimeError):  # no thread for it: it stays a zombie
+        threading.Thread(target=reap, name=name, daemon=True).start()
 
 
 _current: Image | None = None

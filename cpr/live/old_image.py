@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
+    from cpr.process_group import ReapLater
+
 NO_TASK = "there is no process for the guard: raise RLIMIT_NPROC, pids.max or RLIMIT_AS"
 FAILURE = 1  # the exit status of a program that cannot load its state, also of QEMU
 LAST_BYTES = 2000  # of what a rehearsed program has said
@@ -215,15 +217,23 @@ class Update(Channel):
             pass
 
     def spawn(
-        self, argv: Sequence[str], environment: Mapping[str, str], folder: str | None = None
+        self,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        reap_later: ReapLater,
+        folder: str | None = None,
     ) -> None:
-        """Starts `argv` as a child, for a rehearsal.  Raises UpdateError; then there is none."""
+        """Starts `argv` as a child, for a rehearsal; `reap_later` as for process_group.end_group.
+
+        Raises UpdateError; then there is none.
+        """
         import subprocess
 
         from cpr.live import last_words
         from cpr.process_group import own_group
 
         assert self._theirs is not None
+        self._reap_later = reap_later
         try:
             # No pipe, which others may hold.
             self._words = last_words.create("cpr-rehearsal-stderr")
@@ -247,14 +257,14 @@ class Update(Channel):
             raise UpdateError(f"descriptors of the rehearsal: {error.strerror}") from None
         self.give_theirs()
 
-    def end_child(self) -> tuple[int, str]:
-        """Ends and reaps the child of `spawn`: its exit status, and the end of its stderr."""
+    def end_child(self) -> tuple[int | None, str]:
+        """Ends the child of `spawn`: its exit status, None where it does not end, as another user's
+        may not, and the end of its stderr."""
         from cpr.live import last_words
-        from cpr.process_group import kill_group
+        from cpr.process_group import end_group
 
-        kill_group(self._child)
-        self._child.wait()
-        return self._child.returncode, last_words.end_of(self._words, LAST_BYTES)
+        status = end_group(self._child, self._reap_later)
+        return status, last_words.end_of(self._words, LAST_BYTES)
 
     def take(self) -> bool:
         """Takes the token; true also where this image has it; false: the new one has committed."""

@@ -126,7 +126,8 @@ def spoken_versions(
         return list(VERSIONS)
     import subprocess
 
-    from cpr.process_group import kill_group, own_group
+    from cpr.migration import channel
+    from cpr.process_group import end_group, own_group
 
     number = LEAST_NUMBER + int.from_bytes(os.urandom(4), "little")
     try:
@@ -140,11 +141,10 @@ def spoken_versions(
         )
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
-    with process:
-        try:
-            said = _read_answer(process, serve)
-        finally:
-            kill_group(process)  # also one that does not end, or has started others
+    try:
+        said = _read_answer(process, serve)
+    finally:  # also one that does not end, or has started others
+        end_group(process, channel.reap_later)
     words_of_it = said.split()
     if not all(word.isdigit() for word in words_of_it):
         return []

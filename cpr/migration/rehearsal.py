@@ -16,6 +16,7 @@ from cpr.errors import CprError, MigrationError
 from cpr.live.last_words import bound
 from cpr.live.old_image import Update
 from cpr.live.transaction import END, HELLO, RAM_FILES, READY, UpdateError
+from cpr.migration import channel
 from cpr.migration.hand_over import check_protocol, send_state
 from cpr.migration.placement import Placement
 from cpr.migration.program import Held, end_started
@@ -61,7 +62,7 @@ def rehearse(
         placement = Placement.of(machine.threads)
         placement.keep_away()
         try:
-            update.spawn(command, os.environ)
+            update.spawn(command, os.environ, channel.reap_later)
         finally:
             placement.give_back(machine.threads)
         try:
@@ -83,7 +84,8 @@ def rehearse(
         return Rehearsed([], took)
     if refusal == "":
         last = "; ".join(words.splitlines()[-MOST_LINES:])
-        refusal = f"the new program has ended with exit status {status}: {last}"
+        what = "hung up, and does not end" if status is None else f"ended with exit status {status}"
+        refusal = f"the new program has {what}: {last}"
     return Rehearsed([refusal], None)
 
 
