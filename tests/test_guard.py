@@ -7,7 +7,7 @@ import signal
 import subprocess
 
 import pytest
-from guarded import ends, only, run
+from guarded import ROOT, ends, only, run
 from harness.vm import ALL_CPUS
 
 from cpr.live import guard
@@ -123,6 +123,18 @@ tell(outcome=NAMES[returned.outcome], there=os.path.exists(f"/proc/{OLD}/fd/0"))
 """)
     assert only(told) == {"outcome": "killed", "there": False}
     assert ends(told) == {"first": signal.SIGKILL, "other": 0}
+
+
+def test_one_that_a_security_module_protects_is_not_waited_for():
+    told = run(f"""
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from without_clone import SYS_PIDFD_SEND_SIGNAL, install, refusing
+install(refusing(SYS_PIDFD_SEND_SIGNAL, errno.EACCES))
+returned = execute("sleep", "10", timeout_ns=50_000_000)
+tell(outcome=NAMES[returned.outcome], there=os.path.exists(f"/proc/{{OLD}}/fd/0"))
+os.kill(OLD, signal.SIGKILL)
+""")
+    assert only(told) == {"outcome": "killed", "there": True}
 
 
 def test_while_it_is_held_the_deadline_does_not_run():

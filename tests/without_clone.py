@@ -16,6 +16,7 @@ LD_W_ABS, JEQ, JSET, RET = 0x20, 0x15, 0x45, 0x06
 ALLOW, ERRNO = 0x7FFF0000, 0x00050000
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 SYS_CLONE, CLONE_VM, CLONE_THREAD = 56, 0x100, 0x10000
+SYS_PIDFD_SEND_SIGNAL = 424
 NUMBER_AT, FLAGS_AT = 0, 16
 
 PROGRAM = (
@@ -35,14 +36,26 @@ class Filter(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("program", ctypes.c_char_p)]
 
 
-def main() -> None:
+def refusing(number: int, error: int) -> tuple[tuple[int, int, int, int], ...]:
+    """A filter with which that system call fails."""
+    return (
+        (LD_W_ABS, 0, 0, NUMBER_AT),
+        (JEQ, 0, 1, number),
+        (RET, 0, 0, ERRNO | error),
+        (RET, 0, 0, ALLOW),
+    )
+
+
+def install(instructions: tuple[tuple[int, int, int, int], ...]) -> None:
+    """This process, and what it becomes, has that filter."""
     libc = ctypes.CDLL(None, use_errno=True)
-    code = b"".join(struct.pack("HBBI", *instruction) for instruction in PROGRAM)
-    program = Filter(len(PROGRAM), code)
+    code = b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
+    program = Filter(len(instructions), code)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0):
         sys.exit(f"seccomp: {os.strerror(ctypes.get_errno())}")
+
+
+if __name__ == "__main__":
+    install(PROGRAM)
     os.execvp(sys.argv[1], sys.argv[1:])
-
-
-main()

@@ -112,9 +112,10 @@ CPR_IN_CHILD void cpr_guard_end(const struct cpr_mapping *mappings, uint32_t cou
 CPR_IN_CHILD static void kill_new_image(void)
 {
     struct pollfd death = {.fd = self.guard->pid_fd, .events = POLLIN};
+    long result = cpr_syscall5(SYS_pidfd_send_signal, self.guard->pid_fd, SIGKILL, 0, 0, 0);
 
-    if (cpr_syscall5(SYS_pidfd_send_signal, self.guard->pid_fd, SIGKILL, 0, 0, 0) == -EPERM) {
-        return; /* another user's by now: it never gets the token */
+    if (result < 0 && result != -ESRCH) {
+        return; /* another user's by now, or a security module's matter: it never gets the token */
     }
     while (cpr_syscall3(SYS_poll, &death, 1, -1) != 1) {
     }
