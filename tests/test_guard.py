@@ -230,6 +230,8 @@ tell(closed=closed, said=returned.dropped)
         ("bash -c 'exec {fd}<&-; sleep 1' & sleep 0.3; exit 0", False, "died"),
         ("bash -c 'exec {fd}<&-; sleep 0.3'; sleep 2.2; exit 0", False, "died"),
         ("sleep 0.5 {fd}<&- {kept}<&-; exit 0", False, "died"),
+        ("exec {fd}<&- {kept}<&-; sleep 2.5; exit 0", False, "died"),
+        ("exec {fd}<&-; sleep 0.3; exec {kept}<&-; sleep 2.5; exit 0", False, "died"),
         ("(sleep 0.5); exit 0", False, "died"),
     ],
 )

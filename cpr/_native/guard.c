@@ -199,8 +199,9 @@ CPR_IN_CHILD static int watch(void)
         if (ready[1].revents & POLLOUT) {
             committed();
         }
-        if (taker && taker != guard->old_pid && !cpr_guard_has_taken(guard, taker)) {
-            taker = 0; /* one that a script has started, and that could not load the guest */
+        if (taker && cpr_guard_has_lost(guard, taker)) {
+            taker = 0; /* it could not load the guest, or was about to close all that it was given */
+            guard->consumed = 0;
         }
         if (ready[0].fd < 0 || ready[0].revents & POLLIN) {
             if (!taker && (taker = cpr_guard_taker(guard))) {

@@ -133,14 +133,21 @@ void cpr_guard_note_children(void)
     }
 }
 
-CPR_IN_CHILD int cpr_guard_has_taken(const struct cpr_guard *guard, int32_t pid)
+CPR_IN_CHILD static int has_taken(const struct cpr_guard *guard, int32_t pid)
 {
     if (has(pid, guard->state_fd, guard->state_text)) {
         return 0;
     }
-    return (pid == guard->old_pid ||
-            (guard->kept_fd >= 0 && has(pid, guard->kept_fd, guard->kept_text))) &&
+    /* A wrapper may close all that it was given, and start what knows nothing of the guest. A QEMU
+       keeps the number of a descriptor that is RAM. */
+    return (guard->kept_fd >= 0 ? has(pid, guard->kept_fd, guard->kept_text)
+                                : pid == guard->old_pid) &&
            lives(pid);
+}
+
+CPR_IN_CHILD int cpr_guard_has_lost(const struct cpr_guard *guard, int32_t pid)
+{
+    return !has_taken(guard, pid) && (pid != guard->old_pid || lives(pid));
 }
 
 CPR_IN_CHILD int32_t cpr_guard_taker(const struct cpr_guard *guard)
@@ -155,7 +162,7 @@ CPR_IN_CHILD int32_t cpr_guard_taker(const struct cpr_guard *guard)
     for (int i = 0; i < started.count; i++) {
         const int32_t pid = started.pids[i];
 
-        if ((i == 0 || !is_noted(pid)) && cpr_guard_has_taken(guard, pid)) {
+        if ((i == 0 || !is_noted(pid)) && has_taken(guard, pid)) {
             return pid;
         }
         if (noted.count < PROCESSES_MAX) { /* else there may be more that are not noted */

@@ -8,13 +8,14 @@
 void cpr_guard_note_children(void);
 
 /* The PID of who has the guest of a program that knows no token, as far as one can see, or 0: it has
-   closed the CPR state that its predecessor gave it. Where the program has started others, as a
-   script does, one of those may have done so that still has `kept_fd`: also when the program has
-   ended, of those that it had when it was last looked at. */
+   closed the CPR state that its predecessor gave it, and still has `kept_fd`, if there is one. Where
+   the program has started others, as a script does, it may be one of those: also when the program
+   has ended, of those that it had when it was last looked at. */
 int32_t cpr_guard_taker(const struct cpr_guard *guard);
 
-/* Whether that process still has it: also one that the program has left behind. */
-int cpr_guard_has_taken(const struct cpr_guard *guard, int32_t pid);
+/* Whether that process has it no more, or never had: also one that the program has left behind. Of
+   the program itself only while it lives: after that its exit status tells. */
+int cpr_guard_has_lost(const struct cpr_guard *guard, int32_t pid);
 
 /* Whether what the process has open cannot be seen: it is another user's. */
 int cpr_guard_is_closed_to(int32_t pid);
