@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from cpr import mapped
 from cpr.devices import base
 from cpr.errors import KernelError
 from cpr.lifecycle import Lifecycle
@@ -22,6 +23,10 @@ save_monitor = QmpMonitor.save
 
 def no_memory(*arguments: object) -> None:
     raise KernelError("a step of the test", 12)
+
+
+def no_room(*arguments: object) -> None:
+    raise OSError(12, "Cannot allocate memory")
 
 
 def not_permitted(*arguments: object) -> None:
@@ -58,6 +63,7 @@ def third_time(machine: Lifecycle, calls: list[int] = []) -> None:  # noqa: B006
 
 PATCHES = {
     "rollback": (base.Device, "cpr_rollback", no_memory),
+    "memfd": (mapped, "populate", no_room),
     "kill": (old_image.signal, "pidfd_send_signal", not_permitted),
     "forgets": (QmpMonitor, "save", forgets),
     "power-off": (Outgoing, "stop_guest", powers_off),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import pytest
 from descriptors import open_fds
 
+from cpr import mapped
 from cpr.errors import KernelError, StateError
 from cpr.state.cpr_state import REMEDY, STATE_NAME, CprState, VfioDevice
 from cpr.state.fds import PreservedFds
@@ -174,6 +176,16 @@ def test_persist_leaves_nothing_behind_when_it_fails(monkeypatch):
     with pytest.raises(KernelError, match=f"write to memfd {STATE_NAME}: No space left"):
         fds.persist(environ)
     assert (environ, fds.state_fd, open_fds()) == ({}, -1, before)
+
+
+def test_memory_that_is_not_there_is_an_error_and_no_signal(memfd):
+    fd = memfd()
+    os.ftruncate(fd, 2 * mmap.PAGESIZE)
+    with mmap.mmap(fd, 2 * mmap.PAGESIZE) as view:
+        mapped.populate(view, fd)
+        os.ftruncate(fd, mmap.PAGESIZE)
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            mapped.populate(view, fd)
 
 
 def test_load_reads_from_the_start_and_takes_over(memfd):

@@ -32,7 +32,7 @@ LAYERS = (
     ("cpr.live",),
     ("cpr.state", "cpr.acpi"),
     ("cpr.uapi", "cpr.runstate", "cpr.events", "cpr.mainloop", "cpr.clock"),
-    ("cpr.launcher", "cpr.phases", "cpr.process_group", "cpr.free_memory"),
+    ("cpr.launcher", "cpr.mapped", "cpr.phases", "cpr.process_group", "cpr.free_memory"),
     ("cpr.faults",),
     ("cpr.errors", "cpr.report", "cpr.terminal", "cpr.constants", "cpr._native"),
 )
@@ -183,6 +183,7 @@ def test_the_library_imports_nothing_of_the_vmm(names: str) -> None:
         "cpr.errors",
         "cpr.phases",
         "cpr.faults",
+        "cpr.mapped",
         "cpr.process_group",
     )
     assert not {name for name in loaded if name.startswith("cpr.") and not name.startswith(known)}

@@ -23,6 +23,7 @@ from waiting import wait_for, wait_for_change
 
 from cpr.faults import VARIABLE
 from cpr.live.old_image import NO_TASK
+from cpr.state.cpr_state import STATE_NAME
 
 PIDS = Path("/sys/fs/cgroup/pids")
 
@@ -186,6 +187,22 @@ def test_a_guest_that_ends_the_vm_with_a_status_at_the_stop(start, accel, overla
     vm.qmp.send("cpr-exec", command=[sys.executable, "-m", "cpr.vmm", "run", *vm.words[4:]])
     assert vm.process.wait(20) == 7
     wait_for(lambda: not vm.processes(), "nothing is left")
+
+
+@pytest.mark.parametrize(
+    ("overlap", "what"), [("on", "memfd of the update"), ("off", f"write to memfd {STATE_NAME}")]
+)
+def test_no_memory_is_left_for_what_an_update_writes(start, accel, overlap, what):
+    command = [sys.executable, str(ROOT / "tests" / "patched_vmm.py"), "memfd", "run"]
+    vm: Vm = start(*words(accel), command=command)
+    counts(vm)
+    vm.qmp.command("migrate-set-parameters", x_cpr_exec_overlap=overlap)
+    with suppress(QmpError):
+        vm.qmp.command("cpr-exec")
+    wait_for(lambda: status(vm) == "failed", "the update has failed")
+    assert vm.ask("query-migrate")["error-desc"] == f"{what}: Cannot allocate memory"
+    counts(vm)
+    assert vm.ask("query-status")["status"] == "running"
 
 
 def test_no_task_is_left_for_the_guard(start, accel):

@@ -58,7 +58,10 @@ class Page:
             ffi.NULL, size, lib.PROT_READ | lib.PROT_WRITE, lib.MAP_SHARED, self.fd, 0
         )
         if address == ffi.cast("void *", -1):
-            raise OSError(ffi.errno, os.strerror(ffi.errno))
+            number = ffi.errno
+            if fd < 0:
+                os.close(self.fd)
+            raise OSError(number, os.strerror(number))
         self._size = size
         self.struct: Any = ffi.cast("struct cpr_live_page *", address)
         if fd < 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 
+from cpr import mapped
 from cpr.live.token import above_streams
 
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -23,9 +24,13 @@ def create_sized(name: str, size: int) -> int:
 
     Close-on-exec, the caller's.  Raises OSError; then there is none.
     """
+    import mmap  # not in the new image, whose guest may wait
+
     fd = above_streams(create(name))
     try:
         os.ftruncate(fd, size)
+        with mmap.mmap(fd, size) as view:
+            mapped.populate(view, fd)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS & ~fcntl.F_SEAL_WRITE)
     except OSError:
         os.close(fd)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 
+from cpr import mapped
 from cpr.constants import STDERR
 from cpr.errors import KernelError, StateError
 from cpr.state.cpr_state import REMEDY, STATE_NAME, CprState, VfioDevice
@@ -255,6 +256,7 @@ def write_memfd(fd: int, data: bytes) -> None:
     os.ftruncate(fd, len(data))
     if data:
         with mmap.mmap(fd, len(data)) as view:
+            mapped.populate(view, fd)
             view[:] = data
     os.lseek(fd, 0, os.SEEK_END)
 
