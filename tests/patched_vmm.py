@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cpr import mapped
+from cpr.chardev import socket as socket_chardev
 from cpr.devices import base
 from cpr.errors import KernelError
 from cpr.lifecycle import Lifecycle
@@ -18,6 +19,7 @@ from cpr.monitor.qmp import QmpMonitor
 
 load_boot_image = Lifecycle.load_boot_image
 stop_guest = Outgoing.stop_guest
+connect = socket_chardev.connect
 save_monitor = QmpMonitor.save
 
 
@@ -61,8 +63,17 @@ def third_time(machine: Lifecycle, calls: list[int] = []) -> None:  # noqa: B006
     load_boot_image(machine)
 
 
+def second_time(*arguments: object, calls: list[int] = []) -> object:  # noqa: B006
+    """Connects when the VM is started, and not again."""
+    calls.append(1)
+    if len(calls) == 2:
+        raise OSError(24, "Too many open files")
+    return connect(*arguments)
+
+
 PATCHES = {
     "rollback": (base.Device, "cpr_rollback", no_memory),
+    "connect": (socket_chardev, "connect", second_time),
     "memfd": (mapped, "populate", no_room),
     "kill": (old_image.signal, "pidfd_send_signal", not_permitted),
     "forgets": (QmpMonitor, "save", forgets),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import os
@@ -143,6 +144,17 @@ def connect(path: str) -> socket.socket:
     client.settimeout(DEADLINE_S)
     client.connect(path)
     return client
+
+
+def test_a_client_for_which_there_is_no_descriptor(
+    monkeypatch: Any, loop: MainLoop, path: str
+) -> None:
+    def no_descriptor(*arguments: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(socket, "socket", no_descriptor)
+    with pytest.raises(ConfigError, match=f"Failed to connect to '{path}': Too many open files"):
+        create(Config("socket", path=path), loop)
 
 
 def server(loop: MainLoop, path: str) -> Chardev:

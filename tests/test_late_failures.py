@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import socket
+import sys
 import time
 from functools import partial
 
@@ -54,6 +56,22 @@ def test_a_new_program_that_ends_leaves_guest_and_monitor(start, accel, program)
         has_come_back(vm, count)
         assert vm.qmp.command("query-migrate")["status"] == "failed"
     assert "Traceback" not in vm.stderr
+
+
+def test_a_chardev_that_cannot_be_made_again_leaves_the_others(start, accel, tmp_path):
+    """It is the first, and the monitor's comes after it."""
+    command = [sys.executable, str(ROOT / "tests" / "patched_vmm.py"), "connect", "run"]
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.bind(str(tmp_path / "peer"))
+        peer.listen()
+        options = ["-chardev", f"socket,id=client,path={tmp_path}/peer"]
+        vm = start.guest("heartbeat", accel, *options, command=command)
+        stream = f"file:{vm.directory}/stream"
+        words = [*DIES, *VMM, *vm.words[len(command) :], "-incoming", stream]
+        vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=words)
+        vm.qmp.send("migrate", uri=stream)
+        has_come_back(vm, 1)
+    assert "Too many open files" in vm.stderr
 
 
 def script(vm: Vm, text: str) -> list[str]:

@@ -135,7 +135,11 @@ def connect(options: SocketOptions, addresses: list[Address]) -> socket.socket:
     """
     reason = ""
     for family, address in addresses:
-        peer = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            peer = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:  # no descriptor now
+            reason = str(error.strerror or error)
+            continue
         peer.settimeout(CONNECT_TIMEOUT)
         try:
             peer.connect(address)

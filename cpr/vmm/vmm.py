@@ -182,12 +182,9 @@ class Vmm(Process):
     def reopen(self) -> None:
         staying = self._staying()
         for chardev in staying:
-            chardev.forget_exec_fds()
+            carefully(chardev.forget_exec_fds)
         for chardev in staying:
-            try:
-                chardev.reopen()
-            except CprError as error:
-                error_report(error)
+            carefully(chardev.reopen)
 
     def create_frontends(self, after_exec: bool, kept: dict[str, Kept] | None = None) -> None:
         """Makes the chardevs, connects the devices to them, and starts the monitors.
