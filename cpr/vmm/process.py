@@ -17,6 +17,7 @@ from cpr.constants import STDERR
 from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.events import EventBus
 from cpr.faults import point
+from cpr.live import oom
 from cpr.live.new_image import find_predecessor
 from cpr.live.transaction import EARLY, LATE
 from cpr.mainloop import MainLoop
@@ -225,6 +226,7 @@ def _say_up() -> None:
     """The PID has the guest: before the guard, which the service's manager watches so far, ends."""
     from cpr.live import notify
 
+    oom.withdraw()
     notify.started(pid_changed=True)
 
 
