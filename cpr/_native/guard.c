@@ -199,9 +199,8 @@ CPR_IN_CHILD static int watch(void)
         if (ready[1].revents & POLLOUT) {
             committed();
         }
-        if (taker && cpr_guard_has_lost(guard, taker)) {
-            taker = 0; /* it could not load the guest, or was about to close all that it was given */
-            guard->consumed = 0;
+        if (taker && taker != guard->old_pid && !cpr_guard_has_taken(guard, taker)) {
+            taker = 0; /* one that a script has started, and that could not load the guest */
         }
         if (ready[0].fd < 0 || ready[0].revents & POLLIN) {
             if (!taker && (taker = cpr_guard_taker(guard))) {
@@ -225,7 +224,11 @@ CPR_IN_CHILD static int watch(void)
         if (taker) { /* there is no other sign: what lives on has the guest */
             guard->consumed = taker == guard->old_pid;
             if (now - taken_ns > GRACE_NS) {
-                committed();
+                if (cpr_guard_has_taken(guard, taker)) {
+                    committed();
+                }
+                taker = 0; /* it was about to close all that it had been given, and lives on */
+                guard->consumed = 0;
             }
             continue;
         }

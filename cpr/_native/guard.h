@@ -52,8 +52,8 @@ struct cpr_guard {
     uint64_t ending;
     const uint32_t *hold;     /* while this is not 0 the deadline does not run; or NULL */
     /* For a program that does not know of the token: the CPR state, which it closes when it has read
-       it, and one of RAM, say, that it keeps (or -1), each with what its link in /proc/PID/fd says. -1 and NULL
-       otherwise. */
+       it, and one of RAM that it keeps (or -1), each with what its link in /proc/PID/fd says. -1
+       and NULL otherwise. */
     int32_t state_fd, kept_fd;
     const char *state_text, *kept_text;
     const struct cpr_mapping *mappings; /* what is given back piece by piece after a commit */

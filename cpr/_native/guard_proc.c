@@ -133,7 +133,7 @@ void cpr_guard_note_children(void)
     }
 }
 
-CPR_IN_CHILD static int has_taken(const struct cpr_guard *guard, int32_t pid)
+CPR_IN_CHILD int cpr_guard_has_taken(const struct cpr_guard *guard, int32_t pid)
 {
     if (has(pid, guard->state_fd, guard->state_text)) {
         return 0;
@@ -143,11 +143,6 @@ CPR_IN_CHILD static int has_taken(const struct cpr_guard *guard, int32_t pid)
     return (guard->kept_fd >= 0 ? has(pid, guard->kept_fd, guard->kept_text)
                                 : pid == guard->old_pid) &&
            lives(pid);
-}
-
-CPR_IN_CHILD int cpr_guard_has_lost(const struct cpr_guard *guard, int32_t pid)
-{
-    return !has_taken(guard, pid) && (pid != guard->old_pid || lives(pid));
 }
 
 CPR_IN_CHILD int32_t cpr_guard_taker(const struct cpr_guard *guard)
@@ -162,7 +157,7 @@ CPR_IN_CHILD int32_t cpr_guard_taker(const struct cpr_guard *guard)
     for (int i = 0; i < started.count; i++) {
         const int32_t pid = started.pids[i];
 
-        if ((i == 0 || !is_noted(pid)) && has_taken(guard, pid)) {
+        if ((i == 0 || !is_noted(pid)) && cpr_guard_has_taken(guard, pid)) {
             return pid;
         }
         if (noted.count < PROCESSES_MAX) { /* else there may be more that are not noted */

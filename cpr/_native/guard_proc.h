@@ -13,9 +13,8 @@ void cpr_guard_note_children(void);
    has ended, of those that it had when it was last looked at. */
 int32_t cpr_guard_taker(const struct cpr_guard *guard);
 
-/* Whether that process has it no more, or never had: also one that the program has left behind. Of
-   the program itself only while it lives: after that its exit status tells. */
-int cpr_guard_has_lost(const struct cpr_guard *guard, int32_t pid);
+/* Whether that process still has it: also one that the program has left behind. */
+int cpr_guard_has_taken(const struct cpr_guard *guard, int32_t pid);
 
 /* Whether what the process has open cannot be seen: it is another user's. */
 int cpr_guard_is_closed_to(int32_t pid);
