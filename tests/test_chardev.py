@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import is_listening
 
 from cpr.chardev.base import MAX_WAITING, Chardev, create
 from cpr.chardev.socket import SocketChardev
@@ -244,7 +245,7 @@ def test_wait_blocks_until_a_client_is_there(
     clients = []
 
     def come_later() -> None:
-        while not os.path.exists(path):
+        while not is_listening(path):
             time.sleep(0.001)
         clients.append(connect(path))
 
