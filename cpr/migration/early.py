@@ -270,8 +270,8 @@ class EarlyUpdate:
         point("hand-over")
         state = fds.state(self._hands_files) if changed else None
         send(self._update, HAND_OVER, body, state, channel.written())
-        self._placement.keep_away()  # nothing here goes before the new image from now on
-        time.sleep(REST)
+        time.sleep(REST)  # at once: to go to another CPU first would keep the new image waiting
+        self._placement.keep_away()
         machine.events.release()
         self._hold_commands()
         self._loop.watch(self._update.token, WRITE, self._on_commit)
