@@ -170,6 +170,14 @@ def test_model_is_plain_data_and_is_compared(make: Callable[[], TestVm]) -> None
         accel.check_cpu_model(model)
 
 
+def test_a_new_guest_has_no_feature_whose_state_is_not_saved() -> None:
+    host = [leaf(1, ecx=1 << 5 | 1), leaf(7, ecx=1 << 7 | 1), leaf(0x80000001, ecx=1 << 2 | 1)]
+    offered = cpuid.offered_to_guests(tuple(tuple(entry) for entry in host))
+    assert [entry[cpuid.ECX] for entry in offered] == [1, 1, 1]
+    assert [entry[: cpuid.ECX] for entry in offered] == [tuple(e[: cpuid.ECX]) for e in host]
+    cpuid.check(offered, tuple(tuple(entry) for entry in host))
+
+
 @needs_kvm
 def test_a_loaded_guest_keeps_its_own_cpuid(make: Callable[[], TestVm]) -> None:
     source, target = make(), make()

@@ -33,6 +33,14 @@ a Linux guest does not ask for KVM's clock."""
 
 OSXSAVE, OSPKE = 1 << 27, 1 << 4  # copies of CR4's, in leaf 1 and leaf 7
 
+UNSAVED = {
+    (0x1, 0): (ECX, 1 << 5),  # VMX: KVM_GET_NESTED_STATE
+    (0x80000001, 0): (ECX, 1 << 2),  # SVM: the same
+    (0x7, 0): (ECX, 1 << 7),  # SHSTK: the shadow stack's pointer is in no struct and no MSR
+}
+"""By function and index the register and its bits of features with state of their own that is not
+saved: no new guest is offered them.  One that has them from an older version keeps them."""
+
 # (function, index, register, mask): the words whose bits are features, each of which the host has
 # or has not (Intel SDM vol. 2, CPUID; AMD64 manual vol. 3, appendix E; for 0x40000001
 # Documentation/virt/kvm/x86/cpuid.rst).
@@ -81,6 +89,16 @@ def supported(device: Fd) -> Cpuid:
         else entry
         for entry in entries
     )
+
+
+def offered_to_guests(cpuid: Cpuid) -> Cpuid:
+    """What of `supported` a new guest has."""
+    return tuple(_without_unsaved(entry) for entry in cpuid)
+
+
+def _without_unsaved(entry: Entry) -> Entry:
+    register, bits = UNSAVED.get((entry[0], entry[1]), (ECX, 0))
+    return (*entry[:register], entry[register] & ~bits, *entry[register + 1 :])
 
 
 def for_vcpu(model: Cpuid, index: int) -> Cpuid:

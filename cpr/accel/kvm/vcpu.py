@@ -55,7 +55,7 @@ class KvmVCpu(base.VCpu):
         self._run = kvm.map_run(self._fd, self._run_size)
         self.tsc_offset = _tsc_offset(self._fd)
         self._exit = ffi.new("struct cpr_exit *")
-        self.cpuid: Cpuid = cpuid.for_vcpu(accel.supported_cpuid(), index)
+        self.cpuid: Cpuid = cpuid.for_vcpu(cpuid.offered_to_guests(accel.supported_cpuid()), index)
         cpuid.write(self._fd, self.cpuid)
 
     @property
