@@ -365,7 +365,7 @@ class Lifecycle:
         """Resets the paused VM if that is due; false where its boot image cannot be read."""
         if self._reset_requested is None:
             return True
-        self.was_suspended = False
+        self.was_suspended = self._suspend_requested = False
         try:
             self.load_boot_image()
         except Exception as error:  # the VM must not be left as one that runs and does not
