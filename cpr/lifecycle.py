@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from _thread import RLock
+from functools import partial
 
 from cpr import boot, report, runstate
 from cpr.clock import VirtualClock
@@ -208,6 +209,8 @@ class Lifecycle:
                     thread.start(self.interrupted)
                 except RuntimeError:
                     return
+                if waited := thread.waited_ns:
+                    report.carefully(partial(thread.vcpu.on_new_thread, waited, self.memory))
             else:
                 thread.pause()
             if was_running:

@@ -86,6 +86,17 @@ class Scheduling:
             os.setpriority(os.PRIO_PROCESS, thread_id, nice)
 
 
+def schedstat(thread_id: int) -> tuple[int, int]:
+    """ns that a thread has run, and has waited for a CPU (Documentation/scheduler/sched-stats.rst);
+    0 where nobody counts."""
+    try:
+        with open(f"/proc/self/task/{thread_id}/schedstat") as file:
+            ran, waited = file.read().split()[:2]
+    except FileNotFoundError:
+        return 0, 0
+    return int(ran), int(waited)
+
+
 class VCpuThread:
     """The thread that runs one vCPU.
 
@@ -113,6 +124,8 @@ class VCpuThread:
         self._work_lock = allocate_lock()
         self._takes_work = False
         self._ended = allocate_lock()
+        self.waited_ns = 0
+        """How long the thread that has ended had waited for a CPU."""
         self.start()
 
     def start(self, gives_up: Callable[[], bool] = lambda: True) -> None:
@@ -223,8 +236,10 @@ class VCpuThread:
         self.pause()
         try:
             self._scheduling = Scheduling.of(self.thread_id)
+            self.waited_ns = schedstat(self.thread_id)[1]
         except OSError:
             self._scheduling = None
+            self.waited_ns = 0
         self._ending = True
         self._go.release()
 

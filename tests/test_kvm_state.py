@@ -11,6 +11,8 @@ from conftest import missing_kvm
 from harness.vm import Vm
 from waiting import wait_for
 
+from cpr import vcpus
+from cpr._native._cpr import lib
 from cpr.accel import x86
 from cpr.accel.kvm import KvmAccelerator, cpuid, msrs
 from cpr.accel.kvm import state as steps
@@ -18,6 +20,7 @@ from cpr.accel.kvm.cpuid import cpuid_missing
 from cpr.bus import IOBus
 from cpr.devices.system import VCpuState
 from cpr.errors import ConfigError, KernelError
+from cpr.memory import GuestMemory
 from cpr.ram_backend import create_default_block
 from cpr.state.fds import PreservedFds
 from cpr.state.reader import BytesReader
@@ -176,6 +179,29 @@ def test_a_new_guest_has_no_feature_whose_state_is_not_saved() -> None:
     assert [entry[cpuid.ECX] for entry in offered] == [1, 1, 1]
     assert [entry[: cpuid.ECX] for entry in offered] == [tuple(e[: cpuid.ECX]) for e in host]
     cpuid.check(offered, tuple(tuple(entry) for entry in host))
+
+
+@needs_kvm
+@pytest.mark.parametrize("enabled", [False, True])
+def test_steal_time_does_not_go_back_with_a_new_thread(
+    make: Callable[[], TestVm], monkeypatch: pytest.MonkeyPatch, enabled: bool
+) -> None:
+    """KVM counts by the thread, and takes from the guest what the last one had waited."""
+    vm = make()
+    address = RAM_SIZE // 2
+    memory = GuestMemory()
+    memory.add_section(0, RAM_SIZE, vm.ram, 0, False, "ram")
+    told = 5_000_000_000
+    vm.ram.write(address, told.to_bytes(8, "little"))
+    msr = (lib.MSR_KVM_STEAL_TIME, address | lib.KVM_MSR_ENABLED * enabled)
+    assert kvm.set_msrs(vm.vcpu.fd, [msr]) == []
+    monkeypatch.setattr(vcpus, "schedstat", lambda thread_id: (1, 700_000_000))
+    vm.thread.end()
+    assert vm.thread.waited_ns == 700_000_000
+    vm.vcpu.on_new_thread(vm.thread.waited_ns, memory)
+    vm.thread.start()
+    expected = told + 700_000_000 * enabled
+    assert int.from_bytes(vm.ram.view(address, 8), "little") == expected
 
 
 @needs_kvm

@@ -44,6 +44,7 @@ PRELUDE = """
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#include <asm/kvm_para.h>
 #include <linux/kcmp.h>
 #include <linux/kvm.h>
 #include <linux/vfio.h>

@@ -15,6 +15,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Protocol
 
+    from cpr.memory import GuestMemory
+
     class Bus(Protocol):
         """Where a vCPU's port and memory-mapped accesses go; it does its own locking.
 
@@ -74,6 +76,9 @@ class VCpu:
 
         From any thread; a processor needs no telling.
         """
+
+    def on_new_thread(self, waited_ns: int, memory: GuestMemory) -> None:
+        """Its thread has ended, which had waited so long for a CPU, and there is a new one."""
 
     def get_state(self) -> dict:
         """The state by `x86.VMSTATE_CPU`."""

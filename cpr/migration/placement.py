@@ -14,7 +14,7 @@ import time
 from cpr.live.token import PROCESSOR_FIELD, STATE_FIELD, read_stat, tasks, workers
 from cpr.report import warn_report
 from cpr.uapi.affinity import set_affinity
-from cpr.vcpus import Scheduling
+from cpr.vcpus import Scheduling, schedstat
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Placement:
     def of(cls, threads: Sequence[VCpuThread]) -> Placement:
         """The old VMM's, whose vCPU threads have not ended.  Raises OSError."""
         own = os.sched_getaffinity(0)
-        before = [_run_time(thread.thread_id) for thread in threads]
+        before = [schedstat(thread.thread_id)[0] for thread in threads]
         time.sleep(LOOK)  # a vCPU that uses devices runs only while this thread does not
         away = own - {
             _busy_cpu(thread.thread_id, ran) for thread, ran in zip(threads, before, strict=True)
@@ -153,20 +153,11 @@ def _move(cpus: set[int], thread_id: int = 0) -> None:
         warn_report(f"the VMM cannot run on the CPUs {sorted(cpus)}: {error.strerror}")
 
 
-def _run_time(thread_id: int) -> int:
-    """ns that a thread has run (Documentation/scheduler/sched-stats.rst); 0 where nobody counts."""
-    try:
-        with open(f"/proc/self/task/{thread_id}/schedstat") as file:
-            return int(file.read().split()[0])
-    except FileNotFoundError:
-        return 0
-
-
 def _busy_cpu(thread_id: int, ran_ns: int) -> int:
     """The CPU of a thread that had run for `ran_ns`, or -1 where it does not run: it has halted.
 
     The time of one that runs all the while is counted at the next tick only.
     """
     fields = read_stat(f"/proc/self/task/{thread_id}/stat")[1]
-    busy = fields[STATE_FIELD] == RUNNING or _run_time(thread_id) - ran_ns > BUSY_NS
+    busy = fields[STATE_FIELD] == RUNNING or schedstat(thread_id)[0] - ran_ns > BUSY_NS
     return int(fields[PROCESSOR_FIELD]) if busy else -1

@@ -9,6 +9,7 @@ from cpr.accel import base, x86
 from cpr.accel.kvm import cpuid, registers
 from cpr.accel.kvm.exits import serve
 from cpr.accel.kvm.state import read_vcpu, write_vcpu
+from cpr.constants import U64_LIMIT
 from cpr.errors import KernelError
 from cpr.uapi import kvm
 
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
     from cpr.accel.base import Bus
     from cpr.accel.kvm.accelerator import KvmAccelerator
     from cpr.accel.kvm.cpuid import Cpuid
+    from cpr.memory import GuestMemory
     from cpr.uapi.fd import Fd
+
+STEAL_TIME_SIZE, STEAL_SIZE = 64, 8
+"""Of struct kvm_steal_time, which is aligned so, and of its first member, ns
+(Documentation/virt/kvm/x86/msr.rst)."""
 
 # What a vCPU's state may lack.
 AT_POWER_ON = {
@@ -112,6 +118,19 @@ class KvmVCpu(base.VCpu):
         thread = self._thread
         if thread:
             lib.cpr_vcpu_thread_kick(thread)
+
+    def on_new_thread(self, waited_ns: int, memory: GuestMemory) -> None:
+        """Adds to the steal time that the guest is told what KVM is about to take from it.
+
+        KVM adds what the thread has waited since the last time, and the new one begins at 0
+        (record_steal_time of arch/x86/kvm/x86.c).
+        """
+        value = kvm.get_msrs(self._fd, [lib.MSR_KVM_STEAL_TIME]).get(lib.MSR_KVM_STEAL_TIME, 0)
+        if value & lib.KVM_MSR_ENABLED:
+            address = value & -STEAL_TIME_SIZE
+            steal = int.from_bytes(memory.read(address, STEAL_SIZE), "little")
+            total = (steal + waited_ns) % U64_LIMIT
+            memory.write(address, total.to_bytes(STEAL_SIZE, "little"))
 
     def tsc_khz(self) -> int:
         if self._tsc_khz is None:
