@@ -20,6 +20,8 @@ from test_hard_moments import deferred
 from test_update_moments import Held, counts, status
 from waiting import wait_for
 
+from cpr.live import oom
+
 MOST = "1000"
 NOBODY = 65534
 GROUPS = {  # of cgroup v2 and v1: the folder and the file with the limit
@@ -101,6 +103,47 @@ def test_one_that_becomes_another_user_is_as_before(before):
     """Whom the kernel would not let have less than what root has set."""
     done = subprocess.run([sys.executable, "-c", BECOMES_ANOTHER], cwd=ROOT, stdout=subprocess.PIPE)
     assert done.stdout.decode().strip() == before
+
+
+def test_one_that_boots_a_guest_of_its_own_is_as_before(start, accel, tmp_path, before):
+    """A late update whose command has no -incoming, as with a QEMU."""
+    vm: Vm = start(*words(accel))
+    command = [*VMM, *vm.words[len(VMM) :]]
+    vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=command)
+    vm.qmp.send("migrate", uri=f"file:{tmp_path}/state")
+    vm.qmp = vm.connect()
+    counts(vm)
+    wait_for(lambda: score(vm.pid) == before, "it is as it was")
+
+
+FIRST = """
+import os, sys
+from cpr.live import oom
+before = open(oom.PATH).read()
+oom.offer()
+print(os.getpid(), open(oom.PATH).read() == before)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a PID namespace")
+def test_the_first_of_a_pid_namespace_is_not_killed_first():
+    """All others in it would end too, and the old image is one of them."""
+    words = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", FIRST]
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    assert done.stdout.decode().split() == ["1", "True"]
+
+
+def test_where_no_descriptor_is_left_it_is_tried_again(monkeypatch, tmp_path):
+    path = tmp_path / "oom_score_adj"
+    path.write_text("7\n")
+    monkeypatch.setattr(oom, "PATH", str(path))
+    oom.offer()
+    assert path.read_text() == MOST
+    monkeypatch.setattr(oom, "PATH", str(tmp_path / "missing" / "file"))
+    oom.withdraw()
+    monkeypatch.setattr(oom, "PATH", str(path))
+    oom.withdraw()
+    assert path.read_text() == "7"
 
 
 def test_a_rehearsed_program_is_killed_first(start, accel, tmp_path, before):

@@ -6,6 +6,9 @@ old one, in which everything goes on, has most of the memory in use.
 
 from __future__ import annotations
 
+import os
+
+INIT = 1
 PATH = "/proc/self/oom_score_adj"
 MOST = "1000"  # OOM_SCORE_ADJ_MAX of linux/oom.h
 
@@ -16,10 +19,11 @@ def offer() -> None:
     """This process is the first to be killed, until `withdraw`.  Where that cannot be, nothing
     happens.
 
-    Not between clone and exec: it would be so for all processes that share the memory.
+    Not between clone and exec: it would be so for all processes that share the memory.  And not as
+    the first process of a PID namespace, with which all others in it end, the old image too.
     """
     global _before
-    if _before:
+    if _before or os.getpid() == INIT:
         return
     try:
         with open(PATH) as file:
@@ -32,14 +36,14 @@ def offer() -> None:
 
 def withdraw() -> None:
     """It is as it was before `offer`: everything is this process's now, or it becomes another user,
-    who may not set it to less."""
+    who may not set it to less.  May be called again, where no descriptor was left."""
     global _before
-    before, _before = _before, ""
-    if before:
+    if _before:
         try:
-            _write(before)
+            _write(_before)
         except OSError:
-            pass
+            return
+        _before = ""
 
 
 def _write(value: str) -> None:

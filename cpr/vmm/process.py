@@ -92,6 +92,7 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
         carefully(lambda: vmm.reap(untold=predecessor is None))
     signals.attach(vmm)
     if predecessor is None or predecessor.committed:
+        oom.withdraw()  # also where there was no guest to come
         carefully(lambda: _take_pidfile(vmm))
     if ready is not None:
         ready()
