@@ -187,6 +187,7 @@ class EarlyUpdate:
         try:
             step()
         except GuestEnded as error:  # with an exit status that the PID is to have
+            self._machine.events.release()
             self._loop.call_soon(partial(self._fail_unless_ended, str(error)))
         except CprError as error:
             if self._update.is_dead(DEATH_MS):
