@@ -48,9 +48,10 @@ def _of_cgroups(controller: str, prefix: str) -> Iterator[int]:
 
 
 def _reclaimable(folder: str) -> int:
-    """Bytes of files that nobody has used for long: they give way."""
+    """Bytes that give way where memory is needed: of files, and of the kernel's caches."""
     fields = dict(line.split() for line in _read(f"{folder}/memory.stat").splitlines())
-    return int(fields.get("total_inactive_file", fields["inactive_file"]))
+    kinds = ("inactive_file", "active_file", "slab_reclaimable")
+    return sum(int(fields.get(f"total_{kind}", fields.get(kind, 0))) for kind in kinds)
 
 
 def _cgroups(controller: str) -> Iterator[tuple[str, tuple[str, str]]]:

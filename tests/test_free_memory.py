@@ -27,7 +27,9 @@ V2 = {
     "/cg/vms/one/memory.current": f"{30 * MIB}\n",
     "/cg/vms/memory.max": f"{100 * MIB}\n",
     "/cg/vms/memory.current": f"{80 * MIB}\n",
-    "/cg/vms/memory.stat": f"anon 5\ninactive_file {4 * MIB}\n",
+    "/cg/vms/memory.stat": (
+        f"anon 5\ninactive_file {MIB}\nactive_file {2 * MIB}\nslab_reclaimable {MIB}\n"
+    ),
     "/cg/vms/hugetlb.2MB.max": f"{64 * MIB}\n",
     "/cg/vms/hugetlb.2MB.current": f"{60 * MIB}\n",
 }
