@@ -241,7 +241,7 @@ def test_a_program_that_knows_no_token(script, consumed, outcome):
 state, kept = os.memfd_create("state"), os.memfd_create("ram")
 script = {script!r}.format(fd=state, kept=kept)
 keep = [state, kept]
-returned = execute("bash", "-c", script, keep=keep, state_fd=state, timeout_ns=10**11)
+returned = execute("bash", "-c", script, keep=keep, state_fd=state, kept_fd=kept, timeout_ns=10**11)
 tell(outcome=NAMES[returned.outcome], consumed=returned.consumed)
 """)
     assert only(told) == {"outcome": outcome, "consumed": consumed}
@@ -256,8 +256,8 @@ child = os.fork()
 if child == 0:
     os.execvp("sleep", ["sleep", "3"])
 state = os.memfd_create("state")
-keep = [state, kept]
-returned = execute("bash", "-c", "sleep 2.2; exit 3", keep=keep, state_fd=state, timeout_ns=10**11)
+given = {"keep": [state, kept], "state_fd": state, "kept_fd": kept, "timeout_ns": 10**11}
+returned = execute("bash", "-c", "sleep 2.2; exit 3", **given)
 tell(outcome=NAMES[returned.outcome], consumed=returned.consumed)
 """)
     assert only(told) == {"outcome": "died", "consumed": False}
@@ -306,7 +306,7 @@ def test_a_program_that_has_started_the_one_that_has_it(script, status):
 state, kept = os.memfd_create("state"), os.memfd_create("ram")
 script = {script!r}.format(fd=state)
 keep = [state, kept]
-execute("bash", "-c", script, keep=keep, state_fd=state, timeout_ns=10**9)
+execute("bash", "-c", script, keep=keep, state_fd=state, kept_fd=kept, timeout_ns=10**9)
 tell(error="the guard came back")
 """)
     assert all("ended" in each for each in told), told

@@ -61,6 +61,7 @@ def execute(
     timeout_ns: int = 0,
     mappings: Sequence[tuple[int, int]] = (),
     state_fd: int = -1,
+    kept_fd: int = -1,
     drop: Sequence[int] = (),
     unblock: Sequence[int] = (),
     ending: Sequence[int] = (),

@@ -124,6 +124,7 @@ def execute(
     timeout_ns: int = 0,
     mappings: Sequence[tuple[int, int]] = (),
     state_fd: int = -1,
+    kept_fd: int = -1,
     drop: Sequence[int] = (),
     unblock: Sequence[int] = (),
     ending: Sequence[int] = (),
@@ -137,8 +138,9 @@ def execute(
     `ready()` is called when all is prepared; from then on the caller is this process's only thread.
     `mappings` are (address, bytes) of memory that is freed piece by piece after a commit.
     `state_fd`, one of `keep`, is for a program that knows no token: it has taken over when it has
-    closed that and lives on.  `drop` are descriptors that a late exec is to close for good, in the
-    old image as in the new one.  `mask` are the signals that the program has blocked;
+    closed that, still has `kept_fd`, if there is one that such a program keeps, and lives on.
+    `drop` are descriptors that a late exec is to close for good, in the old image as in the new
+    one.  `mask` are the signals that the program has blocked;
     `unblock` those whose handlers are not to run any more, which the caller blocks and the program
     is not to; `ending` those that the program blocks until it can take them: one that does not for
     a while is killed.  `notify_fd` is a socket to the service's manager: it hears that the
@@ -181,7 +183,6 @@ def execute(
     request.guard_pid = ffi.addressof(page.struct, "guard_pid")
     request.state_fd = request.kept_fd = -1
     if state_fd >= 0:
-        kept_fd = next((fd for fd in keep if fd != state_fd), -1)
         memory += [state_text := _link_text(state_fd), kept_text := _link_text(kept_fd)]
         request.state_fd, request.state_text = state_fd, state_text
         request.kept_fd, request.kept_text = kept_fd, kept_text

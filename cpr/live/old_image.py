@@ -96,6 +96,7 @@ class Update(Channel):
         timeout_ns: int,
         keep: Sequence[int] = (),
         state_fd: int = -1,
+        kept_fd: int = -1,
         drop: Sequence[int] = (),
         interrupted: Callable[[], bool] = lambda: False,
         holds_signals: bool = False,
@@ -117,7 +118,8 @@ class Update(Channel):
         inverse, called wherever the old image goes on after that.
         `interrupted()` tells of one that the old image has taken, and would not come to.
 
-        With `state_fd` the program is one that knows nothing of this, and gets only `keep`.  `drop`
+        With `state_fd` the program is one that knows nothing of this, and gets only `keep`;
+        `kept_fd` is one of those that it does not close, or -1.  `drop`
         are descriptors that a late exec closes here too; `dropped` says that it has.
         """
         parked = False
@@ -158,6 +160,7 @@ class Update(Channel):
                 timeout_ns=timeout_ns,
                 mappings=self._mappings,
                 state_fd=state_fd,
+                kept_fd=kept_fd,
                 drop=drop,
                 mask=blocked | set(ENDING) if held else blocked,
                 unblock=() if held else set(ENDING) - blocked,

@@ -173,8 +173,9 @@ class Exec(KeepsRam):
         update.page.struct.stopped_ns = self.stopped_ns
         entries = self._fds.entries(self._speaks(RAM_FILES))
         keep = [fd for _, _, fd in entries] + [self._fds.state_fd]
+        ram = [block.outgoing_fd for block in machine.blocks if not block.reopened]
         try:
-            return self._execute(update, keep), update
+            return self._execute(update, keep, next((fd for fd in ram if fd in keep), -1)), update
         except UpdateError as error:
             held = Held(update.page.fd if self._speaks(PROTOCOL) else self._fds.state_fd)
             update.close()
@@ -183,9 +184,10 @@ class Exec(KeepsRam):
             update.close()
             raise
 
-    def _execute(self, update: Update, keep: list[int]) -> str:
+    def _execute(self, update: Update, keep: list[int], ram_fd: int) -> str:
         """Why the new program refuses.  Raises UpdateError where there is none any more.
 
+        `ram_fd` is one of `keep` that is RAM, which a QEMU has for as long as its guest, or -1.
         Either way this process has all its threads and sockets again.
         """
         try:
@@ -196,6 +198,7 @@ class Exec(KeepsRam):
                 timeout_ns=self.timeout_ms * NS_PER_MS,
                 keep=keep,
                 state_fd=-1 if self._speaks(PROTOCOL) else self._fds.state_fd,
+                kept_fd=ram_fd,
                 drop=self._process.exec_fds(),
                 interrupted=self._process.interrupted,
                 holds_signals=True,
