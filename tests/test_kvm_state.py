@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from conftest import missing_kvm
+from cpr._native._cpr import lib
 from harness.vm import Vm
 from waiting import wait_for
 
 from cpr import vcpus
-from cpr._native._cpr import lib
 from cpr.accel import x86
 from cpr.accel.kvm import KvmAccelerator, cpuid, msrs
 from cpr.accel.kvm import state as steps

@@ -699,6 +699,27 @@ def test_what_fails_after_an_update_costs_nothing_else(
         new.platform.loop.close()
 
 
+def test_a_line_that_cannot_be_unmasked_is_unmasked_later(make, host, monkeypatch) -> None:
+    refused, done = [True], []
+
+    def unmask(host: FakeHost, device: Any, index: int) -> None:
+        if refused:
+            refused.pop()
+            raise KernelError("unmask", errno.EIO)
+        done.append(index)
+
+    vmm = make("iommufd")
+    vmm.prepare()
+    monkeypatch.setattr(FakeHost, "unmask", unmask)
+    vmm.rollback()
+    deadline = time.monotonic() + TIMEOUT
+    while not done:
+        assert time.monotonic() < deadline, "it is not tried again"
+        vmm.platform.loop.iterate(10_000_000)
+    assert done == [vfio.INTX_IRQ]
+    assert len(vmm.accel.irqfds) == 1
+
+
 @pytest.mark.parametrize("moment", ["before", "pause"])
 def test_an_error_is_told_who_has_the_guest(make, host: FakeHost, moment: str) -> None:
     """One that comes in the pause, and one after which the guest could not be stopped before."""

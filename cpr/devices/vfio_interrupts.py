@@ -141,8 +141,12 @@ class Interrupts:
             return
         fd = self._notifiers.open(INTX_INTERRUPT)
         self._platform.accel.add_irqfd(self._irq, fd, self._notifiers.open(INTX_UNMASK))
+        try:
+            self._kernel.unmask(self._device, vfio.INTX_IRQ)
+        except KernelError:
+            self._platform.accel.remove_irqfd(self._irq, fd)
+            raise
         self._intx_listens = True
-        self._kernel.unmask(self._device, vfio.INTX_IRQ)
 
     def _unlisten_intx(self) -> None:
         if self._intx_listens:
