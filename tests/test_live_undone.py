@@ -80,3 +80,49 @@ def test_a_new_program_makes_no_memory_smaller(tmp_path: Path, mode: str) -> Non
     result = run(tmp_path, SHRINKS, mode)
     assert result.of("rehearse") == [[3]] and result.of("update") == [[3]], result.stderr
     assert result.of("memory") == [[1 << 16, 7]] and result.of("resize") == [[errno.EPERM]]
+
+
+UNALIGNED = """
+from cpr.live import memfd
+if live.generation or len(sys.argv) > 2:
+    memory = live.memory("memory", 20000, grow=True)
+    if len(sys.argv) > 2:
+        memory[5000:] = b"x" * 15000
+        os.set_blocking(live.get("after"), False)
+        raise SystemExit(3)
+    say("new", bytes(memory[:5000]) == b"y" * 5000, memory[5000:] == bytes(15000))
+    live.ready()
+    raise SystemExit
+mode = sys.argv[1]
+memory = live.memory("memory", 5000)
+memory[:] = b"y" * 5000
+path = os.open("/", os.O_PATH)
+live.keep("path", path)
+after, other = os.pipe()
+live.keep("after", after)
+if mode == "unmapped":
+    def refuse(*arguments):
+        raise OSError(12, "Cannot allocate memory")
+    memfd.give_back, mode = refuse, "late"
+live.on_resume(lambda: say("resumed"))
+live.ready()
+say("old", fails([PYTHON, __file__, mode, "new"], mode=mode).reason)
+say("after", os.get_blocking(after))
+if sys.argv[1] != "unmapped":
+    live.update(mode=mode)
+"""
+
+
+@pytest.mark.parametrize("mode", ["early", "late"])
+def test_a_memory_that_is_no_whole_page_is_what_it_was(tmp_path: Path, mode: str) -> None:
+    result = run(tmp_path, UNALIGNED, mode)
+    ((reason,),) = result.of("old")
+    assert reason == "the new program has ended with exit status 3 before it took over"
+    assert result.of("after") == [[True]] and result.of("new") == [[True, True]], result.stderr
+
+
+def test_what_cannot_be_undone_is_said_and_all_else_is(tmp_path: Path) -> None:
+    result = run(tmp_path, UNALIGNED, "unmapped")
+    ((reason,),) = result.of("old")
+    assert reason.endswith("'memory' is not as it was: Cannot allocate memory"), result.stderr
+    assert result.of("after") == [[True]] and result.of("resumed") == [[]]

@@ -67,7 +67,10 @@ def resize(name: str, fd: int, old: int, size: int, grow: bool) -> None:
 
 
 def give_back(fd: int, size: int) -> None:
-    """The inverse of `resize`: what is beyond `size` bytes is freed, and zero again."""
+    """The inverse of `resize`: what is beyond `size` bytes is freed, and zero again.
+
+    Raises OSError.
+    """
     beyond = os.fstat(fd).st_size - size
     if beyond <= 0:
         return
@@ -75,7 +78,10 @@ def give_back(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
         return
     with mmap.mmap(fd, size + beyond, mmap.MAP_SHARED) as whole:
-        whole.madvise(mmap.MADV_REMOVE, size, beyond)
+        rest = min(-size % mmap.PAGESIZE, beyond)  # whole pages alone can be freed
+        whole[size : size + rest] = bytes(rest)
+        if beyond > rest:
+            whole.madvise(mmap.MADV_REMOVE, size + rest, beyond - rest)
 
 
 def _check_total(name: str, size: int) -> None:

@@ -64,14 +64,15 @@ class Entry:
         self._before = blocking, place
 
     def restore(self) -> None:
-        """The new program has failed: size, place and blocking are as they were."""
+        """The new program has failed: size, place and blocking are as they were.  Raises OSError."""
         before, self._before = self._before, None
         if self.check() is not None:
             return
         if self.kind == MEMORY:
             memfd.give_back(self.fd, self._mapped())
         elif before is not None:
-            os.set_blocking(self.fd, before[0])
+            if os.get_blocking(self.fd) != before[0]:
+                os.set_blocking(self.fd, before[0])
             if before[1] >= 0:
                 os.lseek(self.fd, before[1], os.SEEK_SET)
 
@@ -183,10 +184,18 @@ class Registry:
         for entry in self.entries.values():
             entry.remember(stands_still)
 
-    def restore(self) -> None:
-        """After a new program that has failed, or was rehearsed: its changes are undone."""
-        for entry in self.entries.values():
-            entry.restore()
+    def restore(self) -> list[str]:
+        """After a new program that has failed, or was rehearsed: its changes are undone.
+
+        What could not be, each with its name: this program goes on with the others as they were.
+        """
+        found = []
+        for name, entry in self.entries.items():
+            try:
+                entry.restore()
+            except (OSError, ValueError) as error:
+                found.append(f"'{name}' is not as it was: {getattr(error, 'strerror', error)}")
+        return found
 
     def receive(
         self, described: dict[str, dict[str, Any]], fresh: list[str], fds: list[int]

@@ -212,16 +212,17 @@ class Session:
         """Everything is this program's again; what is to be raised for `error`."""
         self._image.updating = False
         update, lines = self._update, []
+        changed: list[str] = []
         ended_by = getattr(error, "ended_by", 0)
         if update is not None:
             if not update.take_back():
                 update.leave()  # the new program has committed after all
             ended_by = ended_by or update.pending_signal()
             update.close()
-            self._image.registry.restore()
+            changed = self._image.registry.restore()
         if self._last_words is not None:
             lines = self._last_words.take()
-        reason = reason_of(error)
+        reason = "; ".join([reason_of(error), *changed])
         try:
             self.resume()
         except UpdateError as failed:
