@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import io
 import json
@@ -248,6 +249,22 @@ def test_states_come_back_as_they_were(process: testing.Process, value: Any) -> 
     live.on_save(lambda: value)
     restart(process)
     assert live.state(default="none") == ("none" if value is None else value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        array.array("I", range(1000)),
+        array.array("d"),
+        memoryview(b"0123456789")[::-3],
+        memoryview(bytes(range(24))).cast("B", (2, 3, 4)),
+    ],
+)
+def test_a_view_goes_over_with_all_its_bytes(process: testing.Process, value: Any) -> None:
+    view = memoryview(value)
+    live.on_save(lambda: view)
+    restart(process)
+    assert live.state() == view.tobytes()
 
 
 def test_a_function_that_fails_is_told(process: testing.Process) -> None:

@@ -24,15 +24,19 @@ class Writer:
 
     def add(self, data: bytes | bytearray | memoryview) -> list[int]:
         """Where these bytes are, for the JSON.  Raises UpdateError."""
-        place = [self._size, len(data)]
         view = memoryview(data)
+        if view.nbytes and view.c_contiguous:
+            view = view.cast("B")
+        else:  # an empty one cannot be cast
+            view = memoryview(view.tobytes())
+        place = [self._size, len(view)]
         try:
             while view:
                 written = os.pwrite(self.fd, view, self._size)
                 self._size += written
                 view = view[written:]
         except OSError as error:
-            raise UpdateError(f"the state of {len(data)} bytes: {error.strerror}") from None
+            raise UpdateError(f"the state of {place[1]} bytes: {error.strerror}") from None
         return place
 
     def add_value(self, value: Any, what: str) -> dict[str, Any]:
