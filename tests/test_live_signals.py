@@ -31,3 +31,57 @@ def test_a_signal_while_the_new_program_starts_waits(tmp_path: Path, mode: str, 
     assert [line[0] for line in ready] == [0, 2], result.stderr  # the signal comes in ready()
     assert len({line[1] for line in ready}) == 1
     assert all(line[2] == [10, 15] for line in ready)
+
+
+FORKED = """
+import asyncio, signal, socket
+kind = sys.argv[1]
+live.on_save(lambda: None)
+if pid := os.fork() if not live.generation else 0:  # it becomes a daemon
+    os.waitpid(pid, 0)
+    raise SystemExit
+def refused(error):
+    say("refused", error.reason.replace(str(os.getppid()), "OLD").replace(str(os.getpid()), "NEW"))
+live.update_on(signal.SIGHUP, on_error=refused)
+live.ready()
+if live.generation:
+    say("new", os.getpid())
+    raise SystemExit
+manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+manager.bind("manager")
+def work():
+    live.ready()  # it serves, and is no program of its own
+    manager.recv(99)
+    async def be_told():
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep(0)
+        await asyncio.gather(*live.aio._tasks)
+    if kind == "aio":
+        asyncio.run(be_told())
+    else:
+        os.kill(os.getpid(), signal.SIGHUP)
+    os._exit(0)
+os.environ["NOTIFY_SOCKET"] = os.path.abspath("manager")
+if (worker := os.fork()) == 0:
+    work()
+os.waitpid(worker, 0)
+try:
+    say("said", manager.recv(99, socket.MSG_DONTWAIT).decode())
+except BlockingIOError:
+    pass
+del os.environ["NOTIFY_SOCKET"]
+failed = fails(["/bin/false"])  # the guard is another process, and may
+say("old", failed.status, failed.pid_changed, os.getpid())
+live.update()
+"""
+
+
+@pytest.mark.parametrize("kind", ["plain", "aio"])
+def test_a_forked_worker_does_not_update(tmp_path: Path, kind: str) -> None:
+    """There would be two services, and systemd would hear of the wrong one."""
+    result = run(tmp_path, FORKED, kind)
+    text = "only the program's own process, PID OLD, updates itself; this one, PID NEW, was forked "
+    assert result.of("refused") == [[f"{text}from it"]], result.stderr
+    assert not result.of("said")
+    ((status, pid_changed, pid),) = result.of("old")
+    assert (status, pid_changed) == (1, True) and result.of("new") == [[pid]], result.stderr

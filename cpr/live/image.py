@@ -48,6 +48,10 @@ class Image:
 
     def __init__(self, folder: str) -> None:
         self.registry = Registry()
+        self.pid = os.getpid()
+        """Of the process that updates itself, and no child does: of the first use, or, for one that
+        becomes a daemon in between, of the first `commit`; of the guard where an update fails."""
+        self._committed = False
         self.folder = folder
         self.argv = [sys.executable or sys.orig_argv[0], *sys.orig_argv[1:]]
         self.started = time.time()
@@ -171,6 +175,8 @@ class Image:
                 guard_pid = link.page.struct.guard_pid
                 link.close()
                 _reap(guard_pid)
+        if not self._committed:
+            self._committed, self.pid = True, os.getpid()
         hooks, self.committing = self.committing, []
         for hook in hooks:
             hook()

@@ -64,7 +64,7 @@ class Entry:
         self._before = blocking, place
 
     def restore(self) -> None:
-        """The new program has failed: size, place and blocking are as they were.  Raises OSError."""
+        """The new program has failed: size, place and blocking are as before.  Raises OSError."""
         before, self._before = self._before, None
         if self.check() is not None:
             return

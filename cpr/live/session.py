@@ -48,6 +48,11 @@ class Session:
         """Raises UpdateError for what can be seen to be wrong."""
         options = arguments.check(argv, env, timeout, mode, guard, allow, back)
         self._image = image.current()
+        if os.getpid() != self._image.pid:
+            raise UpdateError(
+                f"only the program's own process, PID {self._image.pid}, updates itself; this one, "
+                f"PID {os.getpid()}, was forked from it"
+            )
         self._folder = self._image.folder if argv is None else None
         self.argv = self._image.argv if options.argv is None else options.argv
         self.env = dict(os.environ) if options.env is None else options.env
@@ -125,6 +130,8 @@ class Session:
             if not place or error.errno in old_image.NO_DESCRIPTORS:
                 place = "descriptors of the update"
             raise UpdateError(f"{place}: {error.strerror}") from None
+        finally:
+            self._image.pid = os.getpid()  # the guard's, in the guard
         if not early:
             self._receive()
             if not self._refusal:

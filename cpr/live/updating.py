@@ -113,9 +113,9 @@ def update_on(
     """Updates at that signal; `options` are those of `update`.
 
     An error goes to `on_error`, else to the logger cpr.live.  Where an asyncio loop runs it is
-    live.aio.update that is called.  Raises ValueError outside the main thread, and for a signal
-    that nobody can catch, TypeError for an option that `update` has not, UpdateError for a value
-    that it does not take.
+    live.aio.update that is called.  In a child that was forked the signal is such an error.  Raises
+    ValueError outside the main thread, and for a signal that nobody can catch, TypeError for an
+    option that `update` has not, UpdateError for a value that it does not take.
     """
     if unknown := sorted(options.keys() - set(arguments.Options._fields)):
         raise TypeError(f"live.update has no option {unknown[0]}={options[unknown[0]]!r}")
