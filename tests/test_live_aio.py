@@ -289,3 +289,54 @@ def test_a_socket_file_that_was_left_over_is_replaced(tmp_path: Path) -> None:
         ["EADDRINUSE", program],
         ["ENOENT", "no/folder"],
     ], result.stderr
+
+
+WHOLE = """
+import asyncio, socket
+half = b"x" * 200000  # more than a reader's limit
+
+async def on_client(reader, writer, *, resumed=False):
+    data = await reader.read()
+    say("all", live.generation, resumed, len(data), data == half + half)
+    writer.close()
+    if live.generation == 2:
+        done.set_result(None)
+
+async def main():
+    global done
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+    server = await live.aio.start_server("whole", on_client, path="whole.sock")
+    if live.generation == 0:
+        client = socket.socket(socket.AF_UNIX)
+        client.connect("whole.sock")
+        client.setblocking(False)
+        live.keep("client", client)
+    client = live.get("client")
+    live.ready()
+    if live.generation < 2:
+        if live.generation == 0:
+            while not server._connections:
+                await asyncio.sleep(0.001)
+            (connection,) = server._connections.values()
+            feed, left = connection.reader.feed_data, len(half)
+            def count(data):
+                nonlocal left
+                left -= len(data)
+                feed(data)
+            connection.reader.feed_data = count
+            await loop.sock_sendall(client, half)
+            while left:
+                await asyncio.sleep(0.001)
+        await live.aio.update()
+    await loop.sock_sendall(client, half)
+    client.shutdown(socket.SHUT_WR)
+    await done
+
+asyncio.run(main())
+"""
+
+
+def test_what_a_handler_waits_for_as_a_whole_goes_over(tmp_path: Path) -> None:
+    result = run(tmp_path, WHOLE)
+    assert result.of("all") == [[2, True, 400000, True]], result.stderr

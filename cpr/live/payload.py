@@ -25,10 +25,8 @@ class Writer:
     def add(self, data: bytes | bytearray | memoryview) -> list[int]:
         """Where these bytes are, for the JSON.  Raises UpdateError."""
         view = memoryview(data)
-        if view.nbytes and view.c_contiguous:
-            view = view.cast("B")
-        else:  # an empty one cannot be cast
-            view = memoryview(view.tobytes())
+        can_be_cast = view.nbytes and view.c_contiguous
+        view = view.cast("B") if can_be_cast else memoryview(view.tobytes())
         place = [self._size, len(view)]
         try:
             while view:

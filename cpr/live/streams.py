@@ -17,6 +17,20 @@ from cpr.live.payload import Reader, Writer
 MOST_PENDING = 16 << 20  # bytes
 
 
+class _StreamReader(asyncio.StreamReader):
+    """One that has what it has received in its buffer until it is given away, so that it goes over:
+    asyncio's `read` without a size collects it elsewhere."""
+
+    async def read(self, n: int = -1) -> bytes:
+        if n >= 0:
+            return await super().read(n)
+        while not self._eof:  # type: ignore[attr-defined]
+            if (error := self.exception()) is not None:
+                raise error
+            await self._wait_for_data("read")  # type: ignore[attr-defined]
+        return await super().read(len(self._buffer))  # type: ignore[attr-defined]
+
+
 class StreamWriter(asyncio.StreamWriter):
     """`saved`: what the next program's handler gets; bytes, or what JSON can carry."""
 
@@ -93,7 +107,7 @@ class Connection:
     def __init__(self, name: str, limit: int, on_lost: Any) -> None:
         self.name = name
         self.loop = asyncio.get_running_loop()
-        self.reader = asyncio.StreamReader(limit=limit, loop=self.loop)
+        self.reader = _StreamReader(limit=limit, loop=self.loop)
         self.writer: StreamWriter
         self.transport: asyncio.Transport
         self.gate = _Gate(self)
