@@ -340,3 +340,44 @@ asyncio.run(main())
 def test_what_a_handler_waits_for_as_a_whole_goes_over(tmp_path: Path) -> None:
     result = run(tmp_path, WHOLE)
     assert result.of("all") == [[2, True, 400000, True]], result.stderr
+
+
+CLOSING = """
+import asyncio, socket
+SIZE = 8 << 20
+
+async def on_client(reader, writer):
+    writer.write(b"x" * SIZE)
+    writer.close()
+    waits.set()
+    await writer.wait_closed()
+
+async def main():
+    global waits
+    loop, waits = asyncio.get_running_loop(), asyncio.Event()
+    await live.aio.start_server("closing", on_client, path="closing.sock")
+    if live.generation == 0:
+        client = socket.socket(socket.AF_UNIX)
+        client.connect("closing.sock")
+        client.setblocking(False)
+        live.keep("client", client)
+    client = live.get("client")
+    live.ready()
+    if live.generation == 0:
+        await waits.wait()
+        say("failed", fails(["/bin/false"], mode="late").status)
+        await live.aio.update(timeout=10)
+    size = 0
+    while data := await loop.sock_recv(client, 1 << 20):
+        size += len(data)
+    say("end", live.generation, size == SIZE)
+
+asyncio.run(main())
+"""
+
+
+def test_a_client_that_reads_nothing_holds_up_no_update(tmp_path: Path) -> None:
+    """Its handler has closed the connection, and waits for that."""
+    result = run(tmp_path, CLOSING)
+    assert result.of("end") == [[1, True]], result.stderr
+    assert result.of("failed") == [[1]]

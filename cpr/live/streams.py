@@ -1,8 +1,8 @@
 """Connections of asyncio streams that can be stopped where nothing is lost, and go over.
 
 A handler is at rest where it waits for input, or, if it has set `writer.saved`, in `drain`: its
-place is then told by the buffered bytes and by what it has saved.  An update waits until all are at
-rest.  Meanwhile nothing is read from the socket, and `drain` lets a handler that has saved nothing
+place is then told by the buffered bytes and by what it has saved.  So it is in `wait_closed` after
+`close`: the next program sends what is left.  An update waits until all are at rest.  Meanwhile nothing is read from the socket, and `drain` lets a handler that has saved nothing
 through to its next read: what it has written by then goes over.  Where the client has MOST_PENDING
 to take it waits as ever, for nobody knows its place in an answer that is longer.
 """
@@ -56,6 +56,13 @@ class StreamWriter(asyncio.StreamWriter):
                 await connection.changed()
         finally:
             connection.draining -= 1
+
+    async def wait_closed(self) -> None:
+        self.connection.closing += 1
+        try:
+            await super().wait_closed()
+        finally:
+            self.connection.closing -= 1
 
 
 class _Gate:
@@ -114,7 +121,7 @@ class Connection:
         self.on_lost = on_lost
         self.task: asyncio.Task[None] | None = None
         self.stopped = self.full = self.lost = False
-        self.draining = 0
+        self.draining = self.closing = 0
         self._waiting: list[asyncio.Future[None]] = []
 
     async def open(self, sock: Any, data: bytes = b"", pending: bytes = b"") -> None:
@@ -138,6 +145,8 @@ class Connection:
     def is_at_rest(self) -> bool:
         if self.task is None or self.task.done() or self.lost:
             return True
+        if self.closing and self.transport.is_closing():
+            return True  # all that is left is to be sent
         if self.draining:
             return self.writer.saved is not None
         return self.reader._waiter is not None  # type: ignore[attr-defined]
