@@ -7,7 +7,7 @@ import socket
 import threading
 from pathlib import Path
 
-from live_programs import run
+from live_programs import Result, run
 
 SERVICE = """
 import socket
@@ -24,9 +24,10 @@ live.drop("web:1")
 """
 
 
-def test_what_is_said(tmp_path: Path) -> None:
+def serve(folder: Path, source: str) -> tuple[Result, list[str], int]:
+    """Runs it under a manager: what that was told, and how many descriptors it has got."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(tmp_path / "notify"))
+        manager.bind(str(folder / "notify"))
         said: list[str] = []
         stored: list[int] = []
 
@@ -38,13 +39,18 @@ def test_what_is_said(tmp_path: Path) -> None:
         thread = threading.Thread(target=listen)
         thread.start()
         try:
-            result = run(tmp_path, SERVICE, NOTIFY_SOCKET=str(tmp_path / "notify"))
+            result = run(folder, source, NOTIFY_SOCKET=str(folder / "notify"))
         finally:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.sendto(b"end", str(tmp_path / "notify"))
+                sock.sendto(b"end", str(folder / "notify"))
             thread.join()
     for fd in stored:
         os.close(fd)
+    return result, said, len(stored)
+
+
+def test_what_is_said(tmp_path: Path) -> None:
+    result, said, stored = serve(tmp_path, SERVICE)
     first, changed = result.of("old")[0]
     second = result.of("pid")[0][0]
     assert changed and first != second
@@ -61,7 +67,31 @@ def test_what_is_said(tmp_path: Path) -> None:
     pids = [text for text in said if text.startswith("MAINPID")]
     assert pids[0] == f"MAINPID={second}"
     assert pids[-1] == f"MAINPID={second}"
-    assert len(stored) == 2
+    assert stored == 2
+
+
+DROPPED = """
+import socket
+if live.generation == 0:
+    live.socket("web", lambda: socket.create_server(("127.0.0.1", 0)))
+if live.generation < 2:
+    live.names()
+    live.ready()
+    live.update()
+live.drop("web")
+say("dropped", live.names())
+live.ready()
+"""
+
+
+def test_what_a_program_before_has_stored_is_removed(tmp_path: Path) -> None:
+    """Two updates later, and no program in between has asked for it: else it comes back."""
+    result, said, stored = serve(tmp_path, DROPPED)
+    assert result.of("dropped") == [[[]]] and stored == 1, result.stderr
+    assert [text for text in said if "FDSTORE" in text] == [
+        "FDSTORE=1\nFDNAME=web",
+        "FDSTOREREMOVE=1\nFDNAME=web",
+    ]
 
 
 PASSED = """

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cpr.constants import STDERR
-from cpr.live import forked, last_words, new_image, oom, payload, transaction
+from cpr.live import forked, last_words, new_image, notify, oom, payload, transaction
 from cpr.live import token as tokens
 from cpr.live.errors import UpdateError
 from cpr.live.preserved import Registry
@@ -130,6 +130,7 @@ class Image:
         self.registry.receive(body["names"], body["fresh"], fds)
         self.registry.move(body["names"])
         self.registry.forget_unclaimed(set(body["names"]))
+        notify.inherit(body.get("stored", ()))
         self._body = body
 
     def state(self, default: Any, version: int) -> Any:

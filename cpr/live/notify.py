@@ -21,6 +21,7 @@ from cpr.live.transaction import EXEC_PID
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from cpr.live import preserved
@@ -34,6 +35,8 @@ SOCKET = "NOTIFY_SOCKET"
 _own_pid = ""
 _passed: dict[str, list[int]] | None = None
 _stored: set[str] = set()
+_before: set[str] = set()
+"""The names of which systemd has a descriptor from this program, and from those before it."""
 
 
 def connect() -> sockets.socket | None:
@@ -144,11 +147,22 @@ def store(name: str) -> bool:
 
 
 def remove(name: str) -> bool:
-    """systemd forgets what `store` has given it."""
-    if name not in _stored:
+    """systemd forgets what `store` has given it, here or in a program before this one."""
+    if name not in stored():
         return False
     _stored.discard(name)
+    _before.discard(name)
     return send("FDSTOREREMOVE=1", f"FDNAME={_fd_name(name)}")
+
+
+def stored() -> set[str]:
+    """The names of which systemd has a descriptor."""
+    return _stored | _before
+
+
+def inherit(names: Iterable[str]) -> None:
+    """What the previous program has said of `stored`."""
+    _before.update(names)
 
 
 def _fd_name(name: str) -> str:

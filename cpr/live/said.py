@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cpr.live import hooks, image, last_words, payload
+from cpr.live import hooks, image, last_words, notify, payload
 from cpr.live.errors import UpdateError
 from cpr.live.preserved import Entry
 from cpr.live.transaction import HAND_OVER, STATE
@@ -70,6 +70,7 @@ class Said:
                 "fresh": fresh,
                 "state": state,
                 "parts": parts,
+                "stored": sorted(notify.stored()),
             }
             send(HAND_OVER, body, [writer.fd, *(entries[name].fd for name in fresh)])
         finally:
