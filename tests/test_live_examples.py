@@ -9,13 +9,14 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from live_programs import ROOT, command, environment
+from live_programs import ROOT, TIMEOUT, command, environment
 
 EXAMPLES = ROOT / "examples" / "live"
 UPDATES = int(os.environ.get("LIVE_UPDATES", "6"))
@@ -181,6 +182,20 @@ def test_cache_loses_no_request(tmp_path: Path, services: list[Service]) -> None
         for task in tasks:
             task.result()
     assert request(port, "GET", "/8388607") == b"the last slot"
+
+
+def test_cache_waits_for_no_silent_client(tmp_path: Path, services: list[Service]) -> None:
+    """Its thread is joined before the hand-over."""
+    service = Service(tmp_path, "cache.py", "0", str(1 << 20))
+    services.append(service)
+    port = int(service.line("serving")[3])
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        request(port, "PUT", "/1", b"accepted after it")
+        client.settimeout(TIMEOUT)
+        os.kill(service.pid, signal.SIGHUP)
+        assert client.recv(1) == b""
+        service.line("serving")
+    assert request(port, "GET", "/1") == b"accepted after it"
 
 
 def test_worker_goes_on_where_it_was(tmp_path: Path, services: list[Service]) -> None:

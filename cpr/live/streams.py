@@ -2,9 +2,10 @@
 
 A handler is at rest where it waits for input, or, if it has set `writer.saved`, in `drain`: its
 place is then told by the buffered bytes and by what it has saved.  So it is in `wait_closed` after
-`close`: the next program sends what is left.  An update waits until all are at rest.  Meanwhile nothing is read from the socket, and `drain` lets a handler that has saved nothing
-through to its next read: what it has written by then goes over.  Where the client has MOST_PENDING
-to take it waits as ever, for nobody knows its place in an answer that is longer.
+`close`: the next program sends what is left.  An update waits until all are at rest.  Meanwhile
+nothing is read from the socket, and `drain` lets a handler that has saved nothing through to its
+next read: what it has written by then goes over.  Where the client has MOST_PENDING to take it
+waits as ever, for nobody knows its place in an answer that is longer.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ SIZE = int(sys.argv[2]) if len(sys.argv) > 2 else 1 << 30
 
 
 class Handler(BaseHTTPRequestHandler):
+    timeout = 2  # s; a client that says nothing holds up an update for so long
+
     def do_GET(self):
         at = self.place()
         self.answer(table[at + 1 : at + 1 + table[at]])
