@@ -42,10 +42,15 @@ def end_group(process: Popen, reap_later: ReapLater) -> int | None:
     """Kills it, closes its pipes and reaps it: its exit status.
 
     None where it does not end; then `reap_later(pid, reap)` is to have `reap()` called when it has.
+    Nobody waits by the object any more.
     """
+    pid = process.pid
 
     def reap() -> None:
-        process.wait()
+        try:
+            os.waitpid(pid, 0)
+        except ChildProcessError:  # of a process that this one is the guard of
+            pass
 
     killed = kill_group(process)
     for stream in (process.stdin, process.stdout, process.stderr):
@@ -59,5 +64,7 @@ def end_group(process: Popen, reap_later: ReapLater) -> int | None:
         except subprocess.TimeoutExpired:
             pass
     if process.returncode is None:
-        reap_later(process.pid, reap)
+        process.returncode = -signal.SIGKILL  # else it warns when it is freed
+        reap_later(pid, reap)
+        return None
     return process.returncode

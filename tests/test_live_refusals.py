@@ -151,6 +151,40 @@ def test_a_rehearsal_hands_nothing_over(tmp_path: Path) -> None:
     assert "No such file" in found["missing"][1]
 
 
+STAYS = """
+import select, signal
+guard = sys.argv[1]
+def children():
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return list(map(int, file.read().split()))
+def refuse(pid, number):
+    raise PermissionError(1, "Operation not permitted")
+live.ready()
+killpg, os.killpg = os.killpg, refuse  # as of another user's
+say("stays", live.rehearse(["/bin/sleep", "600"], timeout=0.3).ok)
+os.killpg = killpg
+(pid,) = children()
+say("audit", [(each.kind, each.name == str(pid), each.survives) for each in live.audit()])
+say("exec", fails(["/nonexistent"], guard=guard).reason)
+pidfd = os.pidfd_open(pid)
+os.kill(pid, signal.SIGKILL)
+select.select([pidfd], [], [])
+say("rehearsed", live.rehearse(["/bin/false"]).status)
+say("children", children())
+"""
+
+
+@pytest.mark.parametrize("guard", ["fork", "vm"])
+def test_a_rehearsed_program_that_stays_is_in_nobodys_way(tmp_path: Path, guard: str) -> None:
+    """It cannot be killed, and is reaped when it has ended."""
+    result = run(tmp_path, STAYS, guard, PYTHONWARNINGS="error")
+    assert result.of("stays") == [[False]], result.stderr
+    assert result.of("audit") == [[[["child", True, True]]]]
+    assert result.of("exec") == [["execvp /nonexistent failed: No such file or directory"]]
+    assert result.of("rehearsed") == [[1]] and result.of("children") == [[[]]]
+    assert "Warning" not in result.stderr
+
+
 LIMITS = """
 import resource, socket
 mode = sys.argv[1]

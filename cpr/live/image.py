@@ -260,14 +260,28 @@ def _reap(pid: int) -> None:
     if ready:
         forked.reap(pid)
     else:
-        reap_on_thread(pid, lambda: forked.reap(pid))
+        name = f"cpr-live-reap-{pid}"
+        with contextlib.suppress(RuntimeError):  # no thread for it: it stays a zombie
+            threading.Thread(target=forked.reap, args=[pid], name=name, daemon=True).start()
 
 
-def reap_on_thread(pid: int, reap: Callable[[], None]) -> None:
-    """Has `reap()` wait for a process that does not end yet."""
-    name = f"cpr-live-reap-{pid}"
-    with contextlib.suppress(RuntimeError):  # no thread for it: it stays a zombie
-        threading.Thread(target=reap, name=name, daemon=True).start()
+_unreaped: dict[int, Callable[[], None]] = {}
+
+
+def reap_later(pid: int, reap: Callable[[], None]) -> None:
+    """Has `reap()` called by `reap_ended`: a thread that waits would be in the way of an update."""
+    _unreaped[pid] = reap
+
+
+def reap_ended() -> None:
+    """Those of `reap_later` that have ended are no zombies any more."""
+    for pid in list(_unreaped):
+        try:
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:  # of the process that this one is the guard of
+            ended = True
+        if ended:
+            _unreaped.pop(pid)()
 
 
 _current: Image | None = None

@@ -73,6 +73,7 @@ class Session:
         if self._image.updating:
             raise UpdateError("an update is under way already")
         self._image.updating = True
+        image.reap_ended()
 
     # The steps.
 
@@ -145,7 +146,7 @@ class Session:
             return
         self._update = old_image.Update(backend=self._backend)
         env = {name: value for name, value in self.env.items() if name != notify.SOCKET}
-        self._update.spawn(self.argv, env, image.reap_on_thread, self._folder)
+        self._update.spawn(self.argv, env, image.reap_later, self._folder)
 
     def end_rehearsal(self) -> list[str]:
         """Ends the child, if there is one; its last lines of stderr."""
