@@ -381,3 +381,42 @@ def test_a_client_that_reads_nothing_holds_up_no_update(tmp_path: Path) -> None:
     result = run(tmp_path, CLOSING)
     assert result.of("end") == [[1, True]], result.stderr
     assert result.of("failed") == [[1]]
+
+
+EXECUTOR = """
+import asyncio, concurrent.futures, threading
+name = lambda: threading.current_thread().name
+ended = threading.Event()
+
+async def main():
+    loop = asyncio.get_running_loop()
+    mine = concurrent.futures.ThreadPoolExecutor(2, "mine")
+    loop.set_default_executor(mine)
+    live.ready()
+    for argv, words, busy in (
+        (["/nonexistent"], {}, False),
+        (["/bin/false"], {"mode": "late"}, False),
+        (["/bin/false"], {"timeout": 0.3}, True),
+        (["/bin/false"], {}, False),
+    ):
+        await asyncio.gather(*(asyncio.to_thread(name) for _ in range(3)))
+        future = mine.submit(ended.wait) if busy else None
+        try:
+            await live.aio.update(argv, **words)
+        except live.UpdateError as error:
+            say("refused", error.reason)
+        say("thread", (await asyncio.to_thread(name))[:4], mine.submit(name).result()[:4])
+        if busy:
+            ended.set()
+            future.result()
+
+asyncio.run(main())
+"""
+
+
+def test_an_executor_that_was_set_is_the_loops_after_a_failure(tmp_path: Path) -> None:
+    result = run(tmp_path, EXECUTOR)
+    assert result.of("thread") == [["mine", "mine"]] * 4, result.stderr
+    reasons = [line[0] for line in result.of("refused")]
+    assert "No such file" in reasons[0] and "status 1" in reasons[1] and "status 1" in reasons[3]
+    assert reasons[2] == "the loop's default executor is busy"

@@ -17,6 +17,7 @@ The streams are those of asyncio's selector loop, without TLS.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -168,16 +169,34 @@ def _go_on(loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def _end_executor(loop: Any, current: session.Session) -> None:
-    """Waits for the threads of the default executor; the loop makes another when it needs one."""
-    executor = getattr(loop, "_default_executor", None)
-    if executor is None:
-        return
-    loop._default_executor = None
-    executor.shutdown(wait=False)
-    while any(thread.is_alive() for thread in executor._threads):
-        if current.remaining() == 0:
-            raise UpdateError("the loop's default executor is busy")
-        await asyncio.sleep(STEP)
+    """Waits for the threads of the loop's default executor, which it has again after that.
+
+    Raises UpdateError for one that is busy; it goes on with that.
+    """
+    first = None
+    try:
+        while (executor := getattr(loop, "_default_executor", None)) is not None:
+            first = first or executor  # the loop makes others for what comes meanwhile
+            loop._default_executor = None
+            executor.shutdown(wait=False)
+            while any(thread.is_alive() for thread in executor._threads):
+                if current.remaining() == 0:
+                    raise UpdateError("the loop's default executor is busy")
+                await asyncio.sleep(STEP)
+    finally:
+        if first is not None:
+            _reopen(first)
+            loop._default_executor = first
+
+
+def _reopen(executor: Any) -> None:
+    """The inverse of an executor's `shutdown`: the program may have set it, and use it itself."""
+    fresh = concurrent.futures.ThreadPoolExecutor()
+    executor._threads = {thread for thread in executor._threads if thread.is_alive()}
+    executor._idle_semaphore = fresh._idle_semaphore
+    if not executor._threads:  # else they wait for the queue that they have
+        executor._work_queue = fresh._work_queue
+    executor._shutdown = False
 
 
 def schedule(
