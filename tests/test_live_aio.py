@@ -291,6 +291,16 @@ def test_a_socket_file_that_was_left_over_is_replaced(tmp_path: Path) -> None:
     ], result.stderr
 
 
+CONNECTED = """
+import socket
+
+def connected(path):
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(path)
+    client.setblocking(False)
+    return client
+"""
+
 WHOLE = """
 import asyncio, socket
 half = b"x" * 200000  # more than a reader's limit
@@ -307,12 +317,7 @@ async def main():
     loop = asyncio.get_running_loop()
     done = loop.create_future()
     server = await live.aio.start_server("whole", on_client, path="whole.sock")
-    if live.generation == 0:
-        client = socket.socket(socket.AF_UNIX)
-        client.connect("whole.sock")
-        client.setblocking(False)
-        live.keep("client", client)
-    client = live.get("client")
+    client = live.socket("client", lambda: connected("whole.sock"))
     live.ready()
     if live.generation < 2:
         if live.generation == 0:
@@ -338,7 +343,7 @@ asyncio.run(main())
 
 
 def test_what_a_handler_waits_for_as_a_whole_goes_over(tmp_path: Path) -> None:
-    result = run(tmp_path, WHOLE)
+    result = run(tmp_path, CONNECTED + WHOLE)
     assert result.of("all") == [[2, True, 400000, True]], result.stderr
 
 
@@ -356,12 +361,7 @@ async def main():
     global waits
     loop, waits = asyncio.get_running_loop(), asyncio.Event()
     await live.aio.start_server("closing", on_client, path="closing.sock")
-    if live.generation == 0:
-        client = socket.socket(socket.AF_UNIX)
-        client.connect("closing.sock")
-        client.setblocking(False)
-        live.keep("client", client)
-    client = live.get("client")
+    client = live.socket("client", lambda: connected("closing.sock"))
     live.ready()
     if live.generation == 0:
         await waits.wait()
@@ -378,7 +378,7 @@ asyncio.run(main())
 
 def test_a_client_that_reads_nothing_holds_up_no_update(tmp_path: Path) -> None:
     """Its handler has closed the connection, and waits for that."""
-    result = run(tmp_path, CLOSING)
+    result = run(tmp_path, CONNECTED + CLOSING)
     assert result.of("end") == [[1, True]], result.stderr
     assert result.of("failed") == [[1]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import missing_kvm
@@ -22,13 +23,19 @@ def state(vm: Vm) -> str:
     return str(vm.ask("query-status")["status"])
 
 
-def test_a_migration_that_fails_leaves_an_internal_error_as_it_is(start, accel, tmp_path):
-    image = tmp_path / "boot.img"
+def without_image(start, accel, folder: Path) -> tuple[Vm, Path]:
+    """A guest that counts, and where its boot image was: it cannot be reset."""
+    image = folder / "boot.img"
     shutil.copy("examples/build/timer.img", image)
     options = " ".join(words(accel, cpus=1)).replace("examples/build/timer.img", str(image))
     vm: Vm = start(*options.split())
     wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
     image.unlink()
+    return vm, image
+
+
+def test_a_migration_that_fails_leaves_an_internal_error_as_it_is(start, accel, tmp_path):
+    vm, image = without_image(start, accel, tmp_path)
     vm.ask("system_reset")
     wait_for(lambda: state(vm) == "internal-error", "it cannot be reset")
     vm.ask("migrate", uri="exec:false")
@@ -44,12 +51,7 @@ def test_a_migration_that_fails_leaves_an_internal_error_as_it_is(start, accel, 
 
 def test_a_reset_that_fails_when_the_guest_is_stopped(start, accel, tmp_path):
     """It does not go on where it was."""
-    image = tmp_path / "timer.img"
-    shutil.copy("examples/build/timer.img", image)
-    options = " ".join(words(accel, cpus=1)).replace("examples/build/timer.img", str(image))
-    vm: Vm = start(*options.split())
-    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
-    image.unlink()
+    vm, _ = without_image(start, accel, tmp_path)
     *_, status = at_once(
         vm, *({"execute": name} for name in ("system_reset", "stop", "query-status"))
     )

@@ -89,26 +89,34 @@ static int write_all(int fd, struct cpr_cursor *cursor, uint64_t bytes, uint64_t
     return 0;
 }
 
-static int write_zeros(int fd, const bool *stopping, uint64_t bytes, uint64_t offset)
+/* Bytes of the file that are changed step by step; `stopping` is as of cpr_blk_execute. */
+struct range {
+    uint64_t bytes, offset;
+    const bool *stopping;
+};
+
+/* The first `part` bytes are done: 0, or UNFINISHED where the device stops before the rest. */
+static int done(struct range *range, uint64_t part)
 {
-    while (bytes) {
+    range->bytes -= part;
+    range->offset += part;
+    return range->bytes && __atomic_load_n(range->stopping, __ATOMIC_ACQUIRE) ? UNFINISHED : 0;
+}
+
+static int write_zeros(int fd, struct range range)
+{
+    int error = 0;
+
+    while (range.bytes && !error) {
         struct iovec piece = {.iov_base = (void *)zeros, .iov_len = ZEROS_SIZE};
         struct cpr_cursor cursor = {&piece, 1};
-        uint64_t part = bytes < ZEROS_SIZE ? bytes : ZEROS_SIZE;
-        int error;
+        uint64_t part = range.bytes < ZEROS_SIZE ? range.bytes : ZEROS_SIZE;
 
         piece.iov_len = part;
-        error = write_all(fd, &cursor, part, offset);
-        if (error) {
-            return error;
-        }
-        bytes -= part;
-        offset += part;
-        if (bytes && __atomic_load_n(stopping, __ATOMIC_ACQUIRE)) {
-            return UNFINISHED;
-        }
+        error = write_all(fd, &cursor, part, range.offset);
+        error = error ? error : done(&range, part);
     }
-    return 0;
+    return error;
 }
 
 static int sync_file(const struct cpr_blk_options *options)
@@ -128,18 +136,17 @@ static bool is_unsupported(int error)
     return error == EOPNOTSUPP || error == ENOSYS || error == ENODEV || error == EINVAL;
 }
 
-static int zero_range(const struct cpr_blk_options *options, const bool *stopping, bool unmaps,
-                      uint64_t bytes, uint64_t offset)
+static int zero_range(const struct cpr_blk_options *options, bool unmaps, struct range range)
 {
-    int mode = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE;
+    int mode = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, fd = options->fd;
     int error;
 
     if (unmaps && options->discards) {
-        error = punch(options->fd, bytes, offset);
+        error = punch(fd, range.bytes, range.offset);
     } else {
-        error = fallocate(options->fd, mode, (off_t)offset, (off_t)bytes) < 0 ? errno : 0;
+        error = fallocate(fd, mode, (off_t)range.offset, (off_t)range.bytes) < 0 ? errno : 0;
     }
-    return is_unsupported(error) ? write_zeros(options->fd, stopping, bytes, offset) : error;
+    return is_unsupported(error) ? write_zeros(fd, range) : error;
 }
 
 static int discard(const struct cpr_blk_options *options, uint64_t bytes, uint64_t offset)
@@ -149,25 +156,21 @@ static int discard(const struct cpr_blk_options *options, uint64_t bytes, uint64
     return is_unsupported(error) ? 0 : error;
 }
 
-/* Discards the range, or makes it zeroes, step by step. */
-static int change_range(const struct cpr_blk_options *options, const bool *stopping, bool zeroes,
-                        bool unmaps, uint64_t bytes, uint64_t offset)
+/* Discards the range, or makes it zeroes. */
+static int change_range(const struct cpr_blk_options *options, bool zeroes, bool unmaps,
+                        struct range range)
 {
-    while (bytes) {
-        uint64_t part = bytes < MOST_BYTES ? bytes : MOST_BYTES;
-        int error = zeroes ? zero_range(options, stopping, unmaps, part, offset)
-                           : discard(options, part, offset);
+    int error = 0;
 
-        if (error) {
-            return error;
-        }
-        bytes -= part;
-        offset += part;
-        if (bytes && __atomic_load_n(stopping, __ATOMIC_ACQUIRE)) {
-            return UNFINISHED;
-        }
+    while (range.bytes && !error) {
+        struct range part = range;
+
+        part.bytes = range.bytes < MOST_BYTES ? range.bytes : MOST_BYTES;
+        error = zeroes ? zero_range(options, unmaps, part)
+                       : discard(options, part.bytes, part.offset);
+        error = error ? error : done(&range, part.bytes);
     }
-    return 0;
+    return error;
 }
 
 static void discard_or_zero(const struct cpr_blk_options *options, const bool *stopping,
@@ -197,8 +200,8 @@ static void discard_or_zero(const struct cpr_blk_options *options, const bool *s
         return;
     }
     result->error =
-        change_range(options, stopping, zeroes, range.flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
-                     bytes, range.sector << SECTOR_SHIFT);
+        change_range(options, zeroes, range.flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+                     (struct range){bytes, range.sector << SECTOR_SHIFT, stopping});
     if (result->error == UNFINISHED) {
         result->error = 0;
         result->unfinished = true;
