@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from cpr.devices.base import MAX_UNATTACHED, Device
 
 TYPE_CHECKING = False
@@ -35,8 +37,7 @@ class DebugCon(Device):
             self._platform = None
 
     def attach(self, chardev: Chardev | None) -> None:
-        assert self._platform is not None
-        with self._platform.lock:
+        with self._platform.lock if self._platform is not None else nullcontext():
             written, self._unattached = self._unattached, None
             self._chardev = chardev
             if chardev is not None and written:
