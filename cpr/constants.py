@@ -23,6 +23,8 @@ UNIX_PATH_MAX = 108  # sizeof(sockaddr_un.sun_path), unix(7)
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 
+INIT = 1  # the PID that orphans become children of, and with which a PID namespace ends
+
 MAX_CPUS = 255  # of QEMU's machine pc
 
 # QEMU's migration modes.

@@ -109,23 +109,6 @@ CPR_IN_CHILD void cpr_guard_end(const struct cpr_mapping *mappings, uint32_t cou
     __builtin_unreachable();
 }
 
-CPR_IN_CHILD static void committed(void);
-
-CPR_IN_CHILD static void kill_new_image(void)
-{
-    struct pollfd death = {.fd = self.guard->pid_fd, .events = POLLIN};
-    long result = cpr_syscall5(SYS_pidfd_send_signal, self.guard->pid_fd, SIGKILL, 0, 0, 0);
-
-    if (result < 0 && result != -ESRCH) {
-        if (self.guard->state_fd >= 0) {
-            committed(); /* one that knows no token may have the guest, or have it soon */
-        }
-        return; /* another user's by now, or a security module's matter: it never gets the token */
-    }
-    while (cpr_syscall3(SYS_poll, &death, 1, -1) != 1) {
-    }
-}
-
 CPR_IN_CHILD static void go_back(int outcome)
 {
     self.outcome = outcome;
@@ -153,6 +136,21 @@ CPR_IN_CHILD static void committed(void)
     /* Before its end is seen, and where the new program says nothing. */
     tell(self.own_pid_text, NOTIFY_MS);
     cpr_guard_end(self.guard->mappings, self.guard->mapping_count);
+}
+
+CPR_IN_CHILD static void kill_new_image(void)
+{
+    struct pollfd death = {.fd = self.guard->pid_fd, .events = POLLIN};
+    long result = cpr_syscall5(SYS_pidfd_send_signal, self.guard->pid_fd, SIGKILL, 0, 0, 0);
+
+    if (result < 0 && result != -ESRCH) {
+        if (self.guard->state_fd >= 0) {
+            committed(); /* one that knows no token may have the guest, or have it soon */
+        }
+        return; /* another user's by now, or a security module's matter: it never gets the token */
+    }
+    while (cpr_syscall3(SYS_poll, &death, 1, -1) != 1) {
+    }
 }
 
 /* Comes back when the exec is done; false where the process has ended before. An exec that takes too

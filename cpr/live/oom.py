@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 
-INIT = 1
+from cpr.constants import INIT
+
 PATH = "/proc/self/oom_score_adj"
 MOST = "1000"  # OOM_SCORE_ADJ_MAX of linux/oom.h
 

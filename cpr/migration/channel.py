@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from cpr.migration.child import Child
-
-    ReapLater = Callable[[int, Callable[[], None]], None]
+    from cpr.process_group import ReapLater
 
     class Handed(Protocol):
         """Descriptors that monitors were handed; what they give becomes the caller's."""

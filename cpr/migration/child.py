@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from subprocess import Popen
 
     from cpr.migration.cancellation import Cancellation
-    from cpr.migration.channel import ReapLater
+    from cpr.process_group import ReapLater
 
 
 waited_for: set[int] = set()

@@ -8,6 +8,7 @@ import fcntl
 import os
 import stat
 
+from cpr.constants import INIT
 from cpr.errors import ConfigError
 from cpr.live import guard
 from cpr.live.transaction import ENDING
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from cpr.vmm.vmm import Vmm
 
 READY = b"\0"
-INIT = 1  # the PID that orphans become children of: a VMM's in a container
 STRAY = (
     *(signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGUSR2),
     signal.SIGXCPU,
