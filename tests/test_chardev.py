@@ -27,11 +27,13 @@ from waiting import is_listening
 from cpr.chardev.base import MAX_WAITING, Chardev, create
 from cpr.chardev.socket import SocketChardev
 from cpr.chardev.stream import BYTES_PER_ROUND, READ_SIZE
+from cpr.constants import NS_PER_MS
 from cpr.errors import ConfigError
 from cpr.mainloop import READ, MainLoop
 
 DEADLINE_S = 10
 LARGE = 1 << 20  # bytes; no socket holds so many
+LINE = bytes(100)
 
 
 class Config:
@@ -760,6 +762,54 @@ def test_pty_survives_closing_and_opening(loop: MainLoop, capfd: pytest.CaptureF
         os.close(slave)
         until(loop, lambda: not chardev.connected)
     assert frontend.events == ["opened", "closed"] * 2
+    chardev.close()
+
+
+def test_pty_closed_before_its_input_is_read(loop: MainLoop) -> None:
+    """Its user reads nothing any more: the guest's output goes on, and its input is kept."""
+    chardev = create(Config("pty"), loop)
+    frontend = Frontend(chardev, room=0)
+    path = chardev.describe().removeprefix("pty:")
+    slave = os.open(path, os.O_RDWR | os.O_NOCTTY)
+    until(loop, lambda: chardev.connected)
+    os.write(slave, b"typed\r")
+    while chardev.try_write(LINE) == len(LINE):
+        pass
+    os.close(slave)
+    until(loop, lambda: chardev.try_write(LINE) == len(LINE))
+    for _ in range(1000):
+        assert chardev.try_write(LINE) == len(LINE)
+    rounds, over = 0, []
+    loop.call_later(50 * NS_PER_MS, lambda: over.append(True))
+    while not over:
+        loop.iterate(None)
+        rounds += 1
+    assert rounds < 100, "the loop goes round and round"
+    slave = os.open(path, os.O_RDWR | os.O_NOCTTY)
+    until(loop, lambda: frontend.events == ["opened", "closed", "opened"])
+    termios.tcflush(slave, termios.TCIFLUSH)  # what the kernel has kept for whoever comes
+    until(loop, lambda: chardev.try_write(b"shown\n"))
+    assert os.read(slave, 100) == b"shown\n"
+    frontend.room = 100
+    chardev.accept_input()
+    until(loop, functools.partial(has_received, frontend, b"typed\r"))
+    os.close(slave)
+    until(loop, lambda: not chardev.connected)
+    chardev.close()
+
+
+def test_pty_whose_user_has_gone_is_closed_when_its_input_is_read(loop: MainLoop) -> None:
+    chardev = create(Config("pty"), loop)
+    frontend = Frontend(chardev, room=0)
+    slave = os.open(chardev.describe().removeprefix("pty:"), os.O_RDWR | os.O_NOCTTY)
+    until(loop, lambda: chardev.connected)
+    os.write(slave, b"typed\r")
+    os.close(slave)
+    until(loop, lambda: chardev.try_write(LINE) == len(LINE))
+    frontend.room = 100
+    chardev.accept_input()
+    until(loop, lambda: not chardev.connected)
+    assert (frontend.data, frontend.events) == (b"typed\r", ["opened", "closed"])
     chardev.close()
 
 

@@ -59,6 +59,12 @@ class PtyChardev(FdChardev):
         kept.fds["master"] = self._master
         return kept
 
+    def unread(self) -> bool:
+        return bool(self._poll() & select.POLLIN)
+
+    def expect_another(self) -> None:
+        self._look_later()
+
     def hang_up(self) -> None:
         """The slave was closed by its last user; the master waits for the next one."""
         with self._lock:
@@ -81,15 +87,20 @@ class PtyChardev(FdChardev):
         super().close()
 
     def _look(self) -> None:
-        """Connects if the slave is open now."""
-        if self.connected or self._master < 0:
+        """Connects if the slave is open now, also where the last user's input is not all read."""
+        if (self.connected and not self._hung_up) or self._master < 0:
             return
-        poll = select.poll()
-        poll.register(self._master, select.POLLIN)
-        if any(events & select.POLLHUP for _, events in poll.poll(0)):
+        if self._poll() & select.POLLHUP:
             self._look_later()
         else:
+            if self.connected:
+                self.event(CLOSED)
             self.attach_fds(self._master, self._master)
+
+    def _poll(self) -> int:
+        poll = select.poll()
+        poll.register(self._master, select.POLLIN)
+        return sum(events for _, events in poll.poll(0))
 
     def _look_later(self) -> None:
         if self._timer is not None:

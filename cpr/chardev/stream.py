@@ -49,6 +49,7 @@ class FdChardev(Chardev):
         self._read_queued = False
         self._hung_up = False
         self._ended = False  # all that the peer will ever send is read
+        self._reads_nothing = False  # nor will the peer ever; what it sent is not read yet
         self._tells_writable = False  # the frontend waits for `writable`
 
     def attach_fds(self, in_fd: int, out_fd: int) -> None:
@@ -57,7 +58,7 @@ class FdChardev(Chardev):
             self.in_fd, self.out_fd = in_fd, out_fd
             self._write = terminal.write if out_fd >= 0 and os.isatty(out_fd) else os.write
             self._pending.clear()
-            self._hung_up = self._ended = False
+            self._hung_up = self._ended = self._reads_nothing = False
             self.connected = True
         self.event(OPENED)
         self._queue_update()
@@ -172,6 +173,8 @@ class FdChardev(Chardev):
 
     def _send(self, data: bytes | memoryview) -> int:
         """How many bytes went out.  A peer that has gone swallows all of them."""
+        if self._reads_nothing:
+            return len(data)
         view = memoryview(data)
         sent = 0
         try:
@@ -260,6 +263,10 @@ class FdChardev(Chardev):
             self.hang_up()
         elif ready & (HANGUP | GONE):
             self._hung_up = True
+            if ready & GONE and self.in_fd == self.out_fd:
+                self._reads_nothing = True
+                self._drain()
+                self._tell_writable()
             self.expect_another()
 
     def _on_end(self) -> None:
