@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import resource
 import socket
 import struct
@@ -216,3 +217,14 @@ def test_a_cpr_channel_without_end(
     listener.close()
     thread.join()
     peers[0].close()
+
+
+def test_a_stream_that_leads_back_ends() -> None:
+    """A file whose block ends before its own entry would be read for ever."""
+    reader = StreamReader(io.BytesIO(bytes(100)).read)
+    reader.take(50)
+    with pytest.raises(StreamError, match="goes back from offset 0x32 to 0x31"):
+        reader.jump(49, lambda offset: None)
+    reader.jump(4096, lambda offset: None)
+    with pytest.raises(StreamError, match="goes back from offset 0x1000"):
+        reader.jump(100, lambda offset: None)

@@ -236,7 +236,12 @@ class StreamReader:
         return int.from_bytes(self.take(size).ljust(size, b"\0"), "big")
 
     def jump(self, offset: int, seek: Callable[[int], None]) -> None:
-        """Goes on at `offset` of the file, to which `seek` moves what `read` reads from."""
+        """Goes on at `offset` of the file, to which `seek` moves what `read` reads from.
+
+        Raises StreamError for one that lies behind, from where the stream would be read again.
+        """
+        if offset < self.offset:
+            raise StreamError(f"the stream goes back from offset {self.offset:#x} to {offset:#x}")
         seek(offset)
         self._buffer = b""
         self._position = 0
