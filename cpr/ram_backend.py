@@ -194,14 +194,16 @@ def _is_anothers(block: RAMBlock) -> bool:
         return False
 
 
-def overwrites(blocks: Iterable[RAMBlock], path: str) -> str:
+def overwrites(blocks: Iterable[RAMBlock], path: str, where: str | int | None = None) -> str:
     """Why `path` is not to be written to: it is a block; "" where not.
+
+    `where` is what the path stands for, if that is not a file's: a descriptor.
 
     It is not opened for that: with any descriptor that is closed go the locks that this process has
     on the file (fcntl(2)).
     """
     try:
-        found = os.stat(path)
+        found = os.stat(path if where is None else where)
     except (OSError, ValueError):
         return ""  # it is told where it is opened
     for block in blocks:

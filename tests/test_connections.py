@@ -308,7 +308,7 @@ def test_passed_descriptors_keep_their_numbers() -> None:
     assert (set_id, known not in [each["fd"] for each in told[0]["fds"]]) == (0, True)
     new.remove(3, told[0]["fds"][1]["fd"])
     with pytest.raises(OSError, match="denied"):
-        new.duplicate(3, True)
+        new.find(3, True)
     os.close(new.take("a: b"))
     new.close_all()
 

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from cpr.process_group import ReapLater
 
     class Handed(Protocol):
-        """Descriptors that monitors were handed; what they give becomes the caller's."""
+        """Descriptors that monitors were handed; what `take` gives becomes the caller's."""
 
         def take(self, name: str) -> int: ...
-        def duplicate(self, set_id: int, writable: bool) -> int: ...
+        def find(self, set_id: int, writable: bool) -> int: ...
 
 
 BUFFER_SIZE = 1 << 20
@@ -269,12 +269,22 @@ def _take(address: dict, handed: Handed) -> Channel:
     return Channel(fd, "socket" if stat.S_ISSOCK(os.fstat(fd).st_mode) else "file")
 
 
-def _open(path: str, flags: int, handed: Handed) -> int:
-    """os.open, but /dev/fdset/N is a duplicate of a descriptor of that set."""
+def locate(path: str, writable: bool, handed: Handed) -> str | int:
+    """What is at `path`: of /dev/fdset/N the descriptor of that set, which stays the set's.
+
+    Raises OSError as opening it does.
+    """
     number = path.removeprefix(FD_SET)
     if number != path and number.isdecimal() and len(number) <= MOST_DIGITS:
-        return handed.duplicate(int(number), bool(flags & os.O_WRONLY))
-    return os.open(path, flags | os.O_CLOEXEC, 0o660)
+        return handed.find(int(number), writable)
+    return path
+
+
+def _open(path: str, flags: int, handed: Handed) -> int:
+    where = locate(path, bool(flags & os.O_WRONLY), handed)
+    if isinstance(where, int):
+        return os.dup(where)
+    return os.open(where, flags | os.O_CLOEXEC, 0o660)
 
 
 def _create_file(address: dict, handed: Handed) -> Channel:

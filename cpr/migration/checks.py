@@ -6,6 +6,7 @@ from cpr import runstate
 from cpr.errors import MigrationError
 from cpr.migration.address import connects_in_background
 from cpr.migration.capabilities import IN_PROGRESS
+from cpr.migration.channel import locate
 from cpr.migration.mode import NORMAL, TRANSFER
 from cpr.ram_backend import lost_files, overwrites
 
@@ -13,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cpr.machine import Machine
     from cpr.migration.capabilities import Capabilities
+    from cpr.migration.channel import Handed
     from cpr.migration.mode import Mode
 
 NOT_WITH_CPR = (
@@ -29,11 +31,13 @@ def check(
     address: dict,
     mode: Mode,
     running: bool,
+    handed: Handed,
     resume: bool = False,
 ) -> None:
     """Raises MigrationError for what speaks against a migration in `mode` to `address` now.
 
-    `running`: there is one already.  `resume` is that of the command.
+    `running`: there is one already.  `handed` are the monitors' descriptors, to which the address
+    may refer.  `resume` is that of the command.
     """
     background = connects_in_background(address)
     if capabilities.enabled("multifd") and not background:
@@ -50,9 +54,8 @@ def check(
         raise MigrationError("Guest is waiting for an incoming migration")
     if machine.runstate.current == runstate.POSTMIGRATE:
         raise MigrationError("Can't migrate the vm that was paused due to previous migration")
-    path = address.get("filename", "") if address["transport"] == "file" else ""
-    if refusal := overwrites(machine.blocks, path):
-        raise MigrationError(refusal)
+    if address["transport"] == "file":
+        _check_file(machine, address.get("filename", ""), handed)
     mode.check()
     for reason in mode.blockers(machine):
         raise MigrationError(reason)
@@ -64,3 +67,12 @@ def check(
         for capability, text in NOT_WITH_CPR:
             if capabilities.enabled(capability):
                 raise MigrationError(text)
+
+
+def _check_file(machine: Machine, path: str, handed: Handed) -> None:
+    try:
+        where = locate(path, True, handed)
+    except OSError:
+        return  # it is told where it is opened
+    if refusal := overwrites(machine.blocks, path, where):
+        raise MigrationError(refusal)

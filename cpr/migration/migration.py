@@ -186,7 +186,7 @@ class Migration:
 
     def _check(self, address: dict, mode: Mode, resume: bool = False) -> None:
         running = self.state.running or self._early is not None
-        checks.check(self.machine, self.capabilities, address, mode, running, resume)
+        checks.check(self.machine, self.capabilities, address, mode, running, self.handed, resume)
         if mode.ends_process and self.process.has_untold_guard():
             raise MigrationError(
                 "the VMM before this one has not ended yet, and would go on: try again in 2 s"

@@ -99,8 +99,8 @@ class PassedFds:
         if not members:
             del self._sets[set_id]
 
-    def duplicate(self, set_id: int, writable: bool) -> int:
-        """A close-on-exec duplicate of the set's first descriptor for that access, the caller's.
+    def find(self, set_id: int, writable: bool) -> int:
+        """The set's first descriptor for that access, which stays the set's.
 
         Raises OSError as opening a file does: ENOENT without a set, EACCES without a fitting fd.
         """
@@ -109,7 +109,7 @@ class PassedFds:
         for _, _, fd in self._sets[set_id]:
             access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
             if access in (os.O_RDWR, os.O_WRONLY if writable else os.O_RDONLY):
-                return os.dup(fd)
+                return fd
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
     def query_sets(self) -> list[dict[str, Any]]:
