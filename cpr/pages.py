@@ -278,6 +278,11 @@ class RecordLoader:
         self._load.current = -1 if idstr is None else self._names.index(idstr)
 
     @property
+    def came(self) -> set[str]:
+        """The blocks of which all the calls so far have taken pages."""
+        return {name for name, block in zip(self._names, self._blocks, strict=True) if block.taken}
+
+    @property
     def stopped(self) -> bool:
         """Whether the last call ended before a record that is not a page, not for lack of bytes."""
         return bool(self._load.stopped)

@@ -51,7 +51,10 @@ class Guest:
 
 
 def words(accel: str, path: Path) -> list[str]:
-    backend = f"memory-backend-file,id=ram0,size=16M,share=on,mem-path={path}"
+    return words_with(accel, f"memory-backend-file,id=ram0,size=16M,share=on,mem-path={path}")
+
+
+def words_with(accel: str, backend: str) -> list[str]:
     return [
         *("-nodefaults", "-display", "none", "-accel", accel, "-m", "16M", "-object", backend),
         *("-machine", "pc,memory-backend=ram0"),
@@ -145,6 +148,47 @@ def test_a_file_without_a_guest_is_not_run(start, tmp_path, how):
     load(target, tmp_path, ignored=True)
     assert target.process.wait(TIMEOUT) == 1
     assert "Memory region ram0 is empty" in target.stderr
+
+
+def test_a_guest_that_runs_is_not_written_over_by_another(start, tmp_path):
+    """Whose RAM was no file, so that its pages are in the stream."""
+    guest = Guest(start, "tcg", tmp_path)
+    source = start(*words_with("tcg", "memory-backend-ram,id=ram0,size=16M"))
+    ignore_shared(source, True)
+    source.ask("migrate", uri=f"file:{tmp_path}/state")
+    wait_for(lambda: source.ask("query-migrate")["status"] == "completed", "it is written")
+    guest.vm.ask("stop")
+    before = guest.path.read_bytes()
+    target = start(*guest.words, "-incoming", "defer")
+    load(target, tmp_path, ignored=True)
+    assert target.process.wait(TIMEOUT) == 1
+    assert "block ram0 should not be migrated !" in target.stderr
+    assert guest.path.read_bytes() == before
+    guest.vm.ask("cont")
+    guest.counts()
+
+
+def test_ram_that_is_no_file_at_the_target_is_not_run_empty(start, tmp_path):
+    """The pages of the ROMs are in the stream; those of RAM are in the source's file."""
+    guest = Guest(start, "tcg", tmp_path)
+    migrate(guest, tmp_path)
+    words = words_with("tcg", "memory-backend-ram,id=ram0,size=16M")
+    target = start(*words, "-incoming", "defer")
+    load(target, tmp_path, ignored=True)
+    assert target.process.wait(TIMEOUT) == 1
+    assert "Memory region ram0 is empty" in target.stderr
+    guest.vm.ask("cont")
+    guest.counts()
+
+
+def test_ram_is_not_cut_by_a_descriptor_of_it(start, tmp_path):
+    guest = Guest(start, "tcg", tmp_path)
+    with open(guest.path, "r+b") as file:
+        guest.vm.qmp.execute("add-fd", fds=(file.fileno(),), fdset_id=1)
+    with pytest.raises(QmpError, match="is RAM block 'ram0' of this guest"):
+        guest.vm.qmp.command("migrate", uri="file:/dev/fdset/1")
+    assert guest.path.stat().st_size == SIZE
+    guest.counts()
 
 
 @pytest.mark.parametrize("ignored", [True, False])

@@ -97,13 +97,16 @@ static bool extend(struct run *run, const struct record *record)
 static int flush(const struct cpr_page_ops *ops, struct cpr_load *load, struct run *run)
 {
     const struct cpr_page_memory *memory;
+    struct cpr_load_block *block;
     uint32_t count = run->count;
 
     run->count = 0;
     if (!count) {
         return 0;
     }
-    memory = &load->blocks[run->block].memory;
+    block = &load->blocks[run->block];
+    memory = &block->memory;
+    block->taken += count;
     if (run->zero) {
         cpr_pages_clear_run(ops, memory, run->first, count);
         load->counts.zero += count;

@@ -8,13 +8,14 @@ struct cpr_load_block {
     const char *idstr; /* of idstr_length bytes, without a NUL */
     uint64_t idstr_length;
     struct cpr_page_memory memory;
+    uint64_t taken; /* pages, by all the calls so far */
 };
 
 /* Takes the records of pages (page_records.h) of a stream. It stops before any record that is not a
    page of one of the blocks and within it, and sets `stopped`: the caller knows the others, and
    what is wrong with a bad one. */
 struct cpr_load {
-    const struct cpr_load_block *blocks;
+    struct cpr_load_block *blocks;
     uint32_t count;
     int32_t current; /* the block of the last record, or -1 */
     bool stopped;

@@ -23,27 +23,29 @@ RECORDS_SIZE = 1 << 20
 
 def load_pages(
     machine: Machine, ram: ram_section.RamDecoder, reader: StreamReader, version_id: int
-) -> bool:
-    """Loads the pages of one section; true if there were any."""
+) -> set[str]:
+    """Loads the pages of one section; the blocks of those that `ram.bulk` has not taken."""
     blocks = {block.idstr: block for block in machine.blocks}
     zeros = bytes(ram_section.PAGE_SIZE)
-    any_page = False
+    came = set()
     for idstr, offset, data in ram.pages(reader, version_id):
-        any_page = True
+        came.add(idstr)
         block = blocks[idstr]
         if data is not None:
             block.write(offset, data)
         elif block.view(offset, len(zeros)) != zeros:  # a page that is not there yet stays so
             block.write(offset, zeros)
-    return any_page
+    return came
 
 
-def check_content(machine: Machine, had_pages: bool, ignores_shared: bool) -> None:
-    """Refuses a guest whose RAM has come neither in the stream nor with a CPR state nor a file."""
+def check_content(machine: Machine, came: set[str]) -> None:
+    """Refuses a guest whose RAM has come neither in the stream nor with a CPR state nor a file.
+
+    `came` are the blocks of which there were pages.
+    """
     for block in machine.blocks:
         has_file = block.reopened and not block.fresh
-        came = had_pages and not (block.reopened and ignores_shared)
-        if not (came or block.kept or has_file or block.regenerated):
+        if not (block.idstr in came or block.kept or has_file or block.regenerated):
             raise StreamError(
                 f"Memory region {block.idstr} is empty: its pages are not in the stream, and no "
                 "CPR state came with it"
@@ -122,6 +124,11 @@ class BulkLoader:
             reader.take(taken)
             if loader.stopped or not taken:
                 return loader.current
+
+    @property
+    def came(self) -> set[str]:
+        """The blocks of which it has taken pages."""
+        return self._loader.came if self._loader is not None else set()
 
     def close(self) -> None:
         if self._pool is not None:

@@ -71,8 +71,8 @@ class Loader:
             warnings = reader.configuration().check(
                 machine.config.machine_type, self._enabled, encode_uuid(machine)
             )
-        states, had_pages = self._read(reader, channel)
-        check_content(machine, had_pages, self._capabilities.enabled("x-ignore-shared"))
+        states, came = self._read(reader, channel)
+        check_content(machine, came)
         for key in self._required if complete else ():
             if key not in states and key not in loaded:
                 raise StreamError(f"there is no section '{key[0]}' instance {key[1]} in the stream")
@@ -85,19 +85,20 @@ class Loader:
 
     def _read(
         self, reader: StreamReader, channel: Channel | MemoryChannel
-    ) -> tuple[dict[tuple[str, int], dict], bool]:
-        """The devices' states, checked, and whether there were pages, which are in RAM now."""
+    ) -> tuple[dict[tuple[str, int], dict], set[str]]:
+        """The devices' states, checked, and the blocks whose pages there were, which are in RAM."""
         machine, capabilities = self._machine, self._capabilities
         states: dict[tuple[str, int], dict] = {}
-        ignored = capabilities.enabled("x-ignore-shared")
+        ignores = capabilities.enabled("x-ignore-shared")
         theirs = {block.idstr for block in machine.blocks if block.is_theirs}
-        ram = ram_section.RamDecoder(list_blocks(machine), ignored, theirs)
-        bulk = BulkLoader([block for block in machine.blocks if block.idstr not in theirs])
-        had_pages = False
+        ignored = {block.idstr for block in machine.blocks if ignores and block.reopened}
+        ram = ram_section.RamDecoder(list_blocks(machine), ignores, theirs, ignored)
+        bulk = BulkLoader([b for b in machine.blocks if b.idstr not in theirs | ignored])
+        came: set[str] = set()
         self.devices_offset = 0
         ram.bulk = bulk.take
         if isinstance(channel, Channel) and capabilities.enabled("mapped-ram"):
-            cleared = {b.idstr for b in machine.blocks if b.stale and not (ignored and b.reopened)}
+            cleared = {b.idstr for b in machine.blocks if b.stale} - ignored
             ram.mapped = MappedLoader(machine.blocks, cleared, channel, ram.check).take
         try:
             for section in reader.sections(self._versions):
@@ -105,7 +106,7 @@ class Loader:
                 device = self._devices.get(key)
                 try:
                     if section.idstr == ram_section.IDSTR:
-                        had_pages |= load_pages(machine, ram, reader, section.version_id)
+                        came |= load_pages(machine, ram, reader, section.version_id)
                         continue
                     self.devices_offset = self.devices_offset or section.offset
                     vmstate = VMSTATE_GLOBALSTATE if device is None else device.vmstate
@@ -117,7 +118,7 @@ class Loader:
                     raise section.failure(error) from None
         finally:
             bulk.close()
-        return states, had_pages
+        return states, came | bulk.came
 
 
 def load(machine: Machine, capabilities: Capabilities, channel: Channel) -> str:

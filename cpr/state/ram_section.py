@@ -83,7 +83,8 @@ class RamDecoder:
     can be resized become the stream's.  `bulk(reader, idstr)`, if it is set, is called after each
     page with its block: it may take more page records itself, and returns the block of the last.
     `mapped(reader, block)`, set where mapped-ram is on, takes what follows each block's entry.
-    Of the blocks `theirs` no page is taken: another image or VMM may run a guest in them.
+    Of the blocks `theirs` no page is taken: another image or VMM may run a guest in them.  Nor is
+    one of those `ignored`, which x-ignore-shared leaves as they are.
     """
 
     def __init__(
@@ -91,9 +92,11 @@ class RamDecoder:
         blocks: Iterable[Block],
         with_addresses: bool = False,
         theirs: Container[str] = (),
+        ignored: Container[str] = (),
     ) -> None:
         self.blocks = {block.idstr: block for block in blocks}
         self._theirs = theirs
+        self._ignored = ignored
         self.mapped: Callable[[StreamReader, Block], None] | None = None
         self.bulk: Callable[[StreamReader, str], str | None] | None = None
         self._with_addresses = with_addresses
@@ -180,6 +183,8 @@ class RamDecoder:
 
     def check(self, block: Block) -> None:
         """Raises LoadError where no page of the block is taken."""
+        if block.idstr in self._ignored:
+            raise LoadError(EINVAL, f"block {block.idstr} should not be migrated !")
         if block.idstr in self._theirs:
             raise LoadError(
                 EINVAL,
