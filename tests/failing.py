@@ -169,6 +169,7 @@ def protocol_programs() -> dict[str, tuple[list[str], str, bool]]:
     return {kind: (bad(kind), *row) for kind, row in rows.items()}
 
 
-def start_vm(start: Any, accel: str, *more: str) -> Vm:
-    vm: Vm = start(*words(accel), *more, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+def start_vm(start: Any, accel: str, *more: str, **options: Any) -> Vm:
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    vm: Vm = start(*words(accel), *more, env=environment, **options)
     return vm

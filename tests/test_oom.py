@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
 from failing import words
 from harness.vm import VMM, Vm
 from live_programs import run
@@ -23,7 +20,6 @@ from waiting import wait_for
 from cpr.live import oom
 
 MOST = "1000"
-NOBODY = 65534
 GROUPS = {  # of cgroup v2 and v1: the folder and the file with the limit
     Path("/sys/fs/cgroup"): "memory.max",
     Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes",
@@ -85,26 +81,6 @@ def test_who_gets_the_pid_back_is_as_before(start, accel, before):
     wait_for(lambda: score(vm.pid) == before, "it is as it was")
 
 
-BECOMES_ANOTHER = f"""
-import sys
-from types import SimpleNamespace
-from cpr.live import oom
-from cpr.migration.run_with import RunWith
-run_with = RunWith({{"user": "{NOBODY}:{NOBODY}"}}, True)
-oom.offer()
-run_with.apply(SimpleNamespace(keep_boot_image=lambda: None))
-oom.withdraw()
-print(open(oom.PATH).read())
-"""
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_one_that_becomes_another_user_is_as_before(before):
-    """Whom the kernel would not let have less than what root has set."""
-    done = subprocess.run([sys.executable, "-c", BECOMES_ANOTHER], cwd=ROOT, stdout=subprocess.PIPE)
-    assert done.stdout.decode().strip() == before
-
-
 def test_one_that_boots_a_guest_of_its_own_is_as_before(start, accel, tmp_path, before):
     """A late update whose command has no -incoming, as with a QEMU."""
     vm: Vm = start(*words(accel))
@@ -116,34 +92,27 @@ def test_one_that_boots_a_guest_of_its_own_is_as_before(start, accel, tmp_path, 
     wait_for(lambda: score(vm.pid) == before, "it is as it was")
 
 
-FIRST = """
-import os, sys
-from cpr.live import oom
-before = open(oom.PATH).read()
-oom.offer()
-print(os.getpid(), open(oom.PATH).read() == before)
-"""
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a PID namespace")
-def test_the_first_of_a_pid_namespace_is_not_killed_first():
+def test_the_first_of_a_pid_namespace_is_not_killed_first(monkeypatch, tmp_path):
     """All others in it would end too, and the old image is one of them."""
-    words = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", FIRST]
-    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, check=True)
-    assert done.stdout.decode().split() == ["1", "True"]
+    path = tmp_path / "oom_score_adj"
+    path.write_text("7\n")
+    monkeypatch.setattr(oom, "PATH", str(path))
+    oom.offer(1)
+    assert path.read_text() == "7\n"
+    oom.withdraw()
 
 
 def test_where_no_descriptor_is_left_it_is_tried_again(monkeypatch, tmp_path):
     path = tmp_path / "oom_score_adj"
-    path.write_text("7\n")
+    path.write_text("-7\n")
     monkeypatch.setattr(oom, "PATH", str(path))
-    oom.offer()
-    assert path.read_text() == MOST
+    oom.offer(2)
+    assert path.read_text().split()[-1] == MOST
     monkeypatch.setattr(oom, "PATH", str(tmp_path / "missing" / "file"))
     oom.withdraw()
     monkeypatch.setattr(oom, "PATH", str(path))
     oom.withdraw()
-    assert path.read_text() == "7"
+    assert path.read_text() == "-7"
 
 
 def test_a_rehearsed_program_is_killed_first(start, accel, tmp_path, before):
@@ -161,6 +130,7 @@ PROGRAM = """
 def score():
     with open("/proc/self/oom_score_adj") as file:
         return file.read().strip()
+say("at the start", score())
 live.state()
 say("before ready", score())
 live.ready()
@@ -174,8 +144,22 @@ if live.generation == 0:
 @pytest.mark.parametrize("mode", ["early", "late"])
 def test_a_program_of_its_own_too(tmp_path, before, mode):
     result = run(tmp_path, PROGRAM, mode)
-    assert result.of("before ready") == [[before], [MOST]], result.stderr
+    assert result.of("at the start") == [[before], [MOST]], result.stderr
+    assert result.of("before ready") == [[before], [MOST]]
     assert result.of("after") == [[before], [before]]
+
+
+GIVES_ROOT_UP = PROGRAM.replace(
+    "live.ready()", "if live.generation: os.setuid(65534)\nlive.ready()"
+)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("mode", ["early", "late"])
+def test_one_that_becomes_another_user_is_as_before(tmp_path, before, mode):
+    """Whom the kernel would not let have less than what root has set."""
+    result = run(tmp_path, GIVES_ROOT_UP, mode)
+    assert result.of("after") == [[before], [before]], result.stderr
 
 
 def make_group() -> tuple[Path, Path]:

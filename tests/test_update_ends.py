@@ -11,6 +11,7 @@ import psutil
 import pytest
 from failing import bad, start_vm
 from harness.qmp import Closed
+from harness.vm import VMM
 from waiting import wait_for
 
 MOMENTS = ["start", "middle", "late", "after"]
@@ -59,3 +60,14 @@ def test_it_ends_for_good(start, accel, tmp_path, moment, ending):
     vm.process.wait(10)
     assert not pidfile.exists()
     assert "Traceback" not in vm.complaints
+
+
+def test_it_ends_where_the_parent_reaps_at_once(start, accel, tmp_path):
+    """A shell, or tini: nobody can be asked any more which signal had come."""
+    shell = ["/bin/sh", "-c", '"$@"; exit 0', "sh", *VMM]
+    vm = start_vm(start, accel, command=shell)
+    (vmm,) = psutil.Process(vm.process.pid).children()
+    reach(vm, "late", tmp_path)
+    vmm.send_signal(signal.SIGTERM)
+    wait_for(lambda: not vm.processes(), "no process is left")
+    assert "terminating on signal 15" in vm.stderr

@@ -17,6 +17,7 @@ FOLDER = "cpr/_native"
 ABI = sorted(path.name for path in HERE.glob("*_abi.h"))
 C_ONLY = {
     "cdef.h",
+    "guard_death.h",
     "guard_proc.h",
     "raw_syscall.h",
     "sandbox_calls.h",

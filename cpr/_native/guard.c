@@ -28,6 +28,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "guard_death.h"
 #include "guard_proc.h"
 #include "raw_syscall.h"
 #include "tid_address.h"
@@ -101,6 +102,7 @@ CPR_IN_CHILD void cpr_guard_end(const struct cpr_mapping *mappings, uint32_t cou
 {
     struct sched_param none = {0};
 
+    cpr_guard_withdraw();
     cpr_syscall3(SYS_setpriority, PRIO_PROCESS, 0, LOWEST); /* the guest comes before this */
     cpr_syscall3(SYS_close_range, 0, UINT_MAX, 0); /* the new image waits for it */
     cpr_syscall3(SYS_sched_setscheduler, 0, SCHED_IDLE, &none);
@@ -140,17 +142,17 @@ CPR_IN_CHILD static void committed(void)
 
 CPR_IN_CHILD static void kill_new_image(void)
 {
-    struct pollfd death = {.fd = self.guard->pid_fd, .events = POLLIN};
-    long result = cpr_syscall5(SYS_pidfd_send_signal, self.guard->pid_fd, SIGKILL, 0, 0, 0);
+    int result;
 
-    if (result < 0 && result != -ESRCH) {
+    cpr_guard_ending_signals(self.guard); /* while it is there */
+    result = cpr_guard_kill(self.guard->pid_fd);
+    if (result < 0) {
         if (self.guard->state_fd >= 0) {
             committed(); /* one that knows no token may have the guest, or have it soon */
         }
-        return; /* another user's by now, or a security module's matter: it never gets the token */
+        /* Another user's by now, or a security module's matter: it never gets the token. */
     }
-    while (cpr_syscall3(SYS_poll, &death, 1, -1) != 1) {
-    }
+    self.guard->lives = result <= 0;
 }
 
 /* Comes back when the exec is done; false where the process has ended before. An exec that takes too
@@ -235,7 +237,7 @@ CPR_IN_CHILD static int watch(void)
             }
             continue;
         }
-        signalled_ns = !cpr_guard_has_ending_signal(guard) ? 0 : signalled_ns ? signalled_ns : now;
+        signalled_ns = !cpr_guard_ending_signals(guard) ? 0 : signalled_ns ? signalled_ns : now;
         if (signalled_ns && now - signalled_ns > PATIENCE_NS) {
             return CPR_GUARD_KILLED;
         }
@@ -257,6 +259,9 @@ CPR_IN_CHILD static int run_guard(void *argument)
         cpr_syscall3(SYS_sched_setaffinity, 0, self.guard->cpus_size, self.guard->cpus);
     }
     executed = wait_for_exec();
+    if (executed) {
+        cpr_guard_offer(self.guard->old_pid);
+    }
     if (self.guard->early) {
         if (executed) {
             go_back(CPR_GUARD_EARLY);
@@ -268,6 +273,7 @@ CPR_IN_CHILD static int run_guard(void *argument)
         self.guard->dropped = 1;
     }
     outcome = executed ? watch() : CPR_GUARD_DIED;
+    cpr_guard_ending_signals(self.guard);
     if (outcome == CPR_GUARD_MESSAGE) {
         go_back(outcome);
     }
@@ -381,7 +387,8 @@ static int remember(void)
     }
     self.guard->old_pid = getpid();
     snprintf(self.own_pid_text, sizeof(self.own_pid_text), "MAINPID=%d\nREADY=1", getpid());
-    self.guard->consumed = self.guard->dropped = 0;
+    self.guard->consumed = self.guard->dropped = self.guard->lives = 0;
+    self.guard->signalled = 0;
     if (self.guard->state_fd >= 0) {
         cpr_guard_note_children();
     }
@@ -415,7 +422,8 @@ static void mend(void)
         setitimer(i, &self.timers[i], NULL);
     }
     prctl(PR_SET_CHILD_SUBREAPER, self.subreaper);
-    if (self.outcome == CPR_GUARD_DIED || self.outcome == CPR_GUARD_KILLED) {
+    if (self.outcome == CPR_GUARD_DIED ||
+        (self.outcome == CPR_GUARD_KILLED && !self.guard->lives)) {
         cpr_guard_adopted();
     }
 }

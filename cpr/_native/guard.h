@@ -63,6 +63,8 @@ struct cpr_guard {
     int32_t old_pid;          /* its PID */
     int32_t consumed;         /* it had closed the CPR state */
     int32_t dropped;          /* `drop` is closed */
+    int32_t lives;            /* it was killed, and has not ended yet; it will do nothing more */
+    uint64_t signalled;       /* signals `ending`, bit n - 1, that it had not taken */
 };
 
 /* Executes `path` under this PID, with the old image in a guard: a process that shares this address

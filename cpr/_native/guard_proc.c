@@ -43,14 +43,19 @@ CPR_IN_CHILD static long read_link(char *text, const char *path, const int32_t *
     return cpr_syscall3(SYS_readlink, name, text, TEXT_SIZE);
 }
 
+CPR_IN_CHILD long cpr_guard_open(const char *path, const int32_t *numbers, int flags)
+{
+    char name[PATH_SIZE];
+
+    format(name, path, numbers);
+    return cpr_syscall3(SYS_open, name, flags | O_CLOEXEC, 0);
+}
+
 /* The size of what is read, at most `size`, or -errno. */
 CPR_IN_CHILD static long read_file(char *text, long size, const char *path, const int32_t *numbers)
 {
-    char name[PATH_SIZE];
-    long fd;
+    long fd = cpr_guard_open(path, numbers, O_RDONLY);
 
-    format(name, path, numbers);
-    fd = cpr_syscall3(SYS_open, name, O_RDONLY | O_CLOEXEC, 0);
     if (fd < 0) {
         return fd;
     }
@@ -184,7 +189,7 @@ CPR_IN_CHILD static uint64_t read_hex(const char *text, const char *end)
 }
 
 /* Lines "SigPnd:\t" and "ShdPnd:\t" of proc_pid_status(5). */
-CPR_IN_CHILD int cpr_guard_has_ending_signal(const struct cpr_guard *guard)
+CPR_IN_CHILD uint64_t cpr_guard_ending_signals(struct cpr_guard *guard)
 {
     char text[STATUS_SIZE];
     uint64_t pending = 0;
@@ -194,11 +199,14 @@ CPR_IN_CHILD int cpr_guard_has_ending_signal(const struct cpr_guard *guard)
         return 0;
     }
     size = read_file(text, sizeof(text), "/proc/%d/status", &guard->old_pid);
+    if (size < 0) {
+        return guard->signalled;
+    }
     for (long i = 0; i + 8 < size; i++) {
         if (text[i] == 'S' && text[i + 3] == 'P' && text[i + 4] == 'n' && text[i + 5] == 'd' &&
             text[i + 6] == ':') {
             pending |= read_hex(text + i + 8, text + size);
         }
     }
-    return (pending & guard->ending) != 0;
+    return guard->signalled = pending & guard->ending;
 }

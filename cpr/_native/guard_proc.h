@@ -3,6 +3,10 @@
 #define CPR_GUARD_PROC_H
 #include "guard.h"
 
+/* A close-on-exec descriptor of `path`, in which each %d is one of the numbers in turn, none of them
+   negative; or -errno. */
+long cpr_guard_open(const char *path, const int32_t *numbers, int flags);
+
 /* Notes the children of this process, and theirs: before the clone. None of them is started by the new
    program, whatever it has open. */
 void cpr_guard_note_children(void);
@@ -19,7 +23,8 @@ int cpr_guard_has_taken(const struct cpr_guard *guard, int32_t pid);
 /* Whether what the process has open cannot be seen: it is another user's. */
 int cpr_guard_is_closed_to(int32_t pid);
 
-/* Whether one of the signals `guard->ending` waits for the new image. */
-int cpr_guard_has_ending_signal(const struct cpr_guard *guard);
+/* The signals, bit n - 1, of `guard->ending` that wait for the new image; those seen last where it has
+   ended. */
+uint64_t cpr_guard_ending_signals(struct cpr_guard *guard);
 
 #endif

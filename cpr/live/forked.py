@@ -13,7 +13,7 @@ import select
 import time
 
 from cpr.constants import NS_PER_MS, NS_PER_S
-from cpr.live import last_words
+from cpr.live import last_words, oom
 from cpr.live.page import Page
 from cpr.live.parentage import Parentage
 from cpr.live.token import (
@@ -21,6 +21,7 @@ from cpr.live.token import (
     candidates,
     is_readable,
     is_writable,
+    kill,
     pending_signals,
     put_token_back,
     take_token,
@@ -103,11 +104,35 @@ def execute(
             if fd >= 0:
                 os.close(fd)
         raise
-    outcome = _guard(pidfd, exec_pipe, token, page, early, socket, timeout_ns, set(ending))
+    watched = Watched(pidfd, old_pid, set(ending))
+    outcome = _guard(watched, exec_pipe, token, page, early, socket, timeout_ns)
     _parentage.give_orphans()
-    if outcome in (DIED, KILLED):
+    if outcome in (DIED, KILLED) and not watched.lives:
         adopted()
-    return Returned(outcome, old_pid, pidfd, False, False)
+    signalled = watched.signalled()
+    return Returned(outcome, old_pid, pidfd, signalled=signalled, lives=watched.lives)
+
+
+class Watched:
+    """The new image: its pidfd, and those signals of `ending` that it has not taken."""
+
+    def __init__(self, pidfd: int, pid: int, ending: set[int]) -> None:
+        self.pidfd = pidfd
+        self.lives = False
+        self.pid = pid
+        self._ending = ending
+        self._pending = frozenset[int]()
+
+    def signalled(self) -> frozenset[int]:
+        """Those seen last, where it has ended."""
+        self._pending = pending_signals(self.pid, self._pending)
+        return self._pending & self._ending
+
+    def kill(self) -> int:
+        """Returns KILLED."""
+        self.signalled()  # while it is there
+        self.lives = not kill(self.pidfd)
+        return KILLED
 
 
 def _set_default(numbers: Iterable[int]) -> dict[int, Any]:
@@ -197,15 +222,15 @@ def _try_all(paths: Sequence[str], argv: list[str], environment: dict[str, str])
 
 
 def _guard(
-    pidfd: int,
+    watched: Watched,
     exec_pipe: tuple[int, int],
     token: int,
     page: Page,
     early: bool,
     socket: int,
     timeout_ns: int,
-    ending: set[int],
 ) -> int:
+    pidfd = watched.pidfd
     os.close(exec_pipe[1])
     poll = select.poll()
     for fd in (pidfd, exec_pipe[0]):
@@ -216,32 +241,29 @@ def _guard(
         if not take_token(token):  # the caller was first: it goes on, and ends this process now
             is_readable(pidfd, None)
             os._exit(0)
-        kill(pidfd)
-        return KILLED
+        return watched.kill()
     died = any(fd == pidfd for fd, _ in ready)
+    if not died:
+        oom.offer(watched.pid)
     if not died and early:
         return EARLY
-    outcome = DIED if died else _watch(pidfd, token, page, socket, timeout_ns, ending)
+    outcome = DIED if died else _watch(watched, token, page, socket, timeout_ns)
     if outcome == MESSAGE:
         return outcome
     if not take_token(token):
         end()
-    if outcome == KILLED:
-        kill(pidfd)
-    return outcome
+    return watched.kill() if outcome == KILLED else outcome
 
 
-def _watch(
-    pidfd: int, token: int, page: Page, socket: int, timeout_ns: int, ending: set[int]
-) -> int:
+def _watch(watched: Watched, token: int, page: Page, socket: int, timeout_ns: int) -> int:
     """Waits until the new image has the token, ends, speaks, or is past its deadline."""
+    pidfd = watched.pidfd
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     poll.register(token, select.POLLOUT)
     if socket >= 0:
         poll.register(socket, select.POLLIN)
     before, used_ns, signalled_ns = time.monotonic_ns(), 0, 0
-    new_image = os.getppid()
     while True:
         ready = {fd for fd, _ in poll.poll(TICK_MS)}
         last_words.bound()
@@ -252,7 +274,7 @@ def _watch(
         if socket in ready:
             return MESSAGE
         now = time.monotonic_ns()
-        if not ending & pending_signals(new_image):
+        if not watched.signalled():
             signalled_ns = 0
         elif not signalled_ns:
             signalled_ns = now
@@ -265,19 +287,9 @@ def _watch(
             return KILLED
 
 
-def kill(pidfd: int) -> None:
-    """Ends the process of a pidfd, and waits for that."""
-    try:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    except PermissionError:  # another user's by now: it never gets the token
-        return
-    except ProcessLookupError:
-        pass
-    is_readable(pidfd, None)
-
-
 def end(mappings: Sequence[tuple[int, int]] = ()) -> None:
     """The new image has committed: closes all descriptors and ends, without any exit handler."""
+    oom.withdraw()
     os.closerange(0, os.sysconf("SC_OPEN_MAX"))
     os._exit(0)
 

@@ -200,6 +200,8 @@ def execute(
                 request.pid_fd,
                 bool(request.consumed),
                 bool(request.dropped),
+                frozenset(number for number in ending if request.signalled >> (number - 1) & 1),
+                bool(request.lives),
             )
         if outcome not in (-errno.ENOENT, -errno.ENOTDIR):
             error = outcome

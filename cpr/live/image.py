@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cpr.constants import STDERR
-from cpr.live import forked, last_words, new_image, notify, oom, payload, transaction
+from cpr.live import forked, last_words, new_image, notify, payload, transaction
 from cpr.live import token as tokens
 from cpr.live.errors import UpdateError
 from cpr.live.preserved import Registry
@@ -166,7 +166,6 @@ class Image:
             if link.mode == REHEARSE:
                 self._end_rehearsal(link)
             self._call(link.commit)
-            oom.withdraw()
             self._link = None
             assert self._header is not None
             self._close_unclaimed()

@@ -10,7 +10,6 @@ import os
 import time
 
 from cpr.constants import NS_PER_S, STDERR
-from cpr.live import oom
 from cpr.live import token as tokens
 from cpr.live.transaction import (
     BACK,
@@ -169,7 +168,6 @@ class Predecessor:
             except OSError:
                 pass  # that of the listing itself
         signal.pthread_sigmask(signal.SIG_SETMASK, message.body.get("blocked", ENDING))
-        oom.withdraw()  # the old command remembers what it finds
         try:
             os.chdir(folder)
             os.execve(words[0], words, variables)
@@ -218,7 +216,6 @@ def find_predecessor(backend: ModuleType | None = None) -> Predecessor | None:
         numbers = [int(word) for word in (token, page, sock)]
         for number in numbers:
             os.set_inheritable(number, False)
-        oom.offer()
         page_of = (backend or _guard()).Page
         return Predecessor(numbers[0], page_of(numbers[1]), numbers[2], mode)
     except (ValueError, OSError) as error:

@@ -9,6 +9,7 @@ import time
 from _thread import allocate_lock, start_new_thread
 
 from cpr.constants import NS_PER_MS
+from cpr.live import oom
 from cpr.live import token as tokens
 from cpr.live.old_channel import Channel
 from cpr.live.transaction import (
@@ -60,6 +61,7 @@ class Update(Channel):
         self.dropped = False
         self._has_token = False
         self._words = -1
+        self._blocked = self._pending = frozenset[int]()
         self._on_hangup: Any = None
         self._mappings = list(mappings)
         self.token = -1
@@ -146,6 +148,7 @@ class Update(Channel):
             environment = {**environment, EXEC_PID: str(os.getpid())}
         # All, until it is known who has the token: a handler may raise.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        self._blocked = frozenset(blocked)
         try:
             returned = self._guard.execute(
                 argv,
@@ -174,7 +177,7 @@ class Update(Channel):
                 self._ignore_hangup()
             # Before a signal can be taken whose handler raises: it would be forgotten who has it.
             self.pid, self.pidfd = returned.pid, returned.pidfd
-            self.dropped = returned.dropped
+            self.dropped, self._pending = returned.dropped, returned.signalled
             self._has_token = returned.outcome in (self._guard.DIED, self._guard.KILLED)
         except (OSError, ValueError) as error:
             raise _not_executed(argv, error) from None
@@ -253,6 +256,7 @@ class Update(Channel):
         except (OSError, ValueError) as error:
             raise _not_executed(argv, error) from None
         self.pid = self._child.pid
+        oom.offer(self.pid)
         try:
             self.pidfd = os.pidfd_open(self.pid)
         except OSError as error:
@@ -285,16 +289,11 @@ class Update(Channel):
         return self._has_token
 
     def kill(self) -> None:
-        """Ends the new image, and waits for that."""
+        """Ends the new image, and waits for that, but not for ever; see token.kill."""
         if self.pidfd >= 0:
-            try:
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-            except PermissionError:  # another user's by now: it never gets the token
-                return
-            except ProcessLookupError:
-                pass
-            tokens.is_readable(self.pidfd, None)
-            self._guard.adopted()
+            self.pending_signal()  # while it is there
+            if tokens.kill(self.pidfd):
+                self._guard.adopted()
 
     def end(self, status: int) -> None:
         """The VM ends: the new image does so too, with `status`; it is killed where it does not."""
@@ -310,9 +309,14 @@ class Update(Channel):
         return tokens.is_readable(self.pidfd, timeout_ms)
 
     def pending_signal(self) -> int:
-        """The one of ENDING that waits for the new image, or 0: it is for what is updated."""
-        pending = tokens.pending_signals(self.pid)
-        return next((number for number in ENDING if number in pending), 0)
+        """The one of ENDING that waits for the new image, or 0: it is for what is updated.
+
+        Where that has ended it is the one that was seen last.  One that the program has blocked
+        waits for nobody.
+        """
+        self._pending = tokens.pending_signals(self.pid, self._pending)
+        waiting = self._pending - self._blocked
+        return next((number for number in ENDING if number in waiting), 0)
 
     def exit_status(self) -> int | None:
         """The wait status of the new image, which has ended, if it can be known."""

@@ -1,52 +1,49 @@
 """Who is killed first where memory runs out in an update (proc_pid_oom_score_adj(5)).
 
 That should be the new image, which has nothing that would be lost with it.  It is small, and the
-old one, in which everything goes on, has most of the memory in use.
+old one, in which everything goes on, has most of the memory in use.  So the old image says it of
+the new one, from when that has memory of its own, and takes it back when it ends: the kernel would
+let a process that root has said it of, and that is another user's by then, have no less.  The guard
+in C does the same (_native/guard_death.c).
 """
 
 from __future__ import annotations
 
-import os
-
 from cpr.constants import INIT
 
-PATH = "/proc/self/oom_score_adj"
+PATH = "/proc/{}/oom_score_adj"
 MOST = "1000"  # OOM_SCORE_ADJ_MAX of linux/oom.h
 
-_before = ""
+_offered: tuple[int, str] | None = None
+"""The PID, and what it had before."""
 
 
-def offer() -> None:
-    """This process is the first to be killed, until `withdraw`.  Where that cannot be, nothing
-    happens.
+def offer(pid: int) -> None:
+    """The kernel kills that process first, until `withdraw`; nothing happens where that cannot be.
 
-    Not between clone and exec: it would be so for all processes that share the memory.  And not as
-    the first process of a PID namespace, with which all others in it end, the old image too.
+    Not the first process of a PID namespace, with which all others in it end, the old image too.
     """
-    global _before
-    if _before or os.getpid() == INIT:
+    global _offered
+    _offered = None
+    if pid == INIT:
         return
     try:
-        with open(PATH) as file:
+        with open(PATH.format(pid), "r+") as file:
             before = file.read().strip()
-        _write(MOST)
+            file.write(MOST)
     except OSError:
         return
-    _before = before
+    _offered = pid, before
 
 
 def withdraw() -> None:
-    """It is as it was before `offer`: everything is this process's now, or it becomes another user,
-    who may not set it to less.  May be called again, where no descriptor was left."""
-    global _before
-    if _before:
+    """It is as it was before `offer`: everything is that process's now."""
+    global _offered
+    if _offered is not None:
+        pid, before = _offered
         try:
-            _write(_before)
+            with open(PATH.format(pid), "w") as file:
+                file.write(before)
         except OSError:
             return
-        _before = ""
-
-
-def _write(value: str) -> None:
-    with open(PATH, "w") as file:
-        file.write(value)
+        _offered = None

@@ -6,6 +6,7 @@ is read once.
 
 from __future__ import annotations
 
+import _signal as signal  # `signal` itself makes enums, which a late update would wait for
 import os
 import select
 import time
@@ -23,6 +24,7 @@ TOKEN = (1 << 64) - 2
 STATE_FIELD, FLAGS_FIELD, THREADS_FIELD, PROCESSOR_FIELD, EXIT_CODE_FIELD = 0, 6, 17, 36, 49
 PF_USER_WORKER = 0x4000  # include/linux/sched.h: a worker of the kernel in a process of the user's
 STATUS_TIMEOUT_NS = 100 * NS_PER_MS
+DEATH_MS = 2000  # as in _native/guard_death.c
 STEP = 0.0002  # s
 
 
@@ -31,15 +33,27 @@ class Returned:
 
     `pid` is the process that the new image is or was in, `pidfd` its pidfd, which is the
     receiver's.  `consumed`: a program that knows no token had closed the CPR state; `dropped`: the
-    descriptors that were to be dropped are closed.
+    descriptors that were to be dropped are closed.  `signalled` are the signals that end what is
+    updated, and that it had not taken; `lives`: it was killed, and is there still.
     """
 
-    def __init__(self, outcome: int, pid: int, pidfd: int, consumed: bool, dropped: bool) -> None:
+    def __init__(
+        self,
+        outcome: int,
+        pid: int,
+        pidfd: int,
+        consumed: bool = False,
+        dropped: bool = False,
+        signalled: frozenset[int] = frozenset(),
+        lives: bool = False,
+    ) -> None:
         self.outcome = outcome
         self.pid = pid
         self.pidfd = pidfd
         self.consumed = consumed
         self.dropped = dropped
+        self.signalled = signalled
+        self.lives = lives
 
 
 def above_streams(fd: int) -> int:
@@ -89,6 +103,21 @@ def is_readable(fd: int, timeout_ms: int | None = 0) -> bool:
     return bool(poll.poll(timeout_ms))
 
 
+def kill(pidfd: int) -> bool:
+    """Kills the process of a pidfd; whether it has ended.
+
+    False for another user's, and for one that stays in the kernel, at a file system that does not
+    answer: that never runs its program again, and is not waited for without end.
+    """
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except PermissionError:
+        return False
+    except ProcessLookupError:
+        pass
+    return is_readable(pidfd, DEATH_MS)
+
+
 def is_writable(fd: int, timeout_ms: int) -> bool:
     """Whether it is, or becomes so within the time."""
     poll = select.poll()
@@ -113,13 +142,16 @@ def describe_status(status: int | None) -> str:
     return f"has ended with exit status {os.WEXITSTATUS(status)}"
 
 
-def pending_signals(pid: int) -> frozenset[int]:
-    """The signals that were sent to a process, also one that has just ended, and not taken yet."""
+def pending_signals(pid: int, seen: frozenset[int] = frozenset()) -> frozenset[int]:
+    """The signals that were sent to a process, also one that has just ended, and not taken yet.
+
+    Where its parent has reaped it, those that were `seen` last.
+    """
     try:
         with open(f"/proc/{pid}/status") as file:
             words = [line.split()[1] for line in file if line.startswith(("SigPnd:", "ShdPnd:"))]
     except OSError:
-        return frozenset()
+        return seen
     bits = 0
     for word in words:
         bits |= int(word, 16)

@@ -15,7 +15,6 @@ from cpr.config import parse_command_line
 from cpr.config.drive_options import VIRTIO
 from cpr.constants import U32_LIMIT
 from cpr.errors import ConfigError, CprError, KernelError
-from cpr.live import oom
 from cpr.migration.program import VERB, check_command, own_command
 
 TYPE_CHECKING = False
@@ -62,7 +61,6 @@ class RunWith:
         """Gives them up, for good.  Raises CprError; what was given up before stays so."""
         if self._new_root is not None or self._account is not None:
             machine.keep_boot_image()
-            oom.withdraw()
         if self._new_root is not None:
             from cpr.uapi.process import keep_libraries
 

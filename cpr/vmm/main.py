@@ -8,12 +8,9 @@ protocol                          the versions of what old and new VMM say to ea
 
 from __future__ import annotations
 
-import os
 import sys
 
 from cpr.errors import CprError
-from cpr.live import oom
-from cpr.live.transaction import VARIABLE
 from cpr.report import error_report, exhausted, open_standard_descriptors, output
 
 USAGE = """usage: python -m cpr.vmm run [guest.cfg] [QEMU options]
@@ -25,8 +22,6 @@ USAGE = """usage: python -m cpr.vmm run [guest.cfg] [QEMU options]
 
 
 def run(arguments: list[str]) -> int:
-    if VARIABLE in os.environ:
-        oom.offer()  # before all that takes memory
     from cpr.vmm.process import run_vmm
 
     return run_vmm(arguments)

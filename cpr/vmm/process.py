@@ -17,7 +17,6 @@ from cpr.constants import STDERR
 from cpr.errors import ConfigError, CprError, MigrationError
 from cpr.events import EventBus
 from cpr.faults import point
-from cpr.live import oom
 from cpr.live.new_image import find_predecessor
 from cpr.live.transaction import EARLY, LATE
 from cpr.mainloop import MainLoop
@@ -92,7 +91,6 @@ def _run(arguments: list[str], predecessor: Predecessor | None) -> int:
         carefully(lambda: vmm.reap(untold=predecessor is None))
     signals.attach(vmm)
     if predecessor is None or predecessor.committed:
-        oom.withdraw()  # also where there was no guest to come
         carefully(lambda: _take_pidfile(vmm))
     if ready is not None:
         ready()
@@ -227,7 +225,6 @@ def _say_up() -> None:
     """The PID has the guest: before the guard, which the service's manager watches so far, ends."""
     from cpr.live import notify
 
-    oom.withdraw()
     notify.started(pid_changed=True)
 
 

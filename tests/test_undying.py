@@ -1,0 +1,85 @@
+"""A new image that is killed and does not end, as one that waits for a hung file system."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from failing import bad, start_vm
+from harness.vm import HEARTBEAT
+from live_programs import run
+from waiting import wait_for, wait_for_change
+
+FREEZER = Path("/sys/fs/cgroup/freezer")
+FROZEN, THAWED = "FROZEN", "THAWED"
+
+
+@pytest.fixture
+def frozen(tmp_path: Path) -> Iterator[Path]:
+    """A cgroup (v1) whose tasks stand still as one in state D does: SIGKILL does not end them."""
+    folder = FREEZER / f"cpr-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"{FREEZER}: {error.strerror}")
+    yield folder
+    (folder / "freezer.state").write_text(THAWED)
+    wait_for(lambda: not (folder / "tasks").read_text(), "its tasks have ended")
+    folder.rmdir()
+
+
+def freeze(folder: Path) -> Callable[[int], None]:
+    def step(pid: int) -> None:
+        (folder / "freezer.state").write_text(FROZEN)
+        (folder / "cgroup.procs").write_text(str(pid))
+        state = folder / "freezer.state"
+        wait_for(lambda: state.read_text().strip() == FROZEN, "it is frozen")
+
+    return step
+
+
+@pytest.mark.parametrize("way", ["early", "late"])
+def test_the_guest_goes_on(start, tmp_path, frozen, way):
+    vm = start_vm(start, "tcg")
+    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts")
+    vm.qmp.command("migrate-set-parameters", x_cpr_exec_timeout=1500)
+    if way == "early":
+        vm.qmp.command("cpr-exec", command=bad("hang-after-hello"))
+    else:
+        command = [*bad("hang"), "-incoming", f"file:{tmp_path}/state"]
+        vm.qmp.command("migrate-set-parameters", mode="cpr-exec", cpr_exec_command=command)
+        vm.qmp.command("migrate", uri=f"file:{tmp_path}/state")
+        vm.qmp.wait_closed()
+    new = vm.process.pid
+    wait_for(lambda: b"bad_program" in Path(f"/proc/{new}/cmdline").read_bytes(), "it runs")
+    freeze(frozen)(new)
+    wait_for(lambda: "the guest goes on in the old VMM" in vm.stderr, "the guest is given back")
+    assert Path(f"/proc/{new}/cmdline").read_bytes(), "it has not ended"
+    wait_for_change(lambda: vm.u32(HEARTBEAT), "the guest counts on")
+
+
+PROGRAM = """
+import signal, threading
+freezer = sys.argv[1]
+live.state()
+if live.generation:
+    with open(freezer + "/freezer.state", "w") as file:
+        file.write("FROZEN")
+    with open(freezer + "/cgroup.procs", "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(60)
+live.ready()
+error = fails(None, mode=sys.argv[2], timeout=1.0, guard=sys.argv[3])
+say("failed", str(error))
+with open(freezer + "/freezer.state", "w") as file:
+    file.write("THAWED")
+"""
+
+
+@pytest.mark.parametrize(("mode", "guard"), [("late", "vm"), ("early", "vm"), ("late", "fork")])
+def test_a_program_goes_on(tmp_path, frozen, mode, guard):
+    result = run(tmp_path, PROGRAM, str(frozen), mode, guard)
+    ((text,),) = result.of("failed")
+    assert "did not take over within 1" in text
