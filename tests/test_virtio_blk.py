@@ -44,11 +44,14 @@ HEADER, STATUS, DATA = 0x1000, 0x1100, 0x2000
 F_FLUSH, F_CONFIG_WCE = 1 << 9, 1 << 11
 
 
+OF_DEVICE = ("fds", "policies", "queues", "serial")  # options of Rig; the others are the drive's
+
+
 class Rig:
     """A platform with one disk, running, and the driver of it."""
 
     def __init__(self, path: Path, platform: VirtioPlatform | None = None, **options: Any) -> None:
-        drive = {key: options.pop(key) for key in list(options) if key not in ("queues", "serial")}
+        drive = {key: options.pop(key) for key in list(options) if key not in OF_DEVICE}
         self.path = path
         self.fds = options.pop("fds", PreservedFds())
         self.platform = platform or VirtioPlatform()

@@ -26,6 +26,8 @@ struct cpr_blk {
     struct cpr_blk_options options;
     int epoll, stop, help;
     bool stopping, halted, write_through;
+    bool was_unsynced; /* when the threads were started */
+    struct cpr_blk_sync sync;
     uint32_t idle;
     struct cpr_blk_error error;
     uint32_t running;
@@ -53,6 +55,7 @@ int cpr_blk_new(const struct cpr_blk_options *options, struct cpr_blk **made)
         return -ENOMEM;
     }
     blk->options = *options;
+    pthread_mutex_init(&blk->sync.lock, NULL);
     blk->epoll = epoll_create1(EPOLL_CLOEXEC);
     blk->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     blk->help = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE);
@@ -80,6 +83,7 @@ void cpr_blk_free(struct cpr_blk *blk)
             close(fds[i]);
         }
     }
+    pthread_mutex_destroy(&blk->sync.lock);
     free(blk);
 }
 
@@ -105,11 +109,19 @@ static void halt(struct cpr_blk *blk, const struct cpr_blk_result *result)
     }
 }
 
-/* Whether a request that has failed is to be kept. */
+static int policy_of(const struct cpr_blk *blk, const struct cpr_blk_result *result)
+{
+    return result->is_write ? blk->options.write_error : blk->options.read_error;
+}
+
+/* Whether a request that has failed is to be kept; not one that would fail for ever. */
 static bool keeps(const struct cpr_blk *blk, const struct cpr_blk_result *result)
 {
-    int policy = result->is_write ? blk->options.write_error : blk->options.read_error;
+    int policy = policy_of(blk, result);
 
+    if (result->unsynced && blk->was_unsynced) {
+        return false;
+    }
     return policy == CPR_BLK_STOP || (policy == CPR_BLK_ENOSPC && result->error == ENOSPC);
 }
 
@@ -121,7 +133,8 @@ static bool finish(struct cpr_blk *blk, struct blk_queue *each, struct cpr_chain
     struct cpr_blk_result result;
 
     cpr_virtqueue_unlock(each->queue);
-    cpr_blk_execute(&blk->options, &blk->stopping, write_through, memory, chain, &result);
+    cpr_blk_execute(&blk->options, &blk->sync, &blk->stopping, write_through, memory, chain,
+                    &result);
     cpr_virtqueue_lock(each->queue);
     if (result.problem) {
         cpr_virtqueue_break(each->queue, result.problem);
@@ -136,9 +149,9 @@ static bool finish(struct cpr_blk *blk, struct blk_queue *each, struct cpr_chain
         return false;
     }
     if (result.error) {
-        int policy = result.is_write ? blk->options.write_error : blk->options.read_error;
+        bool ignores = policy_of(blk, &result) == CPR_BLK_IGNORE && !result.unsynced;
 
-        result.status = policy == CPR_BLK_IGNORE ? VIRTIO_BLK_S_OK : VIRTIO_BLK_S_IOERR;
+        result.status = ignores ? VIRTIO_BLK_S_OK : VIRTIO_BLK_S_IOERR;
     }
     *result.place = result.status;
     cpr_virtio_written(memory, result.place, 1);
@@ -236,6 +249,7 @@ int cpr_blk_start(struct cpr_blk *blk, uint32_t workers)
     workers = workers < CPR_BLK_WORKERS_MOST ? workers : CPR_BLK_WORKERS_MOST;
     blk->error = (struct cpr_blk_error){0};
     blk->halted = false;
+    blk->was_unsynced = blk->sync.error;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
     while (blk->running < workers && !error) {
@@ -275,6 +289,16 @@ void cpr_blk_last_error(struct cpr_blk *blk, struct cpr_blk_error *error)
 {
     *error = __atomic_load_n(&blk->halted, __ATOMIC_ACQUIRE) ? blk->error
                                                              : (struct cpr_blk_error){0};
+}
+
+int cpr_blk_sync_error(struct cpr_blk *blk)
+{
+    return __atomic_load_n(&blk->sync.error, __ATOMIC_ACQUIRE);
+}
+
+void cpr_blk_set_sync_error(struct cpr_blk *blk, int error)
+{
+    blk->sync.error = error;
 }
 
 uint32_t cpr_blk_kept(struct cpr_blk *blk, uint32_t index, uint16_t *heads)

@@ -16,7 +16,10 @@ enum {
 };
 
 /* What becomes of a request that fails: the guest is told; it is told that nothing was wrong; the
-   request is kept, and the VM is to be stopped; this only for want of space, and else it is told. */
+   request is kept, and the VM is to be stopped; this only for want of space, and else it is told.
+   Where an fdatasync has failed what was written may be lost, and so all that need one fail from then
+   on: they are told, except that those until the VM has stopped are kept by CPR_BLK_STOP and
+   CPR_BLK_ENOSPC. */
 enum { CPR_BLK_REPORT, CPR_BLK_IGNORE, CPR_BLK_STOP, CPR_BLK_ENOSPC };
 
 struct cpr_blk_options {
@@ -60,6 +63,12 @@ void cpr_blk_set_write_through(struct cpr_blk *blk, bool on);
 
 /* What has halted it since the last start. */
 void cpr_blk_last_error(struct cpr_blk *blk, struct cpr_blk_error *error);
+
+/* The errno of the fdatasync that has failed, 0 for none; from any thread. */
+int cpr_blk_sync_error(struct cpr_blk *blk);
+
+/* Makes it so, while it is not running. */
+void cpr_blk_set_sync_error(struct cpr_blk *blk, int error);
 
 /* The heads of the kept requests of a queue, at most CPR_VIRTQUEUE_MOST, while it is not running;
    returns how many. */

@@ -119,9 +119,26 @@ static int write_zeros(int fd, struct range range)
     return error;
 }
 
-static int sync_file(const struct cpr_blk_options *options)
+/* Puts on the disk what has been written.  The kernel tells of a failed writeback once, and takes the
+   pages for clean: another fdatasync would say that they are there. */
+static void sync_file(const struct cpr_blk_options *options, struct cpr_blk_sync *sync,
+                      struct cpr_blk_result *result)
 {
-    return options->syncs && fdatasync(options->fd) < 0 ? errno : 0;
+    uint64_t begun = __atomic_load_n(&sync->begun, __ATOMIC_SEQ_CST);
+
+    if (!options->syncs) {
+        return;
+    }
+    pthread_mutex_lock(&sync->lock);
+    if (!sync->error && sync->begun == begun) { /* else one has begun since, and has ended */
+        __atomic_store_n(&sync->begun, begun + 1, __ATOMIC_SEQ_CST);
+        if (fdatasync(options->fd) < 0) {
+            __atomic_store_n(&sync->error, errno, __ATOMIC_RELEASE);
+        }
+    }
+    result->error = sync->error;
+    result->unsynced = sync->error;
+    pthread_mutex_unlock(&sync->lock);
 }
 
 static int punch(int fd, uint64_t bytes, uint64_t offset)
@@ -173,8 +190,9 @@ static int change_range(const struct cpr_blk_options *options, bool zeroes, bool
     return error;
 }
 
-static void discard_or_zero(const struct cpr_blk_options *options, const bool *stopping,
-                            bool write_through, bool zeroes, struct cpr_cursor *out,
+/* `sync` is NULL where what is written is not put on the disk at once. */
+static void discard_or_zero(const struct cpr_blk_options *options, struct cpr_blk_sync *sync,
+                            const bool *stopping, bool zeroes, struct cpr_cursor *out,
                             uint64_t out_bytes, struct cpr_blk_result *result)
 {
     struct virtio_blk_discard_write_zeroes range;
@@ -205,8 +223,8 @@ static void discard_or_zero(const struct cpr_blk_options *options, const bool *s
     if (result->error == UNFINISHED) {
         result->error = 0;
         result->unfinished = true;
-    } else if (!result->error && zeroes && bytes && write_through) {
-        result->error = sync_file(options);
+    } else if (!result->error && zeroes && bytes && sync) {
+        sync_file(options, sync, result);
     }
 }
 
@@ -222,8 +240,8 @@ static uint8_t *take_status(struct cpr_cursor *in)
     return (uint8_t *)last->iov_base + last->iov_len;
 }
 
-void cpr_blk_execute(const struct cpr_blk_options *options, const bool *stopping,
-                     bool write_through, const struct cpr_virtio_memory *memory,
+void cpr_blk_execute(const struct cpr_blk_options *options, struct cpr_blk_sync *sync,
+                     const bool *stopping, bool write_through, const struct cpr_virtio_memory *memory,
                      struct cpr_chain *chain, struct cpr_blk_result *result)
 {
     struct cpr_cursor out = cpr_chain_out(chain);
@@ -257,12 +275,14 @@ void cpr_blk_execute(const struct cpr_blk_options *options, const bool *stopping
         }
         result->error = write_all(options->fd, &out, out_bytes, header.sector << SECTOR_SHIFT);
         if (!result->error && write_through) {
-            result->error = sync_file(options);
+            sync_file(options, sync, result);
         }
         return;
     case VIRTIO_BLK_T_FLUSH:
         result->is_write = true;
-        result->error = options->readonly ? 0 : sync_file(options);
+        if (!options->readonly) {
+            sync_file(options, sync, result);
+        }
         return;
     case VIRTIO_BLK_T_GET_ID:
         memcpy(name, options->serial, sizeof(name));
@@ -275,7 +295,7 @@ void cpr_blk_execute(const struct cpr_blk_options *options, const bool *stopping
             result->status = VIRTIO_BLK_S_IOERR;
             return;
         }
-        discard_or_zero(options, stopping, write_through,
+        discard_or_zero(options, write_through ? sync : NULL, stopping,
                         header.type == VIRTIO_BLK_T_WRITE_ZEROES, &out, out_bytes, result);
         return;
     default:

@@ -32,11 +32,13 @@ AUTO = "auto"
 MASS_STORAGE = 0x010000
 
 VMSTATE_REQUEST = VMStateDescription("virtio-blk-request", 1, 1, (u16("queue"), u16("head")))
+VMSTATE_SYNC_ERROR = VMStateDescription("virtio-blk-device/sync_error", 1, 1, (u16("errno"),))
 VMSTATE_DISK = VMStateDescription(
     "virtio-blk-device",
     1,
     1,
     (u8("write_cache"), u16("kept_count"), varray("kept", VMSTATE_REQUEST, "kept_count")),
+    subsections=(VMSTATE_SYNC_ERROR,),
 )
 
 
@@ -180,7 +182,10 @@ class VirtioBlk(VirtioDevice):
 
     def save(self) -> dict:
         kept = [{"queue": queue, "head": head} for queue, head in self._disk.kept]
-        return {"write_cache": self._config[WCE_OFFSET], "kept_count": len(kept), "kept": kept}
+        state = {"write_cache": self._config[WCE_OFFSET], "kept_count": len(kept), "kept": kept}
+        if error := self._disk.sync_error:
+            state[VMSTATE_SYNC_ERROR.name] = {"errno": error}
+        return state
 
     def check(self, state: dict) -> None:
         for request in state["kept"]:
@@ -192,6 +197,7 @@ class VirtioBlk(VirtioDevice):
     def restore(self, state: dict) -> None:
         self._set_write_cache(bool(state["write_cache"]))
         self._disk.kept = [(request["queue"], request["head"]) for request in state["kept"]]
+        self._disk.sync_error = state.get(VMSTATE_SYNC_ERROR.name, {"errno": 0})["errno"]
 
     def cpr_prepare(self, mode: str) -> None:
         if mode not in DESCRIPTORS_KEPT:  # the other VMM opens the file itself

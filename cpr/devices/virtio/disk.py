@@ -87,6 +87,16 @@ class Disk:
         return int(error.error), bool(error.is_write)
 
     @property
+    def sync_error(self) -> int:
+        """The errno of the fdatasync that has failed, so that all others fail too; 0 for none."""
+        return int(lib.cpr_blk_sync_error(self._disk))
+
+    @sync_error.setter
+    def sync_error(self, error: int) -> None:
+        """It must not be running."""
+        lib.cpr_blk_set_sync_error(self._disk, error)
+
+    @property
     def kept(self) -> list[tuple[int, int]]:
         """The requests that are kept: their queue, and the head of their chain."""
         found = []
