@@ -29,7 +29,13 @@ from test_virtio_blk import (
     sector,
 )
 
+from cpr.config import DriveConfig
+from cpr.devices.virtio.image import Image
+from cpr.errors import ConfigError
+from cpr.state.cpr_state import CprState
+from cpr.state.fds import PreservedFds
 from cpr.state.stream import StreamReader
+from cpr.uapi import file_lock
 
 LOOP_SET_FD, LOOP_CLR_FD, LOOP_CTL_GET_FREE = 0x4C00, 0x4C01, 0x4C82  # linux/loop.h
 PLACE, PLACES = 0x20000, 32  # of the headers and status bytes of many flushes
@@ -200,4 +206,112 @@ def test_writeback_that_fails_once(loop_device: tuple[Path, int]) -> None:
     os.posix_fadvise(rig.blk._image.fd, 0, 0, os.POSIX_FADV_DONTNEED)
     assert os.pread(memory, 512, 7 * 512) == sector(7)
     assert flush_often(rig) == {IOERR}
+    rig.close()
+
+
+ALL_LOCKS = {100, 101, 201, 203}
+
+
+class Other:
+    """Another program, which uses an image so that nobody else may."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR)
+        for byte in (100, 200, 201):
+            file_lock.share(self._fd, byte)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def open_image(path: Path, came: int = -1, locking: bool = True) -> Image:
+    """As a VMM to which a guest comes; `came` is the descriptor that the old one has."""
+    fds = PreservedFds()
+    if came >= 0:
+        fds.take_over(CprState([("drive:d0", 0, os.dup(came))], []))
+    return Image(DriveConfig(str(path), id="d0", locking=locking), fds, True)
+
+
+@pytest.fixture(params=["told", "not told"])
+def has_proc(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "not told":
+        monkeypatch.setattr("cpr.devices.virtio.image.file_lock.held", lambda fd: None)
+
+
+def locks(image: Image) -> set[int]:  # noqa: F811
+    """Those of its description, as another one finds them."""
+    fd = os.open(f"/proc/self/fd/{image.fd}", os.O_RDWR)
+    try:
+        return {byte for byte in range(100, 204) if file_lock.is_locked(fd, byte)}
+    finally:
+        os.close(fd)
+
+
+def test_locks_that_came_are_left_alone(image: Path, has_proc: None) -> None:  # noqa: F811
+    """Whoever looks at the image meanwhile, and whatever becomes of the new VMM."""
+    old = open_image(image)
+    old.lock()
+    assert locks(old) == ALL_LOCKS
+    for _ in range(2):  # a chain of updates
+        new = open_image(image, old.fd)
+        other = Other(image)
+        new.lock()
+        new.lock(keeps=True)
+        new.undo_lock()
+        other.close()
+        assert locks(old) == ALL_LOCKS
+        new.close()
+        assert locks(old) == ALL_LOCKS
+        new = open_image(image, old.fd)
+        old.close()
+        old = new
+    old.unlock()  # a migration in mode normal gives them up, for whoever comes next
+    assert not locks(old)
+    old.lock()
+    assert locks(old) == ALL_LOCKS
+    old.close()
+
+
+def test_locks_that_did_not_come_are_taken(image: Path) -> None:  # noqa: F811
+    """And are given back where the guest does not come."""
+    old = open_image(image, locking=False)
+    old.lock()
+    assert not locks(old)
+    new = open_image(image, old.fd)
+    new.lock()
+    assert locks(new) == ALL_LOCKS
+    new.undo_lock()
+    assert not locks(old)
+    other = Other(image)
+    with pytest.raises(ConfigError, match='Failed to get "consistent read" lock'):
+        new.lock()
+    other.close()
+    assert not locks(old)
+    new.close()
+    old.close()
+
+
+def test_a_guest_that_has_come_keeps_its_locks(image: Path) -> None:  # noqa: F811
+    """What another program has is said, and no reason to go on without."""
+    new = open_image(image)
+    other = Other(image)
+    with pytest.raises(ConfigError):
+        new.lock(keeps=True)
+    other.close()
+    assert locks(new) == ALL_LOCKS
+    new.close()
+
+
+def test_who_gave_the_locks_up_by_another_description(image: Path) -> None:  # noqa: F811
+    """A guest does not go on where it is that of a third VMM by now."""
+    rig = Rig(image)
+    target = open_image(image, rig.blk._image.fd)
+    target.unlock()  # it has given the guest to a third one
+    target.close()
+    third = Rig(image)
+    with pytest.raises(ConfigError, match='Failed to get "write" lock'):
+        rig.function.cpr_rollback()
+    third.close()
+    rig.function.cpr_rollback()
+    assert locks(rig.blk._image) == ALL_LOCKS
     rig.close()

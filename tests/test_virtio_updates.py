@@ -6,6 +6,7 @@ lost or comes twice.
 
 from __future__ import annotations
 
+import json
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from harness.vm import VMM, Vm
-from waiting import wait_for
+from waiting import is_listening, wait_for
 
 ROOT = Path(__file__).resolve().parent
 GUESTS = ROOT / "nested" / "guests"
@@ -197,4 +198,44 @@ def test_a_disk_in_use_is_refused(disk: Path) -> None:
         assert "lock" in refused("-drive", f"file={disk},format=raw,if=virtio")
         assert "lock" not in refused("-drive", f"file={disk},format=raw,if=virtio,file.locking=off")
     finally:
+        guest.vm.close()
+
+
+def two_disks(disk: Path, other: Path, second: str) -> list[str]:
+    return [
+        *("-drive", f"file={disk},format=raw,if=none,id=d0", "-device", "virtio-blk-pci,drive=d0"),
+        *("-drive", f"file={other},format=raw,if=none,id={second}"),
+        *("-device", f"virtio-blk-pci,drive={second}"),
+    ]
+
+
+def test_a_target_that_may_not_have_a_disk_leaves_the_source_its_locks(disk: Path) -> None:
+    """The first disk's descriptor came over; the second one's has another name."""
+    other = disk.with_name("other.img")
+    other.write_bytes(bytes(MIB))
+    guest = Guest("tcg", disk, *two_disks(disk, other, "d1"))
+    main, cpr = (
+        {"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": path}}
+        for kind, path in (("main", f"{disk}.main"), ("cpr", f"{disk}.cpr"))
+    )
+    words = guest.vm.words[: guest.vm.words.index("-drive")]
+    incoming = ["-incoming", json.dumps(main), "-incoming", json.dumps(cpr)]
+    target = subprocess.Popen(
+        [*words, *two_disks(disk, other, "d2"), *incoming], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        guest.wait_rounds()
+        wait_for(lambda: is_listening(f"{disk}.cpr"), "the target listens")
+        guest.vm.ask("migrate-set-parameters", mode="cpr-transfer")
+        guest.vm.ask("migrate", channels=[main, cpr])
+        assert target.wait(60) == 1
+        assert 'Failed to get "write" lock' in target.stderr.read()
+        guest.vm.ask("cont")
+        guest.wait_rounds()
+        for path in (disk, other):
+            assert "lock" in refused("-drive", f"file={path},format=raw,if=virtio")
+    finally:
+        target.kill()
+        target.wait()
+        target.stderr.close()
         guest.vm.close()

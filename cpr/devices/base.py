@@ -180,7 +180,7 @@ class Device:
 
     def take_locks(self) -> None:
         """Locks what of the host only one VMM may have, before a guest of another one is this
-        one's.  Raises CprError; then nothing is locked.  `give_locks` is the inverse.
+        one's.  Raises CprError; then no more is locked than before.  `give_locks` is the inverse.
         """
 
     def give_locks(self) -> None:

@@ -38,6 +38,20 @@ def is_locked(fd: int, byte: int) -> bool:
     return bool(lock.l_type != lib.F_UNLCK)
 
 
+def held(fd: int) -> set[int] | None:
+    """The bytes that this open file description has locked; None without a /proc that tells."""
+    try:
+        with open(f"/proc/self/fdinfo/{fd}") as file:
+            lines = [line.split() for line in file if "OFDLCK" in line]
+    except OSError:
+        return None
+    bytes_: set[int] = set()
+    for *_, first, last in lines:
+        if last != "EOF":
+            bytes_.update(range(int(first), int(last) + 1))
+    return bytes_
+
+
 def _lock(kind: int, byte: int, count: int = 1) -> bytes:
     lock = ffi.new("struct flock *", {"l_type": kind, "l_whence": os.SEEK_SET})
     lock.l_start, lock.l_len = byte, count

@@ -80,7 +80,6 @@ class VirtioBlk(VirtioDevice):
         self._drive = drive
         self._fds = fds
         self._comes_later = comes_later
-        self._gave_up_locks = False
         self._serial = serial
         self._policies = policies
         if write_cache is None:
@@ -201,22 +200,19 @@ class VirtioBlk(VirtioDevice):
 
     def cpr_prepare(self, mode: str) -> None:
         if mode not in DESCRIPTORS_KEPT:  # the other VMM opens the file itself
-            self._gave_up_locks = True
             self._image.unlock()
 
     def cpr_rollback(self) -> None:
-        if self._gave_up_locks:
-            self._image.lock()
-            self._gave_up_locks = False
+        self._image.lock()
 
     def take_locks(self) -> None:
         self._image.lock()
 
     def give_locks(self) -> None:
-        self._image.unlock()
+        self._image.undo_lock()
 
     def take_over(self) -> None:
-        self._image.lock()
+        self._image.lock(keeps=True)
 
 
 def create(board: Board, config: DeviceConfig) -> None:

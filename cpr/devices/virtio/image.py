@@ -1,8 +1,8 @@
 """The file or block device behind a disk: opened once, kept over updates, locked against others.
 
 The locks are QEMU's, so that it and its tools respect them: a byte for each permission that is used
-(100 + n), and one for each that nobody else may have (200 + n).  They belong to the descriptor, and
-go over an update with it.
+(100 + n), and one for each that nobody else may have (200 + n).  They belong to the open file
+description; in an update that is the VMM's that has the guest, as are the locks it came with.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Image:
         self._fds = fds
         self._locking = drive.locking
         self.readonly = drive.readonly
-        came = fds.came(self._name, 0)
+        self._locked = came = fds.came(self._name, 0)
+        self._added: list[int] = []  # by the last `lock`
         self.fd = fds.open(self._name, 0, self._open)
         try:
             self.sectors = -(-os.lseek(self.fd, 0, os.SEEK_END) // SECTOR)
@@ -72,31 +73,43 @@ class Image:
     def _cannot_open(self, error: OSError) -> ConfigError:
         return ConfigError(f"Could not open '{self._path}': {error.strerror}")
 
-    def lock(self) -> None:
-        """Locks it as its use needs.  Raises ConfigError where another program uses it so that
-        both cannot be; then nothing is locked.  A file system without locks has none.
+    def lock(self, keeps: bool = False) -> None:
+        """Locks what its use needs and its description has not locked yet.
+
+        Raises ConfigError where another program uses it so that both cannot be; then nothing more
+        is locked than before, unless it `keeps` the locks.  A file system without locks has none.
         """
-        if not self._locking:
-            return
+        self._added = []
         used = [CONSISTENT_READ] if self.readonly else [CONSISTENT_READ, WRITE]
+        missing = self._missing(used) if self._locking else []
+        if not missing:
+            return
         try:
-            for permission in used:
-                file_lock.share(self.fd, USED_BASE + permission)
-            for permission in UNSHARED:
-                file_lock.share(self.fd, UNSHARED_BASE + permission)
+            for byte in missing:
+                file_lock.share(self.fd, byte)
+                self._added.append(byte)
+            self._locked = True
             for permission in used:
                 if file_lock.is_locked(self.fd, UNSHARED_BASE + permission):
                     raise self._in_use(NAMES[permission], "")
             for permission in UNSHARED:
                 if file_lock.is_locked(self.fd, USED_BASE + permission):
                     raise self._in_use(NAMES[permission], "shared ")
-        except OSError as error:
-            self.unlock()
+        except (OSError, ConfigError) as error:
+            if not keeps:
+                self.undo_lock()
+            if isinstance(error, ConfigError):
+                raise
             if error.errno not in NO_LOCKS:
                 raise ConfigError(f"Failed to lock '{self._path}': {error.strerror}") from None
-        except ConfigError:
-            self.unlock()
-            raise
+
+    def _missing(self, used: list[int]) -> list[int]:
+        wanted = [USED_BASE + permission for permission in used]
+        wanted += [UNSHARED_BASE + permission for permission in UNSHARED]
+        held = file_lock.held(self.fd)
+        if held is None:
+            return [] if self._locked else wanted
+        return [byte for byte in wanted if byte not in held]
 
     def _in_use(self, permission: str, shared: str) -> ConfigError:
         return ConfigError(
@@ -104,11 +117,23 @@ class Image:
             f"Is another process using the image [{self._path}]?"
         )
 
+    def undo_lock(self) -> None:
+        """The inverse of the last `lock`: what was locked before it stays so."""
+        if self._added:
+            self._locked = False
+        for byte in self._added:
+            self._unlock(byte, 1)
+        self._added = []
+
     def unlock(self) -> None:
-        """The inverse of `lock`."""
+        """Gives up all locks, for every VMM that shares the description."""
+        self._locked, self._added = False, []
+        for base in (USED_BASE, UNSHARED_BASE):
+            self._unlock(base, PERMISSIONS)
+
+    def _unlock(self, byte: int, count: int) -> None:
         try:
-            for base in (USED_BASE, UNSHARED_BASE):
-                file_lock.unlock(self.fd, base, PERMISSIONS)
+            file_lock.unlock(self.fd, byte, count)
         except OSError:
             pass
 
