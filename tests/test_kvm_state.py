@@ -37,6 +37,7 @@ TSC_DEADLINE_MODE = 2 << 17
 STI_SHADOW = 1  # KVM_X86_SHADOW_INT_STI is 2, of MOV SS 1: both hold an interrupt back
 FAR = 1 << 40
 MTRR_DEFAULT = 0xC06
+WALL_CLOCK = 0x6000
 
 # inc dword [COUNTER]; hlt; jmp to the hlt
 COUNT_ONE = bytes.fromhex("66 ff 06 00 80  f4  eb fd")
@@ -356,6 +357,30 @@ def test_reset_puts_msrs_and_events_back(make: Callable[[], TestVm]) -> None:
     VCpuState(vm.vcpu).reset()
     assert saved_msrs(vm) == at_power_on
     assert vm.vcpu.get_state()[x86.VMSTATE_EVENTS.name]["kvm_vcpu_events"][13] == 0
+
+
+@needs_kvm
+@pytest.mark.parametrize("index", [0x11, 0x4B564D00])
+def test_loading_a_guest_that_has_set_its_wall_clock_writes_no_ram(
+    make: Callable[[], TestVm], index: int
+) -> None:
+    """Where it is belongs to no state; one of an earlier version has it."""
+    source, target = make(), make()
+    before = bytes(target.ram.view(0, RAM_SIZE))
+    assert kvm.set_msrs(source.vcpu.fd, [(index, WALL_CLOCK)]) == []
+    assert any(source.ram.view(WALL_CLOCK, 12))
+    state = source.vcpu.get_state()
+    entries = [*state[x86.VMSTATE_MSRS.name]["entries"], {"index": index, "data": WALL_CLOCK}]
+    state[x86.VMSTATE_MSRS.name] = {"nmsrs": len(entries), "entries": entries}
+    target.vcpu.set_state(through_stream(state))
+    target.accel.apply_state()
+    assert bytes(target.ram.view(0, RAM_SIZE)) == before
+    assert source.accel.native_layout() == target.accel.native_layout()
+    for part in range(2):
+        target.accel.set_native(part, source.accel.get_native(part))
+    target.accel.apply_state()
+    assert bytes(target.ram.view(0, RAM_SIZE)) == before
+    assert index not in saved_msrs(source)
 
 
 @needs_kvm

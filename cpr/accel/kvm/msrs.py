@@ -1,13 +1,15 @@
 """The model-specific registers of a vCPU: which are saved, and how they are set.
 
 Saved are those that KVM_GET_MSR_INDEX_LIST names, and those that KVM keeps and does not name there:
-the MTRRs and the machine-check banks.  Numbers are from the Intel SDM, vol. 4, table 2-2.
+the MTRRs and the machine-check banks; but not COMMANDS.  Numbers are from the Intel SDM, vol. 4,
+table 2-2.
 """
 
 from __future__ import annotations
 
 import errno
 
+from cpr._native._cpr import lib
 from cpr.accel import x86
 from cpr.errors import KernelError
 from cpr.uapi import kvm
@@ -32,12 +34,16 @@ UNLISTED = (MCG_STATUS, MCG_CTL, *MTRR_PHYSICAL, *MTRR_FIXED, MTRR_DEFAULT_TYPE)
 FIELDS = frozenset({TSC, APIC_BASE, EFER})
 """These are fields of the section of their own, and are not written twice."""
 
+COMMANDS = frozenset({lib.MSR_KVM_WALL_CLOCK, lib.MSR_KVM_WALL_CLOCK_NEW})
+"""A write has KVM fill in the guest's RAM, which may be another VMM's still; earlier versions save
+them."""
+
 
 def indices(vcpu: KvmVCpu, listed: list[int]) -> list[int]:
     """What to save, with what KVM has listed; the same for every vCPU of a VM."""
     banks = kvm.get_msrs(vcpu.fd, [MCG_CAP]).get(MCG_CAP, 0) & BANKS
     wanted = [*listed, *UNLISTED, *range(MC0_CTL, MC0_CTL + banks * MSRS_IN_BANK)]
-    return [index for index in dict.fromkeys(wanted) if index not in FIELDS]
+    return [index for index in dict.fromkeys(wanted) if index not in FIELDS | COMMANDS]
 
 
 def get_msrs(vcpu: KvmVCpu) -> dict:
@@ -57,7 +63,8 @@ def set_msrs(vcpu: KvmVCpu, state: dict) -> None:
     Those that the state lacks are set to what they are at power-on.  Raises KernelError naming
     those that KVM refuses, unless they have the wanted value anyway.
     """
-    saved = {e["index"]: e["data"] for e in state[x86.VMSTATE_MSRS.name]["entries"]}
+    entries = state[x86.VMSTATE_MSRS.name]["entries"]
+    saved = {e["index"]: e["data"] for e in entries if e["index"] not in COMMANDS}
     values = vcpu.initial_msrs() | saved
     vcpu.loaded_deadline = values.pop(TSC_DEADLINE, 0)
     refused = [i for i in kvm.set_msrs(vcpu.fd, list(values.items())) if i in saved]
