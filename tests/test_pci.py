@@ -97,6 +97,18 @@ def test_config_address_survives(platform, host) -> None:
     assert other.save() == {"config_reg": address(3, 0x10)}
 
 
+def test_lines_that_were_up_in_another_vmm(platform, host) -> None:
+    """The interrupt chips have them as they were, which the devices may not."""
+    host.set_intx(1, 1, False)  # at power-on
+    assert platform.irqs == [(10, False)]
+    host.restore(host.save())
+    host.set_intx(1, 1, False)
+    host.set_intx(5, 1, False)  # the same line
+    host.set_intx(3, 1, True)
+    host.set_intx(3, 1, True)
+    assert platform.irqs == [(10, False), (10, False), (11, True)]
+
+
 def test_slots(host) -> None:
     first, second = Registers(), Registers()
     host.add(first, 4)

@@ -41,6 +41,7 @@ SECTORS = 256
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
 HEADER, STATUS, DATA = 0x1000, 0x1100, 0x2000
+INTX_DISABLE = 1 << 10
 F_FLUSH, F_CONFIG_WCE = 1 << 9, 1 << 11
 
 
@@ -395,6 +396,21 @@ def test_intx(image: Path) -> None:
     assert rig.platform.bus.mmio_read(isr, 1) == 1
     assert rig.platform.lines[10] is False
     assert rig.platform.bus.mmio_read(isr, 1) == 0
+    rig.close()
+
+
+def test_intx_that_is_disabled(image: Path) -> None:
+    """PCI Local Bus spec. 3.0, 6.2.2: the function holds no line up, and goes on with it later."""
+    rig = Rig(image)
+    rig.start(msix=False)
+    rig.do(IN, 1, 512)
+    rig.platform.wait(lambda: rig.platform.lines.get(10))
+    rig.config(4, 2, 6 | INTX_DISABLE)
+    assert rig.platform.lines[10] is False
+    rig.config(4, 2, 6)
+    assert rig.platform.lines[10] is True
+    assert rig.platform.bus.mmio_read(rig.capabilities[3], 1) == 1
+    assert rig.platform.lines[10] is False
     rig.close()
 
 

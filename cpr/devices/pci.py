@@ -83,7 +83,7 @@ class PciHost(Device):
         self._platform: Platform | None = None
         self._config_reg = 0
         self._functions: dict[int, PciFunction] = {0: HostBridge()}
-        self._raised: dict[int, set[int]] = {}  # the slots that hold a line up
+        self._raised: dict[int, set[int]] = {}  # the slots that hold a line up, if it is known
 
     def realize(self, platform: Platform) -> None:
         self._platform = platform
@@ -128,10 +128,11 @@ class PciHost(Device):
         it so.
         """
         irq = self.irq_of(slot, pin)
+        is_known = irq in self._raised
         raised = self._raised.setdefault(irq, set())
         before = bool(raised)
         (raised.add if level else raised.discard)(slot)
-        if bool(raised) != before and self._platform is not None:
+        if (not is_known or bool(raised) != before) and self._platform is not None:
             self._platform.set_irq(irq, bool(raised))
 
     def describe(self, acpi: Acpi) -> None:
@@ -190,6 +191,7 @@ class PciHost(Device):
 
     def restore(self, state: dict) -> None:
         self._config_reg = state["config_reg"]
+        self._raised = {}  # the interrupt chips have the lines as they were
 
     def _read_address(self, offset: int, size: int) -> int:
         return self._config_reg if size == 4 else (1 << 8 * size) - 1

@@ -173,6 +173,8 @@ class VirtioPci(Device, PciFunction):
         self.config.write(offset, size, value)
         if offset < pci_config.BARS + 4 * pci_config.BAR_COUNT:
             self._update_bars()
+        if pci_config.overlaps(offset, size, pci_config.COMMAND, 2):
+            self._interrupts.update_line()
         if pci_config.overlaps(offset, size, MSIX_CAPABILITY, 4):
             self._interrupts.update()
             self._update_notifiers()
