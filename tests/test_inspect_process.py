@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 
+import hung_mount
 import psutil
+from conftest import ROOT
 from inspecting import as_json, run
-from waiting import wait_for
+from waiting import TIMEOUT, wait_for
 
 from cpr.state.cpr_state import STATE_NAME, CprState
 
@@ -135,3 +137,12 @@ def test_the_state_of_a_real_update(start, accel, tmp_path):
     status, out, err = run(tmp_path / "vmstate", "--fields")
     assert (status, err) == (0, "")
     assert '"running"' in out
+
+
+def test_a_process_with_a_descriptor_on_a_file_system_that_hangs(tmp_path):
+    with hung_mount.held(tmp_path) as pid:
+        words = [sys.executable, "-m", "cpr.vmm", "inspect", str(pid)]
+        done = subprocess.run(
+            words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=TIMEOUT
+        )
+    assert f"process {pid} has no memfds" in done.stdout

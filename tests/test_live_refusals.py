@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hung_mount
 import pytest
 from live_programs import run
 
@@ -77,6 +78,26 @@ def test_what_does_not_survive_is_refused_unless_allowed(tmp_path: Path) -> None
     assert found["leak"][0] == ["descriptor"] and "/dev/null leaks" in found["leak"][1]
     assert "exit status 1" in found["leak"][2]
     assert result.of("allowed")[0] == ["lock", 1, True]
+
+
+HANGING = """
+import fcntl
+from hung_mount import open_hung
+live.ready()
+os.mkdir("mount")
+open_hung("mount")
+lock = open("lock", "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+say("found", [str(each) for each in live.audit()])
+"""
+
+
+def test_a_lock_is_found_where_a_file_system_hangs(tmp_path: Path) -> None:
+    """A descriptor of this program is on that one, too."""
+    hung_mount.skip_without()
+    result = run(tmp_path, HANGING, PYTHONPATH=hung_mount.environment()["PYTHONPATH"])
+    ((found,),) = result.of("found")
+    assert [text for text in found if text.startswith(f"lock {tmp_path}/lock: ")], found
 
 
 VERSIONS = """

@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hung_mount
 import psutil
 import pytest
 from descriptors import open_fds
@@ -21,7 +23,7 @@ from harness.qmp import Qmp, QmpError
 from harness.vm import Vm
 from test_device_updates import Source
 from test_survives_guest import Console
-from waiting import wait_for
+from waiting import TIMEOUT, wait_for
 
 from cpr.errors import MigrationError
 from cpr.live.transaction import PROTOCOL
@@ -339,3 +341,19 @@ def test_a_monitor_whose_command_waits_goes_on_in_order(start, tmp_path):
             text += monitor.recv(1 << 16).decode()
     assert text.index(INTERRUPTED) < text.index("VM status: running")
     waiting.end()
+
+
+ENDS_STARTED = """
+import os
+from cpr.migration.program import Held, end_started
+from hung_mount import NUMBER
+os.dup2(os.memfd_create("held"), NUMBER)
+end_started(Held(NUMBER))
+"""
+
+
+def test_who_ends_what_a_program_has_started_asks_no_file_system(tmp_path):
+    """One of them may hang, with a descriptor of any process on it."""
+    with hung_mount.held(tmp_path):
+        words = [sys.executable, "-c", ENDS_STARTED]
+        subprocess.run(words, env=hung_mount.environment(), check=True, timeout=TIMEOUT)

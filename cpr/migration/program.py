@@ -192,10 +192,13 @@ class Held:
         """Raises OSError; the descriptor may be closed after that."""
         self._fd = fd
         self._file = os.fstat(fd)
+        self._target = os.readlink(f"/proc/self/fd/{fd}")
 
     def has(self, pid: str) -> bool:
         """Whether this process has it too.  Raises OSError where that cannot be seen."""
-        return os.path.samestat(os.stat(f"/proc/{pid}/fd/{self._fd}"), self._file)
+        path = f"/proc/{pid}/fd/{self._fd}"
+        # A file system that hangs, on which that one may be, is asked by stat(2), not by readlink.
+        return os.readlink(path) == self._target and os.path.samestat(os.stat(path), self._file)
 
 
 def end_started(held: Held, spared: int = 0) -> None:

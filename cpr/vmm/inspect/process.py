@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from cpr.state.cpr_state import STATE_NAME
 
 SEALS = ("seal", "shrink", "grow", "write", "future-write", "exec")  # F_SEAL_*, from bit 0 on
 STATE_TARGET = f"/memfd:{STATE_NAME}"
+DELETED = " (deleted)"
 SHARED_MEMORY = ("/memfd:", "/dev/shm/", "/anon_hugepage")
 REMEDY = "it can be looked at as root, or as the user who owns it"
 
@@ -75,26 +77,33 @@ class Process:
             status.st_mtime_ns,
         )
 
-    def descriptors(self) -> list[Descriptor]:
-        """All that are open, by number."""
+    def _descriptors(self, wanted: Callable[[str], bool]) -> list[Descriptor]:
+        """Those whose target is wanted, by number; others may be on a file system that hangs."""
+        found = []
         try:
-            numbers = sorted(map(int, os.listdir(f"{self._folder}/fd")))
+            for number in sorted(map(int, os.listdir(f"{self._folder}/fd"))):
+                try:
+                    target = os.readlink(self.path(number))
+                except FileNotFoundError:  # it has been closed meanwhile
+                    continue
+                if wanted(target):
+                    found.append(self.descriptor(number))
         except OSError as error:
             raise self._error(error) from error
-        return [found for number in numbers if (found := self.descriptor(number)) is not None]
+        return [each for each in found if each is not None]
 
     def states(self) -> list[Descriptor]:
         """The memfds of a CPR state, the one written last first.
 
         Of several descriptors for one memfd, such as QEMU has before the exec, it is the highest.
         """
-        found = [each for each in self.descriptors() if _is_named(each, STATE_TARGET)]
+        found = self._descriptors(lambda target: target.removesuffix(DELETED) == STATE_TARGET)
         memfds = {each.inode: each for each in found}
         return sorted(memfds.values(), key=lambda each: each.written, reverse=True)
 
     def shared_memory(self) -> list[Descriptor]:
         """The memfds and shared memory files: what an update could preserve."""
-        return [each for each in self.descriptors() if each.target.startswith(SHARED_MEMORY)]
+        return self._descriptors(lambda target: target.startswith(SHARED_MEMORY))
 
     def state_variable(self) -> str | None:
         """The descriptor that the environment names, as it was when the program was started."""
@@ -129,7 +138,3 @@ class Process:
         if error.errno in (errno.ENOENT, errno.ESRCH):
             return CprError(f"there is no process {self.pid}")
         return KernelError(f"process {self.pid}", error.errno or 0, REMEDY)
-
-
-def _is_named(descriptor: Descriptor, target: str) -> bool:
-    return descriptor.target.removesuffix(" (deleted)") == target
