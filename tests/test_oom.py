@@ -14,6 +14,7 @@ from failing import words
 from harness.vm import VMM, Vm
 from live_programs import run
 from test_hard_moments import deferred
+from test_silent_peers import hanging
 from test_update_moments import Held, counts, status
 from waiting import wait_for
 
@@ -113,6 +114,17 @@ def test_where_no_descriptor_is_left_it_is_tried_again(monkeypatch, tmp_path):
     monkeypatch.setattr(oom, "PATH", str(path))
     oom.withdraw()
     assert path.read_text() == "-7"
+
+
+def test_a_program_that_is_asked_what_it_knows_is_killed_first(start, accel, tmp_path, before):
+    vm: Vm = start(*words(accel))
+    vm.qmp.send("cpr-exec", command=hanging(tmp_path, False))
+    wait_for((tmp_path / "hangs").exists, "it is there")
+    (child,) = psutil.Process(vm.pid).children()
+    wait_for(lambda: score(child.pid) == MOST, "it is the first")
+    assert score(vm.pid) == before
+    vm.process.terminate()
+    assert vm.process.wait(60) == 0
 
 
 def test_a_rehearsed_program_is_killed_first(start, accel, tmp_path, before):

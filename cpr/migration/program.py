@@ -2,8 +2,8 @@
 
 A program says what it knows when its verb `run` is replaced: `python -m cpr.vmm protocol` prints
 the versions of what old and new image say to each other, one a line, and a number that it is given
-in the environment.  What is not asked, because its command has no such verb, or does not answer, is
-updated in QEMU's way.
+in the environment.  What is not asked, because its command has no such verb, or ends without an
+answer, is updated in QEMU's way.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from cpr import launcher
 from cpr.config import parse_command_line, strip_options
 from cpr.errors import CprError, MigrationError
+from cpr.live import oom
 from cpr.live.token import is_readable
 from cpr.live.transaction import HEARS, PROTOCOL, VERSIONS
 
@@ -32,6 +33,11 @@ VERB = "run"
 PROTOCOL_VERB = "protocol"
 ANSWER_TIMEOUT = 10.0  # s
 MOST_ANSWER = 200  # bytes
+NO_PROGRAM = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.ENOEXEC),
+)
+BY_SIGNAL = 128  # the exit status of a shell whose command the signal N has ended, less N
 QUESTION = "CPR_QUESTION"
 """In the environment of a program that is asked: the number that it is to repeat."""
 LEAST_NUMBER = 1 << 32  # of QUESTION; no version
@@ -111,11 +117,12 @@ def spoken_versions(
     command: Sequence[str], files: ProgramFiles, serve: Callable[[], str]
 ) -> list[int]:
     """The versions of the hand-over that the program of `command` speaks; none where it has no
-    idea of that.  Takes a program's start, unless it is this very one.
+    idea of that, or there is none.  Takes a program's start, unless it is this very one.
 
     `serve()` is called again and again meanwhile: the guest runs on.  What it says ends that.
-    Raises MigrationError with that, and for a program that does not get this process's environment:
-    it would not know of the update, and start another guest.
+    Raises MigrationError with that, for a program that cannot be asked, which may speak any, and
+    for one that does not get this process's environment: it would not know of the update, and start
+    another guest.
     """
     words = list(command)
     if VERB not in words:
@@ -130,17 +137,26 @@ def spoken_versions(
     from cpr.process_group import end_group, own_group
 
     number = LEAST_NUMBER + int.from_bytes(os.urandom(4), "little")
+    question = [*program, PROTOCOL_VERB]
     try:
         process = subprocess.Popen(
-            [*program, PROTOCOL_VERB],
+            question,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, QUESTION: str(number)},
             process_group=own_group(),
         )
-    except (OSError, ValueError, subprocess.SubprocessError):
+    except OSError as error:
+        if error.filename == question[0] and error.errno in NO_PROGRAM:
+            return []
+        what = "" if error.filename in (None, question[0]) else f"{error.filename}: "
+        raise _unasked(f"it could not be started: {what}{error.strerror}") from None
+    except ValueError:
         return []
+    except subprocess.SubprocessError as error:
+        raise _unasked(f"it could not be started: {error}") from None
+    oom.offer(process.pid)
     try:
         said = _read_answer(process, serve)
     finally:  # also one that does not end, or has started others
@@ -165,24 +181,36 @@ def answer() -> str:
 
 
 def _read_answer(process: Popen[bytes], serve: Callable[[], str]) -> bytes:
-    """What a program says until it ends well; nothing where it does not, or takes too long.
+    """What a program says until it ends well; nothing where it has another exit status.
 
-    Raises MigrationError with what `serve` says against waiting for it.
+    Raises MigrationError with what `serve` says against waiting for it, and for one that takes too
+    long, or that a signal ends: what it knows is not known.
     """
     assert process.stdout is not None
     fd, answer = process.stdout.fileno(), b""
     os.set_blocking(fd, False)
     deadline = time.monotonic() + ANSWER_TIMEOUT
     while process.poll() is None:
+        if time.monotonic() > deadline:
+            raise _unasked(f"it has not answered within {ANSWER_TIMEOUT:.0f} s")
         if reason := serve():
             raise MigrationError(reason)
-        if time.monotonic() > deadline:
-            return b""
+    status = process.returncode
+    signo = -status if status < 0 else status - BY_SIGNAL
+    if 0 < signo < signal.NSIG:
+        raise _unasked(f"it was ended by signal {signo}")
     try:
         answer = os.read(fd, MOST_ANSWER)
     except BlockingIOError:  # nothing, and something that it has started is still there
         return b""
-    return answer if process.returncode == 0 else b""
+    return answer if status == 0 else b""
+
+
+def _unasked(reason: str) -> MigrationError:
+    return MigrationError(
+        f"the new program could not be asked what it knows: {reason}. Try again; a command without "
+        f"the word '{VERB}', as that of a script, is not asked, and is updated in QEMU's way"
+    )
 
 
 class Held:
