@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from failing import bad
 from harness.vm import HEARTBEAT, ROOT, VMM, Vm
 from waiting import wait_for, wait_for_change
 
@@ -138,7 +139,9 @@ def test_the_verb_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_pid_1_of_a_container(start) -> None:
-    """Updates leave it PID 1; it reaps whose parents have ended; SIGTERM ends the container."""
+    """Updates leave it PID 1; it reaps whose parents have ended, and not what is waited for;
+    SIGTERM ends the container.
+    """
     if os.geteuid() != 0:
         pytest.skip("a PID namespace needs root")
     unshare = ["unshare", "--pid", "--fork", "--mount-proc", *VMM]
@@ -160,6 +163,9 @@ def test_pid_1_of_a_container(start) -> None:
         wait_for(lambda: not init.children(), "what has ended is reaped")
         assert init.is_running()
 
+    check()
+    assert "cannot be rehearsed" in update("-t", "sh", "-c", "echo 7; exit 1", "run"), "no answer"
+    assert "has ended with exit status 1" in update("-t", *bad("exit"))
     check()
     assert update().startswith("early update: ")
     check()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 waited_for: set[int] = set()
-"""The PIDs that a Child waits for; `starting` is held while one is not in there yet."""
+"""The PIDs that somebody waits for; `starting` is held while one is not in there yet."""
 starting = allocate_lock()
 
 

@@ -134,19 +134,22 @@ def spoken_versions(
     import subprocess
 
     from cpr.migration import channel
+    from cpr.migration.child import starting, waited_for
     from cpr.process_group import end_group, own_group
 
     number = LEAST_NUMBER + int.from_bytes(os.urandom(4), "little")
     question = [*program, PROTOCOL_VERB]
     try:
-        process = subprocess.Popen(
-            question,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, QUESTION: str(number)},
-            process_group=own_group(),
-        )
+        with starting:
+            process = subprocess.Popen(
+                question,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, QUESTION: str(number)},
+                process_group=own_group(),
+            )
+            waited_for.add(process.pid)
     except OSError as error:
         if error.filename == question[0] and error.errno in NO_PROGRAM:
             return []
@@ -161,6 +164,7 @@ def spoken_versions(
         said = _read_answer(process, serve)
     finally:  # also one that does not end, or has started others
         end_group(process, channel.reap_later)
+        waited_for.discard(process.pid)
     words_of_it = said.split()
     if not all(word.isdigit() for word in words_of_it):
         return []

@@ -17,6 +17,7 @@ from cpr.live.last_words import bound
 from cpr.live.old_image import Update
 from cpr.live.transaction import END, HELLO, RAM_FILES, READY, UpdateError
 from cpr.migration import channel
+from cpr.migration.child import starting, waited_for
 from cpr.migration.hand_over import check_protocol, send_state
 from cpr.migration.placement import Placement
 from cpr.migration.program import Held, end_started
@@ -62,7 +63,9 @@ def rehearse(
         placement = Placement.of(machine.threads)
         placement.keep_away()
         try:
-            update.spawn(command, os.environ, channel.reap_later)
+            with starting:
+                update.spawn(command, os.environ, channel.reap_later)
+                waited_for.add(update.pid)
         finally:
             placement.give_back(machine.threads)
         try:
@@ -75,6 +78,7 @@ def rehearse(
                     pass
         finally:
             status, words = update.end_child()
+            waited_for.discard(update.pid)
             carefully(lambda: end_started(Held(update.page.fd)))
     except UpdateError as error:
         raise MigrationError(str(error)) from None
