@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from live_programs import run
 
 LINES = """
@@ -188,6 +189,7 @@ def test_a_writer_that_saves_its_place_goes_on_there(tmp_path: Path) -> None:
 
 CLOSED = """
 import asyncio, socket
+late = len(sys.argv) > 1
 live.on_save(lambda: live.generation)
 
 async def on_client(reader, writer):
@@ -206,6 +208,12 @@ async def main():
     else:
         live.ready()
         say("without", live.get("client:0").recv(9).decode(), live.names())
+        if late:
+            server = await live.aio.start_server("web", on_client, path="web.sock")
+            client = socket.socket(socket.AF_UNIX)
+            client.setblocking(False)
+            client.connect("web.sock")
+            say("late", await ask(client, b"c\\n"))
         return
     for number in range(2) if not live.generation else ():
         client = socket.socket(socket.AF_UNIX)
@@ -216,7 +224,8 @@ async def main():
         if number == 0:
             server.close()
             server = await live.aio.start_server("web", on_client, path="web.sock")
-    server.close()
+    if not late:
+        server.close()
     for name in live.names("client"):
         say("again", await ask(live.get(name), b"b\\n"))
     await live.aio.update()
@@ -225,11 +234,17 @@ asyncio.run(main())
 """
 
 
-def test_connections_of_a_closed_server_go_over_or_are_closed(tmp_path: Path) -> None:
-    result = run(tmp_path, CLOSED)
+@pytest.mark.parametrize("late", [[], ["late"]])
+def test_connections_of_a_closed_server_go_over_or_are_closed(
+    tmp_path: Path, late: list[str]
+) -> None:
+    """They are also where the server is started after `ready`, which serves new ones then."""
+    result = run(tmp_path, CLOSED, *late)
     assert result.of("first") == [["0 a\n"]] * 2, result.stderr
     assert result.of("again") == [["0 b\n"]] * 2 + [["1 b\n"]] * 2
-    assert result.of("without") == [["", ["client:0", "client:1"]]], result.stderr
+    names = ["client:0", "client:1", *["web" for _ in late]]
+    assert result.of("without") == [["", names]], result.stderr
+    assert result.of("late") == [["2 c\n"]] * len(late), result.stderr
 
 
 STREAMING = """

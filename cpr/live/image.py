@@ -168,7 +168,7 @@ class Image:
             self._call(link.commit)
             self._link = None
             assert self._header is not None
-            self._close_unclaimed()
+            self._forget_unclaimed()
             self._get_stderr_back()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self._header["blocked"])
             if isinstance(link, new_image.Predecessor):
@@ -223,14 +223,14 @@ class Image:
             pass
         os._exit(0)
 
-    def _close_unclaimed(self) -> None:
-        """What was a part's, and here is nobody's: who is at the other end need not wait.
+    def _forget_unclaimed(self) -> None:
+        """Parts that here are nobody's, and their names: who is at the other end need not wait.
 
         The names of a part are the keys of what it has saved.
         """
         parts = self._body["parts"] if self._body is not None else {}
         for part in parts.keys() - self.parts.keys():
-            for name in parts[part]:
+            for name in parts.pop(part):
                 if self.registry.find(name) is not None and name not in self.registry.claimed:
                     self.registry.drop(name)
 
