@@ -33,6 +33,57 @@ def test_a_signal_while_the_new_program_starts_waits(tmp_path: Path, mode: str, 
     assert all(line[2] == [10, 15] for line in ready)
 
 
+WITHIN = """
+import signal, threading
+mode, guard = sys.argv[1:3]
+serving, ending = None, threading.Event()
+def pages():  # of the update that this program has come by
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:  # the listing's own
+            pass
+    return links.count("/memfd:cpr-live (deleted)")
+@live.on_pause
+def pause():
+    global serving
+    say("pause", live.generation, serving is not None, pages(), wait_alone())
+    if serving is not None:
+        ending.set()
+        serving.join()
+        serving = None
+@live.on_resume
+def resume():
+    global serving
+    if serving is None:
+        ending.clear()
+        serving = threading.Thread(target=ending.wait, name="serve")
+        serving.start()
+live.state()
+live.update_on(signal.SIGHUP, argv=["/bin/false"], guard=guard, on_error=lambda error:
+               say("failed", live.generation, error.status))
+if live.generation:
+    os.kill(os.getpid(), signal.SIGHUP)
+live.ready()
+resume()
+say("threads", live.generation, sum(each.name == "serve" for each in threading.enumerate()))
+if not live.generation:
+    live.update(mode=mode, guard=guard)
+pause()
+"""
+
+
+@pytest.mark.parametrize(("mode", "guard"), [("early", "fork"), ("late", "vm")])
+def test_an_update_within_ready_begins_when_all_else_is_done(
+    tmp_path: Path, mode: str, guard: str
+) -> None:
+    result = run(tmp_path, WITHIN, mode, guard)
+    assert result.of("failed") == [[1, 1]], result.stderr
+    assert [1, False, 0, ""] in result.of("pause"), result.stderr
+    assert result.of("threads") == [[0, 1], [1, 1]]
+
+
 FORKED = """
 import asyncio, signal, socket
 kind = sys.argv[1]

@@ -191,10 +191,7 @@ def ready() -> None:
     Without a previous program it says READY to systemd, if there is one, and nothing else.  Raises
     UpdateError where the previous program has taken everything back: this one has nothing then.
     """
-    this = image.current()
-    updated = this.is_starting
-    this.commit()
-    notify.started(updated)
+    image.current().commit()
 
 
 def audit() -> list[Finding]:

@@ -159,18 +159,29 @@ class Image:
         return self._body["parts"].pop(name), self._reader
 
     def commit(self) -> None:
-        """Everything is this program's; the previous one ends.  Raises UpdateError: too late."""
+        """Everything is this program's; the previous one ends.  Raises UpdateError: too late.
+
+        The service's manager hears of it.  Signals come last: one may ask for the next update.
+        """
         self.take_over()
-        link = self._link
+        link, blocked = self._link, []
         if link is not None:
             if link.mode == REHEARSE:
                 self._end_rehearsal(link)
             self._call(link.commit)
-            self._link = None
             assert self._header is not None
+            blocked = self._header["blocked"]
+        try:
+            self._own(link)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
+
+    def _own(self, link: Any) -> None:
+        """What a commit has to do when everything is this program's."""
+        if link is not None:
+            self._link = None
             self._forget_unclaimed()
             self._get_stderr_back()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._header["blocked"])
             if isinstance(link, new_image.Predecessor):
                 guard_pid = link.page.struct.guard_pid
                 link.close()
@@ -180,6 +191,7 @@ class Image:
         hooks, self.committing = self.committing, []
         for hook in hooks:
             hook()
+        notify.started(link is not None)
 
     def refuse(self, reason: str) -> None:
         """Says why this program cannot take over, and ends it: nothing was handed over.
