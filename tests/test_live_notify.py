@@ -70,6 +70,36 @@ def test_what_is_said(tmp_path: Path) -> None:
     assert stored == 2
 
 
+REFUSED = """
+import asyncio, threading
+ending = threading.Event()
+thread = threading.Thread(target=ending.wait)
+live.ready()
+async def update():
+    await live.aio.update(["/bin/false"])
+def all_ways():
+    say("refused", fails(["/bin/false"]).pid_changed)
+    try:
+        asyncio.run(update())
+    except live.UpdateError as error:
+        say("refused", error.pid_changed)
+thread.start()  # what is refused by itself
+all_ways()
+ending.set()
+thread.join()
+live.on_pause(lambda: 1 / 0)
+all_ways()
+"""
+
+
+def test_an_update_that_is_refused_ends_a_reload(tmp_path: Path) -> None:
+    """systemd takes READY for its end after RELOADING only."""
+    result, said, _ = serve(tmp_path, REFUSED)
+    assert result.of("refused") == [[False]] * 4, result.stderr
+    words = [text.partition("=")[0] for text in said]
+    assert words == ["READY", *["RELOADING", "MAINPID", "READY"] * 4]
+
+
 DROPPED = """
 import socket
 if live.generation == 0:

@@ -55,10 +55,10 @@ async def update(
     current = session.Session(argv, env, timeout, mode, guard, allow, back)
     loop = asyncio.get_running_loop()
     try:
+        notify.reloading()
         current.pause()
         await _end_executor(loop, current)
         current.check()
-        notify.reloading()
         if mode == arguments.LATE:
             await _stop(current)
         current.start()

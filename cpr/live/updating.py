@@ -42,9 +42,9 @@ def update(
     """
     current = session.Session(argv, env, timeout, mode, guard, allow, back)
     try:
+        notify.reloading()
         current.pause()
         current.check()
-        notify.reloading()
         current.start()
         while True:
             current.resume()
