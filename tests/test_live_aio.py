@@ -398,6 +398,48 @@ def test_a_client_that_reads_nothing_holds_up_no_update(tmp_path: Path) -> None:
     assert result.of("failed") == [[1]]
 
 
+ENDED = """
+import asyncio
+SIZE = 8 << 20
+if len(sys.argv) > 1:
+    live.generation  # it has copies of the connections now
+    open("there", "w").close()
+    while not os.path.exists("seen"):
+        time.sleep(0.01)
+    raise SystemExit(3)
+
+async def on_client(reader, writer):
+    writer.write(bytes(int(await reader.readline())))
+
+async def main():
+    await live.aio.start_server("ended", on_client, path="ended.sock")
+    live.ready()
+    clients = [await asyncio.open_unix_connection("ended.sock") for _ in range(2)]
+    update = asyncio.create_task(live.aio.update([PYTHON, __file__, "new"]))
+    while not os.path.exists("there"):
+        await asyncio.sleep(0.01)
+    for (reader, writer), size in zip(clients, (0, SIZE)):
+        writer.write(b"%d\\n" % size)
+        try:
+            say("end", len(await asyncio.wait_for(reader.read(), 5)) == size)
+        except TimeoutError:
+            say("no end", size)
+    open("seen", "w").close()
+    try:
+        await update
+    except live.UpdateError as error:
+        say("failed", error.status)
+
+asyncio.run(main())
+"""
+
+
+def test_a_client_sees_the_end_while_a_new_program_starts(tmp_path: Path) -> None:
+    result = run(tmp_path, ENDED)
+    assert result.of("end") == [[True]] * 2, result.stderr
+    assert result.of("failed") == [[3]]
+
+
 EXECUTOR = """
 import asyncio, concurrent.futures, threading
 name = lambda: threading.current_thread().name

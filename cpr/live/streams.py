@@ -11,8 +11,11 @@ waits as ever, for nobody knows its place in an answer that is longer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from typing import Any, cast
 
+from cpr.live import image
 from cpr.live.payload import Reader, Writer
 
 MOST_PENDING = 16 << 20  # bytes
@@ -94,6 +97,9 @@ class _Protocol(asyncio.StreamReaderProtocol):
         self._connection.reader._transport = self._connection.gate  # type: ignore[attr-defined]
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if image.current().updating:  # else the client sees no end: the new program has a copy
+            with contextlib.suppress(OSError):
+                self._connection.transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         super().connection_lost(exc)
         self._connection.lost = True
         self._connection.wake()
