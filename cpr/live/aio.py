@@ -128,19 +128,14 @@ async def _stop(current: session.Session) -> None:
     global _stopped
     _stopped = True
     for function in _stopping:
-        try:
-            await asyncio.wait_for(function(), current.remaining())
-        except TimeoutError:
-            text = f"{hooks.name_of(function)}, of on_stop, takes more than {current.timeout:g} s"
-            raise UpdateError(text) from None
-        except Exception as error:
-            raise hooks.failed("on_stop", function, error) from error
+        await _call_on_stop(function, current)
     while True:
         for server in servers:
             server.stop()
         names = [each.name for server in servers for each in server.busy()]
         if not names:
             return
+        current.check_new()
         if current.remaining() == 0:
             raise UpdateError(
                 f"the handler of '{names[0]}' is in the middle of something since "
@@ -148,6 +143,30 @@ async def _stop(current: session.Session) -> None:
                 "writer.drain(), has set writer.saved"
             )
         await asyncio.sleep(STEP)
+
+
+async def _call_on_stop(function: Callable[[], Awaitable[Any]], current: session.Session) -> None:
+    """Raises UpdateError where it fails or takes too long, or the new program ends meanwhile."""
+    try:
+        task = asyncio.ensure_future(function())
+    except Exception as error:
+        raise hooks.failed("on_stop", function, error) from error
+    try:
+        while not task.done():
+            current.check_new()
+            if current.remaining() == 0:
+                raise UpdateError(
+                    f"{hooks.name_of(function)}, of on_stop, takes more than {current.timeout:g} s"
+                )
+            await asyncio.wait([task], timeout=min(current.remaining(), BOUND_MS / 1000))
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])
+    try:
+        task.result()
+    except Exception as error:
+        raise hooks.failed("on_stop", function, error) from error
 
 
 def _resume() -> None:
@@ -180,6 +199,7 @@ async def _end_executor(loop: Any, current: session.Session) -> None:
             loop._default_executor = None
             executor.shutdown(wait=False)
             while any(thread.is_alive() for thread in executor._threads):
+                current.check_new()
                 if current.remaining() == 0:
                     raise UpdateError("the loop's default executor is busy")
                 await asyncio.sleep(STEP)

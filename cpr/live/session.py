@@ -13,10 +13,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cpr.constants import NS_PER_S
-from cpr.live import arguments, auditing, forked, hooks, image, notify, old_image, program
+from cpr.live import (
+    arguments,
+    auditing,
+    forked,
+    hooks,
+    image,
+    notify,
+    old_image,
+    program,
+    transaction,
+)
 from cpr.live.arguments import EARLY, FORK
 from cpr.live.errors import UpdateError, reason_of
 from cpr.live.kept import for_the_exec
@@ -188,6 +198,12 @@ class Session:
             self.raise_late()
         return False
 
+    def check_new(self) -> None:
+        """Raises UpdateError where there is a new program, and it has ended."""
+        pidfd = self._update.pidfd if self._update is not None else -1
+        if pidfd >= 0 and is_readable(pidfd):
+            self._raise_death()
+
     def raise_late(self) -> NoReturn:
         raise UpdateError(
             f"the new program did not take over within {self.timeout:g} s, and was killed"
@@ -200,7 +216,7 @@ class Session:
         back: that is waited for again.  Raises UpdateError.
         """
         assert self._update is not None
-        self._send_rest(self._update.send)
+        self._send_rest(self._send)
         poll = select.poll()
         poll.register(self._update.pidfd, select.POLLIN)
         poll.register(self._update.token, select.POLLOUT)
@@ -258,7 +274,7 @@ class Session:
         message = self._update.receive()
         message.close()
         if message.kind == HELLO:
-            self._send_header(self._update.send)
+            self._send_header(self._send)
             if self.rehearsing:
                 self._send_rest(self._update.queue)
         elif message.kind == REFUSE:
@@ -280,13 +296,23 @@ class Session:
         variables = dict(os.environ)
         body = {"argv": this.argv, "cwd": this.folder, "environment": variables}
         blocked = {*signal.pthread_sigmask(signal.SIG_BLOCK, ()), *self._blocked}
-        self._update.send(BACK, {**body, "blocked": sorted(blocked)})
+        self._send(BACK, {**body, "blocked": sorted(blocked)}, [])
 
     def _raise_death(self) -> NoReturn:
         assert self._update is not None
         status = self._update.exit_status()
         reason = f"the new program {describe_status(status)} before it took over"
         raise UpdateError(reason, status)
+
+    def _send(self, kind: str, body: dict[str, Any], fds: Sequence[int]) -> None:
+        """To a new program that runs.  Raises UpdateError: of its end, where it takes nothing."""
+        assert self._update is not None
+        try:
+            self._update.send(kind, body, fds)
+        except transaction.UpdateError:
+            if is_readable(self._update.pidfd, BOUND_MS):  # it hangs up a moment before its end
+                self._raise_death()
+            raise
 
     def _send_header(self, send: Send) -> None:
         stderr = self._last_words.real if self._last_words is not None else -1
