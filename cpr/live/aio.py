@@ -17,11 +17,10 @@ The streams are those of asyncio's selector loop, without TLS.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from cpr.live import arguments, hooks, notify, session
+from cpr.live import arguments, executor, hooks, notify, session
 from cpr.live.aio_server import Server, servers, start_server
 from cpr.live.errors import UpdateError, cause_of
 from cpr.live.last_words import BOUND_MS
@@ -50,17 +49,18 @@ async def update(
     """As `live.update`; the loop runs on while the new program starts, unless the mode is late.
 
     Before the hand-over the servers of `start_server` stop reading and accepting, and each handler
-    goes on until it is at rest; what the loop's default executor does is waited for, too.
+    goes on until it is at rest.  What the loop's default executor does is waited for too, and
+    before the exec; what it is given meanwhile is done after that.
     """
     current = session.Session(argv, env, timeout, mode, guard, allow, back)
     loop = asyncio.get_running_loop()
     try:
         notify.reloading()
         current.pause()
-        await _end_executor(loop, current)
-        current.check()
         if mode == arguments.LATE:
             await _stop(current)
+        await executor.end(loop, current)
+        current.check()
         current.start()
         while True:
             current.resume()
@@ -68,7 +68,7 @@ async def update(
             await _wait(loop, current)
             current.pause()
             await _stop(current)
-            await _end_executor(loop, current)
+            await executor.end(loop, current)
             current.hand_over()
     except Exception as error:
         failure = current.fail(error)
@@ -171,6 +171,7 @@ async def _call_on_stop(function: Callable[[], Awaitable[Any]], current: session
 
 def _resume() -> None:
     global _stopped
+    executor.release()
     for server in servers:
         server.resume()
     if _stopped:
@@ -185,38 +186,6 @@ def _go_on(loop: asyncio.AbstractEventLoop) -> None:
     except UpdateError as error:
         context = {"message": "a function of aio.on_resume failed", "exception": error.__cause__}
         loop.call_exception_handler(context)
-
-
-async def _end_executor(loop: Any, current: session.Session) -> None:
-    """Waits for the threads of the loop's default executor, which it has again after that.
-
-    Raises UpdateError for one that is busy; it goes on with that.
-    """
-    first = None
-    try:
-        while (executor := getattr(loop, "_default_executor", None)) is not None:
-            first = first or executor  # the loop makes others for what comes meanwhile
-            loop._default_executor = None
-            executor.shutdown(wait=False)
-            while any(thread.is_alive() for thread in executor._threads):
-                current.check_new()
-                if current.remaining() == 0:
-                    raise UpdateError("the loop's default executor is busy")
-                await asyncio.sleep(STEP)
-    finally:
-        if first is not None:
-            _reopen(first)
-            loop._default_executor = first
-
-
-def _reopen(executor: Any) -> None:
-    """The inverse of an executor's `shutdown`: the program may have set it, and use it itself."""
-    fresh = concurrent.futures.ThreadPoolExecutor()
-    executor._threads = {thread for thread in executor._threads if thread.is_alive()}
-    executor._idle_semaphore = fresh._idle_semaphore
-    if not executor._threads:  # else they wait for the queue that they have
-        executor._work_queue = fresh._work_queue
-    executor._shutdown = False
 
 
 def schedule(
