@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from live_programs import run
 
 CONNECTED = """
@@ -138,3 +139,49 @@ def test_a_client_sees_the_end_while_a_new_program_starts(tmp_path: Path) -> Non
     result = run(tmp_path, ENDED)
     assert result.of("end") == [[True]] * 2, result.stderr
     assert result.of("failed") == [[3]]
+
+
+TASKS = """
+import asyncio
+tasks = set()
+
+async def answer(line, writer):
+    await asyncio.sleep(0.2)
+    writer.write(b"%d %s" % (live.generation, line))
+
+async def on_client(reader, writer):
+    while line := await reader.readline():
+        task = asyncio.create_task(answer(line, writer))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+async def stop():
+    while tasks:
+        await asyncio.wait(tasks)
+    await asyncio.get_running_loop().sock_sendall(client, b"two\\n")  # a client at this moment
+    await asyncio.sleep(0.05)
+
+async def main():
+    global client
+    live.aio.on_stop(stop)
+    await live.aio.start_server("tasks", on_client, path="tasks.sock")
+    client = live.socket("client", lambda: connected("tasks.sock"))
+    live.ready()
+    if live.generation == 0:
+        client.send(b"one\\n")
+        while not tasks:
+            await asyncio.sleep(0.001)
+        await live.aio.update(mode=sys.argv[1])
+    reader, writer = await asyncio.open_connection(sock=client.dup())
+    for _ in range(2):
+        say("answer", (await asyncio.wait_for(reader.readline(), 10)).decode())
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("mode", ["early", "late"])
+def test_what_tasks_of_a_handler_answer_is_waited_for_in_on_stop(tmp_path: Path, mode: str) -> None:
+    """Nothing is read any more then, and no task is started that nobody would wait for."""
+    result = run(tmp_path, CONNECTED + TASKS, mode)
+    assert result.of("answer") == [["0 one\n"], ["1 two\n"]], result.stderr

@@ -81,7 +81,10 @@ async def update(
 
 
 def on_stop(function: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
-    """`function` is awaited before the hand-over: it stops a server that is not of this module."""
+    """`function` is awaited before the hand-over, when the servers of this module read no more.
+
+    It stops a server of another kind, or waits for tasks that handlers have started.
+    """
     _stopping.append(function)
     return function
 
@@ -127,11 +130,11 @@ async def _stop(current: session.Session) -> None:
     """Until all handlers are at rest.  Raises UpdateError naming one that does not come to it."""
     global _stopped
     _stopped = True
+    _stop_reading()
     for function in _stopping:
         await _call_on_stop(function, current)
     while True:
-        for server in servers:
-            server.stop()
+        _stop_reading()  # of connections that were just being accepted, too
         names = [each.name for server in servers for each in server.busy()]
         if not names:
             return
@@ -143,6 +146,11 @@ async def _stop(current: session.Session) -> None:
                 "writer.drain(), has set writer.saved"
             )
         await asyncio.sleep(STEP)
+
+
+def _stop_reading() -> None:
+    for server in servers:
+        server.stop()
 
 
 async def _call_on_stop(function: Callable[[], Awaitable[Any]], current: session.Session) -> None:
