@@ -6,10 +6,12 @@ from cpr.constants import PROGRAM_VERSION
 from cpr.errors import MigrationError
 from cpr.faults import point
 from cpr.live.transaction import END, HAND_OVER, READY, REHEARSE, STATE, UpdateError
+from cpr.migration import savevm
 from cpr.migration.capabilities import Capabilities
 from cpr.migration.channel import MemoryChannel
 from cpr.migration.hand_over import decode_state, differences
 from cpr.migration.loadvm import Loader
+from cpr.migration.mode import EXEC, KeepsRam
 from cpr.migration.placement import Placement
 
 TYPE_CHECKING = False
@@ -76,10 +78,25 @@ class Arrival:
     def load_sections(self, machine: Machine) -> None:
         """Loads what the old VMM could save while the guest runs.  Raises CprError."""
         self._loader = Loader(machine, Capabilities())
+        self._load(self._loader)
+
+    def _load(self, loader: Loader) -> None:
         if self._sections:
-            stream, self._stream = self._stream, b""
-            self._loader.load(MemoryChannel(stream), described=False, complete=False)
-            self._beginning = stream[: self._loader.devices_offset]
+            loader.load(MemoryChannel(self._stream), described=False, complete=False)
+            self._beginning = self._stream[: loader.devices_offset]
+
+    def load_again(self, machine: Machine) -> None:
+        """Does most of what the hand-over will do, on the CPUs where that will be.
+
+        What is in their caches need not be fetched while the guest stands still.  The sections are
+        those of `load_sections`, and what a vCPU has it is given again: nothing changes.
+        """
+        assert self._loader is not None
+        self.placement.hand_over()
+        if self._native:
+            savevm.warm_up_native(machine, KeepsRam(EXEC))
+        self._load(self._loader)
+        self._stream = b""
 
     def receive_guest(self, fds: PreservedFds) -> Callable[[], str]:
         """Says that all is ready, and waits for the guest, after `load_sections`.

@@ -250,12 +250,14 @@ class EarlyUpdate:
         self._switch_interval = sys.getswitchinterval()
         self._stopped = True  # from here on there is something to undo
         gc.disable()
-        sys.setswitchinterval(LONG_INTERVAL)
         machine.accel.saves_cpu_model = False
         machine.accel.saves_native = self._native
         self._placement.bring(self._update.pid)
         machine.events.hold()
         self._placement.hand_over()
+        if self._known:
+            savevm.save_again(machine, self._mode, self._known)
+        sys.setswitchinterval(LONG_INTERVAL)
         self._update.page.struct.stopped_ns = time.monotonic_ns()
         machine.request_pause()
         outgoing.stop_guest()

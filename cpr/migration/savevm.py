@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 RAM_SECTION_ID = 1
 PART_SIZE = 256 << 20  # of the pages in one section
 FIRST_DEVICE_ID = 2
+BETWEEN_STOPS = 400e-6
+"""How long, in s, vCPUs that a save has kept waiting run before the next one."""
 
 
 def prepare() -> None:
@@ -209,17 +211,46 @@ def save_running(machine: Machine, mode: Mode) -> tuple[bytes, dict[tuple[str, i
     return channel.written(), bodies
 
 
+def save_again(machine: Machine, mode: Mode, known: Mapping[tuple[str, int], bytes]) -> None:
+    """Saves what `save_running` has, which gave `known`, once more and for nobody.
+
+    The CPU then has it in its caches when it is saved for the hand-over, for which the guest stands
+    still.  The vCPUs run a while after that: it is no part of that pause.
+    """
+    devices = [device for device in machine.sections() if device.plain and not device.of_vcpu]
+    saver = Saver(machine, Capabilities(), mode, MemoryChannel(), devices)
+    saver.devices(runstate.RUNNING, known)
+    saver.end(described=False)
+    time.sleep(BETWEEN_STOPS)
+
+
 def warm_up(machine: Machine, mode: Mode) -> None:
     """Saves a machine that has no guest yet, and loads it again, but for devices of the host.
 
     Nothing changes by that; a hand-over then does nothing for the first time, for which the guest
     would stand still: imports, caches, pages of memory.
     """
+    _save_and_load(machine, mode, [device for device in machine.sections() if device.plain])
+
+
+def warm_up_native(machine: Machine, mode: Mode) -> None:
+    """As `warm_up`, of what the accelerator has in its own format alone."""
+    from cpr.devices.system import NativeState
+
+    machine.accel.saves_native = True
+    try:
+        _save_and_load(
+            machine, mode, [each for each in machine.sections() if isinstance(each, NativeState)]
+        )
+    finally:
+        machine.accel.saves_native = False
+
+
+def _save_and_load(machine: Machine, mode: Mode, devices: list[Device]) -> None:
     from cpr.migration.loadvm import Loader
 
     _check_no_ram(machine, mode)
     channel = MemoryChannel()
-    devices = [device for device in machine.sections() if device.plain]
     saver = Saver(machine, Capabilities(), mode, channel, devices)
     saver.ram()
     saver.devices(runstate.RUNNING)

@@ -274,6 +274,7 @@ def _arrive(config: Config, fds: PreservedFds, predecessor: Predecessor, run_wit
     savevm.warm_up(vmm.machine, KeepsRam(EXEC))
     arrival.load_sections(vmm.machine)
     gc.freeze()
+    arrival.load_again(vmm.machine)
     mark("ready")
     incoming.take(arrival.receive_guest(fds))
     kept: dict[str, Kept] = {}
