@@ -59,7 +59,7 @@ class Update(Channel):
         self.pid = 0
         self.pidfd = -1
         self.dropped = False
-        self._has_token = False
+        self._has_token = self._killed = False
         self._words = -1
         self._blocked = self._pending = frozenset[int]()
         self._on_hangup: Any = None
@@ -178,7 +178,8 @@ class Update(Channel):
             # Before a signal can be taken whose handler raises: it would be forgotten who has it.
             self.pid, self.pidfd = returned.pid, returned.pidfd
             self.dropped, self._pending = returned.dropped, returned.signalled
-            self._has_token = returned.outcome in (self._guard.DIED, self._guard.KILLED)
+            self._killed = returned.outcome == self._guard.KILLED
+            self._has_token = self._killed or returned.outcome == self._guard.DIED
         except (OSError, ValueError) as error:
             raise _not_executed(argv, error) from None
         finally:
@@ -289,8 +290,9 @@ class Update(Channel):
         return self._has_token
 
     def kill(self) -> None:
-        """Ends the new image, and waits for that, but not for ever; see token.kill."""
-        if self.pidfd >= 0:
+        """Ends the new image, once, and waits for that, but not for ever; see token.kill."""
+        if self.pidfd >= 0 and not self._killed:
+            self._killed = True
             self.pending_signal()  # while it is there
             if tokens.kill(self.pidfd):
                 self._guard.adopted()

@@ -179,7 +179,7 @@ class Exec(KeepsRam):
         except UpdateError as error:
             held = Held(update.page.fd if self._speaks(PROTOCOL) else self._fds.state_fd)
             update.close()
-            raise self._failed(error, held) from None
+            raise self._failed(error, held, update.pid) from None
         except Exception:
             update.close()
             raise
@@ -220,12 +220,12 @@ class Exec(KeepsRam):
             return f"it has said '{message.kind}', which has no place in a late update"
         return message.reason
 
-    def _failed(self, error: UpdateError, held: Held) -> MigrationError:
+    def _failed(self, error: UpdateError, held: Held, new_image: int) -> MigrationError:
         """What is told of an update after which the guest goes on here; `held` is what the new
         program had from it."""
         if not error.pid_changed:
             return MigrationError(str(error))
-        carefully(lambda: end_started(held))
+        carefully(lambda: end_started(held, new_image))
         self._process.on_new_pid()
         self.ended_by = error.ended_by
         return MigrationError(f"{error}; the guest goes on in the old VMM, PID {os.getpid()}")

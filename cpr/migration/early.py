@@ -362,7 +362,7 @@ class EarlyUpdate:
         if not self._update.take_back():
             self._on_commit(0)
         new_pid = self._update.pid not in (0, os.getpid())
-        page = Held(self._update.page.fd)
+        page, new_image = Held(self._update.page.fd), self._update.pid
         carefully(self.close)
         if new_pid:
             self._process.on_new_pid()
@@ -370,7 +370,7 @@ class EarlyUpdate:
         error_report(f"the update failed: {reason}")
         carefully(self._run_on)
         if new_pid:
-            carefully(lambda: end_started(page))
+            carefully(lambda: end_started(page, new_image))
         self._outgoing.end(status, reason)
 
     def _run_on(self) -> None:

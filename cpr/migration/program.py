@@ -235,8 +235,8 @@ class Held:
 
 def end_started(held: Held, spared: int = 0) -> None:
     """Kills what the program of an update has started, which has ended itself, as a script has, or
-    become the process `spared`: who still has what it got.  The guest's RAM and disks may be among
-    that, with the locks on them.
+    been killed, or become the process `spared`: who still has what it got.  The guest's RAM and
+    disks may be among that, with the locks on them.
     """
     for name in os.listdir("/proc"):
         if not name.isdigit() or int(name) in (os.getpid(), spared):
