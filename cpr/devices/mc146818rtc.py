@@ -25,6 +25,7 @@ CMOS_SIZE = 128
 INDEX = 0x7F  # the bit above masks NMIs
 SECOND = 1_000_000_000
 DAY = 86400
+DAYS_BEFORE_1970 = 719162  # from 0001-01-01
 NEVER = -1
 MOST_NS = (1 << 63) - 1  # of a time in the stream
 
@@ -221,18 +222,14 @@ class Mc146818Rtc(Device):
 
     def _take_time(self) -> None:
         """The guest has set the time registers; values that are no time are left as they are."""
-        import datetime
-
         second, minute, _, _, day, month, year, century = (
             self._decode(self._cmos[register]) for register in TIME_REGISTERS
         )
         hour = self._hour(self._cmos[HOURS])
-        try:
-            date = datetime.datetime(century * 100 + year, month, day, hour, minute, second)
-        except ValueError:
-            return
-        since = date - datetime.datetime(1970, 1, 1)
-        self._set(max(0, since.days * DAY + since.seconds), self._offset)
+        days = _days(century * 100 + year, month, day)
+        if days is not None and hour < 24 and minute < 60 and second < 60:
+            since = days * DAY + (hour * 60 + minute) * 60 + second
+            self._set(max(0, since), self._offset)
 
     # Interrupts.
 
@@ -373,6 +370,20 @@ def _start(base: str) -> int:
     date = datetime.datetime.now() if is_local else datetime.datetime.fromisoformat(base)
     since = date - datetime.datetime(1970, 1, 1)
     return since.days * DAY + since.seconds
+
+
+def _days(year: int, month: int, day: int) -> int | None:
+    """Since 1970-01-01 in the Gregorian calendar; None for what is no date.
+
+    Without `datetime`, whose files may be gone when a guest sets its clock.
+    """
+    is_leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+    lengths = (31, 28 + is_leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+    if year < 1 or not 1 <= month <= 12 or not 1 <= day <= lengths[month - 1]:
+        return None
+    before = year - 1
+    days = before * 365 + before // 4 - before // 100 + before // 400
+    return days + sum(lengths[: month - 1]) + day - 1 - DAYS_BEFORE_1970
 
 
 def _signed(seconds: int) -> int:
