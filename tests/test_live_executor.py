@@ -156,3 +156,73 @@ def test_what_a_handler_starts_before_it_is_at_rest_ends_too(tmp_path: Path) -> 
     result = run(tmp_path, RESTING)
     assert result.of("failed") == [[1, "ONE\n"]], result.stderr
     assert result.of("thread") == [[0]]
+
+
+FEW = """
+import asyncio, concurrent.futures
+answered = []
+
+async def main():
+    loop = asyncio.get_running_loop()
+    threads = int(sys.argv[1])
+    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(threads))
+    live.ready()
+    if live.generation:
+        say("new", await asyncio.to_thread(int))
+        return
+    async def job(number):
+        await asyncio.sleep(0.05 * number)
+        await asyncio.to_thread(time.sleep, 0.25 * threads)
+        answered.append(number)
+    jobs = [asyncio.create_task(job(number)) for number in range(4 * threads)]
+    await asyncio.sleep(0.01)
+    for _ in range(2):
+        try:
+            await live.aio.update(["/bin/false"])
+        except live.UpdateError as error:
+            say("failed", error.status)
+    await asyncio.gather(*jobs)
+    say("answered", sorted(answered) == list(range(4 * threads)))
+    await live.aio.update()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_jobs_that_take_longer_than_they_are_held_are_all_done(tmp_path: Path, threads) -> None:
+    result = run(tmp_path, FEW, threads)
+    assert result.of("failed") == [[1], [1]], result.stderr
+    assert result.of("answered") == [[True]]
+    assert result.of("new") == [[0]]
+
+
+TWO = """
+import asyncio, concurrent.futures
+
+async def main():
+    loop = asyncio.get_running_loop()
+    mine = concurrent.futures.ThreadPoolExecutor(2)
+    loop.set_default_executor(mine)
+    live.ready()
+    def outer():
+        time.sleep(0.15)
+        return mine.submit(int, "7").result()
+    jobs = [asyncio.to_thread(outer), asyncio.to_thread(time.sleep, 0.35)]
+    jobs = [asyncio.create_task(job) for job in jobs]
+    await asyncio.sleep(0.01)
+    for _ in range(2):
+        try:
+            await live.aio.update(["/bin/false"], timeout=20)
+        except live.UpdateError as error:
+            say("failed", error.status)
+    say("done", *await asyncio.gather(*jobs))
+
+asyncio.run(main())
+"""
+
+
+def test_a_job_that_waits_for_another_beside_one_that_is_busy(tmp_path: Path) -> None:
+    result = run(tmp_path, TWO)
+    assert result.of("failed") == [[1], [1]], result.stderr
+    assert result.of("done") == [[7, None]]

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import queue
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +21,8 @@ from cpr.live import session
 from cpr.live.errors import UpdateError
 
 STEP = 0.001  # s, how often it is looked whether the threads have ended
-HOLD = 0.1  # s, how long jobs are held at first
+HOLD = 0.1  # s, how long jobs are held at first,
+MOST_HOLD = 1.0  # and at most
 
 Job = tuple[Any, "concurrent.futures.Future[Any]", Callable[[], Any]]
 _held: list[Job] = []
@@ -35,7 +39,7 @@ async def end(loop: Any, current: session.Session) -> None:
         if await _end_threads(executor, hold, current):
             ended = executor
         else:
-            hold *= 2
+            hold = min(2 * hold, MOST_HOLD)
             release()
 
 
@@ -62,39 +66,83 @@ def _run(future: concurrent.futures.Future[Any], call: Callable[[], Any]) -> Non
 
 
 async def _end_threads(executor: Any, hold: float, current: session.Session) -> bool:
-    """Whether they have ended within `hold` seconds."""
+    """Whether they have ended within `hold` seconds; else nothing has changed.
+
+    Only when all of them have no job is the executor shut down: what `shutdown` leaves in the queue
+    for its threads would end some of them later, and jobs would stay.
+    """
     until = time.monotonic() + hold
     own = vars(executor).get("submit")
-    executor.submit = _submit_later(executor, executor.submit)
+    executor.submit = _submit_later(executor)
+    rest = _Rest(executor)
     try:
-        executor.shutdown(wait=False)
-        while any(thread.is_alive() for thread in executor._threads):
-            current.check_new()
-            if not current.remaining():
-                raise UpdateError("the loop's default executor is busy")
+        while not rest.all_have_come():
+            _check(current)
             if time.monotonic() > until:
                 return False
             await asyncio.sleep(STEP)
+        executor.shutdown(wait=False)
+        rest.end()
+        while any(thread.is_alive() for thread in executor._threads):
+            _check(current)
+            await asyncio.sleep(STEP)
+        _reopen(executor)
         return True
     finally:
-        with executor._shutdown_lock:
-            _reopen(executor)
+        rest.end()
         if own is not None:
             executor.submit = own
         else:
             del executor.submit
 
 
-def _submit_later(executor: Any, submit: Callable[..., Any]) -> Callable[..., Any]:
+def _check(current: session.Session) -> None:
+    current.check_new()
+    if not current.remaining():
+        raise UpdateError("the loop's default executor is busy")
+
+
+class _Rest:
+    """Has each thread of an executor wait, when it has done all that was submitted, until `end`."""
+
+    def __init__(self, executor: Any) -> None:
+        self._executor = executor
+        self._over = threading.Event()
+        self._come = threading.Semaphore(0)
+        self._missing = len(executor._threads)
+        for _ in range(self._missing):  # not by `submit`, which may start another thread
+            executor._work_queue.put(self)
+
+    def run(self) -> None:
+        """Called by a thread of the executor, as for a job."""
+        self._come.release()
+        self._over.wait()
+        self._executor._idle_semaphore.acquire(timeout=0)  # or it would count as two that are idle
+
+    def all_have_come(self) -> bool:
+        while self._missing and self._come.acquire(blocking=False):
+            self._missing -= 1
+        return not self._missing
+
+    def end(self) -> None:
+        """Those that have come go on, and the others need not come.  May be called again."""
+        self._over.set()
+        jobs, waiting = [], self._executor._work_queue
+        with contextlib.suppress(queue.Empty):
+            while True:
+                jobs.append(waiting.get_nowait())
+        for job in jobs:
+            if job is not self:
+                waiting.put(job)
+
+
+def _submit_later(executor: Any) -> Callable[..., Any]:
     """What stands for the executor's `submit`."""
 
     def submit_later(function: Callable[..., Any], /, *words: Any, **options: Any) -> Any:
-        with executor._shutdown_lock:
-            if executor._shutdown:
-                future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-                _held.append((executor, future, lambda: function(*words, **options)))
-                return future
-        return submit(function, *words, **options)
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        _held.append((executor, future, lambda: function(*words, **options)))
+        return future
 
     return submit_later
 
@@ -102,8 +150,8 @@ def _submit_later(executor: Any, submit: Callable[..., Any]) -> Callable[..., An
 def _reopen(executor: Any) -> None:
     """The inverse of an executor's `shutdown`: the program may have set it, and use it itself."""
     fresh = concurrent.futures.ThreadPoolExecutor()
-    executor._threads = {thread for thread in executor._threads if thread.is_alive()}
-    executor._idle_semaphore = fresh._idle_semaphore
-    if not executor._threads:  # else they wait for the queue that they have
+    with executor._shutdown_lock:
+        executor._threads = set()
+        executor._idle_semaphore = fresh._idle_semaphore
         executor._work_queue = fresh._work_queue
-    executor._shutdown = False
+        executor._shutdown = False
