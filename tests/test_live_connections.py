@@ -185,3 +185,21 @@ def test_what_tasks_of_a_handler_answer_is_waited_for_in_on_stop(tmp_path: Path,
     """Nothing is read any more then, and no task is started that nobody would wait for."""
     result = run(tmp_path, CONNECTED + TASKS, mode)
     assert result.of("answer") == [["0 one\n"], ["1 two\n"]], result.stderr
+
+
+GIVEN = ENDED.replace(
+    "    writer.write(bytes(int(await reader.readline())))\n",
+    """    size = int(await reader.readline())
+    copy = os.dup(writer.get_extra_info("socket").fileno())
+    writer.close()
+    await writer.wait_closed()
+    os.write(copy, bytes(min(size, 100)))  # as a child that has it would
+    os.close(copy)
+""",
+).replace("size in zip(clients, (0, SIZE))", "size in zip(clients, (100,))")
+
+
+def test_a_connection_that_a_handler_has_given_on_is_not_cut(tmp_path: Path) -> None:
+    result = run(tmp_path, GIVEN.replace("reader.read(), 5", "reader.readexactly(100), 5"))
+    assert result.of("end") == [[True]], result.stderr
+    assert result.of("failed") == [[3]]

@@ -41,6 +41,11 @@ class StreamWriter(asyncio.StreamWriter):
     saved: Any = None
     connection: Connection
 
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        if name == "socket":
+            self.connection.shares_socket = True
+        return super().get_extra_info(name, default)
+
     async def drain(self) -> None:
         connection = self.connection
         if (error := connection.reader.exception()) is not None:
@@ -97,7 +102,8 @@ class _Protocol(asyncio.StreamReaderProtocol):
         self._connection.reader._transport = self._connection.gate  # type: ignore[attr-defined]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if image.current().updating:  # else the client sees no end: the new program has a copy
+        # Else the client sees no end: the new program has a copy.
+        if image.current().updating and not self._connection.shares_socket:
             with contextlib.suppress(OSError):
                 self._connection.transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         super().connection_lost(exc)
@@ -127,7 +133,7 @@ class Connection:
         self.gate = _Gate(self)
         self.on_lost = on_lost
         self.task: asyncio.Task[None] | None = None
-        self.stopped = self.full = self.lost = False
+        self.stopped = self.full = self.lost = self.shares_socket = False
         self.draining = self.closing = 0
         self._waiting: list[asyncio.Future[None]] = []
 
