@@ -37,9 +37,15 @@ def skip_without() -> None:
 
 
 def open_hung(folder: Path | str) -> None:
-    """Mounts it there, for this process alone, with the descriptor NUMBER on it.
+    """Mounts it there, for this process alone, with the descriptor NUMBER on it."""
+    mount(folder)
+    os.dup2(os.open(folder, os.O_PATH | os.O_CLOEXEC), NUMBER)
 
-    When the process ends, who waits for the file system gets an error.
+
+def mount(folder: Path | str) -> int:
+    """Mounts it there, for this process alone: the descriptor that a daemon has.
+
+    When it is closed, who waits for the file system gets an error.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
@@ -51,7 +57,7 @@ def open_hung(folder: Path | str) -> None:
     ):
         if done != 0:
             raise OSError(ctypes.get_errno(), "mount(2)")
-    os.dup2(os.open(folder, os.O_PATH | os.O_CLOEXEC), NUMBER)
+    return fuse
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -125,6 +126,41 @@ def test_a_program_that_is_asked_what_it_knows_is_killed_first(start, accel, tmp
     assert score(vm.pid) == before
     vm.process.terminate()
     assert vm.process.wait(60) == 0
+
+
+@pytest.mark.parametrize("overlap", ["on", "off"])
+@pytest.mark.parametrize("lives", [True, False], ids=["waits", "ends"])
+def test_one_that_a_script_has_started_is_as_before(start, accel, before, overlap, lives):
+    vm: Vm = start(*words(accel))
+    counts(vm)
+    script = '"$@"; exit $?' if lives else '"$@" & sleep 0.1'
+    vm.qmp.command("migrate-set-parameters", x_cpr_exec_overlap=overlap)
+    command = ["/bin/sh", "-c", script, "sh", *VMM, *vm.words[len(VMM) :]]
+    vm.qmp.send("cpr-exec", command=command)
+    vm.reconnect()
+    counts(vm)
+
+    def scores() -> list[str]:
+        found = map(psutil.Process, vm.processes())
+        return [score(each.pid) for each in found if "cpr.vmm" in each.cmdline()[:3]]
+
+    wait_for(lambda: scores() == [before], "it is as it was")
+
+
+def test_where_no_descriptor_is_left_at_the_end(start, accel, before):
+    vm: Vm = start(*words(accel))
+    on = [{"capability": "pause-before-switchover", "state": True}]
+    vm.qmp.command("migrate-set-capabilities", capabilities=on)
+    vm.qmp.command("cpr-exec")
+    wait_for(lambda: status(vm) == "pre-switchover", "it waits")
+    (guard,) = [pid for pid in vm.processes() if pid != vm.pid]
+    used = {int(name) for name in os.listdir(f"/proc/{guard}/fd")}
+    free = min(set(range(max(used) + 2)) - used)
+    resource.prlimit(guard, resource.RLIMIT_NOFILE, (free, max(used) + 1))
+    vm.qmp.command("migrate-continue", state="pre-switchover")
+    vm.reconnect()
+    wait_for(lambda: score(vm.pid) == before, "it is as it was")
+    counts(vm)
 
 
 def test_a_rehearsed_program_is_killed_first(start, accel, tmp_path, before):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hung_mount
 import pytest
 from failing import bad, start_vm
 from harness.vm import HEARTBEAT
@@ -83,3 +84,71 @@ def test_a_program_goes_on(tmp_path, frozen, mode, guard):
     result = run(tmp_path, PROGRAM, str(frozen), mode, guard)
     ((text,),) = result.of("failed")
     assert "did not take over within 1" in text
+
+
+LEADER = (
+    """
+import pty, signal
+if "CPR_LIVE" not in os.environ:
+    done, mine = os.pipe()
+    out = os.dup(1)
+    if pty.fork()[0]:  # it has the terminal until the last of the others has ended
+        os.close(mine)
+        os.read(done, 1)
+        os._exit(0)
+    os.dup2(out, 1)
+"""
+    + PROGRAM
+    + """
+old = error.pid_changed and os.getsid(0)
+while os.path.exists(f"/proc/{old}/exe"):
+    time.sleep(0.01)
+time.sleep(0.2)
+say("after")
+"""
+)
+
+
+@pytest.mark.parametrize("guard", ["vm", "fork"])
+def test_one_that_ends_late_hangs_up_nobodys_terminal(tmp_path, frozen, guard):
+    result = run(tmp_path, LEADER, str(frozen), "late", guard)
+    assert len(result.of("failed")) == 1, result.stderr
+    assert result.of("after") == [[]], result.stderr
+
+
+HUNG_EXEC = """
+import ctypes, signal, struct
+from hung_mount import mount
+fuse = mount("mount")
+end, told = os.pipe()
+if os.fork() == 0:
+    if os.fork() == 0:  # a daemon that takes what it is asked, and answers no more than FUSE_INIT
+        os.close(told)
+        size, opcode, unique = struct.unpack_from("IIQ", os.read(fuse, 1 << 16))
+        answer = struct.pack("IIIIHHIIHHI28x", 7, 31, 0, 0, 1, 1, 4096, 1, 1, 0, 0)
+        os.write(fuse, struct.pack("IiQ", 16 + len(answer), 0, unique) + answer)
+        os.read(fuse, 1 << 16)
+        os.read(end, 1)
+    os._exit(0)
+os.wait()
+os.close(fuse)
+os.close(end)
+live.ready()
+old = os.getpid()
+error = fails(["mount/program"], mode="late", timeout=1.0, guard="vm")
+say("failed", error.pid_changed, os.path.exists(f"/proc/{old}"))
+os.write(told, b"x")  # the daemon ends, and who waits for the file system does too
+while os.path.exists(f"/proc/{old}/exe"):
+    time.sleep(0.01)
+time.sleep(0.1)
+lock = ctypes.create_string_buffer(64)  # all that has the thread's ID: EDEADLK where it is 0
+say("lock", ctypes.CDLL(None).pthread_rwlock_rdlock(lock))
+"""
+
+
+def test_one_that_ends_late_in_its_exec_changes_nothing_here(tmp_path):
+    hung_mount.skip_without()
+    (tmp_path / "mount").mkdir()
+    result = run(tmp_path, HUNG_EXEC, PYTHONPATH=hung_mount.environment()["PYTHONPATH"])
+    assert result.of("failed") == [[True, True]], result.stderr
+    assert result.of("lock") == [[0]]

@@ -102,9 +102,9 @@ CPR_IN_CHILD void cpr_guard_end(const struct cpr_mapping *mappings, uint32_t cou
 {
     struct sched_param none = {0};
 
-    cpr_guard_withdraw();
     cpr_syscall3(SYS_setpriority, PRIO_PROCESS, 0, LOWEST); /* the guest comes before this */
     cpr_syscall3(SYS_close_range, 0, UINT_MAX, 0); /* the new image waits for it */
+    cpr_guard_withdraw(); /* there is a descriptor for that now */
     cpr_syscall3(SYS_sched_setscheduler, 0, SCHED_IDLE, &none);
     forget(mappings, count);
     cpr_syscall1(SYS_exit_group, 0);
@@ -219,7 +219,7 @@ CPR_IN_CHILD static int watch(void)
         if (ready[2].revents & POLLIN) {
             return CPR_GUARD_MESSAGE;
         }
-        if (guard->hold == NULL || !__atomic_load_n(guard->hold, __ATOMIC_SEQ_CST)) {
+        if (!__atomic_load_n(&guard->page->hold, __ATOMIC_SEQ_CST)) {
             used_ns += now - before;
         }
         before = now;
@@ -260,7 +260,7 @@ CPR_IN_CHILD static int run_guard(void *argument)
     }
     executed = wait_for_exec();
     if (executed) {
-        cpr_guard_offer(self.guard->old_pid);
+        cpr_guard_offer(self.guard->old_pid, self.guard->page->oom_score_adj);
     }
     if (self.guard->early) {
         if (executed) {
@@ -320,10 +320,17 @@ static void set_default(struct sigaction *old, int on)
     }
 }
 
+static void take_tid_address(void)
+{
+    syscall(SYS_set_tid_address, self.tid_address);
+    syscall(SYS_set_robust_list, self.robust_list, self.robust_size);
+}
+
 /* Makes the guard and execs. Comes back, with -errno, only where there is no exec. */
 __attribute__((noinline)) static long attempt(void)
 {
     static struct sigaction actions[SIGNALS + 1];
+    static int nobodys_tid;
     uint64_t mask = self.guard->mask;
     char guard_pid_text[NOTIFY_SIZE];
     long error;
@@ -335,15 +342,19 @@ __attribute__((noinline)) static long attempt(void)
     if (self.pid < 0) {
         return -errno;
     }
-    *self.guard->guard_pid = (uint32_t)self.pid;
+    self.guard->page->guard_pid = (uint32_t)self.pid;
     snprintf(guard_pid_text, sizeof(guard_pid_text), "MAINPID=%d", self.pid);
     /* The new image may end at once, and is not to end the service. */
     tell(guard_pid_text, self.guard->early ? NOTIFY_MS : STOPPED_MS);
     set_cloexec(0); /* not earlier: nothing else that is started may inherit them */
     set_default(actions, 1);
     cpr_syscall5(SYS_rt_sigprocmask, SIG_SETMASK, &mask, 0, KERNEL_SIGSET_SIZE, 0);
+    /* It may end in an exec that hangs, when the guard has gone on in this memory for long. */
+    syscall(SYS_set_tid_address, &nobodys_tid);
+    syscall(SYS_set_robust_list, NULL, self.robust_size);
     execve(self.guard->path, self.guard->argv, self.guard->envp);
     error = -errno;
+    take_tid_address();
     cpr_syscall5(SYS_rt_sigprocmask, SIG_SETMASK, &self.mask, 0, KERNEL_SIGSET_SIZE, 0);
     set_default(actions, 0);
     if (!take_token()) {
@@ -410,9 +421,8 @@ void cpr_guard_adopted(void)
 /* Puts right what clone(CLONE_VM) does not inherit and what the exec has changed in this memory. */
 static void mend(void)
 {
-    *self.tid_address = (int)syscall(SYS_gettid); /* the exec has written 0 there */
-    syscall(SYS_set_tid_address, self.tid_address);
-    syscall(SYS_set_robust_list, self.robust_list, self.robust_size);
+    *self.tid_address = (int)syscall(SYS_gettid);
+    take_tid_address();
     if (__rseq_size) {
         syscall(SYS_rseq, (char *)__builtin_thread_pointer() + __rseq_offset,
                 __rseq_size < sizeof(struct rseq) ? sizeof(struct rseq) : __rseq_size, 0, RSEQ_SIG);

@@ -24,9 +24,13 @@ struct cpr_live_page {
     uint64_t began_ns;   /* CLOCK_MONOTONIC: the update was asked for, */
     uint64_t stopped_ns; /* what is updated stood still (0: it has not yet), */
     uint64_t exec_ns;    /* the exec began */
+    /* What /proc/PID/oom_score_adj of the new image's process said before it was offered
+       (guard_death.h), for a child of it that has taken over; empty: it was not. */
+    char oom_score_adj[8];
 };
 
-enum { CPR_LIVE_VERSION = 1 };
+/* The size of the page of release 0.1.0, of which all later ones can make use. */
+enum { CPR_LIVE_VERSION = 1, CPR_LIVE_PAGE_FIRST = 40 };
 
 /* One exec and its guard. All pointers and descriptors stay the caller's. */
 struct cpr_guard {
@@ -40,7 +44,6 @@ struct cpr_guard {
     int32_t socket_fd;        /* the old image's end of the hand-over's socket, or -1 */
     int32_t notify_fd;        /* a socket to the service's manager, or -1: it is told the main PID */
     int32_t sibling;          /* the guard is a child of this process's parent, that manager */
-    uint32_t *guard_pid;      /* where the new image finds the guard's PID, to reap it */
     int32_t early;            /* come back as soon as the exec is done */
     const void *cpus;         /* on which the guard runs, as sched_setaffinity(2) takes them; or NULL */
     uint64_t cpus_size;
@@ -50,7 +53,7 @@ struct cpr_guard {
     /* Signals, bit n - 1, that end what is updated. A new image that has not taken such a one for a
        while hangs, and is killed as at its deadline. */
     uint64_t ending;
-    const uint32_t *hold;     /* while this is not 0 the deadline does not run; or NULL */
+    struct cpr_live_page *page;
     /* For a program that does not know of the token: the CPR state, which it closes when it has read
        it, and one of RAM that it keeps (or -1), each with what its link in /proc/PID/fd says. -1
        and NULL otherwise. */

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <poll.h>
 #include <signal.h>
 
@@ -34,16 +35,38 @@ CPR_IN_CHILD int cpr_guard_kill(int pid_fd)
 
 static struct {
     int32_t pid; /* 0: nobody */
-    char before[16];
+    char before[7]; /* "-1000\n" at most */
     long size;
 } offered;
 
+/* Not where /proc is another PID namespace's, with other numbers. */
 CPR_IN_CHILD static long open_score(int32_t pid)
 {
+    if (!cpr_guard_knows_proc()) {
+        return -ESRCH;
+    }
     return cpr_guard_open("/proc/%d/oom_score_adj", &pid, O_RDWR);
 }
 
-CPR_IN_CHILD void cpr_guard_offer(int32_t pid)
+/* Writes as one without CAP_SYS_RESOURCE: else the process could have no less from then on. */
+CPR_IN_CHILD static long write_plainly(long fd, const char *text, long size)
+{
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct caps[_LINUX_CAPABILITY_U32S_3], less[_LINUX_CAPABILITY_U32S_3];
+    long done;
+
+    cpr_syscall3(SYS_capget, &header, caps, 0);
+    for (unsigned i = 0; i < _LINUX_CAPABILITY_U32S_3; i++) {
+        less[i] = caps[i];
+    }
+    less[CAP_TO_INDEX(CAP_SYS_RESOURCE)].effective &= ~CAP_TO_MASK(CAP_SYS_RESOURCE);
+    cpr_syscall3(SYS_capset, &header, less, 0);
+    done = cpr_syscall3(SYS_write, fd, text, size);
+    cpr_syscall3(SYS_capset, &header, caps, 0);
+    return done;
+}
+
+CPR_IN_CHILD void cpr_guard_offer(int32_t pid, char before[8])
 {
     long fd = pid == INIT ? -EPERM : open_score(pid);
 
@@ -52,8 +75,11 @@ CPR_IN_CHILD void cpr_guard_offer(int32_t pid)
         return;
     }
     offered.size = cpr_syscall3(SYS_read, fd, offered.before, sizeof(offered.before));
-    if (offered.size > 0 && cpr_syscall3(SYS_write, fd, FIRST_KILLED, sizeof(FIRST_KILLED) - 1) > 0) {
+    if (offered.size > 0 && write_plainly(fd, FIRST_KILLED, sizeof(FIRST_KILLED) - 1) > 0) {
         offered.pid = pid;
+        for (long i = 0; i < offered.size; i++) {
+            before[i] = offered.before[i];
+        }
     }
     cpr_syscall1(SYS_close, fd);
 }

@@ -11,8 +11,9 @@ int cpr_guard_kill(int pid_fd);
 
 /* Where memory runs out the kernel ends that process first (proc_pid_oom_score_adj(5)), until
    cpr_guard_withdraw: not the old image, which has most of the memory in use. Where it cannot be,
-   nothing happens; and not with the first process of a PID namespace, with which all others end. */
-void cpr_guard_offer(int32_t pid);
+   nothing happens; and not with the first process of a PID namespace, with which all others end.
+   `before` becomes what it had, for those that it starts, which have the same. */
+void cpr_guard_offer(int32_t pid, char before[8]);
 
 /* The process that was offered has what it had before. */
 void cpr_guard_withdraw(void);

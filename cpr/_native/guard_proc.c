@@ -64,6 +64,21 @@ CPR_IN_CHILD static long read_file(char *text, long size, const char *path, cons
     return size;
 }
 
+CPR_IN_CHILD int cpr_guard_knows_proc(void)
+{
+    const int32_t none = 0, pid = (int32_t)cpr_syscall1(SYS_getpid, 0);
+    char text[TEXT_SIZE], own[PATH_SIZE];
+    long size = read_link(text, "/proc/self", &none);
+
+    format(own, "%d", &pid);
+    for (long i = 0; i < size; i++) {
+        if (text[i] != own[i]) {
+            return 0;
+        }
+    }
+    return size > 0 && !own[size];
+}
+
 /* Whether a process has `fd`, with a link that says `expected`; 0 where it has ended too. */
 CPR_IN_CHILD static int has(int32_t pid, int32_t fd, const char *expected)
 {

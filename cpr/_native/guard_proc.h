@@ -7,6 +7,9 @@
    negative; or -errno. */
 long cpr_guard_open(const char *path, const int32_t *numbers, int flags);
 
+/* Whether the PIDs in /proc are those of the caller's PID namespace. */
+int cpr_guard_knows_proc(void);
+
 /* Notes the children of this process, and theirs: before the clone. None of them is started by the new
    program, whatever it has open. */
 void cpr_guard_note_children(void);

@@ -244,7 +244,7 @@ def _guard(
         return watched.kill()
     died = any(fd == pidfd for fd, _ in ready)
     if not died:
-        oom.offer(watched.pid)
+        page.score_before = oom.offer(watched.pid)
     if not died and early:
         return EARLY
     outcome = DIED if died else _watch(watched, token, page, socket, timeout_ns)

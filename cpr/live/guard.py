@@ -52,7 +52,7 @@ class Page:
         """A new one, or the one of `fd`, which becomes this object's.  Raises OSError."""
         size = ffi.sizeof("struct cpr_live_page")
         self.fd = sealed.create_sized("cpr-live", size) if fd < 0 else fd
-        if os.fstat(self.fd).st_size < size:
+        if os.fstat(self.fd).st_size < lib.CPR_LIVE_PAGE_FIRST:
             raise OSError(errno.EINVAL, "the page of the update is too small")
         address = lib.mmap(
             ffi.NULL, size, lib.PROT_READ | lib.PROT_WRITE, lib.MAP_SHARED, self.fd, 0
@@ -66,6 +66,11 @@ class Page:
         self.struct: Any = ffi.cast("struct cpr_live_page *", address)
         if fd < 0:
             self.struct.version = lib.CPR_LIVE_VERSION
+
+    @property
+    def score_before(self) -> str:
+        """`oom_score_adj` as it was before the update, "" where it is as it was."""
+        return ffi.string(self.struct.oom_score_adj).decode()
 
     def close(self) -> None:
         lib.munmap(self.struct, self._size)
@@ -179,8 +184,7 @@ def execute(
     request.mask = sum(1 << (number - 1) for number in mask)
     request.unblock = sum(1 << (number - 1) for number in unblock)
     request.ending = sum(1 << (number - 1) for number in ending)
-    request.hold = ffi.addressof(page.struct, "hold")
-    request.guard_pid = ffi.addressof(page.struct, "guard_pid")
+    request.page = page.struct
     request.state_fd = request.kept_fd = -1
     if state_fd >= 0:
         memory += [state_text := _link_text(state_fd), kept_text := _link_text(kept_fd)]

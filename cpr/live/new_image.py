@@ -10,6 +10,7 @@ import os
 import time
 
 from cpr.constants import NS_PER_S, STDERR
+from cpr.live import oom
 from cpr.live import token as tokens
 from cpr.live.transaction import (
     BACK,
@@ -176,6 +177,8 @@ class Predecessor:
 
     def close(self) -> None:
         """Gives up what the update needed; the guard ends meanwhile, and is this one's to reap."""
+        if self.committed:
+            oom.withdraw_own(self.page.score_before)
         if self._socket_object is not None:
             self._socket_object.close()
         else:

@@ -39,6 +39,10 @@ LAST_BYTES = 2000  # of what a rehearsed program has said
 END_TIMEOUT_MS = 5000  # for a new image that was told to end, and starts
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
+_undying: tuple[int, Any] | None = None
+"""The pidfd of a new image that leads this session and has not ended when it was killed, and what
+SIGHUP did before: its end will hang up the terminal."""
+
 
 class Update(Channel):
     """The old image's side of one update.  Owns the token, the page and the socket until `close`.
@@ -55,6 +59,7 @@ class Update(Channel):
         Raises UpdateError; then nothing stays open.
         """
         super().__init__()
+        _hear_hangups_again()
         self._guard = guard = backend or _default_backend()
         self.pid = 0
         self.pidfd = -1
@@ -335,8 +340,10 @@ class Update(Channel):
         """Frees everything; may be called twice."""
         self.close_channel()
         if self._on_hangup is not None:
-            signal.signal(signal.SIGHUP, self._on_hangup)
+            global _undying
+            _undying, self.pidfd = (self.pidfd, self._on_hangup), -1
             self._on_hangup = None
+            _hear_hangups_again()
         for fd in (self.token, self.pidfd):
             if fd >= 0:
                 os.close(fd)
@@ -347,6 +354,15 @@ class Update(Channel):
         self.token = self.pidfd = self._words = -1
         if self.page is not None and self.page.struct is not None:
             self.page.close()
+
+
+def _hear_hangups_again() -> None:
+    """SIGHUP does what it did, where no new image is left whose end would hang up the terminal."""
+    global _undying
+    if _undying is not None and tokens.is_readable(_undying[0]):
+        os.close(_undying[0])
+        signal.signal(signal.SIGHUP, _undying[1])
+        _undying = None
 
 
 def _is_guests_end(status: int | None) -> bool:

@@ -9,6 +9,8 @@ in C does the same (_native/guard_death.c).
 
 from __future__ import annotations
 
+import os
+
 from cpr.constants import INIT
 
 PATH = "/proc/{}/oom_score_adj"
@@ -18,22 +20,34 @@ _offered: tuple[int, str] | None = None
 """The PID, and what it had before."""
 
 
-def offer(pid: int) -> None:
+def offer(pid: int) -> str:
     """The kernel kills that process first, until `withdraw`; nothing happens where that cannot be.
 
     Not the first process of a PID namespace, with which all others in it end, the old image too.
+    Returns what it had before, "" where nothing has happened.
     """
     global _offered
     _offered = None
-    if pid == INIT:
-        return
     try:
+        if pid == INIT or os.readlink("/proc/self") != str(os.getpid()):
+            return ""  # of another PID namespace, with other numbers
         with open(PATH.format(pid), "r+") as file:
             before = file.read().strip()
             file.write(MOST)
     except OSError:
-        return
+        return ""
     _offered = pid, before
+    return before
+
+
+def withdraw_own(before: str) -> None:
+    """This process has what the one that was offered had before: it may be a child of that."""
+    if before:
+        try:
+            with open(PATH.format("self"), "w") as file:
+                file.write(before)
+        except OSError:  # it has become another user: the old image does it
+            pass
 
 
 def withdraw() -> None:

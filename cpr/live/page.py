@@ -13,15 +13,16 @@ if TYPE_CHECKING:
     from typing import Any
 
 VERSION = 1  # CPR_LIVE_VERSION
-SIZE = 40  # bytes of struct cpr_live_page
+SIZE = 48  # bytes of struct cpr_live_page
+FIRST = 40  # CPR_LIVE_PAGE_FIRST
 
 
 class _Fields:
     """struct cpr_live_page over the mapping."""
 
     def __init__(self, memory: mmap.mmap) -> None:
-        self._words = memoryview(memory)[:SIZE].cast("I")
-        self._times = memoryview(memory)[:SIZE].cast("Q")
+        self._words = memoryview(memory)[:FIRST].cast("I")
+        self._times = memoryview(memory)[:FIRST].cast("Q")
 
     def release(self) -> None:
         self._words.release()
@@ -54,9 +55,9 @@ class Page:
         """A new one, or the one of `fd`, which becomes this object's.  Raises OSError."""
         self.fd = sealed.create_sized("cpr-live", SIZE) if fd < 0 else fd
         try:
-            if os.fstat(self.fd).st_size < SIZE:
+            if os.fstat(self.fd).st_size < FIRST:
                 raise OSError(errno.EINVAL, "the page of the update is too small")
-            self._memory = mmap.mmap(self.fd, SIZE)
+            self._memory = mmap.mmap(self.fd, 0)
         except OSError:
             if fd < 0:
                 os.close(self.fd)
@@ -65,6 +66,15 @@ class Page:
         self.struct = fields
         if fd < 0:
             fields.version = VERSION
+
+    @property
+    def score_before(self) -> str:
+        """As of guard.Page."""
+        return bytes(self._memory[FIRST:SIZE]).partition(b"\0")[0].decode()
+
+    @score_before.setter
+    def score_before(self, score: str) -> None:
+        self._memory[FIRST:SIZE] = score.encode().ljust(SIZE - FIRST, b"\0")
 
     def close(self) -> None:
         self.struct.release()
