@@ -183,6 +183,13 @@ class Machine(Lifecycle):
         rows += [(r.base, r.end - 1, r.name, "port", 0) for r in self.bus.io.regions]
         return rows
 
+    def files(self) -> list[tuple[str, int]]:
+        """What of the guest is in files: what each is called, and its descriptor."""
+        found = [(f"RAM block '{block.idstr}'", block.fd) for block in self.blocks if block.fd >= 0]
+        for device in self.devices:
+            found += device.files()
+        return found
+
     def sections(self) -> list[Device]:
         """The devices with state, in the order in which they are saved and restored."""
         devices = [device for device in self.devices if device.vmstate is not None]

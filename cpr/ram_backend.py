@@ -194,8 +194,8 @@ def _is_anothers(block: RAMBlock) -> bool:
         return False
 
 
-def overwrites(blocks: Iterable[RAMBlock], path: str, where: str | int | None = None) -> str:
-    """Why `path` is not to be written to: it is a block; "" where not.
+def overwrites(files: Iterable[tuple[str, int]], path: str, where: str | int | None = None) -> str:
+    """Why `path` is not to be written to: it is one of `files` (Machine.files); "" where not.
 
     `where` is what the path stands for, if that is not a file's: a descriptor.
 
@@ -206,9 +206,10 @@ def overwrites(blocks: Iterable[RAMBlock], path: str, where: str | int | None = 
         found = os.stat(path if where is None else where)
     except (OSError, ValueError):
         return ""  # it is told where it is opened
-    for block in blocks:
-        if block.fd >= 0 and os.path.samestat(os.fstat(block.fd), found):
-            return f"'{path}' is RAM block '{block.idstr}' of this guest: name another file"
+    for what, fd in files:
+        has_content = stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)
+        if has_content and os.path.samestat(os.fstat(fd), found):
+            return f"'{path}' is {what} of this guest: name another file"
     return ""
 
 

@@ -56,6 +56,7 @@ class FakeMachine:
         rom: Any = Namespace(**{**block.__dict__, "idstr": "pc.bios", "readonly": True})
         rom.backend, rom.offset, rom.size, rom.max_length = "aux", RAM_SIZE, 0x40000, 0x40000
         self.blocks = [block, rom]
+        self.files = list[tuple[str, int]]
 
     def check_finalized(self) -> None:
         pass

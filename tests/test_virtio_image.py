@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from failing import words
+from harness.qmp import QmpError
+from harness.vm import Vm
 from test_virtio_blk import (
     DATA,
     F_CONFIG_WCE,
@@ -28,8 +31,10 @@ from test_virtio_blk import (
     image,  # noqa: F401
     sector,
 )
+from waiting import TIMEOUT
 
 from cpr.config import DriveConfig
+from cpr.constants import MIB
 from cpr.devices.virtio.image import Image
 from cpr.errors import ConfigError
 from cpr.state.cpr_state import CprState
@@ -315,3 +320,20 @@ def test_who_gave_the_locks_up_by_another_description(image: Path) -> None:  # n
     rig.function.cpr_rollback()
     assert locks(rig.blk._image) == ALL_LOCKS
     rig.close()
+
+
+def test_it_is_not_written_over_by_a_command(start, tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(b"content " * (MIB // 8))
+    before = path.read_bytes()
+    vm: Vm = start(*words("tcg"), "-drive", f"file={path},format=raw,if=virtio,id=d0")
+    with path.open("r+b") as file:
+        vm.qmp.execute("add-fd", fds=(file.fileno(),), fdset_id=1)
+    for uri in (f"file:{path}", "file:/dev/fdset/1"):
+        with pytest.raises(QmpError, match="is drive 'd0' of this guest: name another file"):
+            vm.qmp.command("migrate", uri=uri)
+    with pytest.raises(QmpError, match="is drive 'd0' of this guest"):
+        vm.qmp.command("pmemsave", val=0, size=4096, filename=str(path))
+    vm.ask("quit")
+    vm.process.wait(TIMEOUT)
+    assert path.read_bytes() == before

@@ -178,6 +178,10 @@ class Device:
         The guest may yet go on in the VMM that it comes from: nothing changes outside this process.
         """
 
+    def files(self) -> list[tuple[str, int]]:
+        """What of the guest is in files: what each is called, and its descriptor."""
+        return []
+
     def take_locks(self) -> None:
         """Locks what of the host only one VMM may have, before a guest of another one is this
         one's.  Raises CprError; then no more is locked than before.  `give_locks` is the inverse.

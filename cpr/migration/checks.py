@@ -74,5 +74,5 @@ def _check_file(machine: Machine, path: str, handed: Handed) -> None:
         where = locate(path, True, handed)
     except OSError:
         return  # it is told where it is opened
-    if refusal := overwrites(machine.blocks, path, where):
+    if refusal := overwrites(machine.files(), path, where):
         raise MigrationError(refusal)

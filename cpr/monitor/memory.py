@@ -162,7 +162,7 @@ def _pieces(address: int, size: int) -> Iterator[tuple[int, int]]:
 
 def _save(vmm: Any, filename: str, chunks: Iterator[bytes | int]) -> None:
     """A number is that many zeros: a hole, where the file can have one."""
-    if refusal := overwrites(vmm.machine.blocks, filename):
+    if refusal := overwrites(vmm.machine.files(), filename):
         raise CommandError(refusal)
     try:
         with open(filename, "wb", opener=_open) as file:

@@ -205,6 +205,9 @@ class VirtioBlk(VirtioDevice):
     def cpr_rollback(self) -> None:
         self._image.lock()
 
+    def files(self) -> list[tuple[str, int]]:
+        return [(f"drive '{self._drive.id}'", self._image.fd)]
+
     def take_locks(self) -> None:
         self._image.lock()
 

@@ -118,6 +118,9 @@ class VirtioDevice:
     def cpr_rollback(self) -> None:
         pass
 
+    def files(self) -> list[tuple[str, int]]:
+        return []
+
     def take_locks(self) -> None:
         pass
 

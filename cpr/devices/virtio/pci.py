@@ -445,6 +445,9 @@ class VirtioPci(Device, PciFunction):
             self.device.restore(state["device"])
         self._update_bars(loading=True)
 
+    def files(self) -> list[tuple[str, int]]:
+        return self.device.files()
+
     def take_locks(self) -> None:
         self.device.take_locks()
 
