@@ -34,3 +34,4 @@ PROGRAM = "cpr-vmm"  # what this program calls itself
 VERSION = "0.1.0"
 PROGRAM_VERSION = f"{PROGRAM} {VERSION}"  # to clients and to another image
 QEMU_VERSION = "11.1.3"  # clients go by it: the behaviour is that of this QEMU
+SECCOMP_FILTER = "Seccomp:\t2\n"  # SECCOMP_MODE_FILTER of linux/seccomp.h, in proc_pid_status(5)

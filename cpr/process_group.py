@@ -5,6 +5,8 @@ from __future__ import annotations
 import _signal as signal  # `signal` itself makes enums, which a late update would wait for
 import os
 
+from cpr.constants import SECCOMP_FILTER
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
     ReapLater = Callable[[int, Callable[[], None]], None]
 
 END_SECONDS = 2.0  # for a command that was killed
-SECCOMP_FILTER = "Seccomp:\t2\n"  # SECCOMP_MODE_FILTER of linux/seccomp.h, in proc_pid_status(5)
 
 
 def own_group() -> int | None:

@@ -12,11 +12,14 @@ import socket
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from descriptors import open_fds
 from doc_tables import Document
+from failing import words
+from harness.vm import VMM
 from waiting import wait_for
 
 from cpr.errors import StateError
@@ -139,7 +142,7 @@ def test_the_sandbox_names_system_calls_as_libseccomp_does():
 SANDBOXED = """
 import ctypes, os, sys, threading
 from cpr.uapi import seccomp
-seccomp.apply({"enable": True, **dict(word.split("=") for word in sys.argv[1:])})
+seccomp.apply({"enable": True, **dict(word.split("=") for word in sys.argv[1:])}, False)
 thread = threading.Thread(target=lambda: None)
 thread.start()
 thread.join()
@@ -177,6 +180,30 @@ def test_the_sandbox_denies_what_it_says(words, said):
     command = [sys.executable, "-c", SANDBOXED, *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.stdout, done.returncode) == (said, 0 if said.endswith(ALIVE) else -signal.SIGSYS)
+
+
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_the_sandbox_is_put_up_once(start, accel, overlap):
+    """The kernel takes some hundreds of filters, and each costs time."""
+    vm = start(*words(accel), "-sandbox", "on")
+
+    def filters():
+        return re.findall(r"^Seccomp_filters:\t(\d+)$", status_of(vm.pid), re.M)
+
+    before = filters()
+    if not before:
+        pytest.skip("this kernel does not count filters")
+    vm.qmp.command("migrate-set-parameters", x_cpr_exec_overlap=overlap)
+    for _ in range(2):
+        vm.update()
+        assert filters() == before
+    vm.qmp.command("cpr-exec", command=[*VMM, *vm.words[len(VMM) :], "-bogus"])
+    wait_for(lambda: vm.ask("query-migrate").get("status") == "failed", "it is refused")
+    assert filters() == before, "nor by the old command, which has the PID again"
+
+
+def status_of(pid):
+    return Path(f"/proc/{pid}/status").read_text()
 
 
 DOCUMENT = Document(ROOT / "docs" / "security.md")

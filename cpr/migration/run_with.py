@@ -40,6 +40,7 @@ class RunWith:
 
     def __init__(self, options: dict[str, Any], after_exec: bool) -> None:
         """`options` is Config.run_with.  Raises ConfigError for a user that there is not."""
+        self.after_exec = after_exec
         done = os.environ.get(DONE, "") if after_exec else ""
         self._user, _, self._root = done.partition("/")
         self._account: Account | None = None

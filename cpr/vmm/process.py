@@ -343,7 +343,7 @@ def _confine(vmm: Vmm, run_with: RunWith) -> None:
     if config.sandbox.get("enable"):
         from cpr.uapi import seccomp
 
-        seccomp.apply(config.sandbox)
+        seccomp.apply(config.sandbox, run_with.after_exec)
 
 
 def _take_pidfile(vmm: Vmm) -> None:
