@@ -13,6 +13,8 @@ from harness.qmp import Qmp
 from harness.vm import VMM
 from waiting import is_listening, wait_for
 
+from cpr.vmm.daemon import Pidfile
+
 ARGUMENTS = (
     *("-nodefaults", "-display", "none", "-m", "16M"),
     *("-object", "memory-backend-memfd,id=ram0,size=16M,share=on"),
@@ -30,6 +32,21 @@ def test_pidfile_is_there_over_updates_and_gone_at_the_end(start, accel, tmp_pat
     vm.qmp.send("quit")
     vm.process.wait(10)
     assert not path.exists()
+
+
+def test_a_pidfile_that_is_not_at_its_path_here_is_written_where_it_is(tmp_path):
+    """As in a root of its own, which the process has got after it was made."""
+    path, outside = tmp_path / "pid", tmp_path / "outside"
+    pidfile = Pidfile(str(path))
+    path.rename(outside)
+    outside.write_text("")
+    pidfile.rewrite()
+    assert int(outside.read_text()) == os.getpid()
+    assert not path.exists()
+    outside.unlink()
+    pidfile.rewrite()
+    assert int(path.read_text()) == os.getpid(), "one that has gone is made again"
+    pidfile.remove()
 
 
 def test_a_pidfile_in_use_is_refused(start, accel, tmp_path):

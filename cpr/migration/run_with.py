@@ -170,6 +170,8 @@ def _obstacles(command: list[str], accel: str) -> Iterator[str]:
         yield f"the new VMM would refuse its command line: {error}"
         return
     yield from _unusable(config)
+    if config.pidfile and os.environ[DONE].partition("/")[2]:
+        yield from _inaccessible(config.pidfile, os.W_OK)
 
 
 def _no_proc() -> Iterator[str]:

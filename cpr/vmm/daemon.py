@@ -106,10 +106,10 @@ class Pidfile:
     def rewrite(self) -> None:
         """For another PID than before; a lock does not go over to a new process.
 
-        A file that has gone is made again.
+        A file that has gone is made again; one that is outside this process's root has not.
         """
         try:
-            if not os.path.exists(self._path):
+            if not os.fstat(self._fd).st_nlink and not os.path.exists(self._path):
                 new = _open_pidfile(self._path)
                 os.dup2(new, self._fd, inheritable=False)
                 os.close(new)
