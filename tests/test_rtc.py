@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import itertools
 import time
 
 import pytest
@@ -33,6 +35,7 @@ from cpr.devices.mc146818rtc import (
     WEEKDAY,
     YEAR,
     Mc146818Rtc,
+    _days,
 )
 
 START = "2026-12-31T23:59:58"
@@ -103,9 +106,21 @@ def test_the_guest_sets_the_time(board: Board) -> None:
     assert board.time() == (19, 99, 2, 3, 4, 5, 7, 4)
 
 
-def test_a_date_that_is_none_changes_nothing(board: Board) -> None:
-    board.set(MONTH, 0x13)
+@pytest.mark.parametrize(("register", "value"), [(MONTH, 0x13), (CENTURY, 0xFF), (MONTH_DAY, 0x32)])
+def test_a_date_that_is_none_changes_nothing(board: Board, register: int, value: int) -> None:
+    board.set(register, value)
     assert board.time()[:4] == (0x20, 0x26, 0x12, 0x31)
+
+
+def test_days_are_those_of_the_calendar() -> None:
+    for year in (1, 4, 100, 400, 1899, 1900, 1970, 1999, 2000, 2026, 2100, 9999):
+        for month, day in itertools.product(range(14), (0, 1, 28, 29, 30, 31, 32)):
+            try:
+                expected = (datetime.date(year, month, day) - datetime.date(1970, 1, 1)).days
+            except ValueError:
+                expected = None
+            assert _days(year, month, day) == expected
+    assert _days(0, 1, 1) is None and _days(10000, 1, 1) is None
 
 
 def test_update_in_progress_comes_before_the_second(board: Board) -> None:

@@ -26,6 +26,7 @@ INDEX = 0x7F  # the bit above masks NMIs
 SECOND = 1_000_000_000
 DAY = 86400
 DAYS_BEFORE_1970 = 719162  # from 0001-01-01
+MOST_YEAR = 9999  # in the registers of year and century
 NEVER = -1
 MOST_NS = (1 << 63) - 1  # of a time in the stream
 
@@ -379,7 +380,7 @@ def _days(year: int, month: int, day: int) -> int | None:
     """
     is_leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
     lengths = (31, 28 + is_leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
-    if year < 1 or not 1 <= month <= 12 or not 1 <= day <= lengths[month - 1]:
+    if not 1 <= year <= MOST_YEAR or not 1 <= month <= 12 or not 1 <= day <= lengths[month - 1]:
         return None
     before = year - 1
     days = before * 365 + before // 4 - before // 100 + before // 400
