@@ -226,3 +226,49 @@ def test_a_job_that_waits_for_another_beside_one_that_is_busy(tmp_path: Path) ->
     result = run(tmp_path, TWO)
     assert result.of("failed") == [[1], [1]], result.stderr
     assert result.of("done") == [[7, None]]
+
+
+ENDED = """
+import asyncio, concurrent.futures
+
+async def main():
+    loop = asyncio.get_running_loop()
+    mine = concurrent.futures.ThreadPoolExecutor(2)
+    loop.set_default_executor(mine)
+    live.ready()
+    if live.generation:
+        say("new", await asyncio.to_thread(int))
+        return
+    job = asyncio.create_task(asyncio.to_thread(time.sleep, 0.3))
+    await asyncio.sleep(0.01)
+    for timeout in (0.3, 0.302, 0.305, 0.31):  # which ends when the job does
+        try:
+            await live.aio.update(["/bin/false"], timeout=timeout)
+        except live.UpdateError as error:
+            say("failed")
+        await job
+        job = asyncio.create_task(asyncio.to_thread(time.sleep, 0.3))
+        await asyncio.sleep(0.01)
+    for delay in range(40):  # it is given up at any moment
+        update = asyncio.create_task(live.aio.update(["/bin/false"]))
+        await asyncio.sleep(delay / 100)
+        update.cancel()
+        try:
+            await update
+        except (live.UpdateError, asyncio.CancelledError):
+            pass
+        say("thread", await asyncio.wait_for(asyncio.to_thread(int), 5))
+    await job
+    mine.shutdown()
+    await live.aio.update()
+
+asyncio.run(main())
+"""
+
+
+def test_an_executor_is_in_use_again_whenever_an_update_ends(tmp_path: Path) -> None:
+    """And one that the program has shut down is in no update's way."""
+    result = run(tmp_path, ENDED)
+    assert result.of("failed") == [[]] * 4, result.stderr
+    assert result.of("thread") == [[0]] * 40, result.stderr
+    assert result.of("new") == [[0]], result.stderr

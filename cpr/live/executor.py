@@ -73,19 +73,21 @@ async def _end_threads(executor: Any, hold: float, current: session.Session) -> 
     """
     until = time.monotonic() + hold
     own = vars(executor).get("submit")
-    executor.submit = _submit_later(executor)
-    rest = _Rest(executor)
+    with executor._shutdown_lock:  # who submits has it
+        executor.submit = _submit_later(executor)
+        rest = _Rest(executor)
     try:
         while not rest.all_have_come():
-            _check(current)
+            current.check_new()
+            if not current.remaining():
+                raise UpdateError("the loop's default executor is busy")
             if time.monotonic() > until:
                 return False
             await asyncio.sleep(STEP)
         executor.shutdown(wait=False)
         rest.end()
-        while any(thread.is_alive() for thread in executor._threads):
-            _check(current)
-            await asyncio.sleep(STEP)
+        for thread in rest.threads:  # they have nothing to do: nobody is kept waiting
+            thread.join()
         _reopen(executor)
         return True
     finally:
@@ -96,33 +98,27 @@ async def _end_threads(executor: Any, hold: float, current: session.Session) -> 
             del executor.submit
 
 
-def _check(current: session.Session) -> None:
-    current.check_new()
-    if not current.remaining():
-        raise UpdateError("the loop's default executor is busy")
-
-
 class _Rest:
     """Has each thread of an executor wait, when it has done all that was submitted, until `end`."""
 
     def __init__(self, executor: Any) -> None:
+        """Nobody submits anything meanwhile."""
         self._executor = executor
         self._over = threading.Event()
-        self._come = threading.Semaphore(0)
-        self._missing = len(executor._threads)
-        for _ in range(self._missing):  # not by `submit`, which may start another thread
+        self._come: set[threading.Thread] = set()
+        self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()  # as a job has it
+        self.threads = [thread for thread in executor._threads if thread.is_alive()]
+        for _ in self.threads:  # not by `submit`, which may start another thread
             executor._work_queue.put(self)
 
-    def run(self) -> None:
-        """Called by a thread of the executor, as for a job."""
-        self._come.release()
+    def run(self, *context: Any) -> None:
+        """Called by a thread of the executor, as for a job; from Python 3.14 on with a context."""
+        self._come.add(threading.current_thread())
         self._over.wait()
         self._executor._idle_semaphore.acquire(timeout=0)  # or it would count as two that are idle
 
     def all_have_come(self) -> bool:
-        while self._missing and self._come.acquire(blocking=False):
-            self._missing -= 1
-        return not self._missing
+        return all(each in self._come or not each.is_alive() for each in self.threads)
 
     def end(self) -> None:
         """Those that have come go on, and the others need not come.  May be called again."""
