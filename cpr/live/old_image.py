@@ -148,7 +148,7 @@ class Update(Channel):
         held = holds_signals and state_fd < 0
         manager = notify.connect()
         sibling = manager is not None and notify.is_child()
-        leads = os.getsid(0) == os.getpid()
+        leads = tokens.leads_terminal()
         if sibling:
             environment = {**environment, EXEC_PID: str(os.getpid())}
         # All, until it is known who has the token: a handler may raise.

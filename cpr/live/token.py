@@ -21,7 +21,14 @@ TOKEN = (1 << 64) - 2
 """The most that an eventfd counts (eventfd(2)): it becomes writable when this has been read."""
 
 # Of /proc/PID/stat after the name: proc_pid_stat(5) counts from 1, and three more.
-STATE_FIELD, FLAGS_FIELD, THREADS_FIELD, PROCESSOR_FIELD, EXIT_CODE_FIELD = 0, 6, 17, 36, 49
+STATE_FIELD, TTY_FIELD, FLAGS_FIELD, THREADS_FIELD, PROCESSOR_FIELD, EXIT_CODE_FIELD = (
+    0,
+    4,
+    6,
+    17,
+    36,
+    49,
+)
 PF_USER_WORKER = 0x4000  # include/linux/sched.h: a worker of the kernel in a process of the user's
 STATUS_TIMEOUT_NS = 100 * NS_PER_MS
 DEATH_MS = 2000  # as in _native/guard_death.c
@@ -163,6 +170,16 @@ def read_stat(path: str) -> tuple[str, list[str]]:
     with open(path) as file:
         head, _, fields = file.read().rpartition(")")
     return head.partition("(")[2], fields.split()
+
+
+def leads_terminal() -> bool:
+    """Whether the end of this process hangs up a terminal, as that of who leads its session."""
+    if os.getsid(0) != os.getpid():
+        return False
+    try:
+        return int(read_stat("/proc/self/stat")[1][TTY_FIELD]) != 0
+    except OSError:  # nobody can tell
+        return True
 
 
 def is_kernels(fields: list[str]) -> bool:
