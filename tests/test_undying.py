@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import _signal
 import os
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hung_mount
@@ -12,6 +16,8 @@ from failing import bad, start_vm
 from harness.vm import HEARTBEAT
 from live_programs import run
 from waiting import wait_for, wait_for_change
+
+from cpr.live import old_image
 
 FREEZER = Path("/sys/fs/cgroup/freezer")
 FROZEN, THAWED = "FROZEN", "THAWED"
@@ -152,3 +158,18 @@ def test_one_that_ends_late_in_its_exec_changes_nothing_here(tmp_path):
     result = run(tmp_path, HUNG_EXEC, PYTHONPATH=hung_mount.environment()["PYTHONPATH"])
     assert result.of("failed") == [[True, True]], result.stderr
     assert result.of("lock") == [[0]]
+
+
+def test_a_rehearsal_on_a_thread_hears_no_hangups_again(monkeypatch):
+    """The main thread does, once, and closes what tells of the end once."""
+    with subprocess.Popen(["/bin/true"]) as ended:
+        pidfd = os.pidfd_open(ended.pid)
+    handler = _signal.getsignal(signal.SIGHUP)
+    monkeypatch.setattr(old_image, "_undying", (pidfd, handler))
+    with ThreadPoolExecutor() as pool:
+        pool.submit(lambda: old_image.Update().close()).result()
+    assert os.fstat(pidfd), "it is open"
+    old_image.Update().close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(pidfd)
+    old_image.Update().close()

@@ -360,9 +360,13 @@ def _hear_hangups_again() -> None:
     """SIGHUP does what it did, where no new image is left whose end would hang up the terminal."""
     global _undying
     if _undying is not None and tokens.is_readable(_undying[0]):
-        os.close(_undying[0])
-        signal.signal(signal.SIGHUP, _undying[1])
+        pidfd, handler = _undying
+        try:
+            signal.signal(signal.SIGHUP, handler)
+        except ValueError:  # not the main thread
+            return
         _undying = None
+        os.close(pidfd)
 
 
 def _is_guests_end(status: int | None) -> bool:
