@@ -102,9 +102,10 @@ CPR_IN_CHILD void cpr_guard_end(const struct cpr_mapping *mappings, uint32_t cou
 {
     struct sched_param none = {0};
 
+    cpr_guard_withdraw(); /* not at the lowest priority: the kernel has one lock for that */
     cpr_syscall3(SYS_setpriority, PRIO_PROCESS, 0, LOWEST); /* the guest comes before this */
     cpr_syscall3(SYS_close_range, 0, UINT_MAX, 0); /* the new image waits for it */
-    cpr_guard_withdraw(); /* there is a descriptor for that now */
+    cpr_guard_withdraw(); /* there is a descriptor for that now, if there was none */
     cpr_syscall3(SYS_sched_setscheduler, 0, SCHED_IDLE, &none);
     forget(mappings, count);
     cpr_syscall1(SYS_exit_group, 0);

@@ -88,8 +88,8 @@ CPR_IN_CHILD void cpr_guard_withdraw(void)
 {
     long fd = offered.pid ? open_score(offered.pid) : -ESRCH;
 
-    offered.pid = 0;
     if (fd >= 0) {
+        offered.pid = 0;
         cpr_syscall3(SYS_write, fd, offered.before, offered.size);
         cpr_syscall1(SYS_close, fd);
     }

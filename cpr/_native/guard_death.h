@@ -15,7 +15,8 @@ int cpr_guard_kill(int pid_fd);
    `before` becomes what it had, for those that it starts, which have the same. */
 void cpr_guard_offer(int32_t pid, char before[8]);
 
-/* The process that was offered has what it had before. */
+/* The process that was offered has what it had before. May be called again, where no descriptor was
+   left. */
 void cpr_guard_withdraw(void);
 
 #endif
