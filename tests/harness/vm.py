@@ -112,7 +112,7 @@ class Vm:
         """
         deadline = time.monotonic() + self._timeout
         try:
-            while self.qmp.command("query-migrate").get("status") not in ENDED:
+            while self._command("query-migrate").get("status") not in ENDED:
                 if time.monotonic() > deadline:
                     text = f"the update has not ended in {self._timeout:.0f} s"
                     raise RuntimeError(f"{text}\n{self.where()}")
@@ -120,22 +120,27 @@ class Vm:
         except ConnectionError:
             self.qmp.close()
             self.qmp = self.connect()
+        return self.qmp
+
+    def _command(self, name: str, **arguments: Any) -> Any:
+        try:
+            return self.qmp.command(name, **arguments)
         except TimeoutError as error:
             raise TimeoutError(f"{error}\n{self.where()}") from None
-        return self.qmp
 
     def where(self) -> str:
         """What each thread of the VM waits for in the kernel, the events so far, and stderr."""
         lines = []
         for pid in self.processes():
-            for task in sorted(Path(f"/proc/{pid}/task").iterdir()):
-                call = (task / "syscall").read_text().split()[0]
-                lines.append(f"{pid}/{task.name}: {(task / 'wchan').read_text()}, call {call}")
+            for task in sorted(Path("/proc").glob(f"{pid}/task/*")):
+                with suppress(OSError):  # it has ended meanwhile
+                    call = (task / "syscall").read_text().split()[0]
+                    lines.append(f"{pid}/{task.name}: {(task / 'wchan').read_text()}, call {call}")
         return "\n".join([*lines, str(self.qmp.events), self.stderr])
 
     def update(self, **arguments: Any) -> None:
         """One cpr-exec, to its end."""
-        self.qmp.command("cpr-exec", **arguments)
+        self._command("cpr-exec", **arguments)
         self.reconnect()
 
     def descriptors(self) -> dict[int, str]:
@@ -200,7 +205,7 @@ class Vm:
         """What a command returns, on a new connection where an update has closed this one."""
         while True:
             try:
-                return self.qmp.command(name, **arguments)
+                return self._command(name, **arguments)
             except ConnectionError:
                 self.qmp.close()
                 self.qmp = self.connect()
