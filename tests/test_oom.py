@@ -99,21 +99,21 @@ def test_the_first_of_a_pid_namespace_is_not_killed_first(monkeypatch, tmp_path)
     path = tmp_path / "oom_score_adj"
     path.write_text("7\n")
     monkeypatch.setattr(oom, "PATH", str(path))
-    oom.offer(1)
+    assert oom.offer(1) == ""
+    oom.withdraw(1, "")
     assert path.read_text() == "7\n"
-    oom.withdraw()
 
 
 def test_where_no_descriptor_is_left_it_is_tried_again(monkeypatch, tmp_path):
     path = tmp_path / "oom_score_adj"
     path.write_text("-7\n")
     monkeypatch.setattr(oom, "PATH", str(path))
-    oom.offer(2)
+    before = oom.offer(2)
     assert path.read_text().split()[-1] == MOST
     monkeypatch.setattr(oom, "PATH", str(tmp_path / "missing" / "file"))
-    oom.withdraw()
+    oom.withdraw(2, before)
     monkeypatch.setattr(oom, "PATH", str(path))
-    oom.withdraw()
+    oom.withdraw(2, before)
     assert path.read_text() == "-7"
 
 

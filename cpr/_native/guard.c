@@ -37,7 +37,6 @@
 #define PROTECTED 4096                /* below the stack */
 #define PIECE ((uint64_t)64 << 20)    /* in which mappings are undone */
 #define KERNEL_SIGSET_SIZE 8          /* sizeof(sigset_t) of the kernel (rt_sigprocmask(2)) */
-#define NS_PER_MS ((uint64_t)1000000)
 #define TICK_MS 50                    /* how often it is looked at what no descriptor tells */
 /* For so long a program that has read its CPR state, and knows no token, may still fail to load. */
 #define GRACE_NS ((uint64_t)2000000000)
@@ -67,6 +66,7 @@ static struct {
     uint32_t alive; /* CLONE_CHILD_CLEARTID */
     uint64_t token; /* what was read by who took it */
     int outcome;
+    int lives; /* the new image was killed, and has not ended yet; it will do nothing more */
     char own_pid_text[NOTIFY_SIZE];
 } self;
 
@@ -153,14 +153,14 @@ CPR_IN_CHILD static void kill_new_image(void)
         }
         /* Another user's by now, or a security module's matter: it never gets the token. */
     }
-    self.guard->lives = result <= 0;
+    self.lives = result <= 0;
 }
 
 /* Comes back when the exec is done; false where the process has ended before. An exec that takes too
    long is not waited for any more. */
 CPR_IN_CHILD static int wait_for_exec(void)
 {
-    uint64_t timeout_ms = self.guard->timeout_ns / NS_PER_MS;
+    uint64_t timeout_ms = self.guard->timeout_ns / CPR_NS_PER_MS;
     long count;
     struct pollfd ready[2] = {
         {.fd = self.guard->pid_fd, .events = POLLIN},
@@ -274,9 +274,11 @@ CPR_IN_CHILD static int run_guard(void *argument)
         self.guard->dropped = 1;
     }
     outcome = executed ? watch() : CPR_GUARD_DIED;
-    cpr_guard_ending_signals(self.guard);
     if (outcome == CPR_GUARD_MESSAGE) {
         go_back(outcome);
+    }
+    if (outcome == CPR_GUARD_DIED) {
+        cpr_guard_ending_signals(self.guard);
     }
     if (!take_token()) {
         committed();
@@ -399,7 +401,7 @@ static int remember(void)
     }
     self.guard->old_pid = getpid();
     snprintf(self.own_pid_text, sizeof(self.own_pid_text), "MAINPID=%d\nREADY=1", getpid());
-    self.guard->consumed = self.guard->dropped = self.guard->lives = 0;
+    self.guard->consumed = self.guard->dropped = self.lives = 0;
     self.guard->signalled = 0;
     if (self.guard->state_fd >= 0) {
         cpr_guard_note_children();
@@ -433,8 +435,7 @@ static void mend(void)
         setitimer(i, &self.timers[i], NULL);
     }
     prctl(PR_SET_CHILD_SUBREAPER, self.subreaper);
-    if (self.outcome == CPR_GUARD_DIED ||
-        (self.outcome == CPR_GUARD_KILLED && !self.guard->lives)) {
+    if (self.outcome == CPR_GUARD_DIED || (self.outcome == CPR_GUARD_KILLED && !self.lives)) {
         cpr_guard_adopted();
     }
 }

@@ -53,7 +53,7 @@ struct cpr_guard {
     /* Signals, bit n - 1, that end what is updated. A new image that has not taken such a one for a
        while hangs, and is killed as at its deadline. */
     uint64_t ending;
-    struct cpr_live_page *page;
+    struct cpr_live_page *page; /* while its `hold` is not 0 the deadline does not run */
     /* For a program that does not know of the token: the CPR state, which it closes when it has read
        it, and one of RAM that it keeps (or -1), each with what its link in /proc/PID/fd says. -1
        and NULL otherwise. */
@@ -66,7 +66,6 @@ struct cpr_guard {
     int32_t old_pid;          /* its PID */
     int32_t consumed;         /* it had closed the CPR state */
     int32_t dropped;          /* `drop` is closed */
-    int32_t lives;            /* it was killed, and has not ended yet; it will do nothing more */
     uint64_t signalled;       /* signals `ending`, bit n - 1, that it had not taken */
 };
 

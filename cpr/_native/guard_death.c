@@ -9,7 +9,6 @@
 #include "guard_proc.h"
 #include "raw_syscall.h"
 
-#define NS_PER_MS ((uint64_t)1000000)
 #define DEATH_MS 2000 /* for so long a new image that was killed is waited for */
 #define FIRST_KILLED "1000" /* OOM_SCORE_ADJ_MAX of linux/oom.h */
 #define INIT 1
@@ -17,7 +16,7 @@
 CPR_IN_CHILD static int has_ended(int pid_fd, int timeout_ms)
 {
     struct pollfd death = {.fd = pid_fd, .events = POLLIN};
-    uint64_t deadline = cpr_monotonic_ns() + (uint64_t)timeout_ms * NS_PER_MS;
+    uint64_t deadline = cpr_monotonic_ns() + (uint64_t)timeout_ms * CPR_NS_PER_MS;
     long count;
 
     do { /* a signal may be about something else */

@@ -43,6 +43,8 @@ TICK_MS = 50  # how often it is looked at the hold, which no descriptor tells
 
 _parentage: Parentage | None = None
 """Of the process that executed last."""
+_offered = (0, "")
+"""The new image's PID, and what oom.offer has returned for it."""
 
 
 def wait_alone(known: frozenset[str] = frozenset()) -> None:
@@ -109,8 +111,7 @@ def execute(
     _parentage.give_orphans()
     if outcome in (DIED, KILLED) and not watched.lives:
         adopted()
-    signalled = watched.signalled()
-    return Returned(outcome, old_pid, pidfd, signalled=signalled, lives=watched.lives)
+    return Returned(outcome, old_pid, pidfd, signalled=watched.signalled())
 
 
 class Watched:
@@ -244,7 +245,9 @@ def _guard(
         return watched.kill()
     died = any(fd == pidfd for fd, _ in ready)
     if not died:
-        page.score_before = oom.offer(watched.pid)
+        global _offered
+        page.score_before = before = oom.offer(watched.pid)
+        _offered = watched.pid, before
     if not died and early:
         return EARLY
     outcome = DIED if died else _watch(watched, token, page, socket, timeout_ns)
@@ -289,8 +292,8 @@ def _watch(watched: Watched, token: int, page: Page, socket: int, timeout_ns: in
 
 def end(mappings: Sequence[tuple[int, int]] = ()) -> None:
     """The new image has committed: closes all descriptors and ends, without any exit handler."""
-    oom.withdraw()
     os.closerange(0, os.sysconf("SC_OPEN_MAX"))
+    oom.withdraw(*_offered)  # there is a descriptor for that now
     os._exit(0)
 
 

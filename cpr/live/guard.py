@@ -205,7 +205,6 @@ def execute(
                 bool(request.consumed),
                 bool(request.dropped),
                 frozenset(number for number in ending if request.signalled >> (number - 1) & 1),
-                bool(request.lives),
             )
         if outcome not in (-errno.ENOENT, -errno.ENOTDIR):
             error = outcome

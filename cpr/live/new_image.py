@@ -178,7 +178,7 @@ class Predecessor:
     def close(self) -> None:
         """Gives up what the update needed; the guard ends meanwhile, and is this one's to reap."""
         if self.committed:
-            oom.withdraw_own(self.page.score_before)
+            oom.withdraw("self", self.page.score_before)
         if self._socket_object is not None:
             self._socket_object.close()
         else:

@@ -16,9 +16,6 @@ from cpr.constants import INIT
 PATH = "/proc/{}/oom_score_adj"
 MOST = "1000"  # OOM_SCORE_ADJ_MAX of linux/oom.h
 
-_offered: tuple[int, str] | None = None
-"""The PID, and what it had before."""
-
 
 def offer(pid: int) -> str:
     """The kernel kills that process first, until `withdraw`; nothing happens where that cannot be.
@@ -26,8 +23,6 @@ def offer(pid: int) -> str:
     Not the first process of a PID namespace, with which all others in it end, the old image too.
     Returns what it had before, "" where nothing has happened.
     """
-    global _offered
-    _offered = None
     try:
         if pid == INIT or os.readlink("/proc/self") != str(os.getpid()):
             return ""  # of another PID namespace, with other numbers
@@ -36,28 +31,18 @@ def offer(pid: int) -> str:
             file.write(MOST)
     except OSError:
         return ""
-    _offered = pid, before
     return before
 
 
-def withdraw_own(before: str) -> None:
-    """This process has what the one that was offered had before: it may be a child of that."""
+def withdraw(pid: int | str, before: str) -> None:
+    """The process, "self" for this one, has what `offer` has returned for it, or for its parent.
+
+    Nothing happens where that cannot be: this one has become another user, say, and whoever has
+    made the offer does it.
+    """
     if before:
-        try:
-            with open(PATH.format("self"), "w") as file:
-                file.write(before)
-        except OSError:  # it has become another user: the old image does it
-            pass
-
-
-def withdraw() -> None:
-    """It is as it was before `offer`: everything is that process's now."""
-    global _offered
-    if _offered is not None:
-        pid, before = _offered
         try:
             with open(PATH.format(pid), "w") as file:
                 file.write(before)
         except OSError:
-            return
-        _offered = None
+            pass

@@ -21,14 +21,8 @@ TOKEN = (1 << 64) - 2
 """The most that an eventfd counts (eventfd(2)): it becomes writable when this has been read."""
 
 # Of /proc/PID/stat after the name: proc_pid_stat(5) counts from 1, and three more.
-STATE_FIELD, TTY_FIELD, FLAGS_FIELD, THREADS_FIELD, PROCESSOR_FIELD, EXIT_CODE_FIELD = (
-    0,
-    4,
-    6,
-    17,
-    36,
-    49,
-)
+STATE_FIELD, TTY_FIELD, FLAGS_FIELD = 0, 4, 6
+THREADS_FIELD, PROCESSOR_FIELD, EXIT_CODE_FIELD = 17, 36, 49
 PF_USER_WORKER = 0x4000  # include/linux/sched.h: a worker of the kernel in a process of the user's
 STATUS_TIMEOUT_NS = 100 * NS_PER_MS
 DEATH_MS = 2000  # as in _native/guard_death.c
@@ -41,7 +35,7 @@ class Returned:
     `pid` is the process that the new image is or was in, `pidfd` its pidfd, which is the
     receiver's.  `consumed`: a program that knows no token had closed the CPR state; `dropped`: the
     descriptors that were to be dropped are closed.  `signalled` are the signals that end what is
-    updated, and that it had not taken; `lives`: it was killed, and is there still.
+    updated, and that it had not taken.
     """
 
     def __init__(
@@ -52,7 +46,6 @@ class Returned:
         consumed: bool = False,
         dropped: bool = False,
         signalled: frozenset[int] = frozenset(),
-        lives: bool = False,
     ) -> None:
         self.outcome = outcome
         self.pid = pid
@@ -60,7 +53,6 @@ class Returned:
         self.consumed = consumed
         self.dropped = dropped
         self.signalled = signalled
-        self.lives = lives
 
 
 def above_streams(fd: int) -> int:
