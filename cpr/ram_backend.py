@@ -206,9 +206,10 @@ def overwrites(files: Iterable[tuple[str, int]], path: str, where: str | int | N
         found = os.stat(path if where is None else where)
     except (OSError, ValueError):
         return ""  # it is told where it is opened
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
+        return ""  # it keeps nothing
     for what, fd in files:
-        has_content = stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)
-        if has_content and os.path.samestat(os.fstat(fd), found):
+        if os.path.samestat(os.fstat(fd), found):
             return f"'{path}' is {what} of this guest: name another file"
     return ""
 

@@ -190,6 +190,10 @@ class Saver:
             self._writer.vmdescription(PROGRAM_VERSION)
 
 
+def _saved_running(machine: Machine) -> list[Device]:
+    return [device for device in machine.sections() if device.plain and not device.of_vcpu]
+
+
 def save_running(machine: Machine, mode: Mode) -> tuple[bytes, dict[tuple[str, int], bytes]]:
     """What of a machine can be saved while its guest runs: all but its vCPUs and host devices.
 
@@ -198,8 +202,7 @@ def save_running(machine: Machine, mode: Mode) -> tuple[bytes, dict[tuple[str, i
     """
     _check_no_ram(machine, mode)
     channel = MemoryChannel()
-    devices = [device for device in machine.sections() if device.plain and not device.of_vcpu]
-    saver = Saver(machine, Capabilities(), mode, channel, devices)
+    saver = Saver(machine, Capabilities(), mode, channel, _saved_running(machine))
     saver.ram()
     bodies = saver.devices(runstate.RUNNING)
     saver.end(described=False)
@@ -217,8 +220,7 @@ def save_again(machine: Machine, mode: Mode, known: Mapping[tuple[str, int], byt
     The CPU then has it in its caches when it is saved for the hand-over, for which the guest stands
     still.  The vCPUs run a while after that: it is no part of that pause.
     """
-    devices = [device for device in machine.sections() if device.plain and not device.of_vcpu]
-    saver = Saver(machine, Capabilities(), mode, MemoryChannel(), devices)
+    saver = Saver(machine, Capabilities(), mode, MemoryChannel(), _saved_running(machine))
     saver.devices(runstate.RUNNING, known)
     saver.end(described=False)
     time.sleep(BETWEEN_STOPS)
