@@ -158,8 +158,20 @@ def test_what_a_handler_starts_before_it_is_at_rest_ends_too(tmp_path: Path) -> 
     assert result.of("thread") == [[0]]
 
 
-FEW = """
+TWICE = """
 import asyncio, concurrent.futures
+
+async def fail_twice(**options):
+    for _ in range(2):
+        try:
+            await live.aio.update(["/bin/false"], **options)
+        except live.UpdateError as error:
+            say("failed", error.status)
+"""
+
+FEW = (
+    TWICE
+    + """
 answered = []
 
 async def main():
@@ -176,17 +188,14 @@ async def main():
         answered.append(number)
     jobs = [asyncio.create_task(job(number)) for number in range(4 * threads)]
     await asyncio.sleep(0.01)
-    for _ in range(2):
-        try:
-            await live.aio.update(["/bin/false"])
-        except live.UpdateError as error:
-            say("failed", error.status)
+    await fail_twice()
     await asyncio.gather(*jobs)
     say("answered", sorted(answered) == list(range(4 * threads)))
     await live.aio.update()
 
 asyncio.run(main())
 """
+)
 
 
 @pytest.mark.parametrize("threads", ["1", "2"])
@@ -197,8 +206,9 @@ def test_jobs_that_take_longer_than_they_are_held_are_all_done(tmp_path: Path, t
     assert result.of("new") == [[0]]
 
 
-TWO = """
-import asyncio, concurrent.futures
+TWO = (
+    TWICE
+    + """
 
 async def main():
     loop = asyncio.get_running_loop()
@@ -211,15 +221,12 @@ async def main():
     jobs = [asyncio.to_thread(outer), asyncio.to_thread(time.sleep, 0.35)]
     jobs = [asyncio.create_task(job) for job in jobs]
     await asyncio.sleep(0.01)
-    for _ in range(2):
-        try:
-            await live.aio.update(["/bin/false"], timeout=20)
-        except live.UpdateError as error:
-            say("failed", error.status)
+    await fail_twice(timeout=20)
     say("done", *await asyncio.gather(*jobs))
 
 asyncio.run(main())
 """
+)
 
 
 def test_a_job_that_waits_for_another_beside_one_that_is_busy(tmp_path: Path) -> None:
@@ -244,7 +251,7 @@ async def main():
     for timeout in (0.3, 0.302, 0.305, 0.31):  # which ends when the job does
         try:
             await live.aio.update(["/bin/false"], timeout=timeout)
-        except live.UpdateError as error:
+        except live.UpdateError:
             say("failed")
         await job
         job = asyncio.create_task(asyncio.to_thread(time.sleep, 0.3))

@@ -76,6 +76,20 @@ class Rig:
     def ring(self) -> RingState:
         return self.driver.queues[0]
 
+    def go_over(self, **options: Any) -> Rig:
+        """As in an update: a device that has taken this one's state, for the same driver."""
+        encoded = self.function.vmstate.encode(self.function.save())
+        self.function.unrealize()
+        self.bus.unrealize()
+        second = Rig(self.path, self.platform, **options)
+        second.driver = self.driver
+        second.function.on_stop()
+        state = second.function.vmstate.decode(StreamReader(io.BytesIO(encoded).read), 1)
+        second.function.check(state)
+        second.function.restore(state)
+        second.function.take_over()
+        return second
+
     def submit(self, kind: int, sector: int, size: int, ring: RingState | None = None) -> int:
         """Offers a request whose buffer of `size` bytes is at DATA."""
         ring = ring or self.ring
@@ -551,17 +565,8 @@ def test_goes_over_to_another_device(image: Path) -> None:
     head = rig.submit(IN, 2, 512)
     rig.function.on_stop()  # nobody has said that there is a request
     assert rig.ring.used_index == 1
-    encoded = rig.function.vmstate.encode(rig.function.save())
-    platform, driver = rig.platform, rig.driver
-    rig.function.unrealize()
-    rig.bus.unrealize()
-    second = Rig(image, platform)
-    second.driver = driver
-    second.function.on_stop()
-    state = second.function.vmstate.decode(StreamReader(io.BytesIO(encoded).read), 1)
-    second.function.check(state)
-    second.function.restore(state)
-    second.function.take_over()
+    second = rig.go_over()
+    platform, driver = second.platform, second.driver
     assert second.own(32, 1) == 0
     second.function.on_run()
     assert driver.queues[0].wait_used()[0] == head

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import io
 import os
 import struct
 from collections.abc import Iterator
@@ -39,7 +38,6 @@ from cpr.devices.virtio.image import Image
 from cpr.errors import ConfigError
 from cpr.state.cpr_state import CprState
 from cpr.state.fds import PreservedFds
-from cpr.state.stream import StreamReader
 from cpr.uapi import file_lock
 
 LOOP_SET_FD, LOOP_CLR_FD, LOOP_CTL_GET_FREE = 0x4C00, 0x4C01, 0x4C82  # linux/loop.h
@@ -134,16 +132,8 @@ def test_a_failed_flush_goes_over_an_update(image: Path) -> None:  # noqa: F811
         rig.platform.wait(lambda: rig.platform.stops)
     rig.function.on_stop()
     encoded = rig.function.vmstate.encode(rig.function.save())
-    platform, driver = rig.platform, rig.driver
-    rig.function.unrealize()
-    rig.bus.unrealize()
-    second = Rig(image, platform, policies=("report", "stop"))
-    second.driver = driver
-    second.function.on_stop()
-    state = second.function.vmstate.decode(StreamReader(io.BytesIO(encoded).read), 1)
-    second.function.check(state)
-    second.function.restore(state)
-    second.function.take_over()
+    second = rig.go_over(policies=("report", "stop"))
+    driver = second.driver
     assert second.function.vmstate.encode(second.function.save()) == encoded
     second.function.on_run()
     assert driver.queues[0].wait_used()[0] == head
